@@ -1,0 +1,102 @@
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from ._initialisers import default_dtype
+from ._protocol import AbstractSequenceLayer, State, check_sequence, check_token
+
+
+class Block(AbstractSequenceLayer[State]):
+    r"""A mixer, and optionally a network on every token, in a pre-norm residual stream,
+
+    $$x \leftarrow x + \mathrm{mixer}(\mathrm{norm}(x)), \qquad
+      x \leftarrow x + \mathrm{mlp}(\mathrm{norm2}(x)).$$
+
+    The sum keeps the dtype of the stream it is given. The official models keep the stream in
+    float32 even if everything else is bfloat16 (`residual_in_fp32`);
+    [`mamba_eqx.LanguageModel`][] starts it so. The norm sees the stream at full precision, as the
+    official fused kernel does. The state is the mixer's own.
+
+    Reference: official `mamba_ssm.modules.block.Block`.
+    """
+
+    norm: eqx.nn.RMSNorm | eqx.nn.LayerNorm
+    mixer: AbstractSequenceLayer[State]
+    norm2: eqx.nn.RMSNorm | eqx.nn.LayerNorm | None
+    mlp: Callable[[Float[Array, " d_model"]], Float[Array, " d_model"]] | None
+
+    def __init__(
+        self,
+        mixer: AbstractSequenceLayer[State],
+        *,
+        mlp: Callable[[Float[Array, " d_model"]], Float[Array, " d_model"]] | None = None,
+        rms_norm: bool = True,
+        norm_eps: float = 1e-5,
+        dtype: DTypeLike | None = None,
+    ):
+        """**Arguments:**
+
+        - `mixer`: any sequence layer.
+        - `mlp`: any module from one token to one token, [`mamba_eqx.GatedMLP`][] for instance.
+        - `rms_norm`: whether the norms are RMSNorm, or else LayerNorm.
+        - `norm_eps`: added to the mean square (the variance) in the norms.
+        - `dtype`: of the norms' parameters; float32 by default (float64 in JAX's 64-bit mode).
+        """
+        self.norm = norm(mixer.d_model, rms_norm=rms_norm, eps=norm_eps, dtype=dtype)
+        self.mixer = mixer
+        if mlp is None:
+            self.norm2 = None
+        else:
+            self.norm2 = norm(mixer.d_model, rms_norm=rms_norm, eps=norm_eps, dtype=dtype)
+        self.mlp = mlp
+
+    @property
+    def d_model(self) -> int:
+        return self.mixer.d_model
+
+    def init_state(self, *, max_len: int | None = None) -> State:
+        """The mixer's."""
+        return self.mixer.init_state(max_len=max_len)
+
+    @jax.named_scope("mamba_eqx.Block.scan")
+    def scan(
+        self,
+        x: Float[Array, "seq {self.d_model}"],
+        state: State | None = None,
+        *,
+        reset: Bool[Array, " seq"] | None = None,
+        length: Int[Array, ""] | int | None = None,
+    ) -> tuple[Float[Array, "seq {self.d_model}"], State]:
+        """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
+        check_sequence("Block", self.d_model, x, reset, length)
+        y, state = self.mixer.scan(jax.vmap(self.norm)(x), state, reset=reset, length=length)
+        return jax.vmap(self._apply_mlp)(x + y), state
+
+    @jax.named_scope("mamba_eqx.Block.step")
+    def step(
+        self, x: Float[Array, " {self.d_model}"], state: State
+    ) -> tuple[Float[Array, " {self.d_model}"], State]:
+        """See [`mamba_eqx.AbstractSequenceLayer.step`][]."""
+        check_token("Block", self.d_model, x)
+        y, state = self.mixer.step(self.norm(x), state)
+        return self._apply_mlp(x + y), state
+
+    def _apply_mlp(self, x: Float[Array, " {self.d_model}"]) -> Float[Array, " {self.d_model}"]:
+        if self.mlp is None or self.norm2 is None:
+            return x
+        return x + self.mlp(self.norm2(x))
+
+
+def norm(
+    d_model: int, *, rms_norm: bool, eps: float, dtype: DTypeLike | None
+) -> eqx.nn.RMSNorm | eqx.nn.LayerNorm:
+    """The norm of a block or of a model; an official RMSNorm has no bias, a LayerNorm has one."""
+    if not eps > 0:
+        raise ValueError(f"`norm_eps` must be positive, but got norm_eps={eps}.")
+    dtype = default_dtype() if dtype is None else dtype
+    if rms_norm:
+        return eqx.nn.RMSNorm(d_model, eps, use_bias=False, dtype=dtype)
+    return eqx.nn.LayerNorm(d_model, eps, dtype=dtype)

@@ -1,0 +1,68 @@
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, PRNGKeyArray
+
+
+def dt_bias(
+    key: PRNGKeyArray,
+    shape: tuple[int, ...],
+    *,
+    dt_min: float,
+    dt_max: float,
+    dt_init_floor: float,
+    dtype: jnp.dtype,
+) -> Float[Array, "..."]:
+    r"""The bias that makes $\mathrm{softplus}(\text{bias})$ log-uniform in `[dt_min, dt_max]`, and
+    at least `dt_init_floor` (official `Mamba.__init__`)."""
+    low, high = math.log(dt_min), math.log(dt_max)
+    dt = jnp.exp(jr.uniform(key, shape, dtype, low, high))
+    dt = jnp.maximum(dt, dt_init_floor)
+    return dt + jnp.log(-jnp.expm1(-dt))  # the inverse of softplus
+
+
+def check_dt(dt_min: float, dt_max: float, dt_init_floor: float) -> None:
+    if not 0 < dt_min <= dt_max < math.inf:
+        raise ValueError(
+            f"`dt_min` and `dt_max` must satisfy 0 < dt_min <= dt_max, but got dt_min={dt_min} and "
+            f"dt_max={dt_max}."
+        )
+    if not 0 < dt_init_floor < math.inf:
+        raise ValueError(f"`dt_init_floor` must be positive, but got {dt_init_floor}.")
+
+
+def linear(
+    in_features: int,
+    out_features: int,
+    *,
+    use_bias: bool,
+    dtype: jnp.dtype,
+    scale: float = 1.0,
+    key: PRNGKeyArray,
+) -> eqx.nn.Linear:
+    """A linear map as the official code initialises it: the weight uniform within
+    `±scale / sqrt(in_features)`, the bias zero (official `_init_weights`)."""
+    layer = eqx.nn.Linear(in_features, out_features, use_bias=use_bias, dtype=dtype, key=key)
+    layer = eqx.tree_at(lambda layer: layer.weight, layer, layer.weight * scale)
+    if use_bias:
+        layer = eqx.tree_at(lambda layer: layer.bias, layer, jnp.zeros(out_features, dtype))
+    return layer
+
+
+def uniform(
+    key: PRNGKeyArray, shape: tuple[int, ...], *, bound: float, dtype: jnp.dtype
+) -> Float[Array, "..."]:
+    return jr.uniform(key, shape, dtype, -bound, bound)
+
+
+def default_dtype() -> jnp.dtype:
+    """float64 where JAX is in its 64-bit mode, otherwise float32: as in `equinox.nn`."""
+    return jnp.dtype(jnp.float64 if jax.config.read("jax_enable_x64") else jnp.float32)
+
+
+def check_positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1, but got {name}={value!r}.")

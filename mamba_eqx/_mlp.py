@@ -1,0 +1,61 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ._initialisers import check_positive, default_dtype, linear
+
+
+class GatedMLP(eqx.Module):
+    r"""A gated feed-forward network on one token,
+
+    $$a, g = W_1 x, \qquad \text{out} = W_2 (a \odot \mathrm{SiLU}(g)).$$
+
+    `fc1` emits `[a, g]`, the gate last, as in the official `mamba_ssm.modules.mlp.GatedMLP`.
+    """
+
+    fc1: eqx.nn.Linear
+    fc2: eqx.nn.Linear
+
+    def __init__(
+        self,
+        d_model: int,
+        d_intermediate: int,
+        *,
+        bias: bool = False,
+        residual_scale: float = 1.0,
+        dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `d_model`: features of the input and the output.
+        - `d_intermediate`: the hidden width, taken as it is. (The official class rounds it up to a
+            multiple of 128.)
+        - `bias`: whether `fc1` and `fc2` have a bias.
+        - `residual_scale`: multiplies the initial weight of `fc2`; see [`mamba_eqx.Mamba1`][].
+        - `dtype`: of the parameters; float32 by default (float64 in JAX's 64-bit mode).
+        - `key`: for the initial parameters.
+        """
+        check_positive("d_model", d_model)
+        check_positive("d_intermediate", d_intermediate)
+        dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
+        fc1_key, fc2_key = jr.split(key)
+        self.fc1 = linear(d_model, 2 * d_intermediate, use_bias=bias, dtype=dtype, key=fc1_key)
+        self.fc2 = linear(
+            d_intermediate, d_model, use_bias=bias, dtype=dtype, scale=residual_scale, key=fc2_key
+        )
+
+    @jax.named_scope("mamba_eqx.GatedMLP")
+    def __call__(
+        self, x: Float[Array, " d_model"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, " d_model"]:
+        """**Arguments:**
+
+        - `x`: one token; use `jax.vmap` for a sequence.
+        - `key`: ignored; accepted so that the layer fits into [`equinox.nn.Sequential`][].
+        """
+        a, gate = jnp.split(self.fc1(x.astype(self.fc1.weight.dtype)), 2)
+        return self.fc2(a * jax.nn.silu(gate)).astype(x.dtype)

@@ -1,0 +1,202 @@
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from .. import ops
+from .._conv import CausalConv1d
+from .._initialisers import check_dt, check_positive, default_dtype, dt_bias, linear
+from .._protocol import (
+    RECURRENCE,
+    AbstractSequenceLayer,
+    check_sequence,
+    check_token,
+    checked_state,
+)
+from ..ops._precision import at_least_float32
+
+
+class Mamba1State(eqx.Module):
+    """What `Mamba1` remembers: the last inputs of its convolution, and its hidden state."""
+
+    conv: Float[Array, "lag d_inner"]
+    ssm: Float[Array, "d_state d_inner"]
+
+
+class Mamba1(AbstractSequenceLayer[Mamba1State]):
+    r"""The Mamba mixer: a gated, selective state-space model.
+
+    With $\sigma$ = SiLU, and channels $E$ = `d_inner`, state size $N$ = `d_state`,
+
+    $$\begin{aligned}
+    x, z &= W_{in} u, & x &\leftarrow \sigma(\mathrm{conv1d}(x)), \\
+    \delta, B, C &= W_x x, & \Delta &= \mathrm{softplus}(W_{dt} \delta + b_{dt}), \\
+    h_t &= \exp(\Delta_t A)\, h_{t-1} + \Delta_t B_t x_t, & y_t &= C_t^\top h_t + D x_t, \\
+    && \text{out} &= W_{out} (y \odot \sigma(z)),
+    \end{aligned}$$
+
+    where $A = -\exp(\texttt{A\_log})$. Only $B, C, \Delta$ depend on the input: that is the
+    selection. The input is discretised by Euler's rule, as in the official code, not by the
+    zero-order hold of the paper's equation 4.
+
+    `in_proj` emits `[x, z]` and `x_proj` emits `[dt, B, C]`, in the order of the official
+    checkpoints. `A_log`, `D`, `dt_bias` and the hidden state stay in float32 below that precision;
+    `dt_bias` is what official checkpoints call `dt_proj.bias`.
+
+    Reference: Gu and Dao, *Mamba: Linear-Time Sequence Modeling with Selective State Spaces*
+    (2023), section 3; official `mamba_ssm.modules.mamba_simple.Mamba`.
+    """
+
+    in_proj: eqx.nn.Linear
+    conv1d: CausalConv1d
+    x_proj: eqx.nn.Linear
+    dt_proj: eqx.nn.Linear
+    dt_bias: Float[Array, " {self.d_inner}"] = eqx.field(metadata=RECURRENCE)
+    A_log: Float[Array, "{self.d_inner} {self.d_state}"] = eqx.field(metadata=RECURRENCE)
+    D: Float[Array, " {self.d_inner}"] = eqx.field(metadata=RECURRENCE)
+    out_proj: eqx.nn.Linear
+    d_model: int = eqx.field(static=True)
+    d_inner: int = eqx.field(static=True)
+    d_state: int = eqx.field(static=True)
+    dt_rank: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_inner: int | None = None,
+        d_state: int = 16,
+        d_conv: int = 4,
+        dt_rank: int | None = None,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        bias: bool = False,
+        conv_bias: bool = True,
+        residual_scale: float = 1.0,
+        dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ):
+        """The initialisation is the official one.
+
+        **Arguments:**
+
+        - `d_model`: features of the input and the output.
+        - `d_inner`: channels of the state-space model; `2 * d_model` by default.
+        - `d_state`: hidden dimensions per channel.
+        - `d_conv`: taps of the convolution.
+        - `dt_rank`: rank of the map to the step sizes; `ceil(d_model / 16)` by default.
+        - `dt_min`, `dt_max`, `dt_init_floor`: the initial step sizes are log-uniform in
+            `[dt_min, dt_max]` and at least `dt_init_floor`.
+        - `bias`: whether `in_proj` and `out_proj` have a bias.
+        - `conv_bias`: whether `conv1d` has one.
+        - `residual_scale`: multiplies the initial weight of `out_proj`. In a model of `n` layers
+            the official value is `1 / sqrt(n)`, which keeps the residual stream at the same size.
+        - `dtype`: of the parameters; float32 by default (float64 in JAX's 64-bit mode).
+        - `key`: for the initial parameters.
+
+        **Raises:** `ValueError` for a size that is not a positive integer, or an empty range of
+        step sizes.
+        """
+        check_positive("d_model", d_model)
+        d_inner = 2 * d_model if d_inner is None else d_inner
+        dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
+        check_positive("d_inner", d_inner)
+        check_positive("d_state", d_state)
+        check_positive("dt_rank", dt_rank)
+        check_dt(dt_min, dt_max, dt_init_floor)
+        dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
+        wide = at_least_float32(dtype)
+        in_key, conv_key, x_key, dt_key, bias_key, out_key = jr.split(key, 6)
+        self.in_proj = linear(d_model, 2 * d_inner, use_bias=bias, dtype=dtype, key=in_key)
+        self.conv1d = CausalConv1d(d_inner, d_conv, use_bias=conv_bias, dtype=dtype, key=conv_key)
+        self.x_proj = linear(d_inner, dt_rank + 2 * d_state, use_bias=False, dtype=dtype, key=x_key)
+        self.dt_proj = linear(dt_rank, d_inner, use_bias=False, dtype=dtype, key=dt_key)
+        self.dt_bias = dt_bias(
+            bias_key,
+            (d_inner,),
+            dt_min=dt_min,
+            dt_max=dt_max,
+            dt_init_floor=dt_init_floor,
+            dtype=wide,
+        )
+        self.A_log = jnp.tile(jnp.log(jnp.arange(1, d_state + 1, dtype=wide)), (d_inner, 1))
+        self.D = jnp.ones(d_inner, wide)
+        self.out_proj = linear(
+            d_inner, d_model, use_bias=bias, dtype=dtype, scale=residual_scale, key=out_key
+        )
+        self.d_model = d_model
+        self.d_inner = d_inner
+        self.d_state = d_state
+        self.dt_rank = dt_rank
+
+    @property
+    def A(self) -> Float[Array, "{self.d_inner} {self.d_state}"]:
+        """The (negative) rates of decay, `-exp(A_log)`."""
+        return -jnp.exp(self.A_log)
+
+    def init_state(self, *, max_len: int | None = None) -> Mamba1State:
+        """Zeros. `max_len` is ignored."""
+        ssm_dtype = at_least_float32(self.in_proj.weight, self.A_log)
+        return Mamba1State(
+            conv=self.conv1d.init_state(),
+            ssm=jnp.zeros((self.d_state, self.d_inner), ssm_dtype),
+        )
+
+    @jax.named_scope("mamba_eqx.Mamba1.scan")
+    def scan(
+        self,
+        x: Float[Array, "seq {self.d_model}"],
+        state: Mamba1State | None = None,
+        *,
+        reset: Bool[Array, " seq"] | None = None,
+        length: Int[Array, ""] | int | None = None,
+    ) -> tuple[Float[Array, "seq {self.d_model}"], Mamba1State]:
+        """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
+        check_sequence("Mamba1", self.d_model, x, reset, length)
+        state = checked_state(self, state)
+        u, z = jax.vmap(self._project)(x)
+        u, conv = self.conv1d.scan(u, state.conv, reset=reset, length=length)
+        u = jax.nn.silu(u)
+        dt, B, C = jax.vmap(self._select)(u)
+        y, ssm = ops.selective_scan(
+            u, dt, self.A, B, C, self.D, state=state.ssm, reset=reset, length=length
+        )
+        out = jax.vmap(self.out_proj)(y * jax.nn.silu(z))
+        return out.astype(x.dtype), Mamba1State(conv, ssm)
+
+    @jax.named_scope("mamba_eqx.Mamba1.step")
+    def step(
+        self, x: Float[Array, " {self.d_model}"], state: Mamba1State
+    ) -> tuple[Float[Array, " {self.d_model}"], Mamba1State]:
+        """See [`mamba_eqx.AbstractSequenceLayer.step`][]."""
+        check_token("Mamba1", self.d_model, x)
+        state = checked_state(self, state)
+        u, z = self._project(x)
+        u, conv = self.conv1d.step(u, state.conv)
+        u = jax.nn.silu(u)
+        dt, B, C = self._select(u)
+        y, ssm = ops.selective_scan_step(u, dt, self.A, B, C, self.D, state=state.ssm)
+        out = self.out_proj(y * jax.nn.silu(z))
+        return out.astype(x.dtype), Mamba1State(conv, ssm)
+
+    def _project(
+        self, x: Float[Array, " {self.d_model}"]
+    ) -> tuple[Float[Array, " {self.d_inner}"], Float[Array, " {self.d_inner}"]]:
+        u, z = jnp.split(self.in_proj(x.astype(self.in_proj.weight.dtype)), 2)
+        return u, z
+
+    def _select(
+        self, u: Float[Array, " {self.d_inner}"]
+    ) -> tuple[
+        Float[Array, " {self.d_inner}"],
+        Float[Array, " {self.d_state}"],
+        Float[Array, " {self.d_state}"],
+    ]:
+        dt, B, C = jnp.split(self.x_proj(u), [self.dt_rank, self.dt_rank + self.d_state])
+        dt = self.dt_proj(dt).astype(self.dt_bias.dtype) + self.dt_bias
+        return jax.nn.softplus(dt), B, C

@@ -1,0 +1,85 @@
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from ._precision import at_least_float32
+from ._recurrence import mask_resets, real_tokens
+
+
+@jax.named_scope("mamba_eqx.ops.causal_conv1d")
+def causal_conv1d(
+    x: Float[Array, "seq channels"],
+    weight: Float[Array, "d_conv channels"],
+    bias: Float[Array, " channels"] | None,
+    *,
+    state: Float[Array, "lag channels"] | None = None,
+    reset: Bool[Array, " seq"] | None = None,
+    length: Int[Array, ""] | int | None = None,
+) -> tuple[Float[Array, "seq channels"], Float[Array, "lag channels"]]:
+    r"""A depthwise causal convolution over time,
+
+    $$y_t = b + \sum_{k=0}^{K-1} w_k \, x_{t-(K-1)+k},$$
+
+    with $K$ = `d_conv`, so that the last tap $w_{K-1}$ meets the current token. It is written as
+    $K$ shifted multiply-adds: on a CPU these are faster than a grouped convolution.
+
+    **Arguments:**
+
+    - `x`: the inputs.
+    - `weight`: the taps, oldest first.
+    - `bias`: added to every output, or `None`.
+    - `state`: the `lag = d_conv - 1` inputs before `x`, oldest first; zero if `None`.
+    - `reset`: where true, the inputs before that token count as zero.
+    - `length`: only the first `length` tokens are real; the state returned is the one after them.
+
+    **Returns:**
+
+    The outputs, in the dtype of `x`, and the last `lag` inputs.
+    """
+    seq, channels = x.shape
+    lag = weight.shape[0] - 1
+    if state is None:
+        state = jnp.zeros((lag, channels), x.dtype)
+    window = jnp.concatenate([state, x])
+    if reset is None:
+        document = None
+    else:
+        # Tokens see one another only inside one document; what came with `state` is document 0.
+        reset = mask_resets(reset, real_tokens(seq, length))
+        document = jnp.concatenate(
+            [jnp.zeros(lag + 1, jnp.int32), jnp.cumsum(reset, dtype=jnp.int32)]
+        )
+
+    dtype = at_least_float32(x, weight)
+    y = jnp.zeros((seq, channels), dtype) if bias is None else bias.astype(dtype)
+    for k in range(lag + 1):
+        tap = window[k : k + seq]
+        if document is not None and k < lag:
+            same = document[k + 1 : k + 1 + seq] == document[lag + 1 :]
+            tap = jnp.where(same[:, None], tap, jnp.zeros_like(tap))
+        y = y + weight[k].astype(dtype) * tap.astype(dtype)
+
+    end = seq if length is None else length
+    new_state = lax.dynamic_slice_in_dim(window, end, lag)
+    if document is not None:
+        same = lax.dynamic_slice_in_dim(document, end + 1, lag) == document[lag + end]
+        new_state = jnp.where(same[:, None], new_state, jnp.zeros_like(new_state))
+    return y.astype(x.dtype), new_state
+
+
+@jax.named_scope("mamba_eqx.ops.causal_conv1d_step")
+def causal_conv1d_step(
+    x: Float[Array, " channels"],
+    weight: Float[Array, "d_conv channels"],
+    bias: Float[Array, " channels"] | None,
+    *,
+    state: Float[Array, "lag channels"],
+) -> tuple[Float[Array, " channels"], Float[Array, "lag channels"]]:
+    """One token of [`mamba_eqx.ops.causal_conv1d`][]: the same arguments, for one token."""
+    window = jnp.concatenate([state, x[None]])
+    dtype = at_least_float32(x, weight)
+    y = jnp.sum(weight.astype(dtype) * window.astype(dtype), axis=0)
+    if bias is not None:
+        y = y + bias.astype(dtype)
+    return y.astype(x.dtype), window[1:]

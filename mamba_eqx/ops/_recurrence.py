@@ -1,0 +1,103 @@
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+
+Pair = tuple[Float[Array, "*shape"], Float[Array, "*shape"]]
+
+
+def combine(earlier: Pair, later: Pair) -> Pair:
+    """The composition of two affine maps `h -> a h + b`, `earlier` applied first.
+
+    It is associative, so that a recurrence is a prefix sum under it (Blelloch, 1990).
+    """
+    a1, b1 = earlier
+    a2, b2 = later
+    return a1 * a2, a2 * b1 + b2
+
+
+@jax.named_scope("mamba_eqx.ops.linear_recurrence")
+def linear_recurrence(
+    a: Float[Array, "seq *shape"],
+    b: Float[Array, "seq *shape"],
+    *,
+    state: Float[Array, "*shape"] | None = None,
+    reset: Bool[Array, " seq"] | None = None,
+    length: Int[Array, ""] | int | None = None,
+    method: Literal["sequential", "associative"] | None = None,
+) -> tuple[Float[Array, "seq *shape"], Float[Array, "*shape"]]:
+    r"""Every term of the linear recurrence
+
+    $$h_t = a_t h_{t-1} + b_t.$$
+
+    It holds all `seq` terms in memory; [`mamba_eqx.ops.selective_scan`][], which must not, uses
+    it a chunk at a time.
+
+    **Arguments:**
+
+    - `a`, `b`: the factors and the terms, time first.
+    - `state`: $h_{-1}$; zero if `None`.
+    - `reset`: where true, everything before that token is forgotten ($a_t$ counts as 0).
+    - `length`: only the first `length` tokens are real; the state returned is the one after them.
+    - `method`: `"sequential"` (a `jax.lax.scan`) or `"associative"` (a
+        `jax.lax.associative_scan`: logarithmic depth, for accelerators). `None` is
+        `"sequential"`, the faster one on a CPU.
+
+    **Returns:**
+
+    All $h_t$, and the state after the last real token.
+    """
+    if state is None:
+        state = jnp.zeros(b.shape[1:], b.dtype)
+    real = real_tokens(b.shape[0], length)
+    a, b = freeze(real, a, 1), freeze(real, b, 0)
+    if reset is not None:
+        a = jnp.where(expand(mask_resets(reset, real), a), 0, a)
+    if method in (None, "sequential"):
+
+        def step(
+            h: Float[Array, "*shape"], ab: Pair
+        ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+            h = ab[0] * h + ab[1]
+            return h, h
+
+        last, h = lax.scan(step, state, (a, b))
+        return h, last
+    if method == "associative":
+        if b.shape[0] == 0:
+            return b, state
+        _, h = lax.associative_scan(combine, (a, b.at[0].add(a[0] * state)))
+        return h, h[-1]
+    raise ValueError(f'`method` must be "sequential", "associative" or None, but got {method!r}.')
+
+
+# How `length` and `reset` act, the same in every recurrence of this package: a token that is not
+# real leaves the state as it is, and cannot reset it.
+
+
+def real_tokens(seq: int, length: Int[Array, ""] | int | None) -> Bool[Array, " seq"] | None:
+    """Which tokens are among the first `length`; `None` stands for all of them."""
+    return None if length is None else jnp.arange(seq) < length
+
+
+def mask_resets(
+    reset: Bool[Array, " seq"], real: Bool[Array, " seq"] | None
+) -> Bool[Array, " seq"]:
+    return reset if real is None else reset & real
+
+
+def freeze(
+    real: Bool[Array, " seq"] | None, array: Float[Array, "seq *shape"], value: float
+) -> Float[Array, "seq *shape"]:
+    """`array` with `value` (one that leaves the state as it is) in the tokens that are not real."""
+    if real is None:
+        return array
+    return jnp.where(expand(real, array), array, jnp.asarray(value, array.dtype))
+
+
+def expand(mask: Bool[Array, " seq"], array: Float[Array, "seq *shape"]) -> Bool[Array, "seq ..."]:
+    """`mask` with trailing axes of size one, to broadcast against `array`."""
+    return mask.reshape(mask.shape + (1,) * (array.ndim - 1))
