@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import json
 import math
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -34,7 +34,7 @@ class AbstractMixerConfig(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def of(cls, mixer: Any) -> Self:
+    def of(cls, mixer: Any) -> "AbstractMixerConfig":
         """The config of an existing mixer."""
 
 
@@ -84,7 +84,7 @@ class Mamba1Config(AbstractMixerConfig):
         )
 
     @classmethod
-    def of(cls, mixer: Mamba1) -> Self:
+    def of(cls, mixer: Mamba1) -> "Mamba1Config":
         """The config of an existing `Mamba1`."""
         return cls(
             d_model=mixer.d_model,
@@ -140,7 +140,7 @@ class BlockConfig:
         return Block(mixer, mlp=mlp, rms_norm=self.rms_norm, norm_eps=self.norm_eps, dtype=dtype)
 
     @classmethod
-    def of(cls, block: Block[Any]) -> Self:
+    def of(cls, block: Block[Any]) -> "BlockConfig":
         """The config of an existing `Block`."""
         mixer_config = _CONFIG_OF.get(type(block.mixer))
         if mixer_config is None:
@@ -155,7 +155,7 @@ class BlockConfig:
             )
         return cls(
             mixer=mixer_config.of(block.mixer),
-            d_intermediate=None if block.mlp is None else block.mlp.fc2.in_features,  # pyright: ignore
+            d_intermediate=None if block.mlp is None else block.mlp.fc2.weight.shape[-1],
             rms_norm=isinstance(block.norm, eqx.nn.RMSNorm),
             norm_eps=block.norm.eps,
         )
@@ -247,7 +247,7 @@ class LanguageModelConfig:
         )
 
     @classmethod
-    def of(cls, model: LanguageModel) -> Self:
+    def of(cls, model: LanguageModel) -> "LanguageModelConfig":
         """The config of an existing model, whichever way its layers are run."""
         layers = jax.eval_shape(model.layers.unstack)
         for layer in layers:
@@ -274,7 +274,7 @@ class LanguageModelConfig:
         return json.dumps(fields, indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str) -> "LanguageModelConfig":
         """The config that `to_json` wrote.
 
         **Raises:** `ValueError` if `text` is not JSON, or a key is missing, unknown or absurd.

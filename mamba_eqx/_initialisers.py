@@ -1,6 +1,5 @@
 import math
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -32,24 +31,6 @@ def check_dt(dt_min: float, dt_max: float, dt_init_floor: float) -> None:
         )
     if not 0 < dt_init_floor < math.inf:
         raise ValueError(f"`dt_init_floor` must be positive, but got {dt_init_floor}.")
-
-
-def linear(
-    in_features: int,
-    out_features: int,
-    *,
-    use_bias: bool,
-    dtype: jnp.dtype,
-    scale: float = 1.0,
-    key: PRNGKeyArray,
-) -> eqx.nn.Linear:
-    """A linear map as the official code initialises it: the weight uniform within
-    `±scale / sqrt(in_features)`, the bias zero (official `_init_weights`)."""
-    layer = eqx.nn.Linear(in_features, out_features, use_bias=use_bias, dtype=dtype, key=key)
-    layer = eqx.tree_at(lambda layer: layer.weight, layer, layer.weight * scale)
-    if use_bias:
-        layer = eqx.tree_at(lambda layer: layer.bias, layer, jnp.zeros(out_features, dtype))
-    return layer
 
 
 def uniform(

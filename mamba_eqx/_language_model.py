@@ -8,7 +8,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ._block import norm
-from ._initialisers import check_positive, default_dtype, linear
+from ._initialisers import check_positive, default_dtype
+from ._linear import Linear
 from ._protocol import check_reset_and_length
 from ._stack import AbstractStack
 from .ops._precision import at_least_float32
@@ -31,7 +32,7 @@ class LanguageModel(eqx.Module):
     embedding: eqx.nn.Embedding
     layers: AbstractStack[Any]
     norm_f: eqx.nn.RMSNorm | eqx.nn.LayerNorm
-    lm_head: eqx.nn.Linear | None
+    lm_head: Linear | None
     vocab_size: int = eqx.field(static=True)
     residual_in_fp32: bool = eqx.field(static=True)
 
@@ -80,7 +81,7 @@ class LanguageModel(eqx.Module):
         if tie_embeddings:
             self.lm_head = None
         else:
-            self.lm_head = linear(d_model, rows, use_bias=False, dtype=dtype, key=head_key)
+            self.lm_head = Linear(d_model, rows, use_bias=False, dtype=dtype, key=head_key)
         self.vocab_size = vocab_size
         self.residual_in_fp32 = residual_in_fp32
 
@@ -135,7 +136,7 @@ class LanguageModel(eqx.Module):
         The logits of the token after each token, at least in float32, and the state.
         """
         features, state = self.backbone(tokens, state, reset=reset, length=length)
-        return jax.vmap(self.logits)(features), state
+        return self.logits(features), state
 
     @jax.named_scope("mamba_eqx.LanguageModel.step")
     def step(
@@ -175,13 +176,13 @@ class LanguageModel(eqx.Module):
         return jax.vmap(self.norm_f)(x), state
 
     def logits(
-        self, features: Float[Array, " {self.d_model}"]
-    ) -> Float[Array, " {self.padded_vocab_size}"]:
-        """The head on the features of one token."""
+        self, features: Float[Array, "*seq {self.d_model}"]
+    ) -> Float[Array, "*seq {self.padded_vocab_size}"]:
+        """The head, on the features of one token or of several."""
         weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
         return jnp.matmul(
-            weight,
             features.astype(weight.dtype),
+            weight.T,
             preferred_element_type=at_least_float32(weight),
         )
 
@@ -191,7 +192,7 @@ class LanguageModel(eqx.Module):
         *,
         reset: Bool[Array, " seq"] | None = None,
         length: Int[Array, ""] | int | None = None,
-    ) -> Float[Array, "layers+1 seq {self.d_model}"]:
+    ) -> Float[Array, "{self.layers.n_layer}+1 seq {self.d_model}"]:
         """The residual stream after each layer, and last of all after `norm_f`.
 
         **Arguments:** as for `scan`.

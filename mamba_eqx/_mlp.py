@@ -5,19 +5,20 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._initialisers import check_positive, default_dtype, linear
+from ._initialisers import check_positive, default_dtype
+from ._linear import Linear
 
 
 class GatedMLP(eqx.Module):
-    r"""A gated feed-forward network on one token,
+    r"""A gated feed-forward network on every token by itself,
 
     $$a, g = W_1 x, \qquad \text{out} = W_2 (a \odot \mathrm{SiLU}(g)).$$
 
     `fc1` emits `[a, g]`, the gate last, as in the official `mamba_ssm.modules.mlp.GatedMLP`.
     """
 
-    fc1: eqx.nn.Linear
-    fc2: eqx.nn.Linear
+    fc1: Linear
+    fc2: Linear
 
     def __init__(
         self,
@@ -43,19 +44,19 @@ class GatedMLP(eqx.Module):
         check_positive("d_intermediate", d_intermediate)
         dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
         fc1_key, fc2_key = jr.split(key)
-        self.fc1 = linear(d_model, 2 * d_intermediate, use_bias=bias, dtype=dtype, key=fc1_key)
-        self.fc2 = linear(
+        self.fc1 = Linear(d_model, 2 * d_intermediate, use_bias=bias, dtype=dtype, key=fc1_key)
+        self.fc2 = Linear(
             d_intermediate, d_model, use_bias=bias, dtype=dtype, scale=residual_scale, key=fc2_key
         )
 
     @jax.named_scope("mamba_eqx.GatedMLP")
     def __call__(
-        self, x: Float[Array, " d_model"], *, key: PRNGKeyArray | None = None
-    ) -> Float[Array, " d_model"]:
+        self, x: Float[Array, "*seq d_model"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*seq d_model"]:
         """**Arguments:**
 
-        - `x`: one token; use `jax.vmap` for a sequence.
-        - `key`: ignored; accepted so that the layer fits into [`equinox.nn.Sequential`][].
+        - `x`: one token, or a sequence of tokens.
+        - `key`: ignored; accepted so that the layer fits into `equinox.nn.Sequential`.
         """
-        a, gate = jnp.split(self.fc1(x.astype(self.fc1.weight.dtype)), 2)
+        a, gate = jnp.split(self.fc1(x.astype(self.fc1.weight.dtype)), 2, axis=-1)
         return self.fc2(a * jax.nn.silu(gate)).astype(x.dtype)

@@ -106,7 +106,7 @@ class AbstractSequenceLayer(eqx.Module, Generic[State]):
         **Arguments:**
 
         - `x`, `reset`, `length`: as for `scan`.
-        - `key`: ignored; accepted so that the layer fits into [`equinox.nn.Sequential`][].
+        - `key`: ignored; accepted so that the layer fits into `equinox.nn.Sequential`.
         """
         y, _ = self.scan(x, reset=reset, length=length)
         return y
@@ -129,8 +129,8 @@ model is cast below that ([`mamba_eqx.cast`][]), and is not decayed in training
 def recurrence_mask(tree: PyTree) -> PyTree[bool]:
     """Which leaves of a model are parameters of a recurrence (`A_log`, `D`, `dt_bias`).
 
-    They stay in float32 in a bfloat16 model and get no weight decay, as in the official code
-    (`_no_weight_decay`).
+    They stay in float32 in a bfloat16 model, and get no weight decay. (The official Mamba-1 code
+    exempts only `A_log` and `D` from decay, that of Mamba-2 `dt_bias` as well.)
 
     **Returns:**
 

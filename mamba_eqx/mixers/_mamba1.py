@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .. import ops
 from .._conv import CausalConv1d
-from .._initialisers import check_dt, check_positive, default_dtype, dt_bias, linear
+from .._initialisers import check_dt, check_positive, default_dtype, dt_bias
+from .._linear import Linear
 from .._protocol import (
     RECURRENCE,
     AbstractSequenceLayer,
@@ -51,14 +52,14 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
     (2023), section 3; official `mamba_ssm.modules.mamba_simple.Mamba`.
     """
 
-    in_proj: eqx.nn.Linear
+    in_proj: Linear
     conv1d: CausalConv1d
-    x_proj: eqx.nn.Linear
-    dt_proj: eqx.nn.Linear
+    x_proj: Linear
+    dt_proj: Linear
     dt_bias: Float[Array, " {self.d_inner}"] = eqx.field(metadata=RECURRENCE)
     A_log: Float[Array, "{self.d_inner} {self.d_state}"] = eqx.field(metadata=RECURRENCE)
     D: Float[Array, " {self.d_inner}"] = eqx.field(metadata=RECURRENCE)
-    out_proj: eqx.nn.Linear
+    out_proj: Linear
     d_model: int = eqx.field(static=True)
     d_inner: int = eqx.field(static=True)
     d_state: int = eqx.field(static=True)
@@ -112,10 +113,10 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
         dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
         wide = at_least_float32(dtype)
         in_key, conv_key, x_key, dt_key, bias_key, out_key = jr.split(key, 6)
-        self.in_proj = linear(d_model, 2 * d_inner, use_bias=bias, dtype=dtype, key=in_key)
+        self.in_proj = Linear(d_model, 2 * d_inner, use_bias=bias, dtype=dtype, key=in_key)
         self.conv1d = CausalConv1d(d_inner, d_conv, use_bias=conv_bias, dtype=dtype, key=conv_key)
-        self.x_proj = linear(d_inner, dt_rank + 2 * d_state, use_bias=False, dtype=dtype, key=x_key)
-        self.dt_proj = linear(dt_rank, d_inner, use_bias=False, dtype=dtype, key=dt_key)
+        self.x_proj = Linear(d_inner, dt_rank + 2 * d_state, use_bias=False, dtype=dtype, key=x_key)
+        self.dt_proj = Linear(dt_rank, d_inner, use_bias=False, dtype=dtype, key=dt_key)
         self.dt_bias = dt_bias(
             bias_key,
             (d_inner,),
@@ -126,7 +127,7 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
         )
         self.A_log = jnp.tile(jnp.log(jnp.arange(1, d_state + 1, dtype=wide)), (d_inner, 1))
         self.D = jnp.ones(d_inner, wide)
-        self.out_proj = linear(
+        self.out_proj = Linear(
             d_inner, d_model, use_bias=bias, dtype=dtype, scale=residual_scale, key=out_key
         )
         self.d_model = d_model
@@ -159,14 +160,14 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
         check_sequence("Mamba1", self.d_model, x, reset, length)
         state = checked_state(self, state)
-        u, z = jax.vmap(self._project)(x)
+        u, z = self._project(x)
         u, conv = self.conv1d.scan(u, state.conv, reset=reset, length=length)
         u = jax.nn.silu(u)
-        dt, B, C = jax.vmap(self._select)(u)
+        dt, B, C = self._select(u)
         y, ssm = ops.selective_scan(
             u, dt, self.A, B, C, self.D, state=state.ssm, reset=reset, length=length
         )
-        out = jax.vmap(self.out_proj)(y * jax.nn.silu(z))
+        out = self.out_proj(y * jax.nn.silu(z))
         return out.astype(x.dtype), Mamba1State(conv, ssm)
 
     @jax.named_scope("mamba_eqx.Mamba1.step")
@@ -184,19 +185,22 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
         out = self.out_proj(y * jax.nn.silu(z))
         return out.astype(x.dtype), Mamba1State(conv, ssm)
 
+    # Of one token or of a sequence: the axes in front do not matter.
+
     def _project(
-        self, x: Float[Array, " {self.d_model}"]
-    ) -> tuple[Float[Array, " {self.d_inner}"], Float[Array, " {self.d_inner}"]]:
-        u, z = jnp.split(self.in_proj(x.astype(self.in_proj.weight.dtype)), 2)
+        self, x: Float[Array, "*seq {self.d_model}"]
+    ) -> tuple[Float[Array, "*seq {self.d_inner}"], Float[Array, "*seq {self.d_inner}"]]:
+        u, z = jnp.split(self.in_proj(x.astype(self.in_proj.weight.dtype)), 2, axis=-1)
         return u, z
 
     def _select(
-        self, u: Float[Array, " {self.d_inner}"]
+        self, u: Float[Array, "*seq {self.d_inner}"]
     ) -> tuple[
-        Float[Array, " {self.d_inner}"],
-        Float[Array, " {self.d_state}"],
-        Float[Array, " {self.d_state}"],
+        Float[Array, "*seq {self.d_inner}"],
+        Float[Array, "*seq {self.d_state}"],
+        Float[Array, "*seq {self.d_state}"],
     ]:
-        dt, B, C = jnp.split(self.x_proj(u), [self.dt_rank, self.dt_rank + self.d_state])
+        sizes = [self.dt_rank, self.dt_rank + self.d_state]
+        dt, B, C = jnp.split(self.x_proj(u), sizes, axis=-1)
         dt = self.dt_proj(dt).astype(self.dt_bias.dtype) + self.dt_bias
         return jax.nn.softplus(dt), B, C

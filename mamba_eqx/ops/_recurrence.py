@@ -90,7 +90,7 @@ def mask_resets(
 
 
 def freeze(
-    real: Bool[Array, " seq"] | None, array: Float[Array, "seq *shape"], value: float
+    real: Bool[Array, " seq"] | None, array: Float[Array, "seq *shape"], value: int
 ) -> Float[Array, "seq *shape"]:
     """`array` with `value` (one that leaves the state as it is) in the tokens that are not real."""
     if real is None:
