@@ -1,0 +1,258 @@
+"""What a checkpoint layout is, and strict matching of a model with it, by name."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import PyTree
+
+from .._config import LanguageModelConfig
+from .._language_model import LanguageModel
+from .._mlp import GatedMLP
+from .._stack import Stacked, Unrolled
+from ._stored import CheckpointError, quote
+
+
+_LISTED = 8
+
+
+@runtime_checkable
+class Described(Protocol):
+    """Anything with a shape and a dtype: an array, or a tensor that is still in its file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+
+_Described = TypeVar("_Described", bound=Described)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How an array here becomes the array in the file, and back: views, of arrays of any kind."""
+
+    to_file: Callable[[Any], Any]
+    from_file: Callable[[Any], Any]
+
+
+IDENTITY = Transform(lambda array: array, lambda array: array)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a name table: the name in the file, and where the array is in the model.
+
+    `where` is written for a model whose layers are `Unrolled`.
+    """
+
+    name: str
+    where: Callable[[Any], Any]
+    transform: Transform = IDENTITY
+
+    def within(self, name: str, where: Callable[[Any], Any]) -> "Entry":
+        """The same line in the table of a module that has this one under `name`."""
+        inner = self.where
+        return Entry(f"{name}.{self.name}", lambda tree: inner(where(tree)), self.transform)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checkpoint layout: how it writes a config, and what it calls the parameters.
+
+    - `name`: what the user calls it.
+    - `read_config`: from the content of `config.json`.
+    - `write_config`: to them; it raises `CheckpointError` for a model that the layout cannot
+        express. The dtype is that of the weights.
+    - `entries`: the name table for a config.
+    - `embedding`: the name of the embedding's weight.
+    - `keeps_tied_head`: whether files of a tied model hold the head's weight as well.
+    - `renames`: older names that files may have, to the ones in the table.
+    """
+
+    name: str
+    read_config: Callable[[object], LanguageModelConfig]
+    write_config: Callable[[LanguageModelConfig, np.dtype], dict[str, Any]]
+    entries: Callable[[LanguageModelConfig], list[Entry]]
+    embedding: str
+    keeps_tied_head: bool
+    renames: Mapping[str, str]
+
+    def tied_head(self, config: LanguageModelConfig) -> str | None:
+        """The name under which a file may hold the embedding once more."""
+        return "lm_head.weight" if config.tie_embeddings else None
+
+
+def unrolled(tree: LanguageModel) -> LanguageModel:
+    """The tree with its layers `Unrolled`, whatever its leaves are."""
+    stack = tree.layers
+    if not isinstance(stack, Stacked):
+        return tree
+    layers = [jax.tree.map(lambda leaf: leaf[i], stack.layers) for i in range(stack.n_layer)]  # noqa: B023
+    return eqx.tree_at(lambda tree: tree.layers, tree, Unrolled(layers, remat=stack.remat))
+
+
+def restacked(tree: LanguageModel, like: LanguageModel) -> LanguageModel:
+    """The inverse of `unrolled`: the layers stacked again if those of `like` are."""
+    if not isinstance(like.layers, Stacked):
+        return tree
+    layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tree.layers.unstack())
+    stack = eqx.tree_at(lambda stack: stack.layers, like.layers, layers)
+    return eqx.tree_at(lambda tree: tree.layers, tree, stack)
+
+
+def config_of(tree: LanguageModel) -> LanguageModelConfig:
+    """The config of a tree of a model's structure, whatever its leaves are."""
+    if not isinstance(tree, LanguageModel):
+        raise CheckpointError(
+            f"Expected a `LanguageModel`, or a tree of its structure, but got "
+            f"{type(tree).__name__}. Of an optimiser's state give one tree of moments, "
+            "`state[0].mu` for instance."
+        )
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            raise CheckpointError(
+                f"`{jax.tree_util.keystr(path)}` must be an array, but is of type "
+                f"{type(leaf).__name__}."
+            )
+    # Most sizes are static, but that of an MLP is the shape of a weight, here perhaps left out.
+    for mlp in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, GatedMLP)):
+        if isinstance(mlp, GatedMLP) and mlp.fc2.weight is None:
+            raise CheckpointError(
+                "A part of a model with MLPs must hold the weights of their `fc2`, from which "
+                "the config is read."
+            )
+    found: list[LanguageModelConfig] = []
+    jax.eval_shape(lambda tree: found.append(LanguageModelConfig.of(tree)), tree)
+    return found[0]
+
+
+def skeleton_of(config: LanguageModelConfig) -> LanguageModel:
+    """A model of that config, of shapes in place of arrays."""
+    return eqx.filter_eval_shape(lambda: config.build(key=jr.key(0)))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """An entry, and the place of its array among the leaves of a tree (with `Unrolled` layers)."""
+
+    entry: Entry
+    index: int
+
+    def file_shape(self, leaf: Described) -> tuple[int, ...]:
+        """The shape in the file of a leaf."""
+        # A view of a single number, which takes no memory, be the shape absurd.
+        return self.entry.transform.to_file(np.broadcast_to(np.float32(0), leaf.shape)).shape
+
+
+def slots(layout: Layout, config: LanguageModelConfig, tree: PyTree) -> list[Slot]:
+    """Where each name of the layout is in `tree`, each leaf having exactly one name.
+
+    Names whose place in the tree is `None` are left out, so that a part of a model (as
+    `eqx.partition` makes) has a part of the names.
+
+    **Raises:** `CheckpointError` for leaves without a name.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    numbered = jax.tree.unflatten(structure, range(len(leaves)))
+    places = [(entry, entry.where(numbered)) for entry in layout.entries(config)]
+    found = [Slot(entry, index) for entry, index in places if index is not None]
+    nameless = set(range(len(leaves))) - {slot.index for slot in found}
+    if nameless:
+        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(tree)]
+        names = listing([f"`{paths[index]}`" for index in sorted(nameless)])
+        raise CheckpointError(
+            f"The {layout.name!r} layout has no name for {names}: it cannot hold this model."
+        )
+    return found
+
+
+def renamed(layout: Layout, tensors: Mapping[str, _Described]) -> dict[str, _Described]:
+    """The tensors with the older names among theirs replaced by the names in the table."""
+    current: dict[str, _Described] = {}
+    for name, tensor in tensors.items():
+        new_name = layout.renames.get(name)
+        # If both are there, the older name is one too many, and is reported as unexpected.
+        current[name if new_name is None or new_name in tensors else new_name] = tensor
+    return current
+
+
+def match(
+    layout: Layout,
+    config: LanguageModelConfig,
+    like: PyTree,
+    tensors: Mapping[str, _Described],
+    *,
+    floating: bool,
+) -> list[tuple[Slot, _Described]]:
+    """Finds the tensor of every leaf, and compares what is there with what should be.
+
+    **Arguments:**
+
+    - `like`: the tree to be filled (with `Unrolled` layers): arrays, or their shapes.
+    - `tensors`: by their names in the table; see `renamed`.
+    - `floating`: whether tensors must be of a floating-point dtype.
+
+    **Returns:**
+
+    The slots, each with its tensor.
+
+    **Raises:** one `CheckpointError` that lists everything missing, unexpected, misshapen and of
+    another kind of dtype.
+    """
+    leaves = jax.tree.leaves(like)
+    found: list[tuple[Slot, _Described]] = []
+    missing: list[str] = []
+    misshapen: list[str] = []
+    expected = slots(layout, config, like)
+    for slot in expected:
+        tensor = tensors.get(slot.entry.name)
+        if tensor is None:
+            missing.append(slot.entry.name)
+            continue
+        found.append((slot, tensor))
+        shape = slot.file_shape(leaves[slot.index])
+        if tuple(tensor.shape) != shape:
+            misshapen.append(f"{slot.entry.name} is {tuple(tensor.shape)} and should be {shape}")
+    names = {slot.entry.name for slot in expected}
+    tied_head = layout.tied_head(config)
+    unexpected = [quote(name) for name in tensors if name not in names and name != tied_head]
+    if tied_head is not None and tied_head in tensors and layout.embedding in tensors:
+        head, embedding = tensors[tied_head], tensors[layout.embedding]
+        if tuple(head.shape) != tuple(embedding.shape):
+            misshapen.append(
+                f"{tied_head} is {tuple(head.shape)} and, being tied to {layout.embedding}, "
+                f"should be {tuple(embedding.shape)}"
+            )
+    mistyped = [
+        f"{quote(name)} is {tensor.dtype}"
+        for name, tensor in tensors.items()
+        if floating and not jnp.issubdtype(tensor.dtype, np.floating)
+    ]
+    faults = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": misshapen,
+        "not of a floating-point dtype": mistyped,
+    }
+    if any(faults.values()):
+        lines = [f"{len(n)} {what}: {listing(n)}" for what, n in faults.items() if n]
+        raise CheckpointError(
+            f"The tensors do not fit the config, read as the {layout.name!r} layout has it. "
+            + "; ".join(lines)
+            + ". Take the config and the weights of one and the same model."
+        )
+    return found
+
+
+def listing(names: list[str]) -> str:
+    """The first few of many."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

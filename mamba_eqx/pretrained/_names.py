@@ -1,0 +1,88 @@
+"""The names that parameters have in checkpoints: one table for each mixer, used by all layouts."""
+
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any
+
+from .._config import AbstractMixerConfig, BlockConfig, LanguageModelConfig, Mamba1Config
+from ._layout import Entry, Transform
+from ._stored import CheckpointError
+
+
+def _conv_to_file(weight: Any) -> Any:
+    # Anything else, from a `vmap` say, would be transposed to nonsense.
+    if weight.ndim != 2:
+        raise CheckpointError(
+            f"The weight of `conv1d` must be of shape (d_conv, d_inner), but is {weight.shape}. "
+            "Take one model out of an ensemble first."
+        )
+    return weight.T[:, None, :]
+
+
+# (d_conv, d_inner) here, (d_inner, 1, d_conv) in torch's `Conv1d`.
+_CONV_WEIGHT = Transform(_conv_to_file, from_file=lambda weight: weight[:, 0, :].T)
+
+
+def mamba1(config: Mamba1Config) -> list[Entry]:
+    """The names within a Mamba-1 mixer: upstream's own, but for the bias of `dt_proj`."""
+    entries = [
+        Entry("in_proj.weight", lambda mixer: mixer.in_proj.weight),
+        Entry("conv1d.weight", lambda mixer: mixer.conv1d.weight, _CONV_WEIGHT),
+        Entry("x_proj.weight", lambda mixer: mixer.x_proj.weight),
+        Entry("dt_proj.weight", lambda mixer: mixer.dt_proj.weight),
+        Entry("dt_proj.bias", lambda mixer: mixer.dt_bias),
+        Entry("A_log", lambda mixer: mixer.A_log),
+        Entry("D", lambda mixer: mixer.D),
+        Entry("out_proj.weight", lambda mixer: mixer.out_proj.weight),
+    ]
+    if config.conv_bias:
+        entries.append(Entry("conv1d.bias", lambda mixer: mixer.conv1d.bias))
+    if config.bias:
+        entries.append(Entry("in_proj.bias", lambda mixer: mixer.in_proj.bias))
+        entries.append(Entry("out_proj.bias", lambda mixer: mixer.out_proj.bias))
+    return entries
+
+
+# One line for each mixer.
+_MIXERS: MappingProxyType[type[AbstractMixerConfig], Callable[[Any], list[Entry]]]
+_MIXERS = MappingProxyType({Mamba1Config: mamba1})
+
+
+def block(config: BlockConfig) -> list[Entry]:
+    """The names within a block."""
+    entries = norm("norm", lambda block: block.norm, config.rms_norm)
+    mixer = _MIXERS[type(config.mixer)](config.mixer)
+    entries += [entry.within("mixer", lambda block: block.mixer) for entry in mixer]
+    if config.d_intermediate is not None:
+        entries += norm("norm2", lambda block: block.norm2, config.rms_norm)
+        entries.append(Entry("mlp.fc1.weight", lambda block: block.mlp.fc1.weight))
+        entries.append(Entry("mlp.fc2.weight", lambda block: block.mlp.fc2.weight))
+    return entries
+
+
+def norm(name: str, where: Callable[[Any], Any], rms_norm: bool) -> list[Entry]:
+    """The names within a norm; an RMSNorm has no bias."""
+    weight = Entry("weight", lambda norm: norm.weight).within(name, where)
+    bias = Entry("bias", lambda norm: norm.bias).within(name, where)
+    return [weight] if rms_norm else [weight, bias]
+
+
+def language_model(config: LanguageModelConfig, *, embedding: str) -> list[Entry]:
+    """The names in a whole model.
+
+    **Arguments:**
+
+    - `embedding`: the name of the embedding, on which the layouts differ.
+    """
+    entries = [Entry(embedding, lambda model: model.embedding.weight)]
+    for i, layer in enumerate(config.layers):
+        where = _layer(i)
+        entries += [entry.within(f"backbone.layers.{i}", where) for entry in block(layer)]
+    entries += norm("backbone.norm_f", lambda model: model.norm_f, config.rms_norm)
+    if not config.tie_embeddings:
+        entries.append(Entry("lm_head.weight", lambda model: model.lm_head.weight))
+    return entries
+
+
+def _layer(i: int) -> Callable[[Any], Any]:
+    return lambda model: model.layers.layers[i]

@@ -1,0 +1,150 @@
+"""From a model to a checkpoint."""
+
+import json
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from .._language_model import LanguageModel
+from .._protocol import recurrence_mask
+from ._files import CONFIG, SAFETENSORS, SAFETENSORS_INDEX
+from ._layout import config_of, match, skeleton_of
+from ._safetensors import write_safetensors
+from ._state_dict import layout_named, state_dict
+from ._stored import CheckpointError
+
+
+# What `save_pretrained` writes, and so replaces.
+_OURS = re.compile(
+    rf"{re.escape(CONFIG)}|{re.escape(SAFETENSORS)}|{re.escape(SAFETENSORS_INDEX)}"
+    r"|model-\d{5}-of-\d{5}\.safetensors"
+)
+_TORCH = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin(\.index\.json)?")
+
+
+def save_pretrained(
+    model: LanguageModel,
+    path: str | os.PathLike[str],
+    *,
+    layout: str = "transformers",
+    max_shard_size: int | None = None,
+) -> None:
+    """Saves a model so that `from_pretrained` loads it, and that transformers does.
+
+    The checkpoint appears at `path` when it is complete: one that is there is replaced as a whole,
+    and stays as it is if anything goes wrong. Other files in the folder are left alone.
+
+    **Arguments:**
+
+    - `model`: its layers may be `Unrolled` or `Stacked`. Each array keeps its dtype.
+    - `path`: a folder, which is made if need be.
+    - `layout`: `"transformers"`, or `"state-spaces"` for the official one, which has room for more
+        (MLPs, LayerNorm).
+    - `max_shard_size`: the largest number of bytes of tensors in one file; one file for all by
+        default. A tensor larger than this gets a file of its own.
+
+    **Raises:** [`mamba_eqx.CheckpointError`][] if the layout cannot hold the model, or there are
+    weights in `path` that a reader might take for these; `FileExistsError` if `path` is a file.
+    """
+    if max_shard_size is not None and max_shard_size < 1:
+        raise ValueError(f"`max_shard_size` must be at least 1 byte, but got {max_shard_size}.")
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file: give the path of a folder, existing or not.")
+    torch_files = sorted(filter(_TORCH.fullmatch, os.listdir(path))) if path.exists() else []
+    if torch_files:
+        raise CheckpointError(
+            f"{path} holds the weights of another checkpoint, {torch_files[0]}, which some readers "
+            "would take for the ones to be saved. Remove them, or choose another folder."
+        )
+    chosen, config = layout_named(layout), config_of(model)
+    tensors = state_dict(model, layout=layout)
+    # What could not be loaded is not saved: a part of a model, or an ensemble.
+    match(chosen, config, skeleton_of(config), tensors, floating=True)
+    fields = chosen.write_config(config, _dtype(model))
+    head = chosen.tied_head(config)
+    if head is not None and chosen.keeps_tied_head:
+        tensors[head] = tensors[chosen.embedding]
+
+    # A link is followed here, so as to work beside the folder itself.
+    target = path.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
+    new, old = temporary / "new", temporary / "old"
+    try:
+        new.mkdir(parents=True)
+        _write_tensors(new, tensors, max_shard_size)
+        (new / CONFIG).write_text(json.dumps(fields, indent=2, allow_nan=False) + "\n", "utf-8")
+        if target.exists():
+            old.mkdir()
+            _swap(target, new, old)
+        else:
+            new.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_tensors(folder: Path, tensors: dict[str, Array], max_shard_size: int | None) -> None:
+    shards = _shards(tensors, max_shard_size)
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards, start=1):
+        file = SAFETENSORS if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        # To the host one shard at a time. transformers insists on the format.
+        arrays = {name: np.asarray(tensors[name]) for name in names}
+        write_safetensors(folder / file, arrays, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total_size = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _shards(tensors: dict[str, Array], max_shard_size: int | None) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    room = max_shard_size
+    for name, tensor in tensors.items():
+        if room is not None and max_shard_size is not None:
+            if tensor.nbytes > room and shards[-1]:
+                shards.append([])
+                room = max_shard_size
+            room -= tensor.nbytes
+        shards[-1].append(name)
+    return shards
+
+
+def _swap(target: Path, new: Path, old: Path) -> None:
+    """Moves the checkpoint in `target` to `old`, and the one in `new` into its place.
+
+    If a move fails, all are undone. The config leaves first and arrives last, so that a folder
+    at which the machine was switched off lacks it, and is refused rather than misread.
+    """
+    moves = [(target / name, old / name) for name in os.listdir(target) if _OURS.fullmatch(name)]
+    moves.sort(key=lambda move: move[0].name != CONFIG)
+    arrivals = [(new / name, target / name) for name in os.listdir(new)]
+    arrivals.sort(key=lambda move: move[0].name == CONFIG)
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, destination in moves + arrivals:
+            os.replace(source, destination)
+            done.append((source, destination))
+    except BaseException:
+        for source, destination in reversed(done):
+            os.replace(destination, source)
+        raise
+
+
+def _dtype(model: LanguageModel) -> np.dtype:
+    """The dtype of the parameters outside recurrences; if they differ, one that holds all."""
+    leaves: list[Any] = jax.tree.leaves(model)
+    recurrence = jax.tree.leaves(recurrence_mask(model))
+    own = {leaf.dtype for leaf, wide in zip(leaves, recurrence, strict=True) if not wide}
+    if len(own) == 1:
+        return np.dtype(own.pop())
+    return np.dtype(np.float64 if np.dtype(np.float64) in own else np.float32)

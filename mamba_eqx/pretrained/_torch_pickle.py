@@ -1,0 +1,322 @@
+"""Reads the files of `torch.save` without torch, and without running what is in them.
+
+Such a file is a zip archive of one pickle, `data.pkl`, which describes the tensors, and their
+storages, `data/0` and so on. The pickle is run by `PickleMachine`, for which the functions it
+names are no more than names.
+"""
+
+import functools
+import math
+import os
+import struct
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import ml_dtypes
+import numpy as np
+
+from ._pickle_machine import PickledDict, PickledGlobal, PickleMachine
+from ._stored import (
+    DAMAGED,
+    CheckpointError,
+    StoredTensor,
+    check_naturals,
+    check_shape,
+    map_file,
+    quote,
+    read_array,
+)
+from ._torch_zip import ADVICE, Entry, find_root, read_byte_order, read_pickle, read_zip
+
+
+_DTYPES = {
+    "torch.DoubleStorage": np.dtype(np.float64),
+    "torch.FloatStorage": np.dtype(np.float32),
+    "torch.HalfStorage": np.dtype(np.float16),
+    "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "torch.LongStorage": np.dtype(np.int64),
+    "torch.IntStorage": np.dtype(np.int32),
+    "torch.ShortStorage": np.dtype(np.int16),
+    "torch.CharStorage": np.dtype(np.int8),
+    "torch.ByteStorage": np.dtype(np.uint8),
+    "torch.BoolStorage": np.dtype(np.bool_),
+    # Newer dtypes have no storage class: theirs is untyped, and the tensor names the dtype.
+    "torch.uint16": np.dtype(np.uint16),
+    "torch.uint32": np.dtype(np.uint32),
+    "torch.uint64": np.dtype(np.uint64),
+}
+_UNTYPED = "torch.storage.UntypedStorage"
+_ORDERED_DICT = "collections.OrderedDict"
+_TENSOR = "torch._utils._rebuild_tensor_v2"
+_TENSOR_WITH_DTYPE = "torch._utils._rebuild_tensor_v3"
+_PARAMETERS = {
+    "torch._utils._rebuild_parameter": 3,
+    # With attributes set on the parameter, as Mamba sets `_no_weight_decay`.
+    "torch._utils._rebuild_parameter_with_state": 4,
+}
+_SUPPORTED = ", ".join(str(dtype) for dtype in _DTYPES.values())
+_GLOBALS = {_ORDERED_DICT, _TENSOR, _TENSOR_WITH_DTYPE, _UNTYPED, *_PARAMETERS, *_DTYPES}
+
+_STATE_DICT_NAMES = ("state_dict", "model_state_dict", "model", "module", "model_state", "ema")
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    start: int
+    size: int
+    dtype: np.dtype | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    start: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: np.dtype
+
+
+def open_torch(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
+    """Opens a state dict saved by `torch.save`; its values stay on disk until they are read.
+
+    The file is treated as hostile: everything it says is checked before any tensor is read, and
+    nothing in it is run. Checksums of tensor values are not verified.
+
+    **Arguments:**
+
+    - `path`: the file, by custom `pytorch_model.bin`.
+
+    **Returns:**
+
+    The tensors by name, in the order of the file. Names that share a storage in the file ("tied"
+    tensors) share its memory here.
+
+    **Raises:**
+
+    `CheckpointError` for any content that is not a flat dict of names to dense tensors of a
+    float, bfloat16, integer or bool dtype.
+    """
+    try:
+        buffer = map_file(path)
+        entries = read_zip(buffer)
+        root = find_root(entries)
+        pickle = read_pickle(buffer, entries[f"{root}/data.pkl"])
+        folder = f"{root}/data/"
+        storages = {n.removeprefix(folder): e for n, e in entries.items() if n.startswith(folder)}
+        machine = _StateDictMachine(pickle, storages=storages)
+        tensors = _state_dict(machine.run())
+        swap = read_byte_order(buffer, entries.get(f"{root}/byteorder")) != sys.byteorder
+    except CheckpointError as error:
+        raise CheckpointError(f"{os.fspath(path)}: {error}") from None
+    return {
+        name: StoredTensor(
+            name,
+            tensor.shape,
+            tensor.dtype,
+            functools.partial(
+                read_array,
+                buffer,
+                tensor.start,
+                tensor.shape,
+                tensor.dtype,
+                strides=tensor.strides,
+                swap=swap,
+            ),
+        )
+        for name, tensor in tensors.items()
+    }
+
+
+@dataclass
+class _StateDictMachine(PickleMachine):
+    """Gives the names in the pickle of a state dict their meaning, as records."""
+
+    storages: Mapping[str, Entry] = field(kw_only=True)
+
+    def find(self, name: str) -> PickledGlobal:
+        if name in _GLOBALS:
+            return PickledGlobal(name)
+        shown = quote(name)[1:-1]
+        if name.startswith(("torch.float8", "torch.float4")):
+            raise CheckpointError(
+                f"it holds tensors of the float8 or smaller format `{shown}`, which is not read: "
+                "take a checkpoint that is not quantised, or convert it to bfloat16."
+            )
+        if name.startswith("torch.") and name.endswith("Storage"):
+            raise CheckpointError(
+                f"it holds tensors of `{shown}`, but only {_SUPPORTED} are read: convert them."
+            )
+        if not self.stack and not self.outer:
+            raise CheckpointError(
+                f"it is the pickle of a whole object, made by `{shown}`, not a state dict. Such a "
+                f"file can be read only by running code that it names, which is not done. {ADVICE}"
+            )
+        raise CheckpointError(
+            f"it uses `{shown}`{self._place()}, but only plain tensors are read, since anything "
+            f"else can run code. {self._hint()}"
+        )
+
+    def _place(self) -> str:
+        """Says for which name of the outermost dict a value is being made, if that can be told."""
+        levels = [*self.outer, self.stack]
+        items = levels[0][1:] or (levels[1] if len(levels) > 1 else [])
+        name = items[(len(items) - 1) // 2 * 2] if items else None
+        return f" for {quote(name)}" if isinstance(name, str) else ""
+
+    def _hint(self) -> str:
+        for name in _STATE_DICT_NAMES:
+            if struct.pack("<cI", b"X", len(name)) + name.encode() in self.pickle:
+                return _extract(name)
+        return ADVICE
+
+    def load(self, identifier: object) -> _Storage:
+        match identifier:
+            case ("storage", PickledGlobal(kind), str(key), str(), int(count)):
+                pass
+            case _:
+                raise self.malformed("it refers to something other than a storage")
+        dtype = _DTYPES.get(kind)
+        if kind != _UNTYPED and (dtype is None or not kind.endswith("Storage")):
+            raise self.malformed(f"it takes {kind} for a storage")
+        entry = self.storages.get(key)
+        if entry is None:
+            raise CheckpointError(f"its storage {quote(key)} is missing. {DAMAGED}")
+        itemsize = 1 if dtype is None else dtype.itemsize
+        if type(count) is not int or count * itemsize != entry.size:
+            raise CheckpointError(
+                f"its storage {quote(key)} has {entry.size} bytes, but should have {count} "
+                f"elements of {itemsize} bytes. {DAMAGED}"
+            )
+        return _Storage(entry.start, entry.size, dtype)
+
+    def call(self, function: object, arguments: object) -> object:
+        if not isinstance(function, PickledGlobal) or not isinstance(arguments, tuple):
+            raise self.malformed("it calls what is not a function")
+        name = function.name
+        if name == _ORDERED_DICT and arguments == ():
+            return PickledDict(ordered=True)
+        if name in (_TENSOR, _TENSOR_WITH_DTYPE):
+            return self._tensor(arguments, has_dtype=name == _TENSOR_WITH_DTYPE)
+        if (
+            len(arguments) == _PARAMETERS.get(name)
+            and isinstance(arguments[0], _Tensor)
+            and isinstance(arguments[1], bool)
+        ):
+            return arguments[0]
+        raise self.malformed(f"it calls `{name}` with arguments that torch does not write")
+
+    def _tensor(self, arguments: tuple[object, ...], *, has_dtype: bool) -> _Tensor:
+        dtype = None
+        match arguments[: 7 if has_dtype else 6], has_dtype:
+            case (_Storage() as storage, int(offset), tuple(size), tuple(stride), bool(), _), False:
+                dtype = storage.dtype
+            case (
+                (_Storage() as storage, int(offset), tuple(size), tuple(stride), bool(), _, kind),
+                True,
+            ):
+                if isinstance(kind, PickledGlobal) and not kind.name.endswith("Storage"):
+                    dtype = _DTYPES.get(kind.name)
+            case _:
+                raise self.malformed("it makes a tensor in a way that torch does not")
+        if dtype is None:
+            raise self.malformed("it makes a tensor without a known dtype")
+        match arguments[7 if has_dtype else 6 :]:
+            case () | (None,) | (PickledDict(pairs=[]),):
+                pass
+            case _:
+                raise CheckpointError(
+                    f"it holds a tensor{self._place()} that is conjugated or negated only by a "
+                    "flag. In torch: `tensor.resolve_conj().resolve_neg()` before saving."
+                )
+        try:
+            return _view(storage, dtype, offset, size, stride)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"it holds a tensor{self._place()} that cannot be read: {error}"
+            ) from None
+
+
+def _view(
+    storage: _Storage,
+    dtype: np.dtype,
+    offset: int,
+    size: tuple[object, ...],
+    stride: tuple[object, ...],
+) -> _Tensor:
+    """Returns the tensor of these sizes and strides, if it lies within the storage."""
+    shape = check_shape(size, dtype.itemsize)
+    (begin,) = check_naturals((offset,), "offset")
+    steps = check_naturals(stride, "strides")
+    if len(steps) != len(shape):
+        raise CheckpointError(
+            f"the shape {quote(shape)} has not as many dimensions as the strides {quote(steps)}."
+        )
+    count, available = math.prod(shape), storage.size // dtype.itemsize
+    last = begin + sum((n - 1) * step for n, step in zip(shape, steps, strict=True))
+    if count and last >= available:
+        raise CheckpointError(
+            f"the shape {quote(shape)} with strides {quote(steps)} from offset {begin} runs past "
+            f"its storage of {available} elements. {DAMAGED}"
+        )
+    # A stride of 0 can make any size of one element.
+    if count > available:
+        raise CheckpointError(
+            f"the shape {quote(shape)} has {count} elements, but its storage {available}. An "
+            "expanded tensor needs `tensor.contiguous()` in torch before it is saved."
+        )
+    # The stride of a dimension of size 1 is never used, and may be too large for NumPy.
+    strides = tuple(
+        step * dtype.itemsize if n > 1 else 0 for n, step in zip(shape, steps, strict=True)
+    )
+    return _Tensor(storage.start + begin * dtype.itemsize, shape, strides, dtype)
+
+
+def _state_dict(result: object) -> dict[str, _Tensor]:
+    """Returns the tensors by name, if that is what the pickle describes."""
+    if not isinstance(result, PickledDict):
+        raise CheckpointError(f"it holds {_kind(result)}, not a state dict. {ADVICE}")
+    tensors: dict[str, _Tensor] = {}
+    for name, value in result.pairs:
+        if not isinstance(name, str):
+            raise CheckpointError(f"its dict has {_kind(name)} for a name. {ADVICE}")
+        if name in tensors:
+            raise CheckpointError(f"it names {quote(name)} twice. {DAMAGED}")
+        if not isinstance(value, _Tensor):
+            # By identity, because a pickle can name one large dict very often.
+            distinct = {id(v): (n, v) for n, v in result.pairs}.values()
+            nested = next((n for n, v in distinct if isinstance(n, str) and _is_flat(v)), None)
+            raise CheckpointError(
+                f"it holds {_kind(value)} under {quote(name)}, where a state dict has a tensor. "
+                + (ADVICE if nested is None else _extract(nested))
+            )
+        tensors[name] = value
+    return tensors
+
+
+def _is_flat(value: object) -> bool:
+    return (
+        isinstance(value, PickledDict)
+        and bool(value.pairs)
+        and all(isinstance(n, str) and isinstance(v, _Tensor) for n, v in value.pairs)
+    )
+
+
+def _extract(name: str) -> str:
+    return (
+        f"It seems to be the checkpoint of a trainer, with the state dict under {quote(name)}. In "
+        f"torch, if you trust the file: `torch.save(torch.load(path)[{quote(name)}], new_path)`."
+    )
+
+
+def _kind(value: object) -> str:
+    match value:
+        case None:
+            return "None"
+        case _Tensor():
+            return "a tensor"
+        case PickledDict():
+            return "a dict"
+        case PickledGlobal() | _Storage():
+            return "a class or a storage"
+        case _:
+            return f"a value of type {type(value).__name__}"
