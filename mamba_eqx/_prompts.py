@@ -1,0 +1,96 @@
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import numpy as np
+from jaxtyping import Array, Int, Integer, PyTree
+
+
+Prompt = Sequence[int] | Integer[Array, " _"] | Integer[np.ndarray, " _"]
+"""One sequence of tokens. (Of any length, also beside another one: hence the `_`.)"""
+
+
+class DecodingState(eqx.Module):
+    """Where a generation has come to: everything that it takes to go on.
+
+    Of the whole sequence so far (prompt and generated tokens), `layers` has seen all tokens but
+    the last one. That one is `token`: going on begins by feeding it to the model, which gives the
+    logits of the next token. `position` counts the tokens that `layers` has seen; the random
+    numbers of a token depend on the key and on its position, and on nothing else.
+
+    With a batch every leaf has a first axis of rows.
+    """
+
+    layers: PyTree
+    token: Int[Array, "*batch"]
+    position: Int[Array, "*batch"]
+
+
+def read_prompts(
+    vocab_size: int, prompts: Any, state: DecodingState | None
+) -> tuple[list[np.ndarray], bool]:
+    """The prompts as arrays, and whether they are a batch."""
+    if state is not None and not isinstance(state, DecodingState):
+        raise ValueError(
+            f"`state` must be a `DecodingState`, but got {type(state).__name__}. Take the `state` "
+            "of a `Generation`."
+        )
+    if prompts is None:
+        if state is None:
+            raise ValueError("Without prompts there must be a `state` to go on from.")
+        count = state.token.size
+        return [np.zeros(0, np.int32)] * count, state.token.ndim == 1
+    is_sequence = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes)
+    if not is_sequence and getattr(prompts, "ndim", 0) == 0:
+        raise ValueError(
+            f"`prompts` must be a sequence of tokens, or a list of such, but got {prompts!r}. Text "
+            "has to be tokenized first."
+        )
+    # The rows of a batch are sequences; a 2-dimensional array is a batch of equal lengths.
+    batched = len(prompts) > 0 and (np.ndim(prompts[0]) > 0 or isinstance(prompts[0], str))
+    rows = [
+        check_tokens(vocab_size, f"prompts[{i}]" if batched else "prompts", row)
+        for i, row in enumerate(prompts if batched else [prompts])
+    ]
+    if state is not None:
+        shape = (len(rows),) if batched else ()
+        if state.token.shape != shape:
+            raise ValueError(
+                f"`prompts` and `state` must agree: the prompts are {_describe(shape)}, but the "
+                f"state is that of {_describe(state.token.shape)}."
+            )
+        return rows, batched
+    for i, row in enumerate(rows):
+        if len(row) == 0:
+            raise ValueError(
+                f"`{f'prompts[{i}]' if batched else 'prompts'}` is empty: there is no token to "
+                "start from. Begin with the token that begins texts for this model, or give the "
+                "`state` of an earlier generation."
+            )
+    return rows, batched
+
+
+def _describe(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]} rows" if shape else "one sequence"
+
+
+def check_tokens(vocab_size: int, name: str, row: Any) -> Int[np.ndarray, " seq"]:
+    try:
+        tokens = np.asarray(row)
+    except ValueError:
+        tokens = np.asarray(None)
+    if tokens.size == 0 and tokens.ndim == 1:
+        return np.zeros(0, np.int32)
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            f"`{name}` must be a sequence of integers, but got {row!r}. Text has to be tokenized "
+            "first."
+        )
+    bad = (tokens < 0) | (tokens >= vocab_size)
+    if bad.any():
+        at = int(bad.argmax())
+        raise ValueError(
+            f"Tokens must be within 0..{vocab_size - 1}, but got {name}[{at}]={tokens[at]}. Is "
+            "this the tokenizer of this model?"
+        )
+    return tokens.astype(np.int32)

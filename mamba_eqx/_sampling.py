@@ -1,0 +1,262 @@
+"""From logits to a token. Everything works along the last axis; put `jax.vmap` or leading axes
+around it as you like. Filters set the logits they exclude to `-inf` and leave the others alone."""
+
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from .ops._precision import at_least_float32
+
+
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+def temperature(
+    logits: Float[Array, "*batch vocab"], value: float | Float[Array, ""]
+) -> Float[Array, "*batch vocab"]:
+    r"""Sharpens (below 1) or flattens (above 1) a distribution:
+
+    $$p_i \propto \exp(l_i / \tau).$$
+
+    The largest logit is moved to zero first, which changes no probability, so that a tiny $\tau$
+    tends to the greedy choice instead of overflowing.
+
+    Reference: Ackley, Hinton and Sejnowski, *A Learning Algorithm for Boltzmann Machines* (1985).
+
+    **Arguments:**
+
+    - `logits`: of any floating-point dtype.
+    - `value`: $\tau$, positive and finite. For the limit of 0 see [`mamba_eqx.greedy`][].
+
+    **Returns:** the new logits.
+
+    **Raises:** `ValueError` if `value` is out of range (values traced by JAX are not checked).
+    """
+    check_temperature(value)
+    return (logits - _max(logits)) / jnp.asarray(value, logits.dtype)
+
+
+def top_k(
+    logits: Float[Array, "*batch vocab"], k: int | Int[Array, ""]
+) -> Float[Array, "*batch vocab"]:
+    r"""Keeps the `k` most likely tokens:
+
+    $$\{i : l_i \ge l_{(k)}\}, \qquad l_{(1)} \ge l_{(2)} \ge \dots$$
+
+    Tokens tied with the last of them are kept as well. `k` may be traced: another one does not
+    recompile.
+
+    Reference: Fan, Lewis and Dauphin, *Hierarchical Neural Story Generation* (2018), section 5.1.
+
+    **Arguments:**
+
+    - `logits`: of any floating-point dtype.
+    - `k`: at least 1. Beyond the size of the vocabulary nothing is excluded.
+
+    **Returns:** the logits, those of excluded tokens being `-inf`.
+
+    **Raises:** `ValueError` if `k` is out of range (values traced by JAX are not checked).
+    """
+    check_top_k(k)
+    ones = jnp.ones(logits.shape, jnp.int32)
+    return _only(logits, _most_likely(logits, ones, jnp.asarray(k, jnp.int32)))
+
+
+def top_p(
+    logits: Float[Array, "*batch vocab"], p: float | Float[Array, ""]
+) -> Float[Array, "*batch vocab"]:
+    r"""Keeps the smallest set of most likely tokens that has at least the probability `p`, known
+    as nucleus sampling:
+
+    $$\{i : l_i \ge t\}, \qquad t = \max \Big\{ t : \sum_{l_i \ge t} p_i \ge p \Big\},
+      \qquad p = \mathrm{softmax}(l).$$
+
+    Equally likely tokens are kept or excluded together.
+
+    Reference: Holtzman et al., *The Curious Case of Neural Text Degeneration* (2020), section 3.1.
+
+    **Arguments:**
+
+    - `logits`: of any floating-point dtype.
+    - `p`: within `0 < p <= 1`. The most likely token is always kept.
+
+    **Returns:** the logits, those of excluded tokens being `-inf`.
+
+    **Raises:** `ValueError` if `p` is out of range (values traced by JAX are not checked).
+    """
+    check_top_p(p)
+    wide = at_least_float32(logits)
+    probs = jax.nn.softmax(logits.astype(wide))
+    return _only(logits, _most_likely(logits, probs, jnp.asarray(p, wide)))
+
+
+def min_p(
+    logits: Float[Array, "*batch vocab"], p: float | Float[Array, ""]
+) -> Float[Array, "*batch vocab"]:
+    r"""Keeps the tokens that are at least `p` times as likely as the most likely one:
+
+    $$\{i : p_i \ge p \max_j p_j\} = \{i : l_i \ge \max_j l_j + \log p\}.$$
+
+    The maximum is the true one. (Where it filters by `min_p`, the official `generate` takes the
+    first logit for the largest, although they are not sorted there.)
+
+    Reference: Nguyen et al., *Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM
+    Outputs* (2024), section 3.
+
+    **Arguments:**
+
+    - `logits`: of any floating-point dtype.
+    - `p`: within `0 <= p <= 1`.
+
+    **Returns:** the logits, those of excluded tokens being `-inf`.
+
+    **Raises:** `ValueError` if `p` is out of range (values traced by JAX are not checked).
+    """
+    check_min_p(p)
+    return _only(logits, logits - _max(logits) >= jnp.log(jnp.asarray(p, logits.dtype)))
+
+
+def greedy(logits: Float[Array, "*batch vocab"]) -> Int[Array, "*batch"]:
+    r"""The most likely token, $\arg\max_i l_i$; the first one if several are equally likely.
+
+    **Arguments:**
+
+    - `logits`: of any floating-point dtype.
+
+    **Returns:** the token.
+    """
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def sample(
+    logits: Float[Array, "*batch vocab"],
+    key: PRNGKeyArray,
+    *,
+    temperature: float | Float[Array, ""] = 1.0,
+    top_k: int | Int[Array, ""] | None = None,
+    top_p: float | Float[Array, ""] | None = None,
+    min_p: float | Float[Array, ""] | None = None,
+) -> Int[Array, "*batch"]:
+    r"""Draws a token from $\mathrm{softmax}(l)$, after the temperature and then those filters that
+    are not `None`, in the order `top_k`, `top_p`, `min_p`, each on what the one before has left.
+
+    One uniform number $u$ is drawn and the distribution function inverted,
+
+    $$\min \{ i : p_0 + \dots + p_i > u \},$$
+
+    which takes a third of the time of Gumbel's method over a large vocabulary. An excluded token
+    is never drawn.
+
+    **Arguments:**
+
+    - `logits`: of any floating-point dtype. Where the model pads its vocabulary, cut the padding
+        off: `logits[..., :model.vocab_size]`.
+    - `key`: for the uniform number.
+    - `temperature`, `top_k`, `top_p`, `min_p`: see the functions of these names.
+
+    **Returns:** the token.
+
+    **Raises:** `ValueError` if an argument is out of range (values traced by JAX are not checked).
+    """
+    logits = _temperature(logits.astype(at_least_float32(logits)), temperature)
+    if top_k is not None:
+        logits = _top_k(logits, top_k)
+    if top_p is not None:
+        logits = _top_p(logits, top_p)
+    if min_p is not None:
+        logits = _min_p(logits, min_p)
+    probs = jnp.exp(logits - _max(logits))
+    # A parallel sum is not monotone to the last bit: between two tokens it may rise by a rounding
+    # error over an excluded one. Hence its zeros, and the total that is certainly attained.
+    cumulative = jnp.where(probs > 0, jnp.cumsum(probs, axis=-1), jnp.zeros_like(probs))
+    u = jr.uniform(key, (*logits.shape[:-1], 1), logits.dtype)
+    return jnp.argmax(cumulative > u * _max(cumulative), axis=-1).astype(jnp.int32)
+
+
+# `sample` names its arguments as the functions are named.
+_temperature, _top_k, _top_p, _min_p = temperature, top_k, top_p, min_p
+
+
+def check_temperature(value: Any) -> None:
+    value = _number("temperature", value)
+    if value is not None and not _TINY <= value < math.inf:
+        raise ValueError(
+            f"`temperature` must be positive and finite, but got temperature={value}."
+            + (" For a temperature of 0 use `greedy`." if value == 0 else "")
+        )
+
+
+def check_top_k(k: Any) -> None:
+    value = _number("top_k", k)
+    if value is not None and (value < 1 or value != int(value)):
+        raise ValueError(f"`top_k` must be an integer of at least 1, but got top_k={value}.")
+
+
+def check_top_p(p: Any) -> None:
+    value = _number("top_p", p)
+    if value is not None and not 0 < value <= 1:
+        raise ValueError(f"`top_p` must be within 0 < top_p <= 1, but got top_p={value}.")
+
+
+def check_min_p(p: Any) -> None:
+    value = _number("min_p", p)
+    if value is not None and not 0 <= value <= 1:
+        raise ValueError(f"`min_p` must be within 0 <= min_p <= 1, but got min_p={value}.")
+
+
+def _number(name: str, value: Any) -> float | int | None:
+    """The value as a Python number, or `None` if it is traced and so unknown."""
+    if isinstance(value, Tracer):
+        return None
+    is_scalar = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
+    if not is_scalar or isinstance(value, bool):
+        raise ValueError(f"`{name}` must be one number, but got {name}={value!r}.")
+    return np.asarray(value).item()
+
+
+def _max(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch 1"]:
+    return jnp.max(logits, axis=-1, keepdims=True)
+
+
+def _only(
+    logits: Float[Array, "*batch vocab"], keep: Bool[Array, "*batch vocab"]
+) -> Float[Array, "*batch vocab"]:
+    return jnp.where(keep, logits, jnp.full_like(logits, -jnp.inf))
+
+
+def _most_likely(
+    logits: Float[Array, "*batch vocab"],
+    weight: Float[Array, "*batch vocab"] | Int[Array, "*batch vocab"],
+    target: Float[Array, ""] | Int[Array, ""],
+) -> Bool[Array, "*batch vocab"]:
+    """The smallest `{i : l_i >= t}` that weighs at least `target`; everything if nothing does.
+
+    As integers, floating-point numbers are ordered like the numbers they stand for, so that `t`
+    is found bit by bit, exactly. Over 50,000 logits that takes half a millisecond on a CPU, where
+    sorting them takes twenty.
+    """
+    bits = 8 * logits.dtype.itemsize
+    unsigned = jnp.dtype(f"uint{bits}")
+    sign = jnp.asarray(1 << (bits - 1), unsigned)
+    # -0.0 equals 0.0 but has other bits.
+    logits = jnp.where(logits == 0, jnp.zeros_like(logits), logits)
+    raw = lax.bitcast_convert_type(logits, unsigned)
+    order = jnp.where(raw < sign, raw | sign, ~raw)
+
+    def body(i: Any, t: Array) -> Array:
+        higher = t | (sign >> i.astype(unsigned))
+        weighs = jnp.sum(
+            jnp.where(order >= higher, weight, jnp.zeros_like(weight)), axis=-1, keepdims=True
+        )
+        return jnp.where(weighs >= target, higher, t)
+
+    t = lax.fori_loop(0, bits, body, jnp.zeros((*logits.shape[:-1], 1), unsigned))
+    return order >= t
