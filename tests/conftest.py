@@ -1,0 +1,29 @@
+import os
+from collections.abc import Iterator
+
+import jax
+import jaxtyping
+import pytest
+from hypothesis import HealthCheck, settings
+
+
+# Every annotation of the package is checked at run time, shapes included, and no dtype is promoted
+# by accident. (Before the first import of the package.)
+jaxtyping.install_import_hook("mamba_eqx", "beartype.beartype")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+settings.register_profile("base", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("dev", settings.get_profile("base"), max_examples=10)
+settings.register_profile(
+    "ci", settings.get_profile("base"), max_examples=10, derandomize=True, print_blob=True
+)
+settings.register_profile("thorough", settings.get_profile("base"), max_examples=300)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
+
+
+@pytest.fixture
+def as_users_run() -> Iterator[None]:
+    """Without the run-time type checks, which users do not have: for tests of our own errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,172 @@
+"""Every layer that the laws are held for: one line each."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+import mamba_eqx as mbx
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Sizes that differ from one another, so that no two axes can be mistaken for each other."""
+
+    d_model: int
+    d_inner: int
+    d_state: int
+    d_conv: int
+    dt_rank: int
+    flag: bool
+
+
+SIZES = [
+    Sizes(d_model=5, d_inner=7, d_state=3, d_conv=4, dt_rank=2, flag=True),
+    Sizes(d_model=6, d_inner=4, d_state=8, d_conv=2, dt_rank=3, flag=False),
+    Sizes(d_model=1, d_inner=1, d_state=1, d_conv=1, dt_rank=1, flag=True),
+]
+
+Make = Callable[[Sizes, Any, jax.Array], Any]
+
+
+def mamba1(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Mamba1:
+    return mbx.Mamba1(
+        s.d_model,
+        d_inner=s.d_inner,
+        d_state=s.d_state,
+        d_conv=s.d_conv,
+        dt_rank=s.dt_rank,
+        bias=s.flag,
+        conv_bias=s.flag,
+        dtype=dtype,
+        key=key,
+    )
+
+
+def conv(s: Sizes, dtype: Any, key: jax.Array) -> mbx.CausalConv1d:
+    return mbx.CausalConv1d(s.d_model, s.d_conv, use_bias=s.flag, dtype=dtype, key=key)
+
+
+def block(mixer: Make, *, mlp: bool = False, rms_norm: bool = True) -> Make:
+    def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Block:
+        mlp_key, mixer_key = jr.split(key)
+        return mbx.Block(
+            mixer(s, dtype, mixer_key),
+            mlp=mbx.GatedMLP(s.d_model, 3, bias=s.flag, dtype=dtype, key=mlp_key) if mlp else None,
+            rms_norm=rms_norm,
+            dtype=dtype,
+        )
+
+    return make
+
+
+def stack(kind: Callable[..., Any], *layers: Make, remat: bool = False) -> Make:
+    def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.AbstractStack:
+        keys = jr.split(key, len(layers))
+        parts = [layer(s, dtype, k) for layer, k in zip(layers, keys, strict=True)]
+        return kind(parts, remat=remat)
+
+    return make
+
+
+def language_model(layers: Make, *, tie: bool, residual_in_fp32: bool = True) -> Make:
+    def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.LanguageModel:
+        layers_key, model_key = jr.split(key)
+        return mbx.LanguageModel(
+            layers(s, dtype, layers_key),
+            vocab_size=VOCAB_SIZE,
+            padded_vocab_size=VOCAB_SIZE + 5,
+            tie_embeddings=tie,
+            residual_in_fp32=residual_in_fp32,
+            dtype=dtype,
+            key=model_key,
+        )
+
+    return make
+
+
+VOCAB_SIZE = 11
+
+# Layers with mathematics of their own: held in every size and dtype.
+MIXERS: dict[str, Make] = {
+    "conv": conv,
+    "mamba1": mamba1,
+}
+
+# Layers made of layers: held in one size.
+COMPOSITES: dict[str, Make] = {
+    "block": block(mamba1),
+    "block_mlp": block(mamba1, mlp=True),
+    "block_layernorm": block(mamba1, rms_norm=False),
+    "unrolled": stack(mbx.Unrolled, block(mamba1), conv, mamba1),
+    "unrolled_remat": stack(mbx.Unrolled, block(mamba1), block(mamba1, mlp=True), remat=True),
+    "stacked": stack(mbx.Stacked, block(mamba1), block(mamba1), block(mamba1)),
+    "stacked_remat": stack(
+        mbx.Stacked, block(mamba1, mlp=True), block(mamba1, mlp=True), remat=True
+    ),
+}
+
+LANGUAGE_MODELS: dict[str, Make] = {
+    "language_model": language_model(stack(mbx.Unrolled, block(mamba1), block(mamba1)), tie=True),
+    "language_model_untied": language_model(
+        stack(mbx.Stacked, block(mamba1), block(mamba1)), tie=False, residual_in_fp32=False
+    ),
+}
+
+LAYERS = MIXERS | COMPOSITES
+EVERYTHING = LAYERS | LANGUAGE_MODELS
+
+CONFIGS: dict[str, mbx.LanguageModelConfig] = {
+    "mamba1": mbx.LanguageModelConfig(
+        vocab_size=11, layers=(mbx.BlockConfig(mbx.Mamba1Config(d_model=5)),) * 2
+    ),
+    "mamba1_every_field": mbx.LanguageModelConfig(
+        vocab_size=11,
+        layers=(
+            mbx.BlockConfig(
+                mbx.Mamba1Config(
+                    d_model=5,
+                    d_inner=7,
+                    d_state=3,
+                    d_conv=2,
+                    dt_rank=4,
+                    bias=True,
+                    conv_bias=False,
+                ),
+                d_intermediate=9,
+                rms_norm=False,
+                norm_eps=1e-3,
+            ),
+        )
+        * 2,
+        padded_vocab_size=16,
+        tie_embeddings=False,
+        rms_norm=False,
+        norm_eps=2e-3,
+        residual_in_fp32=False,
+    ),
+}
+
+
+@functools.cache
+def make_layer(name: str, s: Sizes, dtype: Any, seed: int) -> Any:
+    """A layer with random parameters: initial ones, mostly ones and zeros, would hide mistakes."""
+    make = EVERYTHING[name]
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.5 * rng.standard_normal(leaf.shape), leaf.dtype),
+        eqx.filter_eval_shape(lambda key: make(s, dtype, key), jr.key(0)),
+    )
+
+
+def make_inputs(name: str, s: Sizes, seq: int, dtype: Any, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    if name in LANGUAGE_MODELS:
+        return rng.integers(0, VOCAB_SIZE, seq, np.int32)
+    return rng.standard_normal((seq, s.d_model)).astype(jnp.dtype(dtype))

@@ -1,0 +1,195 @@
+"""The command, in a process of its own where that matters."""
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import equinox as eqx
+import jax.random as jr
+import pytest
+from hypothesis import given, strategies as st
+
+import mamba_eqx as mbx
+from mamba_eqx import _cli, _generate, pretrained
+
+
+def byte_model(vocab_size=256):
+    block = mbx.BlockConfig(mbx.Mamba1Config(8, d_state=4))
+    model = mbx.LanguageModelConfig(vocab_size, (block,)).build(key=jr.key(0))
+    # The logits of ASCII letters are raised, so that most of what it says is printable.
+    weight = model.embedding.weight.at[97:123].multiply(30)
+    return eqx.tree_at(lambda model: model.embedding.weight, model, weight)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "bytes"
+    pretrained.save_pretrained(byte_model(), path)
+    return path
+
+
+def spawn(*args: object) -> subprocess.Popen[bytes]:
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-m", "mamba_eqx", *map(str, args)]
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+def test_the_command_writes_the_text_of_generate(checkpoint):
+    with spawn(
+        "generate", "-", "--model", checkpoint, "--max-new-tokens", "20", "--seed", "3"
+    ) as process:
+        out, err = process.communicate("Ö:".encode())
+    assert process.returncode == 0, err
+    tokenizer = mbx.ByteTokenizer()
+    expected = mbx.generate(
+        pretrained.from_pretrained(checkpoint),
+        tokenizer.encode("Ö:"),
+        20,
+        temperature=0.8,
+        key=jr.key(3),
+    )
+    assert out.decode() == "Ö:" + tokenizer.decode(expected.tokens.tolist()) + "\n"
+    assert "20 tokens, the first after " in err.decode()
+    assert " tokens/s" in err.decode()
+
+
+def test_ctrl_c_keeps_what_was_written(checkpoint):
+    with spawn(
+        "generate", "x", "--model", checkpoint, "--max-new-tokens", 2**30, "--temperature", "0"
+    ) as process:
+        assert process.stdout is not None
+        written = os.read(process.stdout.fileno(), 1) + os.read(process.stdout.fileno(), 1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert written.startswith(b"x")
+    assert out.endswith(b"\n")
+    assert err == b""
+
+
+def test_a_reader_that_goes_away_is_no_error(checkpoint):
+    with spawn("generate", "x", "--model", checkpoint, "--max-new-tokens", 2**30) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        os.read(process.stdout.fileno(), 1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+@pytest.fixture(scope="module")
+def other_vocabulary(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "other"
+    pretrained.save_pretrained(byte_model(300), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([""], "The prompt is empty"),
+        (["x", "--stop", ""], "--stop must not be empty"),
+        (["x", "--model", "/no/such/model"], "There is no model at /no/such/model"),
+        (["x", "--model", "OTHER"], "a vocabulary of 256, but the model at .* has one of 300"),
+        (["x", "--temperature", "-1"], "temperature=-1.0"),
+        (["x", "--top-k", "0"], "top_k=0"),
+        (["x", "--max-new-tokens", "0"], "max_new_tokens=0"),
+        (["x", "--seed", str(2**70)], "--seed"),
+        (["\udcff"], "UTF-8|surrogates"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line(args, message, checkpoint, other_vocabulary, capsys):
+    args = [str(other_vocabulary) if arg == "OTHER" else arg for arg in args]
+    if "--model" not in args:
+        args += ["--model", str(checkpoint)]
+    assert _cli.main(["generate", *args]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("mamba-eqx: error: ")
+    assert re.search(message, err)
+
+
+def test_stdin_that_is_no_text_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    assert _cli.main(["generate", "-"]) == 2
+    assert "Standard input is not UTF-8" in capsys.readouterr().err
+
+
+def test_the_options_reach_the_sampler(checkpoint, monkeypatch, capsys):
+    seen = {}
+
+    def stream(model, prompt, n, **options):
+        seen.update(options, prompt=prompt, n=n)
+        return iter(b"one; two")
+
+    monkeypatch.setattr(_generate, "stream", stream)
+    args = "x --max-new-tokens 9 --temperature 0.5 --top-k 7 --top-p 0.9 --min-p 0.1 --seed 4"
+    options = [*args.split(), "--stop", "; t", "--model", str(checkpoint)]
+    assert _cli.main(["generate", *options]) == 0
+    assert seen.pop("key") == jr.key(4)
+    assert seen == {
+        "prompt": [120],
+        "n": 9,
+        "temperature": 0.5,
+        "top_k": 7,
+        "top_p": 0.9,
+        "min_p": 0.1,
+    }
+    out, err = capsys.readouterr()
+    assert out == "xone\n"
+    assert err.startswith("6 tokens, ")
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as exit:
+        _cli.main(["generate", "--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    for option in ["--model", "--stop", "--min-p", "default: 400", "default: 0.8"]:
+        assert option in text
+
+
+@given(st.text("ab", min_size=1, max_size=4), st.lists(st.text("ab", max_size=3), max_size=6))
+def test_until_is_everything_before_the_stop(stop, pieces):
+    text = "".join(pieces)
+    assert "".join(_cli.until(stop, iter(pieces))) == text.partition(stop)[0]
+    assert list(_cli.until(None, iter(pieces))) == pieces
+
+
+def test_until_holds_back_only_what_may_be_the_stop():
+    assert list(_cli.until("end", iter(["a", "e", "n", "x"]))) == ["a", "", "", "enx"]
+
+
+@given(st.text())
+def test_bytes_round_trip(text):
+    tokenizer = mbx.ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+    assert isinstance(tokenizer, mbx.Tokenizer)
+
+
+@given(st.lists(st.integers(0, 255)))
+def test_decoders_split_no_character(ids):
+    decoder = mbx.ByteTokenizer().decoder()
+    pieces = [decoder.feed([i]) for i in ids] + [decoder.end()]
+    assert "".join(pieces) == mbx.ByteTokenizer().decode(ids)
+    assert decoder.feed([97]) == "a"
+
+
+def test_a_character_comes_when_it_is_complete():
+    decoder = mbx.ByteTokenizer().decoder()
+    assert [decoder.feed([byte]) for byte in "€".encode()] == ["", "", "€"]
+    assert decoder.feed([0xE2]) == ""
+    assert decoder.end() == "\ufffd"
+
+
+@pytest.mark.parametrize("bad", [-1, 256])
+def test_tokens_that_are_no_bytes_are_refused(bad):
+    with pytest.raises(ValueError, match=f"within 0..255, but got {bad}"):
+        mbx.ByteTokenizer().decode([97, bad])

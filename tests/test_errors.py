@@ -1,0 +1,172 @@
+"""What a user sees who passes the wrong thing: the thing, both values, and the remedy."""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import pytest
+
+import mamba_eqx as mbx
+from mamba_eqx import ops
+
+
+pytestmark = pytest.mark.usefixtures("as_users_run")
+key = jr.key(0)
+
+
+@pytest.fixture(scope="module")
+def layer() -> mbx.Mamba1:
+    return mbx.Mamba1(6, d_state=3, key=key)
+
+
+@pytest.fixture(scope="module")
+def model() -> mbx.LanguageModel:
+    return mbx.LanguageModel(mbx.Unrolled([mbx.Mamba1(6, key=key)]), vocab_size=9, key=key)
+
+
+def test_shapes(layer: mbx.Mamba1):
+    with pytest.raises(ValueError, match=r"one sequence.*\(seq, 6\).*batch.*\(2, 4, 6\).*jax.vmap"):
+        layer(jnp.zeros((2, 4, 6)))
+    with pytest.raises(ValueError, match=r"\(seq, 6\).*\(6,\).*layer.step"):
+        layer(jnp.zeros(6))
+    with pytest.raises(ValueError, match=r"d_model=6.*\(4, 5\).*must be 6"):
+        layer(jnp.zeros((4, 5)))
+    with pytest.raises(ValueError, match=r"one token of shape \(6,\).*\(4, 6\).*layer.scan"):
+        layer.step(jnp.zeros((4, 6)), layer.init_state())
+    with pytest.raises(ValueError, match=r"d_model=6.*\(5,\)"):
+        layer.step(jnp.zeros(5), layer.init_state())
+    with pytest.raises(ValueError, match=r"floating-point.*int32.*astype"):
+        layer(jnp.zeros((4, 6), jnp.int32))
+
+
+def test_reset_and_length(layer: mbx.Mamba1):
+    x = jnp.zeros((4, 6))
+    with pytest.raises(ValueError, match=r"`reset`.*bool.*\(4,\).*int32"):
+        layer(x, reset=jnp.zeros(4, jnp.int32))
+    with pytest.raises(ValueError, match=r"`reset`.*\(4,\).*\(3,\)"):
+        layer(x, reset=jnp.zeros(3, bool))
+    with pytest.raises(ValueError, match=r"`length`.*0\.\.4.*length=5"):
+        layer(x, length=5)
+    with pytest.raises(ValueError, match=r"`length`.*one integer.*float32"):
+        layer(x, length=jnp.array(2.0))
+    with pytest.raises(ValueError, match=r"`length`.*shape \(2,\).*jax.vmap"):
+        layer(x, length=jnp.array([1, 2]))
+
+
+def test_states(layer: mbx.Mamba1):
+    x = jnp.zeros((4, 6))
+    other = mbx.Mamba1(6, d_state=5, key=key).init_state()
+    with pytest.raises(ValueError, match=r"state.ssm.*\(3, 12\).*\(5, 12\).*init_state"):
+        layer.scan(x, other)
+    with pytest.raises(ValueError, match=r"Mamba1State.*ArrayImpl.*init_state"):
+        layer.scan(x, jnp.zeros(3))  # pyright: ignore[reportArgumentType]
+    wrong = jax.tree.map(lambda a: a.astype(jnp.bfloat16), layer.init_state())
+    with pytest.raises(ValueError, match=r"float32.*bfloat16"):
+        layer.step(x[0], wrong)
+    with pytest.raises(ValueError, match=r"1 layers is a tuple of 1.*tuple of 2.*init_state"):
+        mbx.Unrolled([layer]).scan(x, (layer.init_state(),) * 2)
+    with pytest.raises(ValueError, match=r"2 layers.*first axis of 2.*init_state"):
+        mbx.Stacked([layer, layer]).scan(x, layer.init_state())
+
+
+def test_tokens(model: mbx.LanguageModel):
+    with pytest.raises(ValueError, match=r"one sequence of tokens.*\(2, 3\).*jax.vmap"):
+        model(jnp.zeros((2, 3), jnp.int32))
+    with pytest.raises(ValueError, match=r"integer tokens.*float32.*tokenized"):
+        model(jnp.zeros(3))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"one token, of shape \(\).*\(3,\)"):
+        model.step(jnp.zeros(3, jnp.int32), model.init_state())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d_model": 0}, "`d_model` must be an integer of at least 1, but got d_model=0"),
+        ({"d_state": -1}, "`d_state`.*-1"),
+        ({"d_inner": 2.5}, "`d_inner`.*2.5"),
+        ({"dt_rank": True}, "`dt_rank`.*True"),
+        ({"d_conv": 0}, "`d_conv`.*0"),
+        ({"dt_min": 0.2, "dt_max": 0.1}, "dt_min <= dt_max.*dt_min=0.2.*dt_max=0.1"),
+        ({"dt_init_floor": 0.0}, "`dt_init_floor` must be positive.*0.0"),
+    ],
+)
+def test_sizes_of_a_mixer(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        mbx.Mamba1(**{"d_model": 6, "key": key, **options})
+
+
+def test_sizes_of_a_model(layer: mbx.Mamba1):
+    stack = mbx.Unrolled([layer])
+    with pytest.raises(ValueError, match=r"at least `vocab_size`.*8 rows.*vocab_size=9"):
+        mbx.LanguageModel(stack, vocab_size=9, padded_vocab_size=8, key=key)
+    with pytest.raises(ValueError, match=r"`norm_eps` must be positive.*-1"):
+        mbx.Block(layer, norm_eps=-1.0)
+    with pytest.raises(ValueError, match=r"`norm_eps` must be positive.*nan"):
+        mbx.Block(layer, norm_eps=float("nan"))
+    with pytest.raises(ValueError, match="at least one layer"):
+        mbx.Unrolled([])
+    with pytest.raises(ValueError, match="layer 0 has d_model=6 and layer 1 has d_model=7"):
+        mbx.Unrolled([layer, mbx.Mamba1(7, key=key)])
+    with pytest.raises(ValueError, match=r"layer 1.*differs from layer 0.*Unrolled"):
+        mbx.Stacked([layer, mbx.Mamba1(6, d_state=4, key=key)])
+
+
+def test_methods():
+    x = jnp.ones((3, 2))
+    with pytest.raises(ValueError, match=r"chunked., .sequential., .associative.*'fast'"):
+        ops.selective_scan(x, x, -x[:2], x, x, None, method="fast")  # pyright: ignore
+    with pytest.raises(ValueError, match=r"`chunk_size` must be at least 1.*-1"):
+        ops.selective_scan(x, x, -x[:2], x, x, None, chunk_size=-1)
+    with pytest.raises(ValueError, match=r"sequential., .associative.*'chunked'"):
+        ops.linear_recurrence(x, x, method="chunked")  # pyright: ignore
+
+
+DELETE = object()
+
+
+def change(config: Any, path: list[Any], value: Any) -> None:
+    """Sets or deletes what is at `path` in nested dicts and lists."""
+    *parents, last = path
+    for key in parents:
+        config = config[key]
+    if value is DELETE:
+        del config[last]
+    else:
+        config[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["vocab_size"], DELETE, r"missing \['vocab_size'\]"),
+        (["vocabulary"], 3, r"unknown \['vocabulary'\]"),
+        (["vocab_size"], "9", "`vocab_size`.*'9'"),
+        (["padded_vocab_size"], 3, "padded_vocab_size=3.*vocab_size=9"),
+        (["layers"], [], "`layers` must be one or more"),
+        (["layers"], 7, "`layers` must be a list.*7"),
+        (["layers", 0], None, "JSON object for an entry of `layers`.*None"),
+        (["layers", 0, "mixer"], {"kind": "lstm"}, r"\['mamba1'\].*lstm"),
+        (["layers", 0, "mixer", "d_state"], 10.5, "`d_state`.*10.5"),
+        (["layers", 0, "mixer", "bias"], 1, "`bias`.*true or false.*1"),
+        (["layers", 0, "mixer", "width"], 1, r"mixer of kind 'mamba1'.*unknown \['width'\]"),
+        (["layers", 0, "norm_eps"], float("nan"), "`norm_eps`.*nan"),
+        (["layers", 0, "mixer", "d_model"], 7, r"share `d_model`.*\[7, 6\]"),
+    ],
+)
+def test_configs(path: list[Any], value: Any, message: str):
+    block = mbx.BlockConfig(mbx.Mamba1Config(d_model=6))
+    config = json.loads(mbx.LanguageModelConfig(vocab_size=9, layers=(block, block)).to_json())
+    change(config, path, value)
+    with pytest.raises(ValueError, match=message):
+        mbx.LanguageModelConfig.from_json(json.dumps(config))
+
+
+def test_configs_of_strangers(layer: mbx.Mamba1, model: mbx.LanguageModel):
+    with pytest.raises(ValueError, match="no config for a layer of type Mamba1, only for Block"):
+        mbx.LanguageModelConfig.of(model)
+    with pytest.raises(ValueError, match="no config for a mixer of type CausalConv1d"):
+        mbx.BlockConfig.of(mbx.Block(mbx.CausalConv1d(6, key=key)))
+    with pytest.raises(ValueError, match="no config for an MLP of type function"):
+        mbx.BlockConfig.of(mbx.Block(layer, mlp=lambda x: x))

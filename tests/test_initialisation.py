@@ -1,0 +1,99 @@
+"""A new model is distributed as the official one: `Mamba.__init__` and `_init_weights`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import mamba_eqx as mbx
+
+
+N_LAYER = 9
+
+
+@pytest.fixture(scope="module")
+def model() -> mbx.LanguageModel:
+    mixer = mbx.Mamba1Config(d_model=96, d_state=12, bias=True)
+    block = mbx.BlockConfig(mixer, d_intermediate=160)
+    config = mbx.LanguageModelConfig(
+        vocab_size=500, layers=(block,) * N_LAYER, tie_embeddings=False, padded_vocab_size=512
+    )
+    return config.build(key=jr.key(0))
+
+
+def is_uniform(values: Any, low: float, high: float) -> bool:
+    """Whether the largest distance between the two distribution functions is below the one that
+    chance exceeds once in a million (Kolmogorov and Smirnov), all of them being in the range."""
+    sample = np.sort(np.ravel((values - low) / (high - low)))
+    n = sample.size
+    distance = np.abs(sample - (np.arange(n) + 0.5) / n).max() + 0.5 / n
+    return bool(sample[0] >= 0 and sample[-1] <= 1 and distance < np.sqrt(np.log(2e6) / 2 / n))
+
+
+def test_linear_maps(model: mbx.LanguageModel):
+    for i, block in enumerate(model.layers.unstack()):
+        mixer, mlp = block.mixer, block.mlp  # pyright: ignore
+        scale = N_LAYER**-0.5
+        assert is_uniform(mixer.in_proj.weight, -(96**-0.5), 96**-0.5), i
+        assert is_uniform(mixer.x_proj.weight, -(192**-0.5), 192**-0.5)
+        assert is_uniform(mixer.dt_proj.weight, -(6**-0.5), 6**-0.5)
+        assert is_uniform(mixer.out_proj.weight, -scale * 192**-0.5, scale * 192**-0.5)
+        assert is_uniform(mixer.conv1d.weight, -0.5, 0.5)
+        assert is_uniform(mixer.conv1d.bias, -0.5, 0.5)
+        assert is_uniform(mlp.fc1.weight, -(96**-0.5), 96**-0.5)
+        assert is_uniform(mlp.fc2.weight, -scale * 160**-0.5, scale * 160**-0.5)
+        assert not mixer.in_proj.bias.any()
+        assert not mixer.out_proj.bias.any()
+    assert model.lm_head is not None
+    assert is_uniform(model.lm_head.weight, -(96**-0.5), 96**-0.5)
+
+
+def test_recurrence(model: mbx.LanguageModel):
+    for block in model.layers.unstack():
+        mixer = block.mixer  # pyright: ignore
+        np.testing.assert_allclose(mixer.A, np.tile(-np.arange(1.0, 13), (192, 1)), rtol=1e-6)
+        np.testing.assert_array_equal(mixer.D, np.ones(192))
+        dt = np.log(jax.nn.softplus(mixer.dt_bias))
+        assert is_uniform(dt, np.log(0.001) - 1e-5, np.log(0.1) + 1e-5)
+
+
+def test_step_sizes_have_a_floor():
+    mixer = mbx.Mamba1(64, dt_min=1e-6, dt_max=1e-2, dt_init_floor=1e-3, key=jr.key(0))
+    dt = jax.nn.softplus(mixer.dt_bias)
+    np.testing.assert_allclose(dt.min(), 1e-3, rtol=1e-5)
+    assert (dt < 1.001e-3).mean() > 0.5
+    assert dt.max() > 5e-3
+
+
+def test_embedding_and_norms(model: mbx.LanguageModel):
+    weight = np.asarray(model.embedding.weight)
+    assert weight.shape == (512, 96)
+    assert abs(weight.mean()) < 4 * 0.02 / np.sqrt(weight.size)
+    assert abs(weight.std() - 0.02) < 4 * 0.02 / np.sqrt(2 * weight.size)
+    assert abs((np.abs(weight) < 0.02).mean() - 0.6827) < 0.01  # normal, not uniform
+    for norm in [model.norm_f, *(block.norm for block in model.layers.unstack())]:  # pyright: ignore
+        np.testing.assert_array_equal(norm.weight, 1)
+        assert norm.bias is None
+        assert norm.eps == 1e-5
+
+
+def test_layers_differ_and_keys_matter(model: mbx.LanguageModel):
+    layers = model.layers.unstack()
+    first, second = (jax.tree.leaves(layer) for layer in layers[:2])
+    same = [bool((a == b).all()) for a, b in zip(first, second, strict=True)]
+    constant = [bool((a == a.ravel()[0]).all()) or a.shape == (192, 12) for a in first]
+    assert same == constant
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_dtype(dtype: jnp.dtype):
+    block = mbx.BlockConfig(mbx.Mamba1Config(d_model=8), d_intermediate=5)
+    config = mbx.LanguageModelConfig(vocab_size=9, layers=(block,), tie_embeddings=False)
+    model = config.build(dtype=dtype, key=jr.key(0))
+    mask = mbx.recurrence_mask(model)
+    assert sum(jax.tree.leaves(mask)) == 3
+    for leaf, recurrence in zip(jax.tree.leaves(model), jax.tree.leaves(mask), strict=True):
+        assert leaf.dtype == (jnp.float32 if recurrence else dtype)

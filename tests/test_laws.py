@@ -1,0 +1,409 @@
+"""The laws that make the three ways of running a layer one function: see
+`mamba_eqx.AbstractSequenceLayer`. Each is held for every layer of `registry.py`."""
+
+import contextlib
+import functools
+import itertools
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.test_util
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, strategies as st
+from jax import lax
+
+import mamba_eqx as mbx
+
+from .registry import (
+    CONFIGS,
+    EVERYTHING,
+    LANGUAGE_MODELS,
+    LAYERS,
+    MIXERS,
+    SIZES,
+    Sizes,
+    make_inputs,
+    make_layer,
+)
+
+
+# Relative to the largest entry of what is compared. Two ways of summing the same products differ by
+# some units in the last place: 2^-24, 2^-8, 2^-53.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-2, "float64": 1e-12}
+DTYPES = list(TOLERANCE)
+
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES)
+everything = pytest.mark.parametrize("name", EVERYTHING)
+mixers_in_all_dtypes = pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (name, dtype)
+        for name in EVERYTHING
+        for dtype in DTYPES
+        if name in MIXERS or dtype == DTYPES[0]
+    ],
+)
+
+# What is new has to be compiled, so that few lengths come from cutting.
+# 1 and 3 are shorter than the convolutions; 37 and 40 are more than one chunk of the scan.
+CUTS = [(1, 3), (3, 37), (37, 3), (3, 0), (0, 3)]
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+
+# Compiling costs far more than running here.
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
+
+
+class Plan(NamedTuple):
+    """What hypothesis chooses."""
+
+    sizes: Sizes
+    seed: int
+    seq: int
+    cut: int
+    """A place in the sequence, `seq` included."""
+    resets: frozenset[int]
+    fresh: bool
+    """Whether to start from the empty past, rather than from a state that tokens left behind."""
+
+
+class Case(NamedTuple):
+    layer: Any
+    x: np.ndarray
+    state: Any
+    reset: np.ndarray
+    cut: int
+
+
+@st.composite
+def plans(draw: st.DrawFn, name: str) -> Plan:
+    sizes = draw(st.sampled_from(SIZES if name in MIXERS or THOROUGH else SIZES[:1]))
+    if THOROUGH:
+        seq = draw(st.integers(1, 80))
+        cut = draw(st.integers(0, seq))
+    else:
+        cut, rest = draw(st.sampled_from(CUTS if name in MIXERS else CUTS[:2]))
+        seq = cut + rest
+    resets = draw(st.frozensets(st.integers(0, seq - 1), max_size=4))
+    return Plan(sizes, draw(st.integers(0, 2)), seq, cut, resets, draw(st.booleans()))
+
+
+def make_case(name: str, plan: Plan, dtype: str = "float32") -> Case:
+    layer = make_layer(name, plan.sizes, dtype, plan.seed)
+    state = layer.init_state(max_len=128)
+    if not plan.fresh:
+        past = make_inputs(name, plan.sizes, 5, dtype, plan.seed + 100)
+        state = fold(layer, past, state)[1]
+    reset = np.isin(np.arange(plan.seq), list(plan.resets))
+    x = make_inputs(name, plan.sizes, plan.seq, dtype, plan.seed)
+    return Case(layer, x, state, reset, plan.cut)
+
+
+def simple(name: str, seq: int) -> tuple[Any, np.ndarray]:
+    """Where nothing needs to be chosen."""
+    return make_layer(name, SIZES[0], "float32", 0), make_inputs(name, SIZES[0], seq, "float32", 0)
+
+
+def _scan(layer: Any, x: Any, state: Any, reset: Any = None, length: Any = None) -> Any:
+    return layer.scan(x, state, reset=reset, length=length)
+
+
+scan = quick(_scan)
+
+
+@quick
+def step(layer: Any, x: Any, state: Any) -> Any:
+    return layer.step(x, state)
+
+
+def fold(layer: Any, x: np.ndarray, state: Any, reset: np.ndarray | None = None) -> Any:
+    """`step`, one token after another, with the empty past where `reset` is true."""
+    y = []
+    for t in range(len(x)):
+        if reset is not None and reset[t]:
+            state = layer.init_state(max_len=128)
+        y_t, state = step(layer, x[t], state)
+        y.append(np.asarray(y_t))
+    return np.stack(y), state
+
+
+def assert_close(got: Any, want: Any, dtype: str) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        scale = max(1.0, np.abs(b).max(initial=0.0))
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+def precision(dtype: str) -> Any:
+    return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
+
+
+@mixers_in_all_dtypes
+@given(data=st.data())
+def test_recurrence(name: str, dtype: str, data: Any):
+    """`scan` is `step` folded over the sequence, in outputs and state, from any state."""
+    with precision(dtype):
+        case = make_case(name, data.draw(plans(name)), dtype)
+        assert_close(
+            scan(case.layer, case.x, case.state), fold(case.layer, case.x, case.state), dtype
+        )
+
+
+@mixers_in_all_dtypes
+@given(data=st.data())
+def test_splitting(name: str, dtype: str, data: Any):
+    """Scanning two pieces, the state handed over, is scanning them joined."""
+    with precision(dtype):
+        case = make_case(name, data.draw(plans(name)), dtype)
+        first, rest = (
+            (None, None) if case.reset is None else (case.reset[: case.cut], case.reset[case.cut :])
+        )
+        y1, middle = scan(case.layer, case.x[: case.cut], case.state, first)
+        y2, end = scan(case.layer, case.x[case.cut :], middle, rest)
+        y = np.concatenate([np.asarray(y1), np.asarray(y2)])
+        assert_close((y, end), scan(case.layer, case.x, case.state, case.reset), dtype)
+
+
+@everything
+@given(data=st.data())
+def test_causality(name: str, data: Any):
+    """A token influences no output before it."""
+    case = make_case(name, data.draw(plans(name)))
+    other = case.x.copy()
+    other[case.cut :] = 1 - case.x[case.cut :]
+    y, changed = scan(case.layer, case.x, case.state)[0], scan(case.layer, other, case.state)[0]
+    np.testing.assert_array_equal(y[: case.cut], changed[: case.cut])
+
+
+@mixers_in_all_dtypes
+@given(data=st.data())
+def test_reset(name: str, dtype: str, data: Any):
+    """`scan` with `reset` is the segments run apart; the state survives until the first reset."""
+    with precision(dtype):
+        case = make_case(name, data.draw(plans(name)), dtype)
+        want = fold(case.layer, case.x, case.state, case.reset)
+        assert_close(scan(case.layer, case.x, case.state, case.reset), want, dtype)
+
+
+@everything
+def test_a_reset_forgets_even_what_is_not_a_number(name: str):
+    layer, x = simple(name, 4)
+    reset = np.array([True, False, False, False])
+    empty = layer.init_state(max_len=128)
+    state = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), empty)
+    assert_close(scan(layer, x, state, reset), scan(layer, x, empty, reset), "float32")
+
+
+@mixers_in_all_dtypes
+@given(data=st.data())
+def test_length(name: str, dtype: str, data: Any):
+    """Padding is as if it were not there, whatever it holds and even if it asks for a reset."""
+    with precision(dtype):
+        case = make_case(name, data.draw(plans(name)), dtype)
+        n = case.cut
+        want = scan(case.layer, case.x[:n], case.state, case.reset[:n])
+        x = case.x.copy()
+        if name not in LANGUAGE_MODELS:
+            x[n:] = np.nan
+        y, end = scan(case.layer, x, case.state, case.reset, n)
+        assert_close((y[:n], end), want, dtype)
+
+
+@everything
+@all_dtypes
+def test_closure(name: str, dtype: str):
+    """States have one structure, shapes and dtypes, whoever made them."""
+    with precision(dtype):
+        for s in SIZES:
+            layer, x = make_layer(name, s, dtype, 0), jnp.asarray(make_inputs(name, s, 3, dtype, 0))
+            state, reset = layer.init_state(max_len=128), jnp.array([False, True, False])
+            like = jax.eval_shape(lambda state=state: state)
+            for options in itertools.product((None, state), (None, reset), (None, jnp.array(2))):
+                assert jax.eval_shape(scan, layer, x, *options)[1] == like
+            assert jax.eval_shape(step, layer, x[0], state)[1] == like
+
+
+@everything
+def test_a_state_is_a_carry(name: str):
+    layer, x = simple(name, 4)
+    state = layer.init_state(max_len=128)
+    end, y = lax.scan(lambda carry, x_t: layer.step(x_t, carry)[::-1], state, x)
+    assert_close((y, end), scan(layer, x, state), "float32")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("x_dtype", DTYPES[:2])
+def test_dtype(name: str, dtype: str, x_dtype: str):
+    """The output has the dtype of the input, whatever the dtype of the parameters."""
+    layer = make_layer(name, SIZES[0], dtype, 0)
+    x = jnp.asarray(make_inputs(name, SIZES[0], 3, x_dtype, 0))
+    assert jax.eval_shape(layer, x).dtype == x_dtype
+    assert jax.eval_shape(step, layer, x[0], layer.init_state(max_len=128))[0].dtype == x_dtype
+
+
+@everything
+def test_recurrences_stay_in_float32(name: str):
+    made = make_layer(name, SIZES[0], "bfloat16", 0)
+    for layer in (made, mbx.cast(make_layer(name, SIZES[0], "float32", 0), jnp.bfloat16)):
+        mask = mbx.recurrence_mask(layer)
+        for leaf, recurrence in zip(jax.tree.leaves(layer), jax.tree.leaves(mask), strict=True):
+            assert leaf.dtype == (jnp.float32 if recurrence else jnp.bfloat16)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(layer.init_state(max_len=128)):
+            kept = jax.tree_util.keystr(path).endswith(".ssm")
+            assert leaf.dtype == (jnp.float32 if kept else jnp.bfloat16)
+
+
+@everything
+@given(data=st.data())
+def test_batching(name: str, data: Any):
+    """`vmap` is a loop."""
+    seeds = data.draw(st.lists(st.integers(0, 9), min_size=3, max_size=3))
+    layer, s = make_layer(name, SIZES[0], "float32", 0), SIZES[0]
+    empty = layer.init_state(max_len=128)
+    pasts = [fold(layer, make_inputs(name, s, 5, "float32", seed), empty)[1] for seed in seeds]
+    x = np.stack([make_inputs(name, s, 4, "float32", 10 + seed) for seed in seeds])
+    reset = np.random.default_rng(seeds).random((3, 4)) < 0.3
+    length = np.array([4, 0, 2])
+
+    def stack(trees: list[Any]) -> Any:
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+    batched = jax.vmap(scan, in_axes=(None, 0, 0, 0, 0))
+    y, states = batched(layer, x, stack(pasts), reset, length)
+    for i in range(3):
+        y_i, state = scan(layer, x[i], pasts[i], reset[i], length[i])
+        assert_close(y[i, : length[i]], y_i[: length[i]], "float32")
+        assert_close(jax.tree.map(lambda leaf: leaf[i], states), state, "float32")  # noqa: B023
+
+    one_by_one = stack([step(layer, x[i, 0], pasts[i]) for i in range(3)])
+    batched = jax.vmap(step, in_axes=(None, 0, 0))
+    assert_close(batched(layer, x[:, 0], stack(pasts)), one_by_one, "float32")
+
+
+@everything
+def test_pytree(name: str):
+    """Plain `jax.jit`, `jax.grad` and `jax.tree.map` work, and so does serialisation."""
+    layer, x = simple(name, 4)
+    x = jnp.asarray(x)
+    value_and_grad = quick(jax.value_and_grad(lambda layer: jnp.mean(layer(x) ** 2)))
+    loss, grads = value_and_grad(layer)
+    assert jax.tree.structure(grads) == jax.tree.structure(layer)
+    rate = 1e-3 / float(optax.tree.norm(grads))
+    moved = jax.tree.map(lambda p, g: p - rate * g, layer, grads)
+    assert value_and_grad(moved)[0] < loss
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "layer.eqx"
+        eqx.tree_serialise_leaves(path, layer)
+        other = make_layer(name, SIZES[0], "float32", 1)
+        assert eqx.tree_equal(eqx.tree_deserialise_leaves(path, other), layer)
+
+
+@pytest.mark.parametrize(
+    ("name", "s"),
+    [(name, s) for name in EVERYTHING for s in (SIZES if name in MIXERS else SIZES[:1])],
+)
+@pytest.mark.parametrize("seq", [3, 40])
+def test_gradients(name: str, s: Sizes, seq: int):
+    """`scan` has the gradients of `step` folded: for inputs, parameters and initial state, through
+    the outputs and through the final state."""
+    with jax.enable_x64(True):
+        layer = make_layer(name, s, "float64", 0)
+        x = jnp.asarray(make_inputs(name, s, seq, "float64", 0))
+        past = make_inputs(name, s, 5, "float64", 1)
+        state = fold(layer, past, layer.init_state(max_len=128))[1]
+        arguments = (0, 1) if name in LANGUAGE_MODELS else (0, 1, 2)  # tokens have no derivative
+
+        def gradients(run: Any) -> Any:
+            def loss(layer: Any, state: Any, x: Any) -> Any:
+                leaves, rng = jax.tree.leaves(run(layer, state, x)), np.random.default_rng(2)
+                return sum(jnp.vdot(rng.standard_normal(leaf.shape), leaf) for leaf in leaves)
+
+            return quick(jax.grad(loss, argnums=arguments))(layer, state, x)
+
+        def folded(layer: Any, state: Any, x: Any) -> Any:
+            state, y = lax.scan(lambda state, x_t: layer.step(x_t, state)[::-1], state, x)
+            return y, state
+
+        want = gradients(folded)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(want))
+        assert_close(gradients(lambda layer, state, x: layer.scan(x, state)), want, "float64")
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_gradients_are_derivatives(name: str):
+    """Against finite differences."""
+    with jax.enable_x64(True):
+        layer = make_layer(name, SIZES[0], "float64", 0)
+        x = jnp.asarray(make_inputs(name, SIZES[0], 3, "float64", 0))
+        state = fold(layer, np.asarray(x), layer.init_state(max_len=128))[1]
+        jax.test_util.check_grads(jax.jit(_scan), (layer, x, state), order=1, modes=["rev"])
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_stack(remat: bool):
+    """`Stacked` is `Unrolled`, on the same parameters; so are their gradients."""
+    name, s = "block_mlp", SIZES[0]
+    layers = [make_layer(name, s, "float32", seed) for seed in range(3)]
+    unrolled, stacked = mbx.Unrolled(layers), mbx.Stacked(layers, remat=remat)
+    assert eqx.tree_equal(mbx.Unrolled(stacked.unstack()), unrolled)
+    x = make_inputs(name, s, 40, "float32", 0)
+    reset = np.isin(np.arange(40), [0, 17, 35])
+
+    for run in (
+        lambda stack: scan(stack, x, stack.init_state(), reset),
+        lambda stack: fold(stack, x[:2], stack.init_state()),
+    ):
+        (y, states), (want_y, want_states) = run(stacked), run(unrolled)
+        assert_close(y, want_y, "float32")
+        want_states = jax.tree.map(lambda *leaves: np.stack(leaves), *want_states)
+        assert_close(states, want_states, "float32")
+    hidden = unrolled.hidden_states(jnp.asarray(x))
+    assert_close(stacked.hidden_states(jnp.asarray(x)), hidden, "float32")
+    assert_close(hidden[-1], unrolled(jnp.asarray(x)), "float32")
+
+    gradient = quick(jax.grad(lambda stack: jnp.sum(jnp.sin(stack(jnp.asarray(x))))))
+    assert_close(gradient(stacked).unstack(), gradient(unrolled).unstack(), "float32")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_config(name: str, stacked: bool):
+    """A config built, and read back from the model, is the same; so is one read from JSON."""
+    config = CONFIGS[name]
+    model = eqx.filter_eval_shape(lambda key: config.build(stacked=stacked, key=key), jr.key(0))
+    assert mbx.LanguageModelConfig.of(model) == config
+    assert mbx.LanguageModelConfig.from_json(config.to_json()) == config
+
+
+@everything
+def test_jit(name: str):
+    """Every verb gives the same under `jit`, and new values compile nothing new."""
+    layer, x = simple(name, 7)
+    x, state = jnp.asarray(x), layer.init_state(max_len=128)
+    reset, length = jnp.arange(7) == 3, jnp.array(5)
+    traces = []
+
+    @jax.jit
+    def run(layer: Any, x: Any, state: Any, reset: Any, length: Any) -> Any:
+        traces.append(1)
+        y, state = layer.scan(x, state, reset=reset, length=length)
+        y_t, state = layer.step(x[0], state)
+        return layer(x), y[:5], y_t, state
+
+    y, end = layer.scan(x, state, reset=reset, length=length)
+    y_t, end = layer.step(x[0], end)
+    assert_close(run(layer, x, state, reset, length), (layer(x), y[:5], y_t, end), "float32")
+    other = make_layer(name, SIZES[0], "float32", 1)
+    run(other, 1 - x, end, ~reset, length + 1)
+    assert len(traces) == 1

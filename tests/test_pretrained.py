@@ -1,0 +1,369 @@
+"""Checkpoints of whole models: what is saved is what is loaded, and what others load."""
+
+import functools
+import itertools
+import json
+import os
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import mamba_eqx as mbx
+from mamba_eqx.pretrained import (
+    CheckpointError,
+    _save,
+    from_pretrained,
+    load_state_dict,
+    save_pretrained,
+    state_dict,
+)
+from mamba_eqx.pretrained._safetensors import open_safetensors, write_safetensors
+
+
+ODD = mbx.Mamba1Config(d_model=6, d_inner=9, d_state=3, d_conv=5, dt_rank=2)
+BIASED = mbx.Mamba1Config(d_model=6, bias=True, conv_bias=False)
+
+
+def config(mixer=ODD, *, d_intermediate=None, rms_norm=True, norm_eps=1e-5, n_layer=2, **fields):
+    block = mbx.BlockConfig(
+        mixer, d_intermediate=d_intermediate, rms_norm=rms_norm, norm_eps=norm_eps
+    )
+    return mbx.LanguageModelConfig(
+        13, (block,) * n_layer, rms_norm=rms_norm, norm_eps=norm_eps, **fields
+    )
+
+
+BOTH = {
+    "tied": config(padded_vocab_size=16),
+    "untied": config(BIASED, tie_embeddings=False, residual_in_fp32=False),
+}
+MODELS = {
+    "transformers": BOTH | {"eps": config(norm_eps=3e-4)},
+    "state-spaces": BOTH
+    | {
+        "mlp": config(d_intermediate=256),
+        "layer_norm": config(d_intermediate=128, rms_norm=False),
+        "padded_oddly": config(padded_vocab_size=50),
+    },
+}
+CASES = [(layout, name) for layout, models in MODELS.items() for name in models]
+
+
+@functools.cache
+def make(config, dtype=None, **how):
+    """A model with no zeros and ones in it, which could be mistaken for one another."""
+    shapes = eqx.filter_eval_shape(lambda: config.build(key=jr.key(0), dtype=dtype, **how))
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape).astype(x.dtype)), shapes)
+
+
+def assert_same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype, jax.tree_util.keystr(path)
+        assert np.array_equal(a, b), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("layout", "name"), CASES)
+def test_round_trip(layout, name, dtype, tmp_path):
+    model = make(MODELS[layout][name], dtype)
+    save_pretrained(model, tmp_path / "new", layout=layout)
+    assert_same(from_pretrained(tmp_path / "new"), model)
+    assert_same(from_pretrained(str(tmp_path / "new")), model)
+    assert os.listdir(tmp_path) == ["new"]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(("layout", "name"), CASES)
+def test_state_dict_has_the_names_of_the_file(layout, name, stacked, tmp_path):
+    model = make(MODELS[layout][name], stacked=stacked)
+    tensors = state_dict(model, layout=layout)
+    save_pretrained(model, tmp_path, layout=layout)
+    stored = open_safetensors(tmp_path / "model.safetensors")
+    tied = {"lm_head.weight"} if model.lm_head is None and layout == "state-spaces" else set()
+    assert stored.keys() == tensors.keys() | tied
+    for key, tensor in tensors.items():
+        assert np.array_equal(stored[key].read(), tensor)
+    assert_same(load_state_dict(model, tensors, layout=layout), model)
+    hosted = {key: np.asarray(tensor) for key, tensor in tensors.items()}
+    shapes = eqx.filter_eval_shape(lambda: model)
+    assert_same(load_state_dict(shapes, hosted, layout=layout), model)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_stacked_is_saved_like_unrolled(remat, tmp_path):
+    stacked = make(BOTH["untied"], stacked=True, remat=remat)
+    save_pretrained(stacked, tmp_path)
+    loaded = from_pretrained(tmp_path)
+    layers = mbx.Unrolled(stacked.layers.unstack())
+    assert_same(loaded, eqx.tree_at(lambda model: model.layers, stacked, layers))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_state_dict_of_gradients_and_moments(stacked):
+    model = make(BOTH["tied"], stacked=stacked)
+    loss = eqx.filter_grad(lambda m: sum(jnp.sum(x**2) for x in jax.tree.leaves(m)))
+    grads = eqx.filter_jit(loss)(model)
+    named = state_dict(grads)
+    assert named["backbone.layers.1.mixer.conv1d.weight"].shape == (9, 1, 5)
+    layer = grads.layers.unstack()[1]
+    assert np.array_equal(
+        named["backbone.layers.1.mixer.conv1d.weight"][:, 0, :], layer.mixer.conv1d.weight.T
+    )
+    assert np.array_equal(named["backbone.layers.1.mixer.dt_proj.bias"], layer.mixer.dt_bias)
+    assert_same(load_state_dict(model, named), grads)
+
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), grads)
+    assert_same(load_state_dict(model, state_dict(narrow)), narrow)
+    counts = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, jnp.int32), grads)
+    assert_same(load_state_dict(model, state_dict(counts)), counts)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_state_dict_of_a_part_has_a_part_of_the_names(stacked):
+    model = make(BOTH["untied"], stacked=stacked)
+    part, _ = eqx.partition(model, mbx.recurrence_mask(model))
+    named = state_dict(part)
+    ends = ("A_log", "D", "dt_proj.bias")
+    assert named.keys() == {
+        f"backbone.layers.{i}.mixer.{end}" for i in range(model.layers.n_layer) for end in ends
+    }
+    assert_same(load_state_dict(part, named), part)
+
+
+def test_state_dict_works_under_jit():
+    model = make(BOTH["tied"])
+    named = eqx.filter_jit(state_dict)(model)
+    assert_same(eqx.filter_jit(load_state_dict)(model, named), model)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16", "float16"])
+def test_dtype(stored, wanted, tmp_path):
+    model = make(BOTH["tied"], stored)
+    save_pretrained(model, tmp_path)
+    assert_same(from_pretrained(tmp_path, dtype=wanted), mbx.cast(model, jnp.dtype(wanted)))
+
+
+def test_float64(tmp_path):
+    with jax.enable_x64(True):
+        model = make(BOTH["tied"], "float64")
+        assert model.embedding.weight.dtype == jnp.float64
+        save_pretrained(model, tmp_path)
+        assert_same(from_pretrained(tmp_path), model)
+        narrow = mbx.cast(model, jnp.float32)
+    with pytest.raises(CheckpointError, match="64-bit mode"):
+        from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="64-bit mode"):
+        from_pretrained(tmp_path, dtype=jnp.float64)
+    assert_same(from_pretrained(tmp_path, dtype=jnp.float32), narrow)
+    tensors = {k: v.read() for k, v in open_safetensors(tmp_path / "model.safetensors").items()}
+    with pytest.raises(CheckpointError, match="64-bit mode"):
+        load_state_dict(narrow, tensors)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_too_large_for_float16(stored, tmp_path):
+    model = make(BOTH["tied"], stored)
+    model = eqx.tree_at(lambda m: m.norm_f.weight, model, replace_fn=lambda w: w.at[0].set(1e6))
+    save_pretrained(model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"norm_f.weight has values too large for float16"):
+        from_pretrained(tmp_path, dtype="float16")
+
+
+def test_what_is_loaded_does_not_hang_on_the_file(tmp_path):
+    model = make(BOTH["tied"])
+    save_pretrained(model, tmp_path)
+    loaded = from_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    with open(file, "r+b") as stream:
+        stream.write(bytes(file.stat().st_size))
+    assert_same(loaded, model)
+
+
+@pytest.mark.parametrize("layout", MODELS)
+@pytest.mark.parametrize("max_shard_size", [1, 500, 10**9])
+def test_shards(layout, max_shard_size, tmp_path):
+    model = make(BOTH["tied"])
+    save_pretrained(model, tmp_path, layout=layout, max_shard_size=max_shard_size)
+    assert_same(from_pretrained(tmp_path), model)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    if max_shard_size == 10**9:
+        assert not shards
+        return
+    sizes = []
+    for shard in shards:
+        tensors = open_safetensors(shard)
+        sizes.append(sum(tensor.read().nbytes for tensor in tensors.values()))
+        assert sizes[-1] <= max_shard_size or len(tensors) == 1
+    # None could have been joined with the next.
+    assert all(a + b > max_shard_size for a, b in itertools.pairwise(sizes))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert {*index["weight_map"].values()} == {shard.name for shard in shards}
+
+
+def test_config_of_a_saved_model_can_be_read_by_others(tmp_path):
+    save_pretrained(make(BOTH["tied"], "bfloat16"), tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["model_type"] == "mamba"
+    assert fields["dtype"] == "bfloat16"
+    assert fields["vocab_size"] == 16
+    assert fields["intermediate_size"] == 9
+
+
+def test_shard_of_a_hub_cache(tmp_path, monkeypatch):
+    """As `huggingface_hub` keeps files: links into a folder beside."""
+    model = make(BOTH["tied"])
+    save_pretrained(model, tmp_path / "remote", max_shard_size=500)
+    repo = tmp_path / "models--me--mine"
+    snapshot = repo / "snapshots" / "0123abc"
+    asked = []
+
+    def download(repository, name, *, revision, token, cache_dir, local_files_only):
+        import huggingface_hub.errors as errors
+
+        asked.append((repository, revision))
+        file = tmp_path / "remote" / name
+        if not file.exists():
+            raise errors.LocalEntryNotFoundError(name)
+        (repo / "blobs").mkdir(parents=True, exist_ok=True)
+        snapshot.mkdir(parents=True, exist_ok=True)
+        if not (snapshot / name).exists():
+            (repo / "blobs" / f"blob-{name}").write_bytes(file.read_bytes())
+            (snapshot / name).symlink_to(Path("../../blobs") / f"blob-{name}")
+        return str(snapshot / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert_same(from_pretrained("me/mine", revision="main"), model)
+    assert asked[0] == ("me/mine", "main")
+    assert {*asked[1:]} == {("me/mine", "0123abc")}
+    assert_same(from_pretrained(snapshot), model)
+    for file in (tmp_path / "remote").glob("model*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"'me/mine' on the Hugging Face Hub .* no weights"):
+        from_pretrained("me/mine")
+
+
+# Saving over something.
+
+
+def test_saving_replaces_a_checkpoint_and_nothing_else(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    first, second = make(BOTH["tied"]), make(BOTH["untied"])
+    save_pretrained(first, tmp_path)
+    save_pretrained(second, tmp_path, max_shard_size=500)
+    assert_same(from_pretrained(tmp_path), second)
+    assert not (tmp_path / "model.safetensors").exists()
+    save_pretrained(first, tmp_path)
+    assert_same(from_pretrained(tmp_path), first)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert not [name for name in os.listdir(tmp_path.parent) if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_failure_while_saving_leaves_the_old_checkpoint(at, tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    old, new = make(BOTH["tied"]), make(BOTH["untied"])
+    save_pretrained(old, folder)
+    calls = 0
+
+    def failing(function):
+        def call(*args):
+            nonlocal calls
+            calls += 1
+            if calls == at + 1:
+                raise OSError("the disk is full")
+            return function(*args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        # At 0 a shard, from 1 on the moves (config and file away, three files in).
+        patch.setattr(_save, "write_safetensors", failing(write_safetensors) if at == 0 else write)
+        if at > 0:
+            patch.setattr(os, "replace", failing(os.replace))
+        with pytest.raises(OSError, match="disk is full"):
+            save_pretrained(new, folder, max_shard_size=1000)
+    assert_same(from_pretrained(folder), old)
+    assert os.listdir(tmp_path) == ["folder"]
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+
+
+def write(path, tensors, metadata):
+    """`write_safetensors` without its own use of `os.replace`."""
+    from safetensors.numpy import save_file
+
+    save_file({k: np.array(v, order="C") for k, v in tensors.items()}, path, metadata=metadata)
+
+
+def test_save_refuses_bad_targets(tmp_path):
+    model = make(BOTH["tied"])
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(FileExistsError, match="is a file"):
+        save_pretrained(model, file)
+    assert file.read_text() == "mine"
+    with pytest.raises(ValueError, match="max_shard_size"):
+        save_pretrained(model, tmp_path / "new", max_shard_size=0)
+    with pytest.raises(CheckpointError, match="'transformers', 'state-spaces'"):
+        save_pretrained(model, tmp_path / "new", layout="onnx")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
+        save_pretrained(model, tmp_path / "old")
+    assert sorted(os.listdir(tmp_path)) == ["file", "old"]
+
+
+# What a layout cannot hold.
+
+
+def test_no_parameter_is_left_out():
+    """A bias that the layout has no name for is an error, not lost."""
+    model = make(config(d_intermediate=128))
+    mlp = eqx.filter_eval_shape(lambda: mbx.GatedMLP(6, 128, bias=True, key=jr.key(0)))
+    model = eqx.tree_at(lambda model: model.layers.layers[1].mlp, model, mlp)
+    with pytest.raises(CheckpointError, match=r"no name for `.layers.layers\[1\].mlp.fc1.bias`"):
+        state_dict(model, layout="state-spaces")
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "message"),
+    [
+        ("transformers", config(d_intermediate=128), "layers have an MLP"),
+        ("transformers", config(rms_norm=False), "norms are not RMSNorm"),
+        ("state-spaces", config(norm_eps=1e-6), "`norm_eps` is not 1e-05"),
+        ("state-spaces", config(d_intermediate=100), "not a multiple of 128 wide"),
+    ],
+)
+def test_a_layout_refuses_what_it_cannot_hold(layout, model, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        save_pretrained(make(model), tmp_path / "new", layout=layout)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("layout", ["transformers", "state-spaces"])
+def test_layers_that_differ_are_refused(layout):
+    blocks = (mbx.BlockConfig(ODD), mbx.BlockConfig(BIASED))
+    model = make(mbx.LanguageModelConfig(13, blocks))
+    with pytest.raises(CheckpointError, match="layers differ"):
+        state_dict(model, layout=layout)
+
+
+def test_only_whole_models_are_saved(tmp_path):
+    model = make(BOTH["tied"])
+    part, _ = eqx.partition(model, mbx.recurrence_mask(model))
+    with pytest.raises(CheckpointError, match=r"14 missing: backbone\.embeddings\.weight"):
+        save_pretrained(part, tmp_path / "new")
+    ensemble = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), model)
+    with pytest.raises(CheckpointError, match="Take one model out of an ensemble"):
+        save_pretrained(ensemble, tmp_path / "new")
+    counts = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.int32), model)
+    with pytest.raises(CheckpointError, match="22 not of a floating-point dtype"):
+        save_pretrained(counts, tmp_path / "new")
+    assert not (tmp_path / "new").exists()

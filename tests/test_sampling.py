@@ -1,0 +1,195 @@
+"""The samplers against what their equations say, written out in numpy."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+from hypothesis.extra import numpy as hnp
+
+import mamba_eqx as mbx
+
+
+# Few distinct values, so that ties are common; zeros of both signs are a tie too.
+VALUES = st.sampled_from([-30.0, -2.0, -0.5, -0.0, 0.0, 0.25, 1.0, 3.0])
+LOGITS = hnp.arrays(np.float32, st.sampled_from([(1,), (2,), (5,), (3, 4)]), elements=VALUES)
+EXCLUDED = -np.inf
+
+
+def softmax(logits):
+    e = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def by_row(keep, logits):
+    rows = [np.where(keep(row), row, EXCLUDED) for row in logits.reshape(-1, logits.shape[-1])]
+    return np.reshape(rows, logits.shape)
+
+
+@given(LOGITS, st.integers(1, 7))
+def test_top_k_keeps_whatever_fewer_than_k_tokens_beat(logits, k):
+    expected = by_row(lambda row: np.array([(row > x).sum() < k for x in row]), logits)
+    np.testing.assert_array_equal(mbx.top_k(jnp.asarray(logits), k), expected)
+
+
+@given(LOGITS, st.floats(0.01, 0.99))
+def test_top_p_keeps_the_smallest_set_of_at_least_p(logits, p):
+    def keep(row):
+        probs = softmax(row)
+        # A token stays if those that beat it have less than p together.
+        beaten = np.array([probs[row > x].sum() for x in row])
+        near.append(np.abs(beaten - p).min() < 1e-5)
+        return beaten < p
+
+    near = []
+    expected = by_row(keep, logits)
+    if not any(near):
+        np.testing.assert_array_equal(mbx.top_p(jnp.asarray(logits), p), expected)
+
+
+@given(LOGITS)
+def test_top_p_of_one_keeps_everything_of_weight(logits):
+    kept = np.isfinite(mbx.top_p(jnp.asarray(logits), 1.0))
+    assert kept[softmax(logits) > 1e-6].all()
+
+
+@given(LOGITS, st.floats(0, 1))
+def test_min_p_compares_with_the_true_maximum(logits, p):
+    probs = softmax(logits)
+    threshold = p * probs.max(-1, keepdims=True)
+    clear = np.abs(probs - threshold) > 1e-6
+    kept = np.isfinite(mbx.min_p(jnp.asarray(logits), p))
+    np.testing.assert_array_equal(kept[clear], (probs >= threshold)[clear])
+    assert kept[probs == probs.max(-1, keepdims=True)].all()
+
+
+@given(LOGITS, st.sampled_from([1e-30, 0.1, 0.7, 1.0, 3.0]))
+def test_temperature_divides_the_logits(logits, value):
+    got = softmax(np.asarray(mbx.temperature(jnp.asarray(logits), value), np.float64))
+    np.testing.assert_allclose(got, softmax(logits.astype(np.float64) / value), atol=1e-6)
+
+
+@given(LOGITS)
+def test_greedy_is_the_first_maximum(logits):
+    token = mbx.greedy(jnp.asarray(logits))
+    assert token.dtype == jnp.int32
+    np.testing.assert_array_equal(token, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_filters_keep_the_dtype_and_agree_over_dtypes(dtype):
+    logits = jnp.asarray([[0.5, -1.0, 2.0, -0.0], [-3.0, -3.5, -2.0, -8.0]], dtype)
+    for name, value in [("top_k", 2), ("top_p", 0.6), ("min_p", 0.1), ("temperature", 0.5)]:
+        got = getattr(mbx, name)(logits, value)
+        assert got.dtype == dtype
+        wide = getattr(mbx, name)(logits.astype(jnp.float32), value)
+        np.testing.assert_allclose(got.astype(jnp.float32), wide, rtol=1e-2)
+
+
+LOGITS_5 = np.array([1.0, -0.5, 0.0, 2.0, 0.9], np.float32)
+N = 20_000
+
+
+def draw(logits, **options):
+    keys = jr.split(jr.key(0), N)
+    run = jax.jit(jax.vmap(lambda key: mbx.sample(jnp.asarray(logits), key, **options)))
+    return np.bincount(run(keys), minlength=len(logits)) / N
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 2.0, "top_k": 3},
+        {"top_k": 4, "top_p": 0.8},
+        {"temperature": 1.5, "top_k": 4, "top_p": 0.97, "min_p": 0.3},
+        {"top_k": 1},
+    ],
+    ids=str,
+)
+def test_sample_draws_from_the_filtered_distribution(options):
+    expected = LOGITS_5.astype(np.float64) / options.get("temperature", 1.0)
+    order = np.argsort(-expected)
+    if "top_k" in options:
+        expected[order[options["top_k"] :]] = EXCLUDED
+    if "top_p" in options:
+        before = np.cumsum(softmax(expected)[order]) - softmax(expected)[order]
+        expected[order[before >= options["top_p"]]] = EXCLUDED
+    if "min_p" in options:
+        probs = softmax(expected)
+        expected[probs < options["min_p"] * probs.max()] = EXCLUDED
+    expected = softmax(expected)
+    got = draw(LOGITS_5, **options)
+    np.testing.assert_array_equal(got[expected == 0], 0)
+    # Five standard deviations of the frequencies.
+    np.testing.assert_array_less(
+        np.abs(got - expected), 5 * np.sqrt(expected * (1 - expected) / N) + 1e-9
+    )
+
+
+@pytest.mark.parametrize("survivors", [[0], [70_000], [3, 40_000]], ids=str)
+def test_no_excluded_token_of_a_large_vocabulary_is_drawn(survivors):
+    logits = jnp.full(70_001, -jnp.inf).at[jnp.asarray(survivors)].set(0.0)
+    tokens = {int(mbx.sample(logits, key)) for key in jr.split(jr.key(1), 30)}
+    assert tokens == set(survivors)
+
+
+def test_batches_of_logits_are_drawn_independently():
+    logits = jnp.tile(jnp.asarray(LOGITS_5), (50, 2, 1))
+    tokens = mbx.sample(logits, jr.key(0))
+    assert tokens.shape == (50, 2)
+    assert (tokens[:, 0] != tokens[:, 1]).any()
+
+
+def test_the_same_key_draws_the_same():
+    logits = jr.normal(jr.key(0), (9,))
+    assert mbx.sample(logits, jr.key(3)) == mbx.sample(logits, jr.key(3))
+
+
+def test_options_may_be_traced():
+    logits = jnp.asarray(LOGITS_5)
+
+    traces = []
+
+    @jax.jit
+    def run(key, t, k, p):
+        traces.append(t)
+        return mbx.sample(logits, key, temperature=t, top_k=k, top_p=p, min_p=p)
+
+    for t, k, p in itertools.product([0.5, 1.5], [1, 3], [0.2, 0.9]):
+        key = jr.key(7)
+        expected = mbx.sample(logits, key, temperature=t, top_k=k, top_p=p, min_p=p)
+        assert run(key, jnp.asarray(t), jnp.asarray(k), jnp.asarray(p)) == expected
+    assert len(traces) == 1
+
+
+@pytest.mark.usefixtures("as_users_run")
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("temperature", -1.0, "positive and finite, but got temperature=-1.0"),
+        ("temperature", 0.0, "use `greedy`"),
+        ("temperature", float("nan"), "temperature=nan"),
+        ("temperature", float("inf"), "temperature=inf"),
+        ("temperature", 1e-42, "temperature=1e-42"),
+        ("temperature", "hot", "one number, but got temperature='hot'"),
+        ("temperature", True, "temperature=True"),
+        ("top_k", 0, "at least 1, but got top_k=0"),
+        ("top_k", 2.5, "integer of at least 1, but got top_k=2.5"),
+        ("top_k", [1], r"top_k=\[1\]"),
+        ("top_p", 0.0, "0 < top_p <= 1, but got top_p=0.0"),
+        ("top_p", 1.5, "top_p=1.5"),
+        ("top_p", float("nan"), "top_p=nan"),
+        ("min_p", -0.1, "0 <= min_p <= 1, but got min_p=-0.1"),
+        ("min_p", 1.01, "min_p=1.01"),
+    ],
+)
+def test_options_out_of_range_are_refused(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(mbx, name)(jnp.zeros(3), value)
+    with pytest.raises(ValueError, match=message):
+        mbx.sample(jnp.zeros(3), jr.key(0), **{name: value})
