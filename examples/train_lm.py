@@ -158,8 +158,12 @@ def main() -> None:
     score = bits_per_byte(mbx.cast(shipped, jnp.float32), held_out)
     minutes = (time.perf_counter() - start) / 60
     print(f"held out: {score:.4f} bits per byte, as saved in bfloat16; {minutes:.0f} minutes")
-    record = {key: str(value) for key, value in vars(args).items() if key != "out"}
-    record |= {"parameters": size, "held_out_bits_per_byte": score, "minutes": round(minutes)}
+    record = vars(args) | {
+        "text": args.text.name,
+        "out": args.out.name,
+        "parameters": size,
+        "held_out_bits_per_byte": round(score, 4),
+    }
     (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -1,0 +1,69 @@
+"""The model that ships with the package: it is there, it is as good as its card says, and
+transformers reads it alike."""
+
+import importlib.resources
+import json
+import lzma
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mamba_eqx as mbx
+
+
+FOLDER = Path(str(importlib.resources.files("mamba_eqx"))) / "models" / "shakespeare"
+CORPUS = Path(__file__).parents[1] / "examples" / "data" / "shakespeare.txt.xz"
+
+
+@pytest.fixture(scope="module")
+def model() -> mbx.LanguageModel:
+    return mbx.from_pretrained(FOLDER, dtype=jnp.float32)
+
+
+def test_what_is_stored():
+    model = mbx.from_pretrained(FOLDER)
+    mask = mbx.recurrence_mask(model)
+    for leaf, recurrence in zip(jax.tree.leaves(model), jax.tree.leaves(mask), strict=True):
+        assert leaf.dtype == (jnp.float32 if recurrence else jnp.bfloat16)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
+    assert parameters == json.loads((FOLDER / "training.json").read_text())["parameters"]
+    assert f"{parameters:,}" in (FOLDER / "README.md").read_text()
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 6e6
+
+
+def test_it_predicts_a_play_it_never_saw(model: mbx.LanguageModel):
+    """The beginning of *Twelfth Night*, after its list of persons."""
+    works = lzma.decompress(CORPUS.read_bytes()).split(b"\0")
+    play = next(work for work in works if work.startswith(b"TWELFTH NIGHT"))
+    tokens = np.frombuffer(play[2000:10001], np.uint8).astype(np.int32)
+    logits = eqx.filter_jit(model)(tokens[:-1])
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:])
+    # Its card says 1.974 for the whole play.
+    assert float(jnp.mean(nats)) / np.log(2) < 2.1
+
+
+def test_it_writes(model: mbx.LanguageModel):
+    tokenizer = mbx.ByteTokenizer()
+    out = mbx.generate(model, tokenizer.encode("ROMEO:"), 60)
+    text = tokenizer.decode(np.asarray(out.tokens).tolist())
+    assert text.startswith("\n")
+    assert text.isascii()
+    assert len(text.split()) > 8
+
+
+@pytest.mark.parity
+def test_transformers_reads_it_alike(model: mbx.LanguageModel):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.MambaForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    tokens = np.frombuffer(b"ROMEO:\nBut soft, what light", np.uint8).astype(np.int32)
+    with torch.no_grad():
+        want = theirs(torch.from_numpy(tokens)[None].long(), use_cache=False).logits[0].numpy()
+    np.testing.assert_allclose(
+        eqx.filter_jit(model)(tokens), want, rtol=0, atol=1e-5 * np.abs(want).max()
+    )
