@@ -60,6 +60,11 @@ def test_links_lead_to_files(path: Path):
         assert (path.parent / target).exists(), target
 
 
+@page
+def test_nothing_is_left_to_fill_in(path: Path):
+    assert "TODO" not in path.read_text("utf-8")
+
+
 def test_the_api_is_documented():
     documented = {
         name

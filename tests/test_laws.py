@@ -134,6 +134,12 @@ def fold(layer: Any, x: np.ndarray, state: Any, reset: np.ndarray | None = None)
     return np.stack(y), state
 
 
+def fold_in_jax(layer: Any, state: Any, x: Any) -> Any:
+    """`fold` as one differentiable function."""
+    state, y = lax.scan(lambda state, x_t: layer.step(x_t, state)[::-1], state, x)
+    return y, state
+
+
 def assert_close(got: Any, want: Any, dtype: str) -> None:
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -237,8 +243,7 @@ def test_closure(name: str, dtype: str):
 def test_a_state_is_a_carry(name: str):
     layer, x = simple(name, 4)
     state = layer.init_state(max_len=128)
-    end, y = lax.scan(lambda carry, x_t: layer.step(x_t, carry)[::-1], state, x)
-    assert_close((y, end), scan(layer, x, state), "float32")
+    assert_close(fold_in_jax(layer, state, x), scan(layer, x, state), "float32")
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -331,11 +336,7 @@ def test_gradients(name: str, s: Sizes, seq: int):
 
             return quick(jax.grad(loss, argnums=arguments))(layer, state, x)
 
-        def folded(layer: Any, state: Any, x: Any) -> Any:
-            state, y = lax.scan(lambda state, x_t: layer.step(x_t, state)[::-1], state, x)
-            return y, state
-
-        want = gradients(folded)
+        want = gradients(fold_in_jax)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(want))
         assert_close(gradients(lambda layer, state, x: layer.scan(x, state)), want, "float64")
 
@@ -348,6 +349,21 @@ def test_gradients_are_derivatives(name: str):
         x = jnp.asarray(make_inputs(name, SIZES[0], 3, "float64", 0))
         state = fold(layer, np.asarray(x), layer.init_state(max_len=128))[1]
         jax.test_util.check_grads(jax.jit(_scan), (layer, x, state), order=1, modes=["rev"])
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_forward_mode(name: str):
+    """`step` folded has it, and it agrees with the reverse mode of `scan`."""
+    with jax.enable_x64(True):
+        layer = make_layer(name, SIZES[0], "float64", 0)
+        tangent = make_layer(name, SIZES[0], "float64", 1)
+        x = jnp.asarray(make_inputs(name, SIZES[0], 4, "float64", 0))
+        run = lambda layer: fold_in_jax(layer, layer.init_state(max_len=128), x)[0]  # noqa: E731
+        y, y_dot = jax.jvp(run, (layer,), (tangent,))
+        _, transpose = jax.vjp(lambda layer: layer(x), layer)
+        (grads,) = transpose(y)
+        pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(tangent), strict=True)
+        np.testing.assert_allclose(jnp.vdot(y, y_dot), sum(jnp.vdot(a, b) for a, b in pairs))
 
 
 @pytest.mark.parametrize("remat", [False, True])

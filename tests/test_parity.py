@@ -1,6 +1,7 @@
 """Agreement with other implementations: the golden files, and transformers as installed."""
 
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -144,7 +145,8 @@ def load_theirs(folder):
     """With transformers, which warns only of what it does not find."""
     import transformers  # pyright: ignore[reportMissingImports]
 
-    model, info = transformers.MambaForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = transformers.MambaForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = loaded
     assert not any(info.values()), info
     return model.eval()
 

@@ -41,7 +41,7 @@ def test_it_predicts_a_play_it_never_saw(model: mbx.LanguageModel):
     works = lzma.decompress(CORPUS.read_bytes()).split(b"\0")
     play = next(work for work in works if work.startswith(b"TWELFTH NIGHT"))
     tokens = np.frombuffer(play[2000:10001], np.uint8).astype(np.int32)
-    logits = eqx.filter_jit(model)(tokens[:-1])
+    logits = eqx.filter_jit(model)(jnp.asarray(tokens[:-1]))
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:])
     # Its card says 1.974 for the whole play.
     assert float(jnp.mean(nats)) / np.log(2) < 2.1
@@ -65,5 +65,5 @@ def test_transformers_reads_it_alike(model: mbx.LanguageModel):
     with torch.no_grad():
         want = theirs(torch.from_numpy(tokens)[None].long(), use_cache=False).logits[0].numpy()
     np.testing.assert_allclose(
-        eqx.filter_jit(model)(tokens), want, rtol=0, atol=1e-5 * np.abs(want).max()
+        eqx.filter_jit(model)(jnp.asarray(tokens)), want, rtol=0, atol=1e-5 * np.abs(want).max()
     )

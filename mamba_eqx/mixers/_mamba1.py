@@ -44,6 +44,9 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
     selection. The input is discretised by Euler's rule, as in the official code, not by the
     zero-order hold of the paper's equation 4.
 
+    `scan` has a reverse mode only ([`mamba_eqx.ops.selective_scan`][] says why). For forward-mode
+    derivatives fold `step` with `jax.lax.scan`, which is the same function.
+
     `in_proj` emits `[x, z]` and `x_proj` emits `[dt, B, C]`, in the order of the official
     checkpoints. `A_log`, `D`, `dt_bias` and the hidden state stay in float32 below that precision;
     `dt_bias` is what official checkpoints call `dt_proj.bias`.

@@ -7,6 +7,7 @@ from ._precision import at_least_float32
 from ._recurrence import mask_resets, real_tokens
 
 
+@jax.jit
 @jax.named_scope("mamba_eqx.ops.causal_conv1d")
 def causal_conv1d(
     x: Float[Array, "seq channels"],

@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Literal
 
 import jax
@@ -19,6 +20,7 @@ def combine(earlier: Pair, later: Pair) -> Pair:
     return a1 * a2, a2 * b1 + b2
 
 
+@partial(jax.jit, static_argnames="method")
 @jax.named_scope("mamba_eqx.ops.linear_recurrence")
 def linear_recurrence(
     a: Float[Array, "seq *shape"],

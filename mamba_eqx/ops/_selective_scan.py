@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -13,6 +14,8 @@ from ._recurrence import freeze, linear_recurrence, mask_resets, real_tokens
 # many channels last, every elementwise operation of the loop is a vector operation.
 
 
+# Compiled, or else every call outside of `jax.jit` would compile its loops anew.
+@partial(jax.jit, static_argnames=("method", "chunk_size"))
 @jax.named_scope("mamba_eqx.ops.selective_scan")
 def selective_scan(
     x: Float[Array, "seq d_inner"],
@@ -113,8 +116,9 @@ def selective_scan_step(
 
 
 def _sum_state(t: Float[Array, "d_state d_inner"]) -> Float[Array, " d_inner"]:
-    # XLA's CPU backend turns `jnp.sum` over the leading axis, fused with what produces `t`, into
-    # scalar code: ten times slower than this chain of vector additions (docs/speed.md).
+    # Under `vmap` over a batch of one, XLA's CPU backend turns `jnp.sum` over the leading axis,
+    # fused with what produces `t`, into scalar code: ten times slower than this chain of vector
+    # additions (docs/speed.md).
     total = t[0]
     for n in range(1, t.shape[0]):
         total = total + t[n]
