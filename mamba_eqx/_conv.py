@@ -66,16 +66,15 @@ class CausalConv1d(AbstractSequenceLayer[Float[Array, "lag {self.d_model}"]]):
     ) -> tuple[Float[Array, "seq {self.d_model}"], Float[Array, "lag {self.d_model}"]]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
         check_sequence("CausalConv1d", self.d_model, x, reset, length)
-        state = checked_state(self, state)
-        y, state = ops.causal_conv1d(
+        y, end = ops.causal_conv1d(
             x.astype(self.weight.dtype),
             self.weight,
             self.bias,
-            state=state,
+            state=checked_state(self, state),
             reset=reset,
             length=length,
         )
-        return y.astype(x.dtype), state
+        return y.astype(x.dtype), end
 
     @jax.named_scope("mamba_eqx.CausalConv1d.step")
     def step(

@@ -9,7 +9,7 @@ class Linear(eqx.Module):
 
     The parameters are those of `equinox.nn.Linear`, `weight` of shape `(out_features,
     in_features)`. It differs in taking any number of leading axes: `equinox.nn.Linear` under
-    `jax.vmap` multiplies with the weight on the left, and XLA's CPU backend then writes every
+    `jax.vmap` multiplies with the weight on the left, and XLA's CPU backend may then write every
     result twice, the second time transposed (docs/speed.md).
     """
 
