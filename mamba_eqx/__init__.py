@@ -2,17 +2,18 @@
 
 from . import ops as ops
 from ._block import Block as Block
-from ._config import (
-    AbstractMixerConfig as AbstractMixerConfig,
-    BlockConfig as BlockConfig,
-    LanguageModelConfig as LanguageModelConfig,
-    Mamba1Config as Mamba1Config,
-)
+from ._config import BlockConfig as BlockConfig, LanguageModelConfig as LanguageModelConfig
 from ._conv import CausalConv1d as CausalConv1d
 from ._generate import Generation as Generation, generate as generate, stream as stream
 from ._language_model import LanguageModel as LanguageModel
 from ._linear import Linear as Linear
+from ._mixer_configs import (
+    AbstractMixerConfig as AbstractMixerConfig,
+    Mamba1Config as Mamba1Config,
+    Mamba2Config as Mamba2Config,
+)
 from ._mlp import GatedMLP as GatedMLP
+from ._norm import GatedRMSNorm as GatedRMSNorm
 from ._prompts import DecodingState as DecodingState
 from ._protocol import (
     RECURRENCE as RECURRENCE,
@@ -35,7 +36,12 @@ from ._text import (
     Decoder as Decoder,
     Tokenizer as Tokenizer,
 )
-from .mixers import Mamba1 as Mamba1, Mamba1State as Mamba1State
+from .mixers import (
+    Mamba1 as Mamba1,
+    Mamba1State as Mamba1State,
+    Mamba2 as Mamba2,
+    Mamba2State as Mamba2State,
+)
 from .pretrained import (
     CheckpointError as CheckpointError,
     from_pretrained as from_pretrained,

@@ -1,10 +1,9 @@
 """Configs build modules and can be read off them; they never enter modules."""
 
-import abc
 import dataclasses
 import json
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,92 +13,16 @@ from jaxtyping import PRNGKeyArray
 
 from ._block import Block
 from ._language_model import LanguageModel
+from ._mixer_configs import (
+    CONFIG_NAMED,
+    CONFIG_OF,
+    AbstractMixerConfig,
+    check_eps,
+    check_flag,
+    check_size,
+)
 from ._mlp import GatedMLP
-from ._protocol import AbstractSequenceLayer
 from ._stack import Stacked, Unrolled
-from .mixers import Mamba1
-
-
-class AbstractMixerConfig(abc.ABC):
-    """What a mixer is made of. Subclasses are frozen dataclasses, one for each mixer."""
-
-    kind: ClassVar[str]
-    d_model: int
-
-    @abc.abstractmethod
-    def build(
-        self, *, residual_scale: float = 1.0, dtype: DTypeLike | None = None, key: PRNGKeyArray
-    ) -> AbstractSequenceLayer[Any]:
-        """A new mixer of this kind, initialised as in the official code."""
-
-    @classmethod
-    @abc.abstractmethod
-    def of(cls, mixer: Any) -> "AbstractMixerConfig":
-        """The config of an existing mixer."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Mamba1Config(AbstractMixerConfig):
-    """The architecture of a [`mamba_eqx.Mamba1`][], whose arguments its fields are.
-
-    Fields left out are set to the values they stand for, so that equal architectures are equal.
-    """
-
-    kind: ClassVar[str] = "mamba1"
-
-    d_model: int
-    d_inner: int = None  # pyright: ignore[reportAssignmentType]  (set in `__post_init__`)
-    d_state: int = 16
-    d_conv: int = 4
-    dt_rank: int = None  # pyright: ignore[reportAssignmentType]
-    bias: bool = False
-    conv_bias: bool = True
-
-    def __post_init__(self):
-        _check_size(self, "d_model")
-        if self.d_inner is None:
-            object.__setattr__(self, "d_inner", 2 * self.d_model)
-        if self.dt_rank is None:
-            object.__setattr__(self, "dt_rank", math.ceil(self.d_model / 16))
-        for name in ("d_inner", "d_state", "d_conv", "dt_rank"):
-            _check_size(self, name)
-        for name in ("bias", "conv_bias"):
-            _check_flag(self, name)
-
-    def build(
-        self, *, residual_scale: float = 1.0, dtype: DTypeLike | None = None, key: PRNGKeyArray
-    ) -> Mamba1:
-        """A new `Mamba1`, initialised as in the official code."""
-        return Mamba1(
-            self.d_model,
-            d_inner=self.d_inner,
-            d_state=self.d_state,
-            d_conv=self.d_conv,
-            dt_rank=self.dt_rank,
-            bias=self.bias,
-            conv_bias=self.conv_bias,
-            residual_scale=residual_scale,
-            dtype=dtype,
-            key=key,
-        )
-
-    @classmethod
-    def of(cls, mixer: Mamba1) -> "Mamba1Config":
-        """The config of an existing `Mamba1`."""
-        return cls(
-            d_model=mixer.d_model,
-            d_inner=mixer.d_inner,
-            d_state=mixer.d_state,
-            d_conv=mixer.conv1d.d_conv,
-            dt_rank=mixer.dt_rank,
-            bias=mixer.in_proj.bias is not None,
-            conv_bias=mixer.conv1d.bias is not None,
-        )
-
-
-# One line for each mixer.
-_CONFIG_OF: dict[type, type[AbstractMixerConfig]] = {Mamba1: Mamba1Config}
-_CONFIG_NAMED = {config.kind: config for config in _CONFIG_OF.values()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +41,9 @@ class BlockConfig:
                 f"{self.mixer!r}."
             )
         if self.d_intermediate is not None:
-            _check_size(self, "d_intermediate")
-        _check_flag(self, "rms_norm")
-        _check_eps(self, "norm_eps")
+            check_size(self, "d_intermediate")
+        check_flag(self, "rms_norm")
+        check_eps(self, "norm_eps")
 
     def build(
         self, *, residual_scale: float = 1.0, dtype: DTypeLike | None = None, key: PRNGKeyArray
@@ -142,11 +65,11 @@ class BlockConfig:
     @classmethod
     def of(cls, block: Block[Any]) -> "BlockConfig":
         """The config of an existing `Block`."""
-        mixer_config = _CONFIG_OF.get(type(block.mixer))
+        mixer_config = CONFIG_OF.get(type(block.mixer))
         if mixer_config is None:
             raise ValueError(
                 f"There is no config for a mixer of type {type(block.mixer).__name__}, only for "
-                f"{', '.join(mixer.__name__ for mixer in _CONFIG_OF)}."
+                f"{', '.join(mixer.__name__ for mixer in CONFIG_OF)}."
             )
         if block.mlp is not None and not isinstance(block.mlp, GatedMLP):
             raise ValueError(
@@ -182,10 +105,10 @@ class LanguageModelConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))
-        _check_size(self, "vocab_size")
+        check_size(self, "vocab_size")
         if self.padded_vocab_size is None:
             object.__setattr__(self, "padded_vocab_size", self.vocab_size)
-        _check_size(self, "padded_vocab_size")
+        check_size(self, "padded_vocab_size")
         if self.padded_vocab_size < self.vocab_size:
             raise ValueError(
                 "`padded_vocab_size` must be at least `vocab_size`, but got "
@@ -201,8 +124,8 @@ class LanguageModelConfig:
                 f"{[layer.mixer.d_model for layer in self.layers]}."
             )
         for name in ("tie_embeddings", "rms_norm", "residual_in_fp32"):
-            _check_flag(self, name)
-        _check_eps(self, "norm_eps")
+            check_flag(self, name)
+        check_eps(self, "norm_eps")
 
     @property
     def d_model(self) -> int:
@@ -271,7 +194,7 @@ class LanguageModelConfig:
         fields = dataclasses.asdict(self)
         for layer, config in zip(fields["layers"], self.layers, strict=True):
             layer["mixer"] = {"kind": config.mixer.kind} | layer["mixer"]
-        return json.dumps(fields, indent=2)
+        return json.dumps(_to_json(fields), indent=2, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "LanguageModelConfig":
@@ -287,16 +210,33 @@ class LanguageModelConfig:
         return cls(**fields)
 
 
+_INFINITY = "Infinity"  # JSON has no number for it.
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_json(entry) for key, entry in value.items()}
+    if isinstance(value, tuple):
+        return [_to_json(entry) for entry in value]
+    return _INFINITY if value == math.inf else value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_from_json, value))
+    return math.inf if value == _INFINITY else value
+
+
 def _block_from_json(block: Any) -> BlockConfig:
     fields = _fields_of(block, BlockConfig, "an entry of `layers`")
     mixer = fields["mixer"]
     kind = mixer.get("kind") if isinstance(mixer, dict) else None
-    if kind not in _CONFIG_NAMED:
+    if kind not in CONFIG_NAMED:
         raise ValueError(
-            f"The `kind` of a `mixer` must be one of {sorted(_CONFIG_NAMED)}, but got {mixer!r}."
+            f"The `kind` of a `mixer` must be one of {sorted(CONFIG_NAMED)}, but got {mixer!r}."
         )
-    mixer = {name: value for name, value in mixer.items() if name != "kind"}
-    mixer_config = _CONFIG_NAMED[kind]
+    mixer = {name: _from_json(value) for name, value in mixer.items() if name != "kind"}
+    mixer_config = CONFIG_NAMED[kind]
     fields["mixer"] = mixer_config(**_fields_of(mixer, mixer_config, f"a mixer of kind {kind!r}"))
     return BlockConfig(**fields)
 
@@ -314,28 +254,3 @@ def _fields_of(value: Any, config: type, what: str) -> dict[str, Any]:
             f"unknown {sorted(unknown)}, missing {sorted(missing)}."
         )
     return dict(value)
-
-
-def _check_size(config: Any, name: str) -> None:
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(
-            f"`{name}` of {type(config).__name__} must be an integer of at least 1, "
-            f"but got {value!r}."
-        )
-
-
-def _check_flag(config: Any, name: str) -> None:
-    value = getattr(config, name)
-    if not isinstance(value, bool):
-        raise ValueError(
-            f"`{name}` of {type(config).__name__} must be true or false, but got {value!r}."
-        )
-
-
-def _check_eps(config: Any, name: str) -> None:
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, float | int) or not 0 < value < 1:
-        raise ValueError(
-            f"`{name}` of {type(config).__name__} must be between 0 and 1, but got {value!r}."
-        )

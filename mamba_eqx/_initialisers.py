@@ -33,6 +33,31 @@ def check_dt(dt_min: float, dt_max: float, dt_init_floor: float) -> None:
         raise ValueError(f"`dt_init_floor` must be positive, but got {dt_init_floor}.")
 
 
+def check_dt_limit(dt_limit: tuple[float, float]) -> None:
+    low, high = dt_limit
+    if not (0 <= low <= high and high > 0 and low < math.inf):
+        raise ValueError(
+            "`dt_limit` must be the smallest and the largest step size, with 0 <= smallest <= "
+            f"largest, but got {dt_limit}. `(0.0, math.inf)` is no limit."
+        )
+
+
+def check_heads(d_inner: int, headdim: int, ngroups: int) -> None:
+    check_positive("headdim", headdim)
+    check_positive("ngroups", ngroups)
+    if d_inner % headdim:
+        raise ValueError(
+            "`headdim` must divide `d_inner` (2 * d_model by default), but got "
+            f"headdim={headdim} and d_inner={d_inner}."
+        )
+    nheads = d_inner // headdim
+    if nheads % ngroups:
+        raise ValueError(
+            "`ngroups` must divide the number of heads, `d_inner / headdim`, but got "
+            f"ngroups={ngroups} and {nheads} heads (d_inner={d_inner}, headdim={headdim})."
+        )
+
+
 def uniform(
     key: PRNGKeyArray, shape: tuple[int, ...], *, bound: float, dtype: jnp.dtype
 ) -> Float[Array, "..."]:

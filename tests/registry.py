@@ -49,6 +49,27 @@ def mamba1(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Mamba1:
     )
 
 
+def mamba2(*, ngroups: int, heads_per_group: int, **options: Any) -> Make:
+    """`dt_rank` stands in for `headdim`."""
+
+    def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Mamba2:
+        return mbx.Mamba2(
+            s.d_model,
+            d_inner=ngroups * heads_per_group * s.dt_rank,
+            d_state=s.d_state,
+            d_conv=s.d_conv,
+            headdim=s.dt_rank,
+            ngroups=ngroups,
+            bias=s.flag,
+            conv_bias=s.flag,
+            dtype=dtype,
+            key=key,
+            **options,
+        )
+
+    return make
+
+
 def conv(s: Sizes, dtype: Any, key: jax.Array) -> mbx.CausalConv1d:
     return mbx.CausalConv1d(s.d_model, s.d_conv, use_bias=s.flag, dtype=dtype, key=key)
 
@@ -97,12 +118,23 @@ VOCAB_SIZE = 11
 MIXERS: dict[str, Make] = {
     "conv": conv,
     "mamba1": mamba1,
+    "mamba2": mamba2(ngroups=2, heads_per_group=3),
+    "mamba2_options": mamba2(
+        ngroups=1,
+        heads_per_group=5,
+        D_has_hdim=True,
+        dt_limit=(0.3, 1.1),
+        norm_before_gate=True,
+        norm_eps=0.03,
+    ),
+    "mamba2_without_norm": mamba2(ngroups=3, heads_per_group=1, rms_norm=False),
 }
 
 # Layers made of layers: held in one size.
 COMPOSITES: dict[str, Make] = {
     "block": block(mamba1),
     "block_mlp": block(mamba1, mlp=True),
+    "block_mamba2": block(mamba2(ngroups=1, heads_per_group=2)),
     "block_layernorm": block(mamba1, rms_norm=False),
     "unrolled": stack(mbx.Unrolled, block(mamba1), conv, mamba1),
     "unrolled_remat": stack(mbx.Unrolled, block(mamba1), block(mamba1, mlp=True), remat=True),
@@ -125,6 +157,35 @@ EVERYTHING = LAYERS | LANGUAGE_MODELS
 CONFIGS: dict[str, mbx.LanguageModelConfig] = {
     "mamba1": mbx.LanguageModelConfig(
         vocab_size=11, layers=(mbx.BlockConfig(mbx.Mamba1Config(d_model=5)),) * 2
+    ),
+    "mamba2": mbx.LanguageModelConfig(
+        vocab_size=11, layers=(mbx.BlockConfig(mbx.Mamba2Config(d_model=5, headdim=2)),) * 2
+    ),
+    "mamba2_every_field": mbx.LanguageModelConfig(
+        vocab_size=11,
+        layers=(
+            mbx.BlockConfig(
+                mbx.Mamba2Config(
+                    d_model=5,
+                    d_inner=12,
+                    d_state=3,
+                    d_conv=2,
+                    headdim=2,
+                    ngroups=3,
+                    D_has_hdim=True,
+                    dt_limit=(0.01, 0.2),
+                    bias=True,
+                    conv_bias=False,
+                    norm_before_gate=True,
+                    norm_eps=1e-3,
+                ),
+            ),
+        )
+        * 2,
+    ),
+    "mamba2_without_norm": mbx.LanguageModelConfig(
+        vocab_size=11,
+        layers=(mbx.BlockConfig(mbx.Mamba2Config(d_model=4, headdim=2, rms_norm=False)),) * 2,
     ),
     "mamba1_every_field": mbx.LanguageModelConfig(
         vocab_size=11,

@@ -97,6 +97,56 @@ def test_sizes_of_a_mixer(options: dict[str, Any], message: str):
         mbx.Mamba1(**{"d_model": 6, "key": key, **options})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"headdim": 5},
+            r"`headdim` must divide `d_inner` \(2 \* d_model by def.*=5 and d_inner=24",
+        ),
+        ({"headdim": 64}, "headdim=64 and d_inner=24"),
+        ({"headdim": 0}, "`headdim`.*0"),
+        ({"ngroups": 4}, r"`ngroups` must divide the number of heads.*ngroups=4 and 6 heads"),
+        ({"ngroups": 0}, "`ngroups`.*0"),
+        ({"d_state": 0}, "`d_state`.*0"),
+        ({"dt_limit": (0.2, 0.1)}, r"`dt_limit`.*0 <= smallest <= largest.*\(0\.2, 0\.1\)"),
+        ({"dt_limit": (-0.1, 0.1)}, "`dt_limit`.*-0.1"),
+        ({"dt_limit": (0.0, 0.0)}, "`dt_limit`.*0.0"),
+        ({"dt_limit": (float("nan"), 1.0)}, "`dt_limit`.*nan"),
+        (
+            {"norm_before_gate": True, "rms_norm": False},
+            "`norm_before_gate.*needs the norm.*=False",
+        ),
+    ],
+)
+def test_sizes_of_mamba2(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        mbx.Mamba2(**{"d_model": 12, "headdim": 4, "key": key, **options})
+    if "d_state" not in options:
+        with pytest.raises(ValueError, match=message):
+            mbx.Mamba2Config(**{"d_model": 12, "headdim": 4, **options})
+
+
+def test_options_of_mamba2():
+    with pytest.raises(ValueError, match=r"`A_init_range` must be positive.*\(0\.0, 1\.0\)"):
+        mbx.Mamba2(12, headdim=4, A_init_range=(0.0, 1.0), key=key)
+    with pytest.raises(ValueError, match=r"`norm_eps` must be positive.*-1"):
+        mbx.Mamba2(12, headdim=4, norm_eps=-1.0, key=key)
+    for limit in ((0.1,), [0.1, 0.2], ("a", 1.0), (True, 1.0), None):
+        with pytest.raises(
+            ValueError, match="`dt_limit` of Mamba2Config must be a tuple of two numbers"
+        ):
+            mbx.Mamba2Config(12, headdim=4, dt_limit=limit)  # pyright: ignore
+    layer = mbx.Mamba2(12, headdim=4, d_state=3, key=key)
+    wrong = mbx.Mamba2(12, headdim=6, d_state=3, key=key).init_state()
+    with pytest.raises(ValueError, match=r"state.ssm.*\(3, 6, 4\).*\(3, 4, 6\).*init_state"):
+        layer.scan(jnp.zeros((2, 12)), wrong)
+    with pytest.raises(ValueError, match=r"`Mamba2\.scan` takes one sequence.*\(2, 3, 12\)"):
+        layer(jnp.zeros((2, 3, 12)))
+    with pytest.raises(ValueError, match=r"ngroups=5 and channels=12"):
+        mbx.GatedRMSNorm(12, ngroups=5)
+
+
 def test_sizes_of_a_model(layer: mbx.Mamba1):
     stack = mbx.Unrolled([layer])
     with pytest.raises(ValueError, match=r"at least `vocab_size`.*8 rows.*vocab_size=9"):
@@ -126,6 +176,19 @@ def test_methods():
 DELETE = object()
 
 
+def test_methods_of_ssd():
+    x, dt, B = jnp.ones((3, 4, 2)), jnp.ones((3, 4)), jnp.ones((3, 2, 5))
+    with pytest.raises(ValueError, match=r'"chunked", "sequential" or None.*fast'):
+        ops.ssd(x, dt, -dt[0], B, B, None, method="fast")  # pyright: ignore
+    with pytest.raises(ValueError, match=r"`chunk_size` must be at least 1.*0"):
+        ops.ssd(x, dt, -dt[0], B, B, None, chunk_size=0)
+    B = jnp.ones((3, 3, 5))
+    with pytest.raises(ValueError, match=r"ngroups=3 and nheads=4"):
+        ops.ssd(x, dt, -dt[0], B, B, None)
+    with pytest.raises(ValueError, match=r"ngroups=3 and nheads=4"):
+        ops.ssd_step(x[0], dt[0], -dt[0], B[0], B[0], None, state=jnp.zeros((5, 4, 2)))
+
+
 def change(config: Any, path: list[Any], value: Any) -> None:
     """Sets or deletes what is at `path` in nested dicts and lists."""
     *parents, last = path
@@ -147,7 +210,7 @@ def change(config: Any, path: list[Any], value: Any) -> None:
         (["layers"], [], "`layers` must be one or more"),
         (["layers"], 7, "`layers` must be a list.*7"),
         (["layers", 0], None, "JSON object for an entry of `layers`.*None"),
-        (["layers", 0, "mixer"], {"kind": "lstm"}, r"\['mamba1'\].*lstm"),
+        (["layers", 0, "mixer"], {"kind": "lstm"}, r"\['mamba1', 'mamba2'\].*lstm"),
         (["layers", 0, "mixer", "d_state"], 10.5, "`d_state`.*10.5"),
         (["layers", 0, "mixer", "bias"], 1, "`bias`.*true or false.*1"),
         (["layers", 0, "mixer", "width"], 1, r"mixer of kind 'mamba1'.*unknown \['width'\]"),

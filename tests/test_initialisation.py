@@ -97,3 +97,43 @@ def test_dtype(dtype: jnp.dtype):
     assert sum(jax.tree.leaves(mask)) == 3
     for leaf, recurrence in zip(jax.tree.leaves(model), jax.tree.leaves(mask), strict=True):
         assert leaf.dtype == (jnp.float32 if recurrence else dtype)
+
+
+def test_mamba2():
+    """`Mamba2.__init__`: one step size and one rate per head."""
+    mixer = mbx.Mamba2(32, d_inner=2048, d_state=8, headdim=2, bias=True, key=jr.key(0))
+    assert is_uniform(jnp.exp(mixer.A_log), 1 - 1e-4, 16 + 1e-4)
+    np.testing.assert_array_equal(mixer.A, -jnp.exp(mixer.A_log))
+    dt = np.log(jax.nn.softplus(mixer.dt_bias))
+    assert is_uniform(dt, np.log(0.001) - 1e-5, np.log(0.1) + 1e-5)
+    assert abs(np.corrcoef(dt, mixer.A_log)[0, 1]) < 0.15
+    np.testing.assert_array_equal(mixer.D, np.ones(1024))
+    assert mixer.norm is not None
+    np.testing.assert_array_equal(mixer.norm.weight, np.ones(2048))
+    assert is_uniform(mixer.in_proj.weight, -(32**-0.5), 32**-0.5)
+    assert is_uniform(mixer.out_proj.weight, -(2048**-0.5), 2048**-0.5)
+    assert is_uniform(mixer.conv1d.weight, -0.5, 0.5)
+    assert is_uniform(mixer.conv1d.bias, -0.5, 0.5)
+    assert mixer.in_proj.bias is not None
+    assert not mixer.in_proj.bias.any()
+    assert mixer.out_proj.bias is not None
+    assert not mixer.out_proj.bias.any()
+
+    options: Any = {
+        "dt_min": 1e-6,
+        "dt_max": 1e-2,
+        "dt_init_floor": 1e-3,
+        "A_init_range": (2.0, 3.0),
+    }
+    mixer = mbx.Mamba2(64, headdim=1, residual_scale=0.25, **options, key=jr.key(0))
+    np.testing.assert_allclose(jax.nn.softplus(mixer.dt_bias).min(), 1e-3, rtol=1e-5)
+    assert is_uniform(jnp.exp(mixer.A_log), 2 - 1e-5, 3 + 1e-5)
+    assert is_uniform(mixer.out_proj.weight, -0.25 * 128**-0.5, 0.25 * 128**-0.5)
+    mixer = mbx.Mamba2(64, headdim=16, D_has_hdim=True, key=jr.key(0))
+    np.testing.assert_array_equal(mixer.D, np.ones((8, 16)))
+    for dtype in (jnp.bfloat16, jnp.float32):
+        mixer = mbx.Mamba2(8, headdim=4, dtype=dtype, key=jr.key(0))
+        mask = mbx.recurrence_mask(mixer)
+        assert sum(jax.tree.leaves(mask)) == 3
+        for leaf, recurrence in zip(jax.tree.leaves(mixer), jax.tree.leaves(mask), strict=True):
+            assert leaf.dtype == (jnp.float32 if recurrence else dtype)

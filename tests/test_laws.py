@@ -1,13 +1,10 @@
 """The laws that make the three ways of running a layer one function: see
 `mamba_eqx.AbstractSequenceLayer`. Each is held for every layer of `registry.py`."""
 
-import contextlib
-import functools
 import itertools
-import os
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -18,10 +15,23 @@ import numpy as np
 import optax
 import pytest
 from hypothesis import given, strategies as st
-from jax import lax
 
 import mamba_eqx as mbx
 
+from .cases import (
+    DTYPES,
+    assert_close,
+    fold,
+    fold_in_jax,
+    make_case,
+    plans,
+    precision,
+    quick,
+    scan,
+    scan_plainly,
+    simple,
+    step,
+)
 from .registry import (
     CONFIGS,
     EVERYTHING,
@@ -35,11 +45,6 @@ from .registry import (
 )
 
 
-# Relative to the largest entry of what is compared. Two ways of summing the same products differ by
-# some units in the last place: 2^-24, 2^-8, 2^-53.
-TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-2, "float64": 1e-12}
-DTYPES = list(TOLERANCE)
-
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 everything = pytest.mark.parametrize("name", EVERYTHING)
 mixers_in_all_dtypes = pytest.mark.parametrize(
@@ -51,107 +56,6 @@ mixers_in_all_dtypes = pytest.mark.parametrize(
         if name in MIXERS or dtype == DTYPES[0]
     ],
 )
-
-# What is new has to be compiled, so that few lengths come from cutting.
-# 1 and 3 are shorter than the convolutions; 37 and 40 are more than one chunk of the scan.
-CUTS = [(1, 3), (3, 37), (37, 3), (3, 0), (0, 3)]
-THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
-
-# Compiling costs far more than running here.
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
-
-
-class Plan(NamedTuple):
-    """What hypothesis chooses."""
-
-    sizes: Sizes
-    seed: int
-    seq: int
-    cut: int
-    """A place in the sequence, `seq` included."""
-    resets: frozenset[int]
-    fresh: bool
-    """Whether to start from the empty past, rather than from a state that tokens left behind."""
-
-
-class Case(NamedTuple):
-    layer: Any
-    x: np.ndarray
-    state: Any
-    reset: np.ndarray
-    cut: int
-
-
-@st.composite
-def plans(draw: st.DrawFn, name: str) -> Plan:
-    sizes = draw(st.sampled_from(SIZES if name in MIXERS or THOROUGH else SIZES[:1]))
-    if THOROUGH:
-        seq = draw(st.integers(1, 80))
-        cut = draw(st.integers(0, seq))
-    else:
-        cut, rest = draw(st.sampled_from(CUTS if name in MIXERS else CUTS[:2]))
-        seq = cut + rest
-    resets = draw(st.frozensets(st.integers(0, seq - 1), max_size=4))
-    return Plan(sizes, draw(st.integers(0, 2)), seq, cut, resets, draw(st.booleans()))
-
-
-def make_case(name: str, plan: Plan, dtype: str = "float32") -> Case:
-    layer = make_layer(name, plan.sizes, dtype, plan.seed)
-    state = layer.init_state(max_len=128)
-    if not plan.fresh:
-        past = make_inputs(name, plan.sizes, 5, dtype, plan.seed + 100)
-        state = fold(layer, past, state)[1]
-    reset = np.isin(np.arange(plan.seq), list(plan.resets))
-    x = make_inputs(name, plan.sizes, plan.seq, dtype, plan.seed)
-    return Case(layer, x, state, reset, plan.cut)
-
-
-def simple(name: str, seq: int) -> tuple[Any, np.ndarray]:
-    """Where nothing needs to be chosen."""
-    return make_layer(name, SIZES[0], "float32", 0), make_inputs(name, SIZES[0], seq, "float32", 0)
-
-
-def _scan(layer: Any, x: Any, state: Any, reset: Any = None, length: Any = None) -> Any:
-    return layer.scan(x, state, reset=reset, length=length)
-
-
-scan = quick(_scan)
-
-
-@quick
-def step(layer: Any, x: Any, state: Any) -> Any:
-    return layer.step(x, state)
-
-
-def fold(layer: Any, x: np.ndarray, state: Any, reset: np.ndarray | None = None) -> Any:
-    """`step`, one token after another, with the empty past where `reset` is true."""
-    y = []
-    for t in range(len(x)):
-        if reset is not None and reset[t]:
-            state = layer.init_state(max_len=128)
-        y_t, state = step(layer, x[t], state)
-        y.append(np.asarray(y_t))
-    return np.stack(y), state
-
-
-def fold_in_jax(layer: Any, state: Any, x: Any) -> Any:
-    """`fold` as one differentiable function."""
-    state, y = lax.scan(lambda state, x_t: layer.step(x_t, state)[::-1], state, x)
-    return y, state
-
-
-def assert_close(got: Any, want: Any, dtype: str) -> None:
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert a.dtype == b.dtype
-        assert a.shape == b.shape
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        scale = max(1.0, np.abs(b).max(initial=0.0))
-        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE[dtype] * scale)
-
-
-def precision(dtype: str) -> Any:
-    return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
 
 
 @mixers_in_all_dtypes
@@ -348,7 +252,7 @@ def test_gradients_are_derivatives(name: str):
         layer = make_layer(name, SIZES[0], "float64", 0)
         x = jnp.asarray(make_inputs(name, SIZES[0], 3, "float64", 0))
         state = fold(layer, np.asarray(x), layer.init_state(max_len=128))[1]
-        jax.test_util.check_grads(jax.jit(_scan), (layer, x, state), order=1, modes=["rev"])
+        jax.test_util.check_grads(jax.jit(scan_plainly), (layer, x, state), order=1, modes=["rev"])
 
 
 @pytest.mark.parametrize("name", MIXERS)

@@ -29,7 +29,15 @@ ODD = mbx.Mamba1Config(d_model=6, d_inner=9, d_state=3, d_conv=5, dt_rank=2)
 BIASED = mbx.Mamba1Config(d_model=6, bias=True, conv_bias=False)
 
 
-def config(mixer=ODD, *, d_intermediate=None, rms_norm=True, norm_eps=1e-5, n_layer=2, **fields):
+def config(
+    mixer: mbx.AbstractMixerConfig = ODD,
+    *,
+    d_intermediate=None,
+    rms_norm=True,
+    norm_eps=1e-5,
+    n_layer=2,
+    **fields,
+):
     block = mbx.BlockConfig(
         mixer, d_intermediate=d_intermediate, rms_norm=rms_norm, norm_eps=norm_eps
     )

@@ -138,7 +138,7 @@ def test_untied_needs_its_head(saved):
     ("layout", "fields", "message"),
     [
         ("transformers", {"hidden_act": "gelu"}, "`hidden_act`.*only as 'silu', but is 'gelu'"),
-        ("transformers", {"model_type": "mamba2"}, "`model_type`.*'mamba', but is 'mamba2'"),
+        ("transformers", {"model_type": "mamba3"}, "`model_type`.*'mamba2', but is 'mamba3'"),
         ("transformers", {"model_type": None}, "`model_type`.*but is None"),
         ("transformers", {"quantization_config": {}}, "unknown meaning.*'quantization_config'"),
         ("transformers", {"use_bias": 0}, "`use_bias`.*true or false, but is 0"),
@@ -157,8 +157,8 @@ def test_untied_needs_its_head(saved):
         ("transformers", {"unpadded_vocab_size": 17}, "`padded_vocab_size` must be at least"),
         (
             "state-spaces",
-            {"ssm_cfg": {"layer": "Mamba2"}},
-            "`layer` of `ssm_cfg`.*only as 'Mamba1'",
+            {"ssm_cfg": {"layer": "Mamba3"}},
+            "`layer` of `ssm_cfg`.*only as 'Mamba1' or 'Mamba2'",
         ),
         ("state-spaces", {"ssm_cfg": {"headdim": 64}}, "`ssm_cfg` has fields.*'headdim'"),
         ("state-spaces", {"ssm_cfg": []}, "`ssm_cfg` must be a JSON object"),

@@ -1,1 +1,2 @@
 from ._mamba1 import Mamba1 as Mamba1, Mamba1State as Mamba1State
+from ._mamba2 import Mamba2 as Mamba2, Mamba2State as Mamba2State

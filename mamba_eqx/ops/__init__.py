@@ -1,8 +1,10 @@
 """Functions of arrays, free of modules: the mathematics that the layers are made of."""
 
 from ._conv import causal_conv1d as causal_conv1d, causal_conv1d_step as causal_conv1d_step
+from ._norm import gated_rms_norm as gated_rms_norm
 from ._recurrence import linear_recurrence as linear_recurrence
 from ._selective_scan import (
     selective_scan as selective_scan,
     selective_scan_step as selective_scan_step,
 )
+from ._ssd import ssd as ssd, ssd_step as ssd_step

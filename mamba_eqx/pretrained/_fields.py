@@ -84,6 +84,20 @@ class Fields:
             raise self.error(key, f"times {size} must be from 1 to {_MAX_SIZE}")
         return multiple
 
+    def limit(self, key: str) -> tuple[float, float]:
+        """A smallest and a largest step size; from zero to infinity if the field is not there."""
+        value = self.get(key, [0.0, math.inf])
+        if (
+            not isinstance(value, list)
+            or len(value) != 2
+            or any(isinstance(v, bool) or not isinstance(v, int | float) for v in value)
+            or not 0 <= value[0] <= value[1]
+            or value[0] > _MAX_SIZE
+            or value[1] == 0
+        ):
+            raise self.error(key, "must be two numbers in order, from 0 on")
+        return float(value[0]), float(value[1])
+
     def only(self, key: str, supported: Collection[Any], default: Any) -> Any:
         """One of the values that we can honour."""
         value = self.get(key, default)
@@ -136,6 +150,11 @@ def decode_numbers(value: Any, where: str = "") -> Any:
     if isinstance(value, float) and math.isnan(value):
         raise CheckpointError(f"`{where}` is NaN: set it to a number.")
     return value
+
+
+def limit_to_json(limit: tuple[float, float]) -> list[Any]:
+    """What `Fields.limit` reads, infinity in transformers' spelling."""
+    return [{"__float__": "Infinity"} if bound == math.inf else bound for bound in limit]
 
 
 def _join(where: str, key: str) -> str:

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
-from .._config import AbstractMixerConfig, BlockConfig, LanguageModelConfig, Mamba1Config
-from ._layout import Entry, Transform
+from .._config import BlockConfig, LanguageModelConfig
+from .._mixer_configs import AbstractMixerConfig, Mamba1Config, Mamba2Config
+from ._layout import IDENTITY, Entry, Transform
 from ._stored import CheckpointError
 
 
@@ -43,9 +44,43 @@ def mamba1(config: Mamba1Config) -> list[Entry]:
     return entries
 
 
+def mamba2(config: Mamba2Config) -> list[Entry]:
+    """The names within a Mamba-2 mixer: upstream's own."""
+    entries = [
+        Entry("in_proj.weight", lambda mixer: mixer.in_proj.weight),
+        Entry("conv1d.weight", lambda mixer: mixer.conv1d.weight, _CONV_WEIGHT),
+        Entry("dt_bias", lambda mixer: mixer.dt_bias),
+        Entry("A_log", lambda mixer: mixer.A_log),
+        Entry("D", lambda mixer: mixer.D, _by_head(config) if config.D_has_hdim else IDENTITY),
+        Entry("out_proj.weight", lambda mixer: mixer.out_proj.weight),
+    ]
+    if config.conv_bias:
+        entries.append(Entry("conv1d.bias", lambda mixer: mixer.conv1d.bias))
+    if config.rms_norm:
+        entries.append(Entry("norm.weight", lambda mixer: mixer.norm.weight))
+    if config.bias:
+        entries.append(Entry("in_proj.bias", lambda mixer: mixer.in_proj.bias))
+        entries.append(Entry("out_proj.bias", lambda mixer: mixer.out_proj.bias))
+    return entries
+
+
+def _by_head(config: Mamba2Config) -> Transform:
+    """(nheads, headdim) here, (d_inner,) in the file."""
+
+    def to_file(D: Any) -> Any:
+        if D.ndim != 2:
+            raise CheckpointError(
+                f"`D` must be of shape (nheads, headdim), but is {D.shape}. "
+                "Take one model out of an ensemble first."
+            )
+        return D.reshape(-1)
+
+    return Transform(to_file, from_file=lambda D: D.reshape(-1, config.headdim))
+
+
 # One line for each mixer.
 _MIXERS: MappingProxyType[type[AbstractMixerConfig], Callable[[Any], list[Entry]]]
-_MIXERS = MappingProxyType({Mamba1Config: mamba1})
+_MIXERS = MappingProxyType({Mamba1Config: mamba1, Mamba2Config: mamba2})
 
 
 def block(config: BlockConfig) -> list[Entry]:

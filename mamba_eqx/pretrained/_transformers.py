@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .._config import AbstractMixerConfig, BlockConfig, LanguageModelConfig, Mamba1Config
-from ._fields import Fields
+from .._config import BlockConfig, LanguageModelConfig
+from .._mixer_configs import AbstractMixerConfig, Mamba1Config, Mamba2Config
+from ._fields import Fields, limit_to_json
 from ._layout import Entry, Layout
 from ._names import language_model
 from ._stored import CheckpointError
@@ -51,6 +52,17 @@ _MAMBA_OFFICIAL = frozenset(
     """.split()  # noqa: SIM905
 )
 
+# As above; the chunks of an implementation do not matter, and transformers computes the size
+# `intermediate_size` and the rank `time_step_rank` as it likes: the former as `expand` says, the
+# latter not at all. Old versions wrote the norms' options, and never read them.
+_MAMBA2_IGNORED = _MAMBA_IGNORED | {
+    "chunk_size",
+    "intermediate_size",
+    "norm_before_gate",
+    "rms_norm",
+    "time_step_rank",
+}
+
 # Ours: transformers has no field for it, and keeps what it does not know.
 _UNPADDED = "unpadded_vocab_size"
 
@@ -88,21 +100,48 @@ def _read_mamba(fields: Fields) -> LanguageModelConfig:
     return config
 
 
-def _write_mamba(config: LanguageModelConfig, block: BlockConfig) -> dict[str, Any]:
-    mixer = block.mixer
-    assert isinstance(mixer, Mamba1Config)
-    if block.d_intermediate is not None:
-        raise _inexpressible("layers have an MLP", f"d_intermediate={block.d_intermediate}")
-    if not (block.rms_norm and config.rms_norm):
-        raise _inexpressible("norms are not RMSNorm", "rms_norm=False")
-    if block.norm_eps != config.norm_eps:
-        raise _inexpressible(
-            "norms differ in `norm_eps`",
-            f"{block.norm_eps} in the layers and {config.norm_eps} at the end",
+def _read_mamba2(fields: Fields) -> LanguageModelConfig:
+    # The defaults are those of transformers' `Mamba2Config`.
+    d_model = fields.size("hidden_size", 4096)
+    fields.size("expand", 2)  # Only an integer will do.
+    nheads, headdim = fields.size("num_heads", 128), fields.size("head_dim", 64)
+    d_inner = fields.multiple_of(d_model, "expand", 2)
+    if nheads * headdim != d_inner:
+        raise fields.error(
+            "num_heads",
+            f"times head_dim={headdim} must be hidden_size * expand = {d_inner}",
         )
+    fields.only("hidden_act", ["silu"], "silu")
+    eps = fields.number("layer_norm_epsilon", 1e-5)
+    mixer = Mamba2Config(
+        d_model=d_model,
+        d_inner=d_inner,
+        d_state=fields.size("state_size", 128),
+        d_conv=fields.size("conv_kernel", 4),
+        headdim=headdim,
+        ngroups=fields.size("n_groups", 8),
+        dt_limit=fields.limit("time_step_limit"),
+        bias=fields.flag("use_bias", False),
+        conv_bias=fields.flag("use_conv_bias", True),
+        norm_eps=eps,
+    )
+    padded = fields.size("vocab_size", 32768)
+    config = LanguageModelConfig(
+        vocab_size=fields.size(_UNPADDED, padded),
+        padded_vocab_size=padded,
+        layers=(BlockConfig(mixer, norm_eps=eps),) * fields.layers("num_hidden_layers", 64),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        norm_eps=eps,
+        residual_in_fp32=fields.flag("residual_in_fp32", True),
+    )
+    fields.ignore(_MAMBA2_IGNORED)
+    return config
+
+
+def _write_mamba(config: LanguageModelConfig, mixer: Mamba1Config) -> dict[str, Any]:
+    del config
     return {
         "architectures": ["MambaForCausalLM"],
-        "hidden_size": mixer.d_model,
         "intermediate_size": mixer.d_inner,
         # It has to be an integer. Where that is inexact, `intermediate_size` wins.
         "expand": max(1, mixer.d_inner // mixer.d_model),
@@ -111,20 +150,51 @@ def _write_mamba(config: LanguageModelConfig, block: BlockConfig) -> dict[str, A
         "time_step_rank": mixer.dt_rank,
         "use_bias": mixer.bias,
         "use_conv_bias": mixer.conv_bias,
-        "hidden_act": "silu",
-        "num_hidden_layers": len(config.layers),
-        "layer_norm_epsilon": config.norm_eps,
-        "residual_in_fp32": config.residual_in_fp32,
     }
+
+
+def _write_mamba2(config: LanguageModelConfig, mixer: Mamba2Config) -> dict[str, Any]:
+    if mixer.d_inner % mixer.d_model:
+        raise _inexpressible(
+            "`d_inner` is not a multiple of `d_model`",
+            f"d_inner={mixer.d_inner} and d_model={mixer.d_model}",
+        )
+    if mixer.D_has_hdim:
+        raise _inexpressible("skip connections have a weight per channel", "D_has_hdim=True")
+    if not mixer.rms_norm:
+        raise _inexpressible("mixers have no norm", "rms_norm=False")
+    if mixer.norm_before_gate:
+        raise _inexpressible("mixers have the norm before the gate", "norm_before_gate=True")
+    if mixer.norm_eps != config.norm_eps:
+        raise _inexpressible(
+            "norms differ in `norm_eps`",
+            f"{mixer.norm_eps} in the mixers and {config.norm_eps} outside",
+        )
+    fields = {
+        "architectures": ["Mamba2ForCausalLM"],
+        "expand": mixer.d_inner // mixer.d_model,
+        "num_heads": mixer.d_inner // mixer.headdim,
+        "head_dim": mixer.headdim,
+        "n_groups": mixer.ngroups,
+        "state_size": mixer.d_state,
+        "conv_kernel": mixer.d_conv,
+        "use_bias": mixer.bias,
+        "use_conv_bias": mixer.conv_bias,
+    }
+    if mixer.dt_limit != (0, math.inf):
+        fields["time_step_limit"] = limit_to_json(mixer.dt_limit)
+    return fields
 
 
 # One line for each model type: how its config is read, and which mixer it is of.
 _READERS: MappingProxyType[str, Callable[[Fields], LanguageModelConfig]]
-_READERS = MappingProxyType({"mamba": _read_mamba})
+_READERS = MappingProxyType({"mamba": _read_mamba, "mamba2": _read_mamba2})
 
-_Writer = Callable[[LanguageModelConfig, BlockConfig], dict[str, Any]]
+_Writer = Callable[[LanguageModelConfig, Any], dict[str, Any]]
 _WRITERS: MappingProxyType[type[AbstractMixerConfig], tuple[str, _Writer]]
-_WRITERS = MappingProxyType({Mamba1Config: ("mamba", _write_mamba)})
+_WRITERS = MappingProxyType(
+    {Mamba1Config: ("mamba", _write_mamba), Mamba2Config: ("mamba2", _write_mamba2)}
+)
 
 
 def _read_config(values: object) -> LanguageModelConfig:
@@ -143,8 +213,23 @@ def _write_config(config: LanguageModelConfig, dtype: np.dtype) -> dict[str, Any
     for i, layer in enumerate(config.layers):
         if layer != config.layers[0]:
             raise _inexpressible("layers differ", f"layer 0 is {config.layers[0]}, {i} is {layer}")
-    fields = {"model_type": model_type} | write(config, config.layers[0])
+    block = config.layers[0]
+    if block.d_intermediate is not None:
+        raise _inexpressible("layers have an MLP", f"d_intermediate={block.d_intermediate}")
+    if not (block.rms_norm and config.rms_norm):
+        raise _inexpressible("norms are not RMSNorm", "rms_norm=False")
+    if block.norm_eps != config.norm_eps:
+        raise _inexpressible(
+            "norms differ in `norm_eps`",
+            f"{block.norm_eps} in the layers and {config.norm_eps} at the end",
+        )
+    fields = {"model_type": model_type} | write(config, block.mixer)
     fields |= {
+        "hidden_size": config.d_model,
+        "num_hidden_layers": len(config.layers),
+        "hidden_act": "silu",
+        "layer_norm_epsilon": config.norm_eps,
+        "residual_in_fp32": config.residual_in_fp32,
         "vocab_size": config.padded_vocab_size,
         "tie_word_embeddings": config.tie_embeddings,
         # Spelt out, since the defaults would make token 0 end every text.

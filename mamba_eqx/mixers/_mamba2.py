@@ -1,0 +1,272 @@
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from .. import ops
+from .._conv import CausalConv1d
+from .._initialisers import (
+    check_dt,
+    check_dt_limit,
+    check_heads,
+    check_positive,
+    default_dtype,
+    dt_bias,
+)
+from .._linear import Linear
+from .._norm import GatedRMSNorm
+from .._protocol import (
+    RECURRENCE,
+    AbstractSequenceLayer,
+    check_sequence,
+    check_token,
+    checked_state,
+)
+from ..ops._precision import at_least_float32
+
+
+class Mamba2State(eqx.Module):
+    """What `Mamba2` remembers: the last inputs of its convolution, and its hidden state."""
+
+    conv: Float[Array, "lag channels"]
+    ssm: Float[Array, "d_state nheads headdim"]
+
+
+class Mamba2(AbstractSequenceLayer[Mamba2State]):
+    r"""The Mamba-2 mixer: a gated, selective state-space model with one rate of decay per head.
+
+    With $\sigma$ = SiLU, and for every head, with $P$ = `headdim` channels and $N$ = `d_state`,
+
+    $$\begin{aligned}
+    z, x, B, C, \delta &= W_{in} u, &
+      [x, B, C] &\leftarrow \sigma(\mathrm{conv1d}([x, B, C])), \\
+    h_t &= \exp(\Delta_t A)\, h_{t-1} + \Delta_t B_t x_t^\top, &
+      \Delta &= \mathrm{clip}(\mathrm{softplus}(\delta + b_{dt})), \\
+    y_t &= h_t^\top C_t + D \odot x_t, &
+      \text{out} &= W_{out}\, \mathrm{norm}(y \odot \sigma(z)),
+    \end{aligned}$$
+
+    where $A = -\exp(\texttt{A\_log})$ is one number per head. $B$ and $C$ are shared by the heads
+    of a group, and the norm is over the channels of a group.
+
+    `in_proj` emits `[z, x, B, C, dt]`, in the order of the official checkpoints. `A_log`, `D`,
+    `dt_bias` and the hidden state stay in float32 below that precision. It differs from the
+    official module and from transformers in `step`, where these forget `dt_limit`; and it has no
+    `d_ssm`, by which the official one gives some of the channels to an MLP.
+
+    Reference: Dao and Gu, *Transformers are SSMs: Generalized Models and Efficient Algorithms
+    Through Structured State Space Duality* (2024), section 7; official
+    `mamba_ssm.modules.mamba2.Mamba2`.
+    """
+
+    in_proj: Linear
+    conv1d: CausalConv1d
+    dt_bias: Float[Array, " {self.nheads}"] = eqx.field(metadata=RECURRENCE)
+    A_log: Float[Array, " {self.nheads}"] = eqx.field(metadata=RECURRENCE)
+    D: Float[Array, " {self.nheads}"] | Float[Array, "{self.nheads} {self.headdim}"] = eqx.field(
+        metadata=RECURRENCE
+    )
+    norm: GatedRMSNorm | None
+    out_proj: Linear
+    d_model: int = eqx.field(static=True)
+    d_inner: int = eqx.field(static=True)
+    d_state: int = eqx.field(static=True)
+    headdim: int = eqx.field(static=True)
+    ngroups: int = eqx.field(static=True)
+    D_has_hdim: bool = eqx.field(static=True)
+    dt_limit: tuple[float, float] = eqx.field(static=True)
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_inner: int | None = None,
+        d_state: int = 128,
+        d_conv: int = 4,
+        headdim: int = 64,
+        ngroups: int = 1,
+        A_init_range: tuple[float, float] = (1.0, 16.0),
+        D_has_hdim: bool = False,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+        bias: bool = False,
+        conv_bias: bool = True,
+        rms_norm: bool = True,
+        norm_before_gate: bool = False,
+        norm_eps: float = 1e-5,
+        residual_scale: float = 1.0,
+        dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ):
+        """The initialisation is the official one.
+
+        **Arguments:**
+
+        - `d_model`: features of the input and the output.
+        - `d_inner`: channels of the state-space model; `2 * d_model` by default.
+        - `d_state`: hidden dimensions per channel.
+        - `d_conv`: taps of the convolution.
+        - `headdim`: channels per head; it must divide `d_inner`.
+        - `ngroups`: groups of heads, each with its own `B`, `C` and norm; it must divide the number
+            of heads.
+        - `A_init_range`: the initial rates `-A` are uniform in it.
+        - `D_has_hdim`: whether the skip connection has one weight per channel, or else per head.
+        - `dt_min`, `dt_max`, `dt_init_floor`: the initial step sizes are log-uniform in
+            `[dt_min, dt_max]` and at least `dt_init_floor`.
+        - `dt_limit`: the step sizes are clipped to it.
+        - `bias`: whether `in_proj` and `out_proj` have a bias.
+        - `conv_bias`: whether `conv1d` has one.
+        - `rms_norm`: whether there is a norm in front of `out_proj`, or else only the gate.
+        - `norm_before_gate`: whether the gate comes after that norm.
+        - `norm_eps`: added to the mean square in it.
+        - `residual_scale`: multiplies the initial weight of `out_proj`. In a model of `n` layers
+            the official value is `1 / sqrt(n)`, which keeps the residual stream at the same size.
+        - `dtype`: of the parameters; float32 by default (float64 in JAX's 64-bit mode).
+        - `key`: for the initial parameters.
+
+        **Raises:** `ValueError` for a size that is not a positive integer or does not divide what
+        it has to, an empty range, or `norm_before_gate` without a norm.
+        """
+        check_positive("d_model", d_model)
+        d_inner = 2 * d_model if d_inner is None else d_inner
+        check_positive("d_inner", d_inner)
+        check_positive("d_state", d_state)
+        check_heads(d_inner, headdim, ngroups)
+        check_dt(dt_min, dt_max, dt_init_floor)
+        check_dt_limit(dt_limit)
+        if not 0 < A_init_range[0] <= A_init_range[1] < math.inf:
+            raise ValueError(
+                "`A_init_range` must be positive and in order, as the rates of decay are drawn "
+                f"from it, but got {A_init_range}."
+            )
+        if norm_before_gate and not rms_norm:
+            raise ValueError("`norm_before_gate=True` needs the norm, but got rms_norm=False.")
+        dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
+        wide = at_least_float32(dtype)
+        nheads = d_inner // headdim
+        channels = d_inner + 2 * ngroups * d_state
+        in_key, conv_key, bias_key, A_key, out_key = jr.split(key, 5)
+        self.in_proj = Linear(
+            d_model, d_inner + channels + nheads, use_bias=bias, dtype=dtype, key=in_key
+        )
+        self.conv1d = CausalConv1d(channels, d_conv, use_bias=conv_bias, dtype=dtype, key=conv_key)
+        self.dt_bias = dt_bias(
+            bias_key,
+            (nheads,),
+            dt_min=dt_min,
+            dt_max=dt_max,
+            dt_init_floor=dt_init_floor,
+            dtype=wide,
+        )
+        self.A_log = jnp.log(jr.uniform(A_key, (nheads,), wide, *A_init_range))
+        self.D = jnp.ones((nheads, headdim) if D_has_hdim else nheads, wide)
+        self.norm = None
+        if rms_norm:
+            self.norm = GatedRMSNorm(
+                d_inner,
+                ngroups=ngroups,
+                eps=norm_eps,
+                norm_before_gate=norm_before_gate,
+                dtype=dtype,
+            )
+        self.out_proj = Linear(
+            d_inner, d_model, use_bias=bias, dtype=dtype, scale=residual_scale, key=out_key
+        )
+        self.d_model = d_model
+        self.d_inner = d_inner
+        self.d_state = d_state
+        self.headdim = headdim
+        self.ngroups = ngroups
+        self.D_has_hdim = D_has_hdim
+        self.dt_limit = (float(dt_limit[0]), float(dt_limit[1]))
+
+    @property
+    def nheads(self) -> int:
+        return self.d_inner // self.headdim
+
+    @property
+    def A(self) -> Float[Array, " {self.nheads}"]:
+        """The (negative) rates of decay, `-exp(A_log)`."""
+        return -jnp.exp(self.A_log)
+
+    def init_state(self, *, max_len: int | None = None) -> Mamba2State:
+        """Zeros. `max_len` is ignored."""
+        ssm_dtype = at_least_float32(self.in_proj.weight, self.A_log)
+        return Mamba2State(
+            conv=self.conv1d.init_state(),
+            ssm=jnp.zeros((self.d_state, self.nheads, self.headdim), ssm_dtype),
+        )
+
+    @jax.named_scope("mamba_eqx.Mamba2.scan")
+    def scan(
+        self,
+        x: Float[Array, "seq {self.d_model}"],
+        state: Mamba2State | None = None,
+        *,
+        reset: Bool[Array, " seq"] | None = None,
+        length: Int[Array, ""] | int | None = None,
+    ) -> tuple[Float[Array, "seq {self.d_model}"], Mamba2State]:
+        """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
+        check_sequence("Mamba2", self.d_model, x, reset, length)
+        state = checked_state(self, state)
+        z, uBC, dt = self._split(x)
+        uBC, conv = self.conv1d.scan(uBC, state.conv, reset=reset, length=length)
+        u, dt, B, C = self._select(uBC, dt)
+        y, ssm = ops.ssd(u, dt, self.A, B, C, self.D, state=state.ssm, reset=reset, length=length)
+        return self._emit(y, z).astype(x.dtype), Mamba2State(conv, ssm)
+
+    @jax.named_scope("mamba_eqx.Mamba2.step")
+    def step(
+        self, x: Float[Array, " {self.d_model}"], state: Mamba2State
+    ) -> tuple[Float[Array, " {self.d_model}"], Mamba2State]:
+        """See [`mamba_eqx.AbstractSequenceLayer.step`][]."""
+        check_token("Mamba2", self.d_model, x)
+        state = checked_state(self, state)
+        z, uBC, dt = self._split(x)
+        uBC, conv = self.conv1d.step(uBC, state.conv)
+        u, dt, B, C = self._select(uBC, dt)
+        y, ssm = ops.ssd_step(u, dt, self.A, B, C, self.D, state=state.ssm)
+        return self._emit(y, z).astype(x.dtype), Mamba2State(conv, ssm)
+
+    # Of one token or of a sequence: the axes in front do not matter.
+
+    def _split(
+        self, x: Float[Array, "*seq {self.d_model}"]
+    ) -> tuple[
+        Float[Array, "*seq {self.d_inner}"],
+        Float[Array, "*seq channels"],
+        Float[Array, "*seq {self.nheads}"],
+    ]:
+        zuBCdt = self.in_proj(x.astype(self.in_proj.weight.dtype))
+        z, uBC, dt = jnp.split(zuBCdt, [self.d_inner, zuBCdt.shape[-1] - self.nheads], axis=-1)
+        return z, uBC, dt
+
+    def _select(
+        self, uBC: Float[Array, "*seq channels"], dt: Float[Array, "*seq {self.nheads}"]
+    ) -> tuple[
+        Float[Array, "*seq {self.nheads} {self.headdim}"],
+        Float[Array, "*seq {self.nheads}"],
+        Float[Array, "*seq {self.ngroups} {self.d_state}"],
+        Float[Array, "*seq {self.ngroups} {self.d_state}"],
+    ]:
+        sizes = [self.d_inner, self.d_inner + self.ngroups * self.d_state]
+        u, B, C = jnp.split(jax.nn.silu(uBC), sizes, axis=-1)
+        u = u.reshape(*u.shape[:-1], self.nheads, self.headdim)
+        B = B.reshape(*B.shape[:-1], self.ngroups, self.d_state)
+        C = C.reshape(*C.shape[:-1], self.ngroups, self.d_state)
+        dt = jax.nn.softplus(dt.astype(self.dt_bias.dtype) + self.dt_bias)
+        return u, jnp.clip(dt, *self.dt_limit), B, C
+
+    def _emit(
+        self,
+        y: Float[Array, "*seq {self.nheads} {self.headdim}"],
+        z: Float[Array, "*seq {self.d_inner}"],
+    ) -> Float[Array, "*seq {self.d_model}"]:
+        y = y.reshape(z.shape)
+        return self.out_proj(y * jax.nn.silu(z) if self.norm is None else self.norm(y, z))

@@ -1,0 +1,49 @@
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from ._precision import at_least_float32
+
+
+@jax.named_scope("mamba_eqx.ops.gated_rms_norm")
+def gated_rms_norm(
+    x: Float[Array, "*seq channels"],
+    z: Float[Array, "*seq channels"],
+    weight: Float[Array, " channels"],
+    *,
+    ngroups: int = 1,
+    eps: float = 1e-5,
+    norm_before_gate: bool = False,
+) -> Float[Array, "*seq channels"]:
+    r"""The root-mean-square norm of gated channels (official `RMSNormGated`),
+
+    $$\mathrm{norm}(x \odot \mathrm{silu}(z)), \quad \text{or} \quad
+      \mathrm{norm}(x) \odot \mathrm{silu}(z) \quad \text{if norm\_before\_gate}, \qquad
+      \mathrm{norm}(v) = \frac{v}{\sqrt{\mathrm{mean}(v^2) + \epsilon}} \odot w,$$
+
+    where the mean is over each of `ngroups` groups of neighbouring channels.
+
+    **Arguments:**
+
+    - `x`: the values.
+    - `z`: the gate.
+    - `weight`: $w$.
+    - `ngroups`: divides the channels.
+    - `eps`: $\epsilon$.
+    - `norm_before_gate`: as above.
+
+    **Returns:**
+
+    The result in the dtype of `x`; it is computed in float32 or better.
+    """
+    dtype = at_least_float32(x, z, weight)
+    y, gate = x.astype(dtype), jax.nn.silu(z.astype(dtype))
+    if not norm_before_gate:
+        y = y * gate
+    groups = y.reshape(*y.shape[:-1], ngroups, y.shape[-1] // ngroups)
+    scale = lax.rsqrt(jnp.mean(groups**2, axis=-1, keepdims=True) + eps)
+    y = (groups * scale).reshape(y.shape) * weight.astype(dtype)
+    if norm_before_gate:
+        y = y * gate
+    return y.astype(x.dtype)
