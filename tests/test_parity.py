@@ -1,7 +1,6 @@
 """Agreement with other implementations: the golden files, and transformers as installed."""
 
 from pathlib import Path
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -142,12 +141,12 @@ def their_logits(torch, model, tokens):
         return model(torch.tensor(tokens)[None]).logits[0].float().numpy()
 
 
-def load_theirs(folder):
+def load_theirs(folder, architecture="MambaForCausalLM"):
     """With transformers, which warns only of what it does not find."""
     import transformers  # pyright: ignore[reportMissingImports]
 
-    loaded: Any = transformers.MambaForCausalLM.from_pretrained(folder, output_loading_info=True)
-    model, info = loaded
+    load = getattr(transformers, architecture).from_pretrained
+    model, info = load(folder, output_loading_info=True)
     assert not any(info.values()), info
     return model.eval()
 

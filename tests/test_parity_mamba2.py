@@ -11,7 +11,7 @@ import pytest
 import mamba_eqx as mbx
 from mamba_eqx.pretrained import from_pretrained, save_pretrained, state_dict
 
-from .test_parity import difference, their_logits, torch as torch
+from .test_parity import difference, load_theirs, their_logits, torch as torch
 from .test_pretrained import config, make
 
 
@@ -83,20 +83,11 @@ THEIRS = {
 }
 
 
-def load_theirs(folder):
-    """With transformers, which warns only of what it does not find."""
-    import transformers  # pyright: ignore[reportMissingImports]
-
-    model, info = transformers.Mamba2ForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info
-    return model.eval()
-
-
 @pytest.mark.parametrize("name", OURS)
 def test_transformers_loads_ours(name, torch, tmp_path):
     model = jax.tree.map(lambda leaf: 0.5 * leaf, make(OURS[name]))
     save_pretrained(model, tmp_path, max_shard_size=2000)
-    theirs = load_theirs(tmp_path)
+    theirs = load_theirs(tmp_path, "Mamba2ForCausalLM")
     tokens = np.arange(45) * 7 % 13
     logits = eqx.filter_jit(model)(jnp.asarray(tokens))
     assert difference(logits, their_logits(torch, theirs, tokens)) < 1e-5
