@@ -111,7 +111,7 @@ def test_ours_loads_transformers(name, torch, tmp_path):
     assert difference(eqx.filter_jit(model)(jnp.asarray(tokens)), want) < 1e-5
 
     save_pretrained(model, tmp_path / "ours")
-    back = load_theirs(tmp_path / "ours")
+    back = load_theirs(tmp_path / "ours", "Mamba2ForCausalLM")
     there, here = theirs.config.to_dict(), back.config.to_dict()
     # How to initialise, which chunks to make, and what ends a text.
     of_ours = {"_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id"} | {
