@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ._block import norm
 from ._initialisers import check_positive, default_dtype
-from ._linear import Linear
+from ._linear import Linear, product
 from ._protocol import check_reset_and_length
 from ._stack import AbstractStack
 from .ops._precision import at_least_float32
@@ -180,11 +180,7 @@ class LanguageModel(eqx.Module):
     ) -> Float[Array, "*seq {self.padded_vocab_size}"]:
         """The head, on the features of one token or of several."""
         weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        return jnp.matmul(
-            features.astype(weight.dtype),
-            weight.T,
-            preferred_element_type=at_least_float32(weight),
-        )
+        return product(weight, features.astype(weight.dtype), dtype=at_least_float32(weight))
 
     def hidden_states(
         self,

@@ -107,7 +107,9 @@ def selective_scan_step(
 ) -> tuple[Float[Array, " d_inner"], Float[Array, "d_state d_inner"]]:
     """One token of [`mamba_eqx.ops.selective_scan`][]: the same arguments, for one token."""
     dtype = at_least_float32(x, dt, A, B, C, state)
-    u, dt, At, B, C = (t.astype(dtype) for t in (x, dt, A.T, B, C))
+    # The barrier keeps the transposition out of the loop over the state, which reads it in order.
+    At = lax.optimization_barrier(A.T)
+    u, dt, At, B, C = (t.astype(dtype) for t in (x, dt, At, B, C))
     h, _ = _advance(At, state.astype(dtype), u, dt, B, None)
     y = _sum_state(C[:, None] * h)
     if D is not None:
