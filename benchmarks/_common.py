@@ -1,0 +1,209 @@
+"""Timing, the limits of the machine, the models and the tables: what all benchmarks share."""
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+
+import mamba_eqx as mbx
+
+
+MIB = 1 << 20
+
+Competitors = dict[str, Callable[[], Any]]
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--no-peers", action="store_true", help="measure mamba_eqx alone")
+    return parser.parse_args()
+
+
+# --- Timing ---
+
+
+def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[[], Any], Any]:
+    """`function(*args)` compiled afresh: a call without arguments, and the executable.
+
+    The arrays of `args` are inputs of the compiled function, never constants in it.
+    """
+    arrays, static = eqx.partition(args, eqx.is_array)
+    leaves, structure = jax.tree.flatten(arrays)
+
+    def run(leaves: list[Any]) -> Any:
+        return function(*eqx.combine(jax.tree.unflatten(structure, leaves), static))
+
+    executable = jax.jit(run).lower(leaves).compile()
+    return lambda: executable(leaves), executable
+
+
+def medians(
+    competitors: Competitors, *, repeats: int = 7, budget: float = 20.0, warm: bool = True
+) -> dict[str, float]:
+    """The median seconds of a call to each of the competitors, which take turns, so that whatever
+    else the machine does falls on all of them alike.
+
+    **Arguments:**
+
+    - `repeats`: the most measurements of each.
+    - `budget`: whoever has used this many seconds is not called again.
+    - `warm`: whether each is called once before, unmeasured.
+    """
+    if warm:
+        for run in competitors.values():
+            jax.block_until_ready(run())
+    seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    for _ in range(repeats):
+        for name, run in competitors.items():
+            if sum(seconds[name]) < budget:
+                time.sleep(0.02)  # the last one's threads go to sleep
+                seconds[name].append(once(run))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def once(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+# --- The machine ---
+
+
+def limits(*, quick: bool = False) -> tuple[float, float]:
+    """What the machine can do through XLA: bytes per second read from memory, float32 operations
+    per second in a matrix product."""
+    rows = 1 << (12 if quick else 15)
+    big = jnp.ones((rows, 4096), jnp.float32)
+    side = 1024 if quick else 2048
+    square = jnp.ones((side, side), jnp.float32)
+    vector = jnp.ones(4096, jnp.float32)
+    reads = {
+        "sum of rows": compiled(lambda t: jnp.sum(t, axis=1), big)[0],
+        "sum of columns": compiled(lambda t: jnp.sum(t, axis=0), big)[0],
+        "matrix times vector": compiled(lambda t, v: t @ v, big, vector)[0],
+    }
+    read = min(medians(reads, repeats=7).values())
+    product = medians({"": compiled(lambda t: t @ t, square)[0]}, repeats=7)[""]
+    return big.nbytes / read, 2 * side**3 / product
+
+
+def print_facts(title: str, *, quick: bool = False) -> tuple[float, float]:
+    """Prints the heading of a report, and returns the limits of the machine."""
+    packages = ("jax", "jaxlib", "equinox", "torch", "transformers", "mambapy", "llama_cpp_python")
+    versions = ", ".join(f"{name} {v}" for name in packages if (v := _version(name)))
+    read, product = limits(quick=quick)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    print(f"## {title}{' (quick: sizes are not the real ones)' if quick else ''}\n")
+    print(f"{now}; mamba_eqx {mbx.__version__}, {versions}, Python {platform.python_version()}.\n")
+    print(
+        f"{jax.devices()[0].platform.upper()}: {_cpu()}, {cores()} cores, load {load:.1f}. "
+        f"Measured limits: memory is read at {read / 1e9:.1f} GB/s, float32 products run at "
+        f"{product / 1e9:.0f} GFLOP/s.\n",
+        flush=True,
+    )
+    return read, product
+
+
+def cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# --- Models ---
+
+
+def mamba_130m(*, stacked: bool = False) -> mbx.LanguageModel:
+    block = mbx.BlockConfig(mbx.Mamba1Config(d_model=768))
+    config = mbx.LanguageModelConfig(50277, (block,) * 24, padded_vocab_size=50280)
+    return config.build(stacked=stacked, key=jr.key(0))
+
+
+def small_model(*, stacked: bool = False, remat: bool = False) -> mbx.LanguageModel:
+    """The one that is trained."""
+    block = mbx.BlockConfig(mbx.Mamba1Config(d_model=256))
+    config = mbx.LanguageModelConfig(256, (block,) * 8)
+    return config.build(stacked=stacked, remat=remat, key=jr.key(0))
+
+
+def byte_model(*, stacked: bool = False) -> mbx.LanguageModel:
+    """1.5 million parameters."""
+    block = mbx.BlockConfig(mbx.Mamba1Config(d_model=192, d_state=8))
+    config = mbx.LanguageModelConfig(256, (block,) * 6)
+    return config.build(stacked=stacked, key=jr.key(0))
+
+
+def random_tokens(model: mbx.LanguageModel, *shape: int) -> jax.Array:
+    return jr.randint(jr.key(1), shape, 0, model.vocab_size, jnp.int32)
+
+
+def parameter_bytes(model: mbx.LanguageModel) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_array)))
+
+
+# --- Tables ---
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    def line(cells: Sequence[Any]) -> str:
+        return "| " + " | ".join(_shown(cell) for cell in cells) + " |"
+
+    print(line(header))
+    print("|" + "---|" * len(header))
+    for row in rows:
+        print(line(row))
+    print(flush=True)
+
+
+def _shown(cell: Any) -> str:
+    if cell is None:
+        return "-"
+    if isinstance(cell, float):
+        return f"{cell:.0f}" if abs(cell) >= 100 else f"{cell:.3g}"
+    return str(cell)
+
+
+def print_verdict(what: str, value: float | None, wanted: float, *, at_most: bool = False) -> None:
+    """Says whether a requirement of the project is met."""
+    if value is None:
+        print(f"- {what}: not measured (wanted: {wanted:g})")
+        return
+    good = value <= wanted if at_most else value >= wanted
+    relation = "at most" if at_most else "at least"
+    verdict = "met" if good else "MISSED"
+    print(
+        f"- {what}: {_shown(float(value))} (wanted: {relation} {wanted:g}): {verdict}", flush=True
+    )

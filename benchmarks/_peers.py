@@ -1,0 +1,90 @@
+"""The other libraries, with the weights of one of our models. All of them are optional."""
+
+import importlib.util
+import logging
+import tempfile
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+from _common import cores
+
+import mamba_eqx as mbx
+
+
+def available(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def transformers_model(model: mbx.LanguageModel) -> Any:
+    """transformers' `MambaForCausalLM`, from a checkpoint that `save_pretrained` wrote.
+
+    Without CUDA kernels it runs its own path in PyTorch, a Python loop over time.
+    """
+    import torch
+    import transformers
+
+    torch.set_num_threads(cores())
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mbx.save_pretrained(model, folder)
+        return transformers.MambaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def mambapy_model(model: mbx.LanguageModel) -> Any:
+    """mamba.py's blocks in a small language model of our own, as `mambapy.lm` does not import
+    without mamba_ssm. They run its parallel scan in PyTorch."""
+    import torch
+    from mambapy.mamba import Mamba, MambaConfig, RMSNorm
+
+    torch.set_num_threads(cores())
+    mixer = mbx.LanguageModelConfig.of(model).layers[0].mixer
+    config = MambaConfig(
+        d_model=mixer.d_model,
+        n_layers=model.layers.n_layer,
+        dt_rank=mixer.dt_rank,
+        d_state=mixer.d_state,
+        d_conv=mixer.d_conv,
+    )
+
+    class LanguageModel(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embeddings = torch.nn.Embedding(model.padded_vocab_size, mixer.d_model)
+            self.layers = Mamba(config)
+            self.norm_f = RMSNorm(mixer.d_model, config.rms_norm_eps, False)
+
+        def forward(self, tokens: Any) -> Any:
+            x = self.norm_f(self.layers(self.embeddings(tokens)))
+            return x @ self.embeddings.weight.T
+
+        def step(self, token: Any, caches: Any) -> tuple[Any, Any]:
+            x, caches = self.layers.step(self.embeddings(token), caches)
+            return self.norm_f(x) @ self.embeddings.weight.T, caches
+
+        def empty(self, batch: int) -> list[tuple[None, Any]]:
+            inputs = torch.zeros(batch, config.d_inner, config.d_conv - 1)
+            return [(None, inputs) for _ in range(config.n_layers)]
+
+    # A tied head is the embedding, and transformers' names differ from mamba.py's by a prefix.
+    tensors = {}
+    for name, tensor in mbx.state_dict(model, layout="transformers").items():
+        name = name.removeprefix("backbone.").replace("layers.", "layers.layers.", 1)
+        if not name.startswith("lm_head"):
+            tensors[name] = torch.from_numpy(np.array(tensor))
+    peer = LanguageModel()
+    peer.load_state_dict(tensors)
+    return peer.eval()
+
+
+def check_agrees(name: str, theirs: Any, ours: jax.Array, tolerance: float = 1e-3) -> None:
+    """Stops a comparison of two different models."""
+    ours = np.asarray(ours)
+    error = np.max(np.abs(np.asarray(theirs) - ours)) / np.max(np.abs(ours))
+    if not error < tolerance:
+        raise RuntimeError(f"The outputs of {name} differ from ours, relatively by {error:.2g}.")
+    print(f"{name} agrees with mamba_eqx: relative difference {error:.1g}.\n", flush=True)

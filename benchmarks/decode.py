@@ -1,0 +1,169 @@
+"""Greedy decoding with mamba-130m's shape, random float32 weights: tokens per second.
+
+    python benchmarks/decode.py [--quick] [--no-peers]
+
+Every token reads all weights once, so the bandwidth of the memory is the limit at batch 1.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _common import (
+    Competitors,
+    arguments,
+    mamba_130m,
+    medians,
+    parameter_bytes,
+    print_facts,
+    print_table,
+    print_verdict,
+    random_tokens,
+    small_model,
+)
+from _llama import Llama, has_llama
+from _peers import available, mambapy_model, transformers_model
+
+import mamba_eqx as mbx
+
+
+def generate(model: mbx.LanguageModel, prompts: np.ndarray, new: int) -> Callable[[], Any]:
+    # One token as the prompt: nothing but steps.
+    def run() -> jax.Array:
+        return mbx.generate(model, prompts if len(prompts) > 1 else prompts[0], new).tokens
+
+    return run
+
+
+def steps(model: mbx.LanguageModel, prompts: np.ndarray, new: int) -> Callable[[], Any]:
+    """A Python loop around a compiled step."""
+
+    @jax.jit
+    def step(model: Any, token: Any, state: Any) -> Any:
+        logits, state = jax.vmap(model.step)(token, state)
+        return jnp.argmax(logits[:, : model.vocab_size], axis=-1).astype(jnp.int32), state
+
+    batch = len(prompts)
+    empty = jax.tree.map(lambda t: jnp.broadcast_to(t, (batch, *t.shape)), model.init_state())
+
+    def run() -> Any:
+        token, state, tokens = jnp.asarray(prompts[:, 0], jnp.int32), empty, []
+        for _ in range(new):
+            token, state = step(model, token, state)
+            tokens.append(token)
+        return jnp.stack(tokens, axis=1)
+
+    return run
+
+
+def torch_peers(model: mbx.LanguageModel, prompts: np.ndarray, new: int) -> Competitors:
+    import torch
+
+    start = torch.from_numpy(prompts.astype(np.int64))
+    peers: Competitors = {}
+    if available("transformers"):
+        transformers = transformers_model(model)
+
+        def run_transformers() -> Any:
+            with torch.inference_mode():
+                return transformers.generate(
+                    start,
+                    max_new_tokens=new,
+                    min_new_tokens=new,
+                    do_sample=False,
+                    use_cache=True,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )[:, 1:].numpy()
+
+        peers["transformers"] = run_transformers
+    if available("mambapy"):
+        mambapy = mambapy_model(model)
+
+        def run_mambapy() -> Any:
+            token, caches, tokens = start[:, 0], mambapy.empty(len(prompts)), []
+            with torch.inference_mode():
+                for _ in range(new):
+                    logits, caches = mambapy.step(token, caches)
+                    token = logits[:, : model.vocab_size].argmax(dim=-1)
+                    tokens.append(token)
+            return torch.stack(tokens, dim=1).numpy()
+
+        peers["mamba.py"] = run_mambapy
+    return peers
+
+
+def llama_peer(llama: Llama, model: mbx.LanguageModel, prompts: np.ndarray, new: int) -> Any:
+    def run() -> np.ndarray:
+        llama.forget()
+        token, tokens = prompts[:, 0], []
+        for position in range(new):
+            token = llama.step(token, position)[:, : model.vocab_size].argmax(axis=-1)
+            tokens.append(token)
+        return np.stack(tokens, axis=1)
+
+    return run
+
+
+def main() -> None:
+    args = arguments(__doc__)
+    quick, with_peers = args.quick, not args.no_peers
+    bandwidth, _ = print_facts("Decoding", quick=quick)
+    make = small_model if quick else mamba_130m
+    new, new_peers = (8, 4) if quick else (64, 16)
+    models = {"unrolled": make(), "stacked": make(stacked=True)}
+    weights = parameter_bytes(models["unrolled"])
+
+    rows, speed = [], {}
+    for batch in (1, 8):
+        prompts = np.array(random_tokens(models["unrolled"], batch, 1))
+        runs: Competitors = {}
+        for name, model in models.items():
+            runs[f"{name}, generate"] = generate(model, prompts, new)
+            runs[f"{name}, loop over step"] = steps(model, prompts, new)
+        counts = dict.fromkeys(runs, new)
+        llama = None
+        if with_peers and has_llama():
+            llama = Llama(models["unrolled"], seq=new, batch=batch)
+            runs["llama.cpp"] = llama_peer(llama, models["unrolled"], prompts, new)
+            counts["llama.cpp"] = new
+        seconds = medians(runs, repeats=7)
+        if with_peers and available("torch"):
+            # They are ten times slower, or more.
+            found = torch_peers(models["unrolled"], prompts, new_peers)
+            runs |= found
+            counts |= dict.fromkeys(found, new_peers)
+            seconds |= medians(found, repeats=3)
+        expected = np.reshape(runs["unrolled, generate"](), (batch, -1))
+        for name, run in runs.items():
+            tokens = np.reshape(run(), (batch, -1))
+            same = np.mean(tokens == expected[:, : tokens.shape[1]])
+            rate = batch * counts[name] / seconds[name]
+            speed[name, batch] = rate
+            share = rate / batch * weights / bandwidth
+            ratio = speed["unrolled, generate", batch] / rate
+            rows.append((batch, name, rate, ratio, share, f"{same:.0%}"))
+        if llama is not None:
+            llama.close()
+    print(f"{weights / 1e6:.0f} MB of weights; {new} tokens ({new_peers} by PyTorch's).\n")
+    print_table(
+        (
+            "batch",
+            "",
+            "tokens/s",
+            "`generate` unrolled is faster by",
+            "share of the bandwidth",
+            "same tokens",
+        ),
+        rows,
+    )
+    theirs = speed.get(("llama.cpp", 1))
+    ratio = None if theirs is None else speed["unrolled, generate", 1] / theirs
+    if not quick:
+        print_verdict("times the speed of llama.cpp in float32 at batch 1", ratio, 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Running prompts through mamba-130m's shape, random float32 weights: tokens per second.
+
+python benchmarks/model.py [--quick] [--no-peers]
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from _common import (
+    Competitors,
+    arguments,
+    compiled,
+    mamba_130m,
+    medians,
+    print_facts,
+    print_table,
+    print_verdict,
+    random_tokens,
+    small_model,
+)
+from _llama import Llama, has_llama
+from _peers import available, check_agrees, mambapy_model, transformers_model
+from scan import forward, inputs
+
+import mamba_eqx as mbx
+
+
+ALL, LAST = "all logits", "last logits"
+
+
+def last_logits(model: mbx.LanguageModel, tokens: jax.Array) -> jax.Array:
+    return model.logits(model.backbone(tokens)[0][-1])
+
+
+def torch_peers(model: mbx.LanguageModel) -> dict[str, Any]:
+    """From a name to a function of tokens and of whether all logits are wanted."""
+    import torch
+
+    peers = {}
+    if available("transformers"):
+        transformers = transformers_model(model)
+
+        def run_transformers(tokens: np.ndarray, all_logits: bool) -> np.ndarray:
+            with torch.inference_mode():
+                out = transformers(
+                    torch.from_numpy(tokens[None]),
+                    use_cache=False,
+                    logits_to_keep=0 if all_logits else 1,
+                )
+                return out.logits[0].numpy()
+
+        peers["transformers"] = run_transformers
+    if available("mambapy"):
+        mambapy = mambapy_model(model)
+
+        def run_mambapy(tokens: np.ndarray, all_logits: bool) -> np.ndarray | None:
+            with torch.inference_mode():
+                return mambapy(torch.from_numpy(tokens[None]))[0].numpy() if all_logits else None
+
+        peers["mamba.py"] = run_mambapy
+    return peers
+
+
+def main() -> None:
+    args = arguments(__doc__)
+    quick, with_peers = args.quick, not args.no_peers
+    print_facts("Prefill", quick=quick)
+    make = small_model if quick else mamba_130m
+    lengths = [16, 64] if quick else [64, 512, 2048]
+    unrolled, stacked = make(), make(stacked=True)
+    peers = torch_peers(unrolled) if with_peers and available("torch") else {}
+    llama = Llama(unrolled, seq=lengths[-1]) if with_peers and has_llama() else None
+    if llama is not None:
+        peers["llama.cpp"] = lambda tokens, all_logits: llama.run(tokens, all_logits=all_logits)
+
+    tokens = random_tokens(unrolled, 64)
+    logits = unrolled(tokens)
+    for name, run in peers.items():
+        check_agrees(name, run(np.array(tokens, np.int64), True), logits)
+
+    rows, speed, shares = [], {}, []
+    for seq in lengths:
+        tokens = random_tokens(unrolled, seq)
+        numbers = np.array(tokens, np.int64)
+        op = compiled(forward(), *inputs(unrolled.layers.layers[0].mixer.d_inner, seq))[0]
+        runs: dict[tuple[str, str], Any] = {
+            (ALL, "unrolled"): compiled(lambda model, t: model(t), unrolled, tokens)[0],
+            (ALL, "stacked"): compiled(lambda model, t: model(t), stacked, tokens)[0],
+            (LAST, "unrolled"): compiled(last_logits, unrolled, tokens)[0],
+            (LAST, "stacked"): compiled(last_logits, stacked, tokens)[0],
+        }
+        for name, run in peers.items():
+            # Nobody waits a minute for what shorter prompts tell already.
+            if name != "mamba.py" or seq <= 512:
+                runs[ALL, name] = partial(run, numbers, True)
+            if name == "llama.cpp" or (name == "transformers" and seq <= 512):
+                runs[LAST, name] = partial(run, numbers, False)
+        competitors: Competitors = {" ".join(key): run for key, run in runs.items()}
+        seconds = medians({"scan": op, **competitors}, budget=6)
+        speed |= {(key, seq): seq / seconds[" ".join(key)] for key in runs}
+        scan = unrolled.layers.n_layer * seconds["scan"]
+        for which in (ALL, LAST):
+            shares.append((seq, which, scan / seconds[f"{which} unrolled"]))
+
+    for which in (ALL, LAST):
+        for name in ("unrolled", "stacked", *peers):
+            speeds = [speed.get(((which, name), seq)) for seq in lengths]
+            ratios = [
+                None if theirs is None else speed[(which, "unrolled"), seq] / theirs
+                for seq, theirs in zip(lengths, speeds, strict=True)
+            ]
+            rows.append((which, name, *speeds, *ratios))
+    print("Tokens per second, and how many times faster `Unrolled` is:\n")
+    columns = [f"{seq} tokens" for seq in lengths]
+    print_table(("", "", *columns, *(f"ratio {seq}" for seq in lengths)), rows)
+    print("Share of the selective scan, timed alone, in the time of `Unrolled`:\n")
+    print_table(("seq", "", "share"), shares)
+
+    if quick:
+        return
+    for seq in lengths[1:]:
+        for name, wanted in (("transformers", 3.5), ("llama.cpp", 1.6)):
+            theirs = speed.get(((ALL, name), seq))
+            ratio = None if theirs is None else speed[(ALL, "unrolled"), seq] / theirs
+            print_verdict(f"times the speed of {name}, {seq} tokens, all logits", ratio, wanted)
+    for seq, which, share in shares:
+        print_verdict(f"share of the scan, {seq} tokens, {which}", share, 1 / 3, at_most=True)
+
+
+if __name__ == "__main__":
+    main()

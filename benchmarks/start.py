@@ -1,0 +1,105 @@
+"""How long it takes until something happens: import, first tokens cold and warm.
+
+    python benchmarks/start.py [--quick]
+
+Every line is a process of its own; medians of several.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+
+def import_seconds(module: str) -> dict[str, float]:
+    start = time.perf_counter()
+    __import__(module)
+    return {"import": time.perf_counter() - start}
+
+
+def token_seconds(which: str, stacked: bool) -> dict[str, float]:
+    """From a prompt of 16 tokens to the first token, and to 16 tokens."""
+    import jax
+    import numpy as np
+    from _common import byte_model, mamba_130m
+
+    import mamba_eqx as mbx
+
+    start = time.perf_counter()
+    model = {"130m": mamba_130m, "bytes": byte_model}[which](stacked=stacked)
+    jax.block_until_ready(jax.tree.leaves(model.embedding))
+    seconds = {"build": time.perf_counter() - start}
+    prompt = np.arange(16)
+    for temperature in ("cold", "warm"):
+        start = time.perf_counter()
+        next(mbx.stream(model, prompt, 16))
+        seconds[f"first token, {temperature}"] = time.perf_counter() - start
+    start = time.perf_counter()
+    jax.block_until_ready(mbx.generate(model, prompt, 16).tokens)  # compiled by `stream`
+    seconds["16 tokens, warm"] = time.perf_counter() - start
+    return seconds
+
+
+def child(task: list[str], environment: dict[str, str] | None = None) -> dict[str, float]:
+    start = time.perf_counter()
+    out = subprocess.run(
+        [sys.executable, __file__, "--child", *task],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | (environment or {}),
+    )
+    return json.loads(out.stdout.splitlines()[-1]) | {"process": time.perf_counter() - start}
+
+
+def medians_of(task: list[str], repeats: int, environment: Any = None) -> dict[str, float]:
+    runs = [child(task, environment) for _ in range(repeats)]
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+
+
+def main() -> None:
+    if "--child" in sys.argv:
+        task = sys.argv[sys.argv.index("--child") + 1 :]
+        if task[0] == "import":
+            seconds = import_seconds(task[1])
+        else:
+            seconds = token_seconds(task[1], task[2] == "stacked")
+        print(json.dumps(seconds))
+        return
+
+    from _common import arguments, print_facts, print_table
+
+    args = arguments(__doc__)
+    repeats = 1 if args.quick else 3
+    print_facts("Starting", quick=args.quick)
+    rows = []
+    for module in ("numpy", "jax", "equinox", "mamba_eqx"):
+        seconds = medians_of(["import", module], repeats)
+        rows.append((module, seconds["import"], seconds["process"]))
+    print_table(("", "import, s", "whole process, s"), rows)
+
+    columns = ["build", "first token, cold", "first token, warm", "16 tokens, warm", "process"]
+    rows = []
+    for which in ("bytes",) if args.quick else ("130m", "bytes"):
+        for layers in ("unrolled", "stacked"):
+            task = ["tokens", which, layers]
+            seconds = medians_of(task, repeats)
+            rows.append((which, layers, "no", *(seconds[name] for name in columns)))
+            with tempfile.TemporaryDirectory() as folder:
+                cache = {
+                    "JAX_COMPILATION_CACHE_DIR": folder,
+                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                }
+                child(task, cache)
+                seconds = medians_of(task, repeats, cache)
+            rows.append((which, layers, "filled", *(seconds[name] for name in columns)))
+    print("A prompt of 16 tokens, to the first token (`stream`) and to 16 (`generate`), seconds:\n")
+    print_table(("model", "layers", "compilation cache", *columns), rows)
+
+
+if __name__ == "__main__":
+    main()

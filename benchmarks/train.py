@@ -1,0 +1,119 @@
+"""A training step, forward and backward, d_model 256, 8 layers, 256 tokens: tokens per second.
+
+    python benchmarks/train.py [--quick] [--no-peers]
+
+The loss is the mean cross-entropy of the next token. The optimizer's update, the same for all, is
+left out.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _common import (
+    MIB,
+    Competitors,
+    arguments,
+    compiled,
+    medians,
+    print_facts,
+    print_table,
+    print_verdict,
+    random_tokens,
+    small_model,
+)
+from _peers import available, check_agrees, mambapy_model, transformers_model
+
+import mamba_eqx as mbx
+
+
+def loss(model: mbx.LanguageModel, tokens: jax.Array) -> jax.Array:
+    # A batch of one is no batch: `vmap` over one sequence is slower than the sequence alone.
+    logits = model(tokens) if tokens.ndim == 1 else jax.vmap(model)(tokens)
+    log_probs = jax.nn.log_softmax(logits[..., :-1, :])
+    return -jnp.mean(jnp.take_along_axis(log_probs, tokens[..., 1:, None], axis=-1))
+
+
+def torch_peers(model: mbx.LanguageModel, tokens: jax.Array) -> dict[str, Any]:
+    """From a name to a function that returns the loss and leaves the gradients in the model."""
+    import torch
+
+    numbers = torch.from_numpy(np.array(tokens, np.int64))
+
+    def step(peer: Any, logits: Any) -> Any:
+        def run() -> Any:
+            peer.zero_grad(set_to_none=True)
+            value = torch.nn.functional.cross_entropy(
+                logits(numbers)[:, :-1].flatten(0, 1), numbers[:, 1:].flatten()
+            )
+            value.backward()
+            return value.detach()
+
+        return run
+
+    peers = {}
+    # Four sequences take it a minute, and tell no more than one does.
+    if available("transformers") and len(tokens) == 1:
+        transformers = transformers_model(model)
+        peers["transformers"] = step(
+            transformers, lambda t: transformers(t, use_cache=False).logits
+        )
+    if available("mambapy"):
+        mambapy = mambapy_model(model)
+        peers["mamba.py"] = step(mambapy, mambapy)
+    return peers
+
+
+def main() -> None:
+    args = arguments(__doc__)
+    quick, with_peers = args.quick, not args.no_peers and available("torch")
+    print_facts("Training step", quick=quick)
+    sizes = [(1, 32), (2, 16)] if quick else [(1, 512), (4, 256)]
+    models = {
+        "unrolled": small_model(),
+        "unrolled, remat": small_model(remat=True),
+        "stacked": small_model(stacked=True),
+        "stacked, remat": small_model(stacked=True, remat=True),
+    }
+    speed = {}
+    for batch, seq in sizes:
+        rows = []
+        tokens = random_tokens(models["unrolled"], batch, seq)
+        calls = {
+            name: (model, tokens if batch > 1 else tokens[0]) for name, model in models.items()
+        }
+        if batch == 1:
+            calls["unrolled, `vmap` over one"] = (models["unrolled"], tokens)
+        runs: Competitors = {}
+        used = {}
+        for name, call in calls.items():
+            runs[name], executable = compiled(eqx.filter_value_and_grad(loss), *call)
+            used[name] = executable.memory_analysis().temp_size_in_bytes / MIB
+        if with_peers:
+            found = torch_peers(models["unrolled"], tokens)
+            ours = runs["unrolled"]()[0]
+            for name, run in found.items():
+                check_agrees(f"The loss of {name}", run(), ours)
+            # They have run once, to be compared.
+            seconds = medians(runs) | medians(found, repeats=3, warm=False, budget=10)
+        else:
+            seconds = medians(runs)
+        for name, time in seconds.items():
+            speed[name, batch] = batch * seq / time
+            ratio = time / seconds["unrolled"]
+            rows.append((batch, seq, name, batch * seq / time, ratio, used.get(name)))
+        print_table(
+            ("batch", "seq", "", "tokens/s", "unrolled is faster by", "temporary memory, MiB"), rows
+        )
+    if quick:
+        return
+    for name, wanted in (("transformers", 25), ("mamba.py", 2)):
+        theirs = speed.get((name, 1))
+        ratio = None if theirs is None else speed["unrolled", 1] / theirs
+        print_verdict(f"times the speed of {name} at batch 1", ratio, wanted)
+
+
+if __name__ == "__main__":
+    main()
