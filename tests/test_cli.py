@@ -34,7 +34,13 @@ def checkpoint(tmp_path_factory):
 def spawn(*args: object) -> subprocess.Popen[bytes]:
     pipe = subprocess.PIPE
     command = [sys.executable, "-m", "mamba_eqx", *map(str, args)]
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+    # Shells start what runs in the background with Ctrl-C ignored, and a child inherits that, but
+    # not that it is handled.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def test_the_command_writes_the_text_of_generate(checkpoint):
