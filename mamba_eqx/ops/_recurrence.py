@@ -4,7 +4,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 Pair = tuple[Float[Array, "*shape"], Float[Array, "*shape"]]
@@ -103,3 +103,16 @@ def freeze(
 def expand(mask: Bool[Array, " seq"], array: Float[Array, "seq *shape"]) -> Bool[Array, "seq ..."]:
     """`mask` with trailing axes of size one, to broadcast against `array`."""
     return mask.reshape(mask.shape + (1,) * (array.ndim - 1))
+
+
+def cut_into_chunks(chunk_size: int, tokens: PyTree[Array]) -> PyTree[Array]:
+    """Arrays over tokens as arrays over chunks of tokens, the last chunk filled with zeros."""
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1, but got chunk_size={chunk_size}.")
+
+    def cut(t: Array) -> Array:
+        size = max(1, min(chunk_size, t.shape[0]))
+        t = jnp.pad(t, ((0, -t.shape[0] % size),) + ((0, 0),) * (t.ndim - 1))
+        return t.reshape((-1, size, *t.shape[1:]))
+
+    return jax.tree.map(cut, tokens)

@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ._precision import at_least_float32
-from ._recurrence import freeze, linear_recurrence, mask_resets, real_tokens
+from ._recurrence import cut_into_chunks, freeze, linear_recurrence, mask_resets, real_tokens
 
 
 # Inside this file the state is (d_state, d_inner) and `A` has been transposed to match: with the
@@ -182,18 +182,8 @@ def _by_chunks(
     reset: Bool[Array, " seq"] | None,
 ) -> tuple[Float[Array, "seq d_inner"], Float[Array, "d_state d_inner"]]:
     """Cuts the tokens into chunks for `run`, the last one filled with tokens of `dt = 0`."""
-    if chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be at least 1, but got chunk_size={chunk_size}.")
-    seq = u.shape[0]
-    chunk_size = max(1, min(chunk_size, seq))
-
-    def cut(t: Array) -> Array:
-        t = jnp.pad(t, ((0, -seq % chunk_size),) + ((0, 0),) * (t.ndim - 1))
-        return t.reshape((-1, chunk_size, *t.shape[1:]))
-
-    tokens = jax.tree.map(cut, (u, dt, B, C, reset))
-    y, h = run(tokens, At, h)
-    return y.reshape((-1, *y.shape[2:]))[:seq], h
+    y, h = run(cut_into_chunks(chunk_size, (u, dt, B, C, reset)), At, h)
+    return y.reshape((-1, *y.shape[2:]))[: u.shape[0]], h
 
 
 def _associative(

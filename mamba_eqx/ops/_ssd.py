@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ._precision import at_least_float32
-from ._recurrence import freeze, mask_resets, real_tokens
+from ._recurrence import cut_into_chunks, freeze, mask_resets, real_tokens
 
 
 # Subscripts: l, s tokens (of output and input), g groups, r heads of a group, p channels of a head,
@@ -169,15 +169,8 @@ def _chunked(
     reset: Bool[Array, " seq"] | None,
 ) -> tuple[Float[Array, "seq nheads headdim"], Float[Array, "d_state nheads headdim"]]:
     """Chunk after chunk, the last one filled with tokens of `dt = 0`."""
-    if chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be at least 1, but got chunk_size={chunk_size}.")
     seq, nheads, headdim = u.shape
-    chunk_size = max(1, min(chunk_size, seq))
     ngroups, d_state = B.shape[1:]
-
-    def cut(t: Array) -> Array:
-        t = jnp.pad(t, ((0, -seq % chunk_size),) + ((0, 0),) * (t.ndim - 1))
-        return t.reshape((-1, chunk_size, *t.shape[1:]))
 
     # `prevent_cse` is for code outside of loops.
     @partial(jax.checkpoint, prevent_cse=False)
@@ -190,7 +183,7 @@ def _chunked(
     grouped = h.reshape(d_state, *by_group).swapaxes(0, 1)
     tokens = (u.reshape(seq, *by_group), (dt * A).reshape(seq, *by_group[:2]))
     tokens = (*tokens, dt.reshape(seq, *by_group[:2]), B, C, reset)
-    grouped, y = lax.scan(chunk, grouped, jax.tree.map(cut, tokens))
+    grouped, y = lax.scan(chunk, grouped, cut_into_chunks(chunk_size, tokens))
     y = y.reshape(-1, nheads, headdim)[:seq]
     return y, grouped.swapaxes(0, 1).reshape(d_state, nheads, headdim)
 
