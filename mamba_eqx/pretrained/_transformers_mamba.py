@@ -1,0 +1,66 @@
+"""transformers' model type `mamba`."""
+
+import math
+from typing import Any
+
+from .._config import BlockConfig, LanguageModelConfig
+from .._mixer_configs import Mamba1Config
+from ._fields import Fields
+from ._transformers_common import MAMBA_IGNORED, UNPADDED
+
+
+# What the `-hf` conversions kept of the official config. transformers reads none of it, and
+# neither do we: the same things are said under transformers' own names.
+_MAMBA_OFFICIAL = frozenset(
+    """
+    d_model d_inner n_layer ssm_cfg rms_norm fused_add_norm pad_vocab_size_multiple
+    """.split()  # noqa: SIM905
+)
+
+
+def read_mamba(fields: Fields) -> LanguageModelConfig:
+    # The defaults are those of transformers' `MambaConfig`.
+    d_model = fields.size("hidden_size", 768)
+    expanded = fields.multiple_of(d_model, "expand", 2)
+    fields.only("hidden_act", ["silu"], "silu")
+    eps = fields.number("layer_norm_epsilon", 1e-5)
+    mixer = Mamba1Config(
+        d_model=d_model,
+        # Where the two contradict each other, transformers goes by `intermediate_size`.
+        d_inner=fields.size("intermediate_size", expanded),
+        d_state=fields.size("state_size", 16),
+        d_conv=fields.size("conv_kernel", 4),
+        dt_rank=(
+            math.ceil(d_model / 16)
+            if fields.get("time_step_rank", "auto") == "auto"
+            else fields.size("time_step_rank")
+        ),
+        bias=fields.flag("use_bias", False),
+        conv_bias=fields.flag("use_conv_bias", True),
+    )
+    padded = fields.size("vocab_size", 50280)
+    config = LanguageModelConfig(
+        vocab_size=fields.size(UNPADDED, padded),
+        padded_vocab_size=padded,
+        layers=(BlockConfig(mixer, norm_eps=eps),) * fields.layers("num_hidden_layers", 32),
+        tie_embeddings=fields.flag("tie_word_embeddings", True),
+        norm_eps=eps,
+        residual_in_fp32=fields.flag("residual_in_fp32", True),
+    )
+    fields.ignore(MAMBA_IGNORED | _MAMBA_OFFICIAL)
+    return config
+
+
+def write_mamba(config: LanguageModelConfig, mixer: Mamba1Config) -> dict[str, Any]:
+    del config
+    return {
+        "architectures": ["MambaForCausalLM"],
+        "intermediate_size": mixer.d_inner,
+        # It has to be an integer. Where that is inexact, `intermediate_size` wins.
+        "expand": max(1, mixer.d_inner // mixer.d_model),
+        "state_size": mixer.d_state,
+        "conv_kernel": mixer.d_conv,
+        "time_step_rank": mixer.dt_rank,
+        "use_bias": mixer.bias,
+        "use_conv_bias": mixer.conv_bias,
+    }
