@@ -27,3 +27,12 @@ def as_users_run() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is held for one layer runs in one process, which then compiles it once."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        name = None if callspec is None else callspec.params.get("name")
+        if item.path.name == "test_laws.py" and name is not None:
+            item.add_marker(pytest.mark.xdist_group(str(name)))
