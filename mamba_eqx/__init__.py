@@ -4,7 +4,8 @@ from . import ops as ops
 from ._block import Block as Block
 from ._config import BlockConfig as BlockConfig, LanguageModelConfig as LanguageModelConfig
 from ._conv import CausalConv1d as CausalConv1d
-from ._generate import Generation as Generation, generate as generate, stream as stream
+from ._decoding import FinishReason as FinishReason, Generation as Generation
+from ._generate import generate as generate, stream as stream
 from ._language_model import LanguageModel as LanguageModel
 from ._linear import Linear as Linear
 from ._mixer_configs import (
@@ -14,6 +15,12 @@ from ._mixer_configs import (
 )
 from ._mlp import GatedMLP as GatedMLP
 from ._norm import GatedRMSNorm as GatedRMSNorm
+from ._penalties import (
+    Penalties as Penalties,
+    frequency_penalty as frequency_penalty,
+    presence_penalty as presence_penalty,
+    repetition_penalty as repetition_penalty,
+)
 from ._prompts import DecodingState as DecodingState
 from ._protocol import (
     RECURRENCE as RECURRENCE,
@@ -28,6 +35,7 @@ from ._sampling import (
     temperature as temperature,
     top_k as top_k,
     top_p as top_p,
+    typical_p as typical_p,
 )
 from ._stack import AbstractStack as AbstractStack, Stacked as Stacked, Unrolled as Unrolled
 from ._text import (
