@@ -1,6 +1,7 @@
 """The Mamba family of state-space models as Equinox modules."""
 
 from . import ops as ops
+from ._beam_search import Beams as Beams, beam_search as beam_search
 from ._block import Block as Block
 from ._config import BlockConfig as BlockConfig, LanguageModelConfig as LanguageModelConfig
 from ._conv import CausalConv1d as CausalConv1d
@@ -37,7 +38,20 @@ from ._sampling import (
     top_p as top_p,
     typical_p as typical_p,
 )
+from ._score import (
+    Score as Score,
+    embed as embed,
+    fork as fork,
+    prefill as prefill,
+    score as score,
+)
+from ._speculative import (
+    PromptLookup as PromptLookup,
+    Speculation as Speculation,
+    speculate as speculate,
+)
 from ._stack import AbstractStack as AbstractStack, Stacked as Stacked, Unrolled as Unrolled
+from ._state_file import load_state as load_state, save_state as save_state
 from ._text import (
     ByteDecoder as ByteDecoder,
     ByteTokenizer as ByteTokenizer,

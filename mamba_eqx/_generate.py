@@ -8,7 +8,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
-from ._decoding import Generation, bucket, decode, read_choice, start
+from ._choice import read_choice
+from ._decoding import Generation, bucket, decode, start
 from ._language_model import LanguageModel
 from ._penalties import Penalties
 from ._prompts import DecodingState, Prompt, read_prompts
@@ -93,7 +94,7 @@ def generate(
         key=key,
     )
     table = _stop_table(model, tokenizer, stop_strings)
-    now = start(model, rows, batched, state, max_new_tokens, choice.window)
+    now = start(model, rows, batched, state, room=max_new_tokens, window=choice.window)
     if choice.temperature is None:
         key = None
     elif batched:
@@ -165,7 +166,7 @@ def stream(
         key = None
 
     def tokens() -> Iterator[int]:
-        now = start(model, rows, False, state, max_new_tokens, choice.window)
+        now = start(model, rows, False, state, room=max_new_tokens, window=choice.window)
         matched = jnp.zeros_like(now.token)
         left, size = max_new_tokens, 1
         while left > 0:

@@ -101,7 +101,7 @@ def test_the_functions_are_those_of_transformers():
         got = jax.nn.softmax(ours(jnp.asarray(logits)))
         np.testing.assert_allclose(got, want, atol=1e-6)
     repetition = theirs.RepetitionPenaltyLogitsProcessor(1.3)
-    want = repetition(torch.tensor(tokens), torch.tensor(logits.copy())).numpy()
+    want = repetition(torch.LongTensor(tokens), torch.FloatTensor(logits.copy())).numpy()
     got = jax.vmap(lambda x, t: mbx.repetition_penalty(x, t, 1.3))(
         jnp.asarray(logits), jnp.asarray(tokens)
     )
@@ -121,7 +121,7 @@ def test_a_mask_is_a_ragged_list(prompts, left):
 
 def test_options_by_row():
     """Each row is as if its options were those of all, greedy ones among sampled ones."""
-    options: dict[str, list[Any]] = {
+    options: dict[str, Any] = {
         "temperature": [0.0, 1.5, 0.8],
         "top_k": [VOCAB, 3, 9],
         "min_p": [0.0, 0.2, 0.01],
