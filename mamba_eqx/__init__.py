@@ -58,6 +58,7 @@ from ._text import (
     Decoder as Decoder,
     Tokenizer as Tokenizer,
 )
+from ._tokenizers import TextDecoder as TextDecoder, TextTokenizer as TextTokenizer
 from .mixers import (
     Mamba1 as Mamba1,
     Mamba1State as Mamba1State,
