@@ -1,10 +1,12 @@
 """The Mamba family of state-space models as Equinox modules."""
 
 from . import ops as ops
+from ._beam_search import Beams as Beams, beam_search as beam_search
 from ._block import Block as Block
 from ._config import BlockConfig as BlockConfig, LanguageModelConfig as LanguageModelConfig
 from ._conv import CausalConv1d as CausalConv1d
-from ._generate import Generation as Generation, generate as generate, stream as stream
+from ._decoding import FinishReason as FinishReason, Generation as Generation
+from ._generate import generate as generate, stream as stream
 from ._language_model import LanguageModel as LanguageModel
 from ._linear import Linear as Linear
 from ._mixer_configs import (
@@ -14,6 +16,12 @@ from ._mixer_configs import (
 )
 from ._mlp import GatedMLP as GatedMLP
 from ._norm import GatedRMSNorm as GatedRMSNorm
+from ._penalties import (
+    Penalties as Penalties,
+    frequency_penalty as frequency_penalty,
+    presence_penalty as presence_penalty,
+    repetition_penalty as repetition_penalty,
+)
 from ._prompts import DecodingState as DecodingState
 from ._protocol import (
     RECURRENCE as RECURRENCE,
@@ -28,14 +36,29 @@ from ._sampling import (
     temperature as temperature,
     top_k as top_k,
     top_p as top_p,
+    typical_p as typical_p,
+)
+from ._score import (
+    Score as Score,
+    embed as embed,
+    fork as fork,
+    prefill as prefill,
+    score as score,
+)
+from ._speculative import (
+    PromptLookup as PromptLookup,
+    Speculation as Speculation,
+    speculate as speculate,
 )
 from ._stack import AbstractStack as AbstractStack, Stacked as Stacked, Unrolled as Unrolled
+from ._state_file import load_state as load_state, save_state as save_state
 from ._text import (
     ByteDecoder as ByteDecoder,
     ByteTokenizer as ByteTokenizer,
     Decoder as Decoder,
     Tokenizer as Tokenizer,
 )
+from ._tokenizers import TextDecoder as TextDecoder, TextTokenizer as TextTokenizer
 from .mixers import (
     Mamba1 as Mamba1,
     Mamba1State as Mamba1State,

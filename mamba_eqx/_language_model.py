@@ -153,9 +153,8 @@ class LanguageModel(eqx.Module):
 
         The logits of the token after it, at least in float32, and the state.
         """
-        _check_tokens("step", token, 0)
-        x, state = self.layers.step(self._embed(token), state)
-        return self.logits(self.norm_f(x)), state
+        features, state = self.backbone_step(token, state)
+        return self.logits(features), state
 
     def backbone(
         self,
@@ -174,6 +173,14 @@ class LanguageModel(eqx.Module):
         check_reset_and_length("LanguageModel", tokens.shape[0], reset, length)
         x, state = self.layers.scan(self._embed(tokens), state, reset=reset, length=length)
         return jax.vmap(self.norm_f)(x), state
+
+    def backbone_step(
+        self, token: Int[Array, ""], state: PyTree
+    ) -> tuple[Float[Array, " {self.d_model}"], PyTree]:
+        """`step` without its last step: the features that `logits` turns into logits."""
+        _check_tokens("step", token, 0)
+        x, state = self.layers.step(self._embed(token), state)
+        return self.norm_f(x), state
 
     def logits(
         self, features: Float[Array, "*seq {self.d_model}"]

@@ -18,18 +18,23 @@ class DecodingState(eqx.Module):
     logits of the next token. `position` counts the tokens that `layers` has seen; the random
     numbers of a token depend on the key and on its position, and on nothing else.
 
+    `recent` are the last tokens, `token` the last of them, for penalties; -1 stands for none.
+
     With a batch every leaf has a first axis of rows.
     """
 
     layers: PyTree
     token: Int[Array, "*batch"]
     position: Int[Array, "*batch"]
+    recent: Int[Array, "*batch window"]
 
 
 def read_prompts(
-    vocab_size: int, prompts: Any, state: DecodingState | None
+    vocab_size: int, prompts: Any, mask: Any, state: DecodingState | None
 ) -> tuple[list[np.ndarray], bool]:
     """The prompts as arrays, and whether they are a batch."""
+    if mask is not None:
+        prompts = _without_padding(prompts, mask)
     if state is not None and not isinstance(state, DecodingState):
         raise ValueError(
             f"`state` must be a `DecodingState`, but got {type(state).__name__}. Take the `state` "
@@ -68,6 +73,25 @@ def read_prompts(
                 "`state` of an earlier generation."
             )
     return rows, batched
+
+
+def _without_padding(prompts: Any, mask: Any) -> list[np.ndarray]:
+    tokens, real = np.asarray(prompts), np.asarray(mask)
+    if tokens.ndim != 2 or real.shape != tokens.shape or not np.isin(real, (0, 1)).all():
+        raise ValueError(
+            "A `mask` goes with prompts that are an array of shape (rows, seq), has the same shape "
+            f"and is true for real tokens, but got prompts of shape {tokens.shape} and a mask of "
+            f"{real.dtype} and shape {real.shape}."
+        )
+    real = real.astype(bool)
+    for i, row in enumerate(real):
+        at = np.flatnonzero(row)
+        if len(at) and len(at) != at[-1] - at[0] + 1:
+            raise ValueError(
+                f"Row {i} of `mask` has padding between real tokens: it must be to the left or to "
+                "the right of them."
+            )
+    return [row[keep] for row, keep in zip(tokens, real, strict=True)]
 
 
 def _describe(shape: tuple[int, ...]) -> str:

@@ -124,6 +124,39 @@ def min_p(
     return _only(logits, logits - _max(logits) >= jnp.log(jnp.asarray(p, logits.dtype)))
 
 
+def typical_p(
+    logits: Float[Array, "*batch vocab"], p: float | Float[Array, ""]
+) -> Float[Array, "*batch vocab"]:
+    r"""Keeps the smallest set of tokens with at least the probability `p` whose information is
+    closest to what is expected, the entropy $H$; known as locally typical sampling:
+
+    $$\{i : |{-\log p_i} - H| \le t\}, \qquad H = -\sum_i p_i \log p_i.$$
+
+    Tokens equally far from it are kept or excluded together. The most likely token may be
+    excluded.
+
+    Reference: Meister et al., *Locally Typical Sampling* (2023), section 4.
+
+    **Arguments:**
+
+    - `logits`: of any floating-point dtype.
+    - `p`: within `0 < p <= 1`.
+
+    **Returns:** the logits, those of excluded tokens being `-inf`.
+
+    **Raises:** `ValueError` if `p` is out of range (values traced by JAX are not checked).
+    """
+    check_typical_p(p)
+    wide = at_least_float32(logits)
+    log_probs = jax.nn.log_softmax(logits.astype(wide))
+    probs = jnp.exp(log_probs)
+    # What is excluded already has the probability 0, and adds nothing.
+    finite = jnp.where(probs > 0, log_probs, jnp.zeros_like(log_probs))
+    entropy = -jnp.sum(probs * finite, axis=-1, keepdims=True)
+    closeness = -jnp.abs(log_probs + entropy)
+    return _only(logits, _most_likely(closeness, probs, jnp.asarray(p, wide)))
+
+
 def greedy(logits: Float[Array, "*batch vocab"]) -> Int[Array, "*batch"]:
     r"""The most likely token, $\arg\max_i l_i$; the first one if several are equally likely.
 
@@ -144,9 +177,11 @@ def sample(
     top_k: int | Int[Array, ""] | None = None,
     top_p: float | Float[Array, ""] | None = None,
     min_p: float | Float[Array, ""] | None = None,
+    typical_p: float | Float[Array, ""] | None = None,
 ) -> Int[Array, "*batch"]:
     r"""Draws a token from $\mathrm{softmax}(l)$, after the temperature and then those filters that
-    are not `None`, in the order `top_k`, `top_p`, `min_p`, each on what the one before has left.
+    are not `None`, in the order `top_k`, `top_p`, `min_p`, `typical_p`, each on what the one before
+    has left.
 
     One uniform number $u$ is drawn and the distribution function inverted,
 
@@ -160,12 +195,28 @@ def sample(
     - `logits`: of any floating-point dtype. Where the model pads its vocabulary, cut the padding
         off: `logits[..., :model.vocab_size]`.
     - `key`: for the uniform number.
-    - `temperature`, `top_k`, `top_p`, `min_p`: see the functions of these names.
+    - `temperature`, `top_k`, `top_p`, `min_p`, `typical_p`: see the functions of these names.
 
     **Returns:** the token.
 
     **Raises:** `ValueError` if an argument is out of range (values traced by JAX are not checked).
     """
+    logits = filtered(
+        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p
+    )
+    return draw(logits, key)
+
+
+def filtered(
+    logits: Float[Array, "*batch vocab"],
+    *,
+    temperature: float | Float[Array, ""],
+    top_k: int | Int[Array, ""] | None,
+    top_p: float | Float[Array, ""] | None,
+    min_p: float | Float[Array, ""] | None,
+    typical_p: float | Float[Array, ""] | None,
+) -> Float[Array, "*batch vocab"]:
+    """The logits of the distribution from which `sample` draws."""
     logits = _temperature(logits.astype(at_least_float32(logits)), temperature)
     if top_k is not None:
         logits = _top_k(logits, top_k)
@@ -173,6 +224,13 @@ def sample(
         logits = _top_p(logits, top_p)
     if min_p is not None:
         logits = _min_p(logits, min_p)
+    if typical_p is not None:
+        logits = _typical_p(logits, typical_p)
+    return logits
+
+
+def draw(logits: Float[Array, "*batch vocab"], key: PRNGKeyArray) -> Int[Array, "*batch"]:
+    """A token from `softmax(logits)`."""
     probs = jnp.exp(logits - _max(logits))
     # A parallel sum is not monotone to the last bit: between two tokens it may rise by a rounding
     # error over an excluded one. Hence its zeros, and the total that is certainly attained.
@@ -182,7 +240,7 @@ def sample(
 
 
 # `sample` names its arguments as the functions are named.
-_temperature, _top_k, _top_p, _min_p = temperature, top_k, top_p, min_p
+_temperature, _top_k, _top_p, _min_p, _typical_p = temperature, top_k, top_p, min_p, typical_p
 
 
 def check_temperature(value: Any) -> None:
@@ -210,6 +268,14 @@ def check_min_p(p: Any) -> None:
     value = _number("min_p", p)
     if value is not None and not 0 <= value <= 1:
         raise ValueError(f"`min_p` must be within 0 <= min_p <= 1, but got min_p={value}.")
+
+
+def check_typical_p(p: Any) -> None:
+    value = _number("typical_p", p)
+    if value is not None and not 0 < value <= 1:
+        raise ValueError(
+            f"`typical_p` must be within 0 < typical_p <= 1, but got typical_p={value}."
+        )
 
 
 def _number(name: str, value: Any) -> float | int | None:

@@ -37,6 +37,10 @@ class Tokenizer(Protocol):
         """A new decoder for tokens that come one after another."""
         ...
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to a text, in UTF-8, of which it may be a part."""
+        ...
+
 
 class ByteTokenizer:
     """The bytes of a text in UTF-8 as its tokens: a vocabulary of 256, and nothing to train."""
@@ -74,6 +78,13 @@ class ByteTokenizer:
         ```
         """
         return ByteDecoder()
+
+    def token_bytes(self, token: int) -> bytes:
+        """The byte itself.
+
+        **Raises:** `ValueError` for a token that is not a byte.
+        """
+        return _bytes([token])
 
 
 class ByteDecoder:

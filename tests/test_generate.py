@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import mamba_eqx as mbx
-from mamba_eqx import _generate
+from mamba_eqx import _decoding
 
 
 VOCAB = 11
@@ -144,7 +144,7 @@ def test_a_long_prompt_is_run_in_chunks(a, b):
     prompts = [(list(range(VOCAB)) * 4)[:n] for n in (a, b)]
     whole = mbx.generate(MODEL, prompts, 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_generate, "_CHUNK", 16)
+        patch.setattr(_decoding, "_CHUNK", 16)
         chunked = mbx.generate(MODEL, prompts, 3)
     np.testing.assert_array_equal(whole.tokens, chunked.tokens)
     for got, expected in zip(

@@ -1,0 +1,203 @@
+"""How a token is chosen from logits, and when a row ends: the options of a generation."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from . import _sampling
+from ._language_model import LanguageModel
+from ._penalties import (
+    Penalties,
+    frequency_penalty,
+    presence_penalty,
+    read_bias,
+    repetition_penalty,
+)
+from ._prompts import check_tokens
+
+
+class Choice(eqx.Module):
+    """How a token is chosen and when a row ends. The values are arrays, so that only turning an
+    option on or off recompiles. A temperature of `None` is greedy, as is one of 0 in a row."""
+
+    temperature: Float[Array, "*batch"] | None
+    top_k: Int[Array, "*batch"] | None
+    top_p: Float[Array, "*batch"] | None
+    min_p: Float[Array, "*batch"] | None
+    typical_p: Float[Array, "*batch"] | None
+    repetition: Float[Array, "*batch"] | None
+    presence: Float[Array, "*batch"] | None
+    frequency: Float[Array, "*batch"] | None
+    bias: Float[Array, "*batch vocab"] | None
+    stop_tokens: Int[Array, "*batch stop"]
+    window: int = eqx.field(static=True)
+    some_greedy: bool = eqx.field(static=True)
+
+    def logits(
+        self, logits: Float[Array, " vocab"], recent: Int[Array, " window"]
+    ) -> Float[Array, " vocab"]:
+        """After penalties and bias, on which greedy decoding depends as well."""
+        if self.repetition is not None and self.presence is not None:
+            recent = recent[-self.window :]
+            logits = repetition_penalty(logits, recent, self.repetition)
+            logits = presence_penalty(logits, recent, self.presence)
+        if self.frequency is not None:
+            logits = frequency_penalty(logits, recent[-self.window :], self.frequency)
+        return logits if self.bias is None else logits + self.bias.astype(logits.dtype)
+
+    def distribution(
+        self, logits: Float[Array, " vocab"], recent: Int[Array, " window"]
+    ) -> Float[Array, " vocab"]:
+        """The logits from which a token is drawn: of greedy decoding, `-inf` for all but one."""
+        logits = self.logits(logits, recent)
+        if self.temperature is None:
+            return _only_best(logits)
+        temperature = self.temperature
+        if self.some_greedy:
+            temperature = jnp.where(temperature > 0, temperature, jnp.ones_like(temperature))
+        filtered = _sampling.filtered(
+            logits,
+            temperature=temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            typical_p=self.typical_p,
+        )
+        if self.some_greedy:
+            greedy = _only_best(logits.astype(filtered.dtype))
+            filtered = jnp.where(self.temperature > 0, filtered, greedy)
+        return filtered
+
+    def choose(
+        self,
+        logits: Float[Array, " vocab"],
+        recent: Int[Array, " window"],
+        key: PRNGKeyArray | None,
+    ) -> Int[Array, ""]:
+        if self.temperature is None or key is None:
+            return _sampling.greedy(self.logits(logits, recent))
+        return _sampling.draw(self.distribution(logits, recent), key)
+
+
+def _only_best(logits: Float[Array, " vocab"]) -> Float[Array, " vocab"]:
+    best = jnp.arange(logits.shape[0]) == jnp.argmax(logits)
+    return jnp.where(best, jnp.zeros_like(logits), jnp.full_like(logits, -jnp.inf))
+
+
+def read_choice(
+    model: LanguageModel,
+    rows: int | None,
+    *,
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
+    typical_p: Any,
+    penalties: Penalties | None,
+    logit_bias: Mapping[int, float] | Array | np.ndarray | None,
+    stop_tokens: Any,
+    key: Any,
+) -> Choice:
+    """The options of a generation, checked. With a batch, one of each for every row."""
+    bias = read_bias(model.vocab_size, logit_bias)
+    value = functools.partial(_option, rows)
+    heat = np.asarray(value("temperature", temperature, _check_heat, np.float32))
+    if (heat > 0).any():
+        if key is None:
+            raise ValueError(
+                f"Sampling with temperature={temperature} needs a key: give "
+                "`key=jax.random.key(0)`, or `temperature=0` for greedy decoding."
+            )
+        if not _is_key(key):
+            raise ValueError(f"`key` must be one key made by `jax.random.key`, but got {key!r}.")
+    filters = (
+        value("top_k", top_k, _sampling.check_top_k, np.int64),
+        value("top_p", top_p, _sampling.check_top_p, np.float32),
+        value("min_p", min_p, _sampling.check_min_p, np.float32),
+        value("typical_p", typical_p, _sampling.check_typical_p, np.float32),
+    )
+    if (heat == 0).all():
+        heat, filters = None, (None, None, None, None)
+    k, *shares = filters
+    if penalties is None:
+        repetition = presence = frequency = None
+    else:
+        repetition, presence, frequency = (
+            value(name, getattr(penalties, name), None, np.float32)
+            for name in ("repetition", "presence", "frequency")
+        )
+    if bias is not None and rows is not None:
+        bias = np.broadcast_to(bias, (rows, len(bias)))
+    arrays = jax.tree.map(
+        jnp.asarray,
+        (
+            heat,
+            None if k is None else np.minimum(k, model.vocab_size).astype(np.int32),
+            *shares,
+            repetition,
+            presence,
+            frequency,
+            bias,
+            _read_stop_tokens(model.vocab_size, rows, stop_tokens),
+        ),
+    )
+    return Choice(
+        *arrays,
+        window=1 if penalties is None else penalties.window,
+        some_greedy=heat is not None and bool((heat == 0).any()),
+    )
+
+
+def _option(
+    rows: int | None, name: str, value: Any, check: Callable[[Any], None] | None, dtype: Any
+) -> np.ndarray | None:
+    if value is None:
+        return None
+    each = np.asarray(value)
+    if each.ndim == 0:
+        if check is not None:
+            check(value)
+    elif rows is None or each.shape != (rows,):
+        wanted = "one number" if rows is None else f"one number, or one for each of {rows} rows"
+        raise ValueError(f"`{name}` must be {wanted}, but got an array of shape {each.shape}.")
+    elif check is not None:
+        for one in each:
+            check(one)
+    each = each.astype(dtype)
+    return each if rows is None else np.broadcast_to(each, (rows,))
+
+
+def _check_heat(value: Any) -> None:
+    if isinstance(value, bool | str) or value != 0:
+        _sampling.check_temperature(value)
+
+
+def _read_stop_tokens(vocab_size: int, rows: int | None, tokens: Any) -> np.ndarray:
+    nested = isinstance(tokens, Sequence) and len(tokens) > 0 and np.ndim(tokens[0]) > 0
+    if not nested:
+        one = check_tokens(vocab_size, "stop_tokens", tokens)
+        return one if rows is None else np.broadcast_to(one, (rows, len(one)))
+    if rows is None or len(tokens) != rows:
+        raise ValueError(
+            "`stop_tokens` must be a list of tokens, or one such list for each row, but got "
+            f"{len(tokens)} lists for {'one prompt' if rows is None else f'{rows} rows'}."
+        )
+    each = [check_tokens(vocab_size, f"stop_tokens[{i}]", row) for i, row in enumerate(tokens)]
+    padded = np.full((rows, max(map(len, each))), -1, np.int32)
+    for padded_row, row in zip(padded, each, strict=True):
+        padded_row[: len(row)] = row
+    return padded
+
+
+def _is_key(key: Any) -> bool:
+    if not isinstance(key, jax.Array):
+        return False
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key.ndim == 0
+    return key.ndim == 1 and key.dtype == jnp.uint32

@@ -1,0 +1,139 @@
+"""Penalties on what has been said already: functions of logits and of the last tokens. An entry of
+-1 among these is no token, so that a window need not be full."""
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+def repetition_penalty(
+    logits: Float[Array, " vocab"],
+    recent: Int[Array, " window"],
+    value: float | Float[Array, ""],
+) -> Float[Array, " vocab"]:
+    r"""Makes tokens that occurred among the `recent` ones less likely:
+
+    $$l_i \leftarrow l_i / \theta \text{ if } l_i > 0 \text{ else } l_i \theta.$$
+
+    Reference: Keskar et al., *CTRL: A Conditional Transformer Language Model for Controllable
+    Generation* (2019), section 4.1, in the form that transformers gave it for negative logits.
+
+    **Arguments:**
+
+    - `logits`: of one token.
+    - `recent`: the last tokens.
+    - `value`: $\theta$, positive; 1 changes nothing, and less than 1 rewards repetition.
+
+    **Returns:** the new logits.
+    """
+    value = jnp.asarray(value, logits.dtype)
+    penalised = jnp.where(logits > 0, logits / value, logits * value)
+    return jnp.where(_counts(logits, recent) > 0, penalised, logits)
+
+
+def presence_penalty(
+    logits: Float[Array, " vocab"],
+    recent: Int[Array, " window"],
+    value: float | Float[Array, ""],
+) -> Float[Array, " vocab"]:
+    r"""Subtracts `value` from the logits of tokens that occurred among the `recent` ones,
+    $l_i \leftarrow l_i - \alpha [c_i > 0]$, as the OpenAI API defines it.
+
+    **Arguments:** as for [`mamba_eqx.repetition_penalty`][]; 0 changes nothing.
+
+    **Returns:** the new logits.
+    """
+    return logits - jnp.asarray(value, logits.dtype) * jnp.minimum(_counts(logits, recent), 1)
+
+
+def frequency_penalty(
+    logits: Float[Array, " vocab"],
+    recent: Int[Array, " window"],
+    value: float | Float[Array, ""],
+) -> Float[Array, " vocab"]:
+    r"""Subtracts `value` from the logit of a token for each time it occurred among the `recent`
+    ones, $l_i \leftarrow l_i - \alpha c_i$, as the OpenAI API defines it.
+
+    **Arguments:** as for [`mamba_eqx.repetition_penalty`][]; 0 changes nothing.
+
+    **Returns:** the new logits.
+    """
+    return logits - jnp.asarray(value, logits.dtype) * _counts(logits, recent)
+
+
+def _counts(
+    logits: Float[Array, " vocab"], recent: Int[Array, " window"]
+) -> Float[Array, " vocab"]:
+    vocab = logits.shape[0]
+    index = jnp.where(recent < 0, vocab, recent)
+    return jnp.zeros_like(logits).at[index].add(jnp.ones((), logits.dtype), mode="drop")
+
+
+class Penalties(eqx.Module):
+    """What [`mamba_eqx.generate`][] does against repetition, in this order:
+    [`mamba_eqx.repetition_penalty`][], [`mamba_eqx.presence_penalty`][],
+    [`mamba_eqx.frequency_penalty`][]. Each is a number, or an array with one for every row.
+
+    They look at the last `window` tokens, prompt included, as llama.cpp does. (transformers looks
+    at all of them: give a window as long as the whole text for that.)
+    """
+
+    repetition: float | Float[Array, " rows"] | Float[np.ndarray, " rows"] = 1.0
+    presence: float | Float[Array, " rows"] | Float[np.ndarray, " rows"] = 0.0
+    frequency: float | Float[Array, " rows"] | Float[np.ndarray, " rows"] = 0.0
+    window: int = eqx.field(static=True, default=64)
+
+    def __check_init__(self):
+        for name in ("repetition", "presence", "frequency"):
+            values = np.asarray(getattr(self, name))
+            positive = name != "repetition" or bool((values > 0).all())
+            if not (np.isfinite(values).all() and positive):
+                raise ValueError(
+                    f"`{name}` of `Penalties` must be finite"
+                    + (" and positive" if name == "repetition" else "")
+                    + f", but got {getattr(self, name)!r}."
+                )
+        if isinstance(self.window, bool) or self.window < 1:
+            raise ValueError(f"`window` of `Penalties` must be at least 1, but got {self.window}.")
+
+
+def read_bias(
+    vocab_size: int, bias: Mapping[int, float] | Array | np.ndarray | None
+) -> Float[np.ndarray, " vocab"] | None:
+    """What is added to the logits, checked."""
+    if bias is None:
+        return None
+    if isinstance(bias, Mapping):
+        dense = np.zeros(vocab_size, np.float32)
+        for token, value in bias.items():
+            is_int = isinstance(token, int | np.integer) and not isinstance(token, bool)
+            if not is_int or not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"The keys of `logit_bias` must be tokens within 0..{vocab_size - 1}, but got "
+                    f"{token!r}."
+                )
+            dense[token] = _check_bias(value)
+    else:
+        dense = np.asarray(bias, np.float32)
+        if dense.shape != (vocab_size,):
+            raise ValueError(
+                f"`logit_bias` must be a mapping from tokens, or an array of shape "
+                f"({vocab_size},), one for each token, but got one of shape {dense.shape}."
+            )
+    if np.isnan(dense).any() or (dense == math.inf).any():
+        raise ValueError("`logit_bias` must be finite, or `-inf` to ban a token.")
+    if (dense == -math.inf).all():
+        raise ValueError("`logit_bias` bans every token: there is none left to generate.")
+    return dense
+
+
+def _check_bias(value: Any) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise ValueError(f"The values of `logit_bias` must be numbers, but got {value!r}.")
+    return float(value)

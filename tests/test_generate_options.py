@@ -1,0 +1,232 @@
+"""Penalties, bias, stop strings, masks and options by row, each against its meaning."""
+
+import importlib.util
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+import mamba_eqx as mbx
+from mamba_eqx._stop_strings import stop_table
+
+from .test_generate import FORWARD, KEY, MODEL, PROMPT, VOCAB, row
+
+
+PENALTIES = mbx.Penalties(repetition=1.7, presence=0.4, frequency=0.3, window=5)
+
+
+def penalised(logits, tokens, penalties=PENALTIES):
+    """One after another, in numpy."""
+    logits = np.array(logits, np.float64)
+    recent = list(tokens[-penalties.window :])
+    for token in set(recent):
+        logits[token] *= 1 / penalties.repetition if logits[token] > 0 else penalties.repetition
+        logits[token] -= penalties.presence
+    for token in recent:
+        logits[token] -= penalties.frequency
+    return logits
+
+
+@given(PROMPT, st.integers(1, 12), st.integers(0, VOCAB - 1))
+def test_penalties_and_bias_change_the_greedy_choice(prompt, n, banned):
+    bias = {banned: -math.inf, 1: 2.5}
+    bias = bias if banned != 1 else {1: -math.inf}
+    out = mbx.generate(MODEL, prompt, n, penalties=PENALTIES, logit_bias=bias)
+    tokens = list(prompt)
+    for _ in range(n):
+        padded = jnp.asarray((tokens + [0] * 64)[:64])
+        logits = penalised(FORWARD(MODEL, padded)[len(tokens) - 1, :VOCAB], tokens)
+        for token, value in bias.items():
+            logits[token] += value
+        tokens.append(int(np.argmax(logits)))
+    assert row(out) == tokens[len(prompt) :]
+    assert banned not in row(out)
+    # As an array, and going on from a state, which has kept the last tokens.
+    dense = jnp.zeros(VOCAB).at[jnp.array(list(bias))].set(jnp.array(list(bias.values())))
+    first = mbx.generate(MODEL, prompt, 1, penalties=PENALTIES, logit_bias=dense)
+    rest = mbx.generate(MODEL, None, n, penalties=PENALTIES, logit_bias=dense, state=first.state)
+    assert (row(first) + row(rest))[:n] == row(out)
+
+
+@given(st.lists(st.integers(-1, VOCAB - 1), min_size=1, max_size=9), st.integers(0, 9))
+def test_penalties_are_what_they_say(recent, seed):
+    logits = np.random.default_rng(seed).standard_normal(VOCAB).astype(np.float32)
+    window = jnp.asarray(recent)
+    said = [token for token in recent if token >= 0]
+    one = mbx.repetition_penalty(jnp.asarray(logits), window, 1.7)
+    one = mbx.presence_penalty(one, window, 0.4)
+    one = mbx.frequency_penalty(one, window, 0.3)
+    np.testing.assert_allclose(
+        one, penalised(logits, said, mbx.Penalties(1.7, 0.4, 0.3, 99)), rtol=1e-5, atol=1e-5
+    )
+
+
+@given(st.integers(0, 99), st.floats(0.05, 1.0))
+def test_typical_p_keeps_the_most_typical(seed, p):
+    logits = 2 * np.random.default_rng(seed).standard_normal(VOCAB).astype(np.float32)
+    log_probs = np.asarray(jax.nn.log_softmax(jnp.asarray(logits)), np.float64)
+    probs = np.exp(log_probs)
+    distance = np.abs(-log_probs + (probs * log_probs).sum())
+    order = np.argsort(distance)
+    count = int((np.cumsum(probs[order]) < p - 1e-6).sum()) + 1
+    got = np.isfinite(mbx.typical_p(jnp.asarray(logits), p))
+    assert set(np.flatnonzero(got)) == set(order[:count].tolist())
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None,
+    reason="needs transformers and torch",
+)
+def test_the_functions_are_those_of_transformers():
+    import torch
+    import transformers.generation.logits_process as theirs
+
+    rng = np.random.default_rng(0)
+    logits = (3 * rng.standard_normal((6, 50))).astype(np.float32)
+    tokens = rng.integers(0, 50, (6, 12))
+    pairs: list[tuple[Any, Any]] = [
+        (lambda x: mbx.temperature(x, 0.7), theirs.TemperatureLogitsWarper(0.7)),
+        (lambda x: mbx.top_k(x, 7), theirs.TopKLogitsWarper(7)),
+        (lambda x: mbx.top_p(x, 0.8), theirs.TopPLogitsWarper(0.8)),
+        (lambda x: mbx.min_p(x, 0.1), theirs.MinPLogitsWarper(0.1)),
+        (lambda x: mbx.typical_p(x, 0.6), theirs.TypicalLogitsWarper(0.6)),
+    ]
+    for ours, other in pairs:
+        want = torch.softmax(other(torch.tensor(tokens), torch.tensor(logits)), -1).numpy()
+        got = jax.nn.softmax(ours(jnp.asarray(logits)))
+        np.testing.assert_allclose(got, want, atol=1e-6)
+    repetition = theirs.RepetitionPenaltyLogitsProcessor(1.3)
+    want = repetition(torch.LongTensor(tokens), torch.FloatTensor(logits.copy())).numpy()
+    got = jax.vmap(lambda x, t: mbx.repetition_penalty(x, t, 1.3))(
+        jnp.asarray(logits), jnp.asarray(tokens)
+    )
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@given(st.lists(PROMPT, min_size=2, max_size=2), st.booleans())
+def test_a_mask_is_a_ragged_list(prompts, left):
+    width = max(map(len, prompts)) + 1
+    tokens, mask = np.full((2, width), VOCAB + 3), np.zeros((2, width), bool)
+    for i, prompt in enumerate(prompts):
+        at = slice(width - len(prompt), width) if left else slice(0, len(prompt))
+        tokens[i, at], mask[i, at] = prompt, True
+    got = mbx.generate(MODEL, tokens, 4, mask=mask)
+    np.testing.assert_array_equal(got.tokens, mbx.generate(MODEL, prompts, 4).tokens)
+
+
+def test_options_by_row():
+    """Each row is as if its options were those of all, greedy ones among sampled ones."""
+    options: dict[str, Any] = {
+        "temperature": [0.0, 1.5, 0.8],
+        "top_k": [VOCAB, 3, 9],
+        "min_p": [0.0, 0.2, 0.01],
+    }
+    prompts = [[1, 2], [3], [4, 5, 6]]
+    stops = [[0], [], [1, 2]]
+    out = mbx.generate(MODEL, prompts, 12, stop_tokens=stops, key=KEY, **options)
+    for i, prompt in enumerate(prompts):
+        alone: dict[str, Any] = {name: values[i] for name, values in options.items()}
+        alone |= {"stop_tokens": stops[i], "key": jr.fold_in(KEY, i)}
+        assert row(out, i) == row(mbx.generate(MODEL, prompt, 12, **alone))
+
+
+class Letters:
+    """A tokenizer whose tokens are of several bytes, one of them a part of a character."""
+
+    TEXTS = (b"a", b"b", b"ab", b"ba", b"aab", b"", "é".encode(), b"\xc3", b"\xa9", b"c", b"bb")
+    vocab_size = len(TEXTS)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.TEXTS[token]
+
+    def encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def decode(self, ids: Any) -> str:
+        raise NotImplementedError
+
+    def decoder(self) -> Any:
+        raise NotImplementedError
+
+
+STRINGS = st.lists(st.text("abcé", min_size=1, max_size=4), min_size=1, max_size=3)
+
+
+@given(STRINGS, st.lists(st.integers(0, VOCAB - 1), max_size=30))
+def test_stop_strings_are_found_wherever_they_lie(strings, tokens):
+    table = stop_table(Letters(), strings)
+    state, text = 0, b""
+    for token in tokens:
+        state, text = table[state, token], text + Letters.TEXTS[token]
+        assert (state == len(table) - 1) == any(s.encode() in text for s in strings)
+
+
+@given(PROMPT, st.integers(1, 30), STRINGS)
+def test_a_row_ends_with_a_stop_string(prompt, n, strings):
+    out = mbx.generate(MODEL, prompt, n, stop_tokens=[9], stop_strings=strings, tokenizer=Letters())
+    free, text, want = row(mbx.generate(MODEL, prompt, n)), b"", []
+    reason = mbx.FinishReason.LENGTH
+    for token in free:
+        want.append(token)
+        text += Letters.TEXTS[token]
+        if token == 9:
+            reason = mbx.FinishReason.STOP_TOKEN
+        elif any(s.encode() in text for s in strings):
+            reason = mbx.FinishReason.STOP_STRING
+        if reason != mbx.FinishReason.LENGTH:
+            break
+    assert row(out) == want
+    assert int(out.finish) == reason
+    streamed = mbx.stream(
+        MODEL, prompt, n, stop_tokens=[9], stop_strings=strings, tokenizer=Letters(), block=4
+    )
+    assert list(streamed) == want
+
+
+@pytest.mark.usefixtures("as_users_run")
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[1]], {"temperature": [0.5, 0.5], "key": KEY}, r"one for each of 1 rows.*shape \(2,\)"),
+        ([1], {"temperature": [0.5], "key": KEY}, r"`temperature` must be one number, but"),
+        ([[1], [2]], {"top_p": [0.5, 2.0], "temperature": 1.0, "key": KEY}, "top_p=2.0"),
+        ([[1], [2]], {"stop_tokens": [[1]]}, "got 1 lists for 2 rows"),
+        ([1], {"stop_tokens": [[1]]}, "got 1 lists for one prompt"),
+        ([1], {"typical_p": 0, "temperature": 1.0, "key": KEY}, "typical_p=0"),
+        ([1], {"stop_strings": ["a"]}, "need the `tokenizer`"),
+        ([1], {"stop_strings": [""], "tokenizer": Letters()}, "not empty"),
+        ([1], {"stop_strings": "ab", "tokenizer": Letters()}, "in a list, but got 'ab'"),
+        ([1], {"logit_bias": {VOCAB: 1.0}}, r"within 0\.\.10, but got 11"),
+        ([1], {"logit_bias": {1: "2"}}, "must be numbers, but got '2'"),
+        ([1], {"logit_bias": {1: math.nan}}, "must be finite"),
+        ([1], {"logit_bias": np.zeros(3)}, r"shape \(11,\).* shape \(3,\)"),
+        ([1], {"logit_bias": np.full(VOCAB, -math.inf)}, "bans every token"),
+        (
+            [[1, 2]],
+            {"mask": np.ones((1, 3), bool)},
+            r"\(1, 2\) and a mask of bool and shape \(1, 3",
+        ),
+        (np.array([[1, 2, 3]]), {"mask": np.array([[1, 0, 1]])}, "between real tokens"),
+        (np.array([[1, 2]]), {"mask": np.array([[0, 0]])}, r"`prompts\[0\]` is empty"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_told(prompts: Any, options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        mbx.generate(MODEL, prompts, 4, **options)
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_mistakes_with_penalties_are_told():
+    with pytest.raises(ValueError, match=r"`repetition` .* finite and positive, but got 0"):
+        mbx.Penalties(repetition=0.0)
+    with pytest.raises(ValueError, match=r"`window` .* at least 1, but got 0"):
+        mbx.Penalties(window=0)
+    state = mbx.generate(MODEL, [1], 1).state
+    with pytest.raises(ValueError, match="last 99 tokens, but the `state` given has kept 64"):
+        mbx.generate(MODEL, None, 1, penalties=mbx.Penalties(window=99), state=state)
