@@ -42,6 +42,16 @@ def check_dt_limit(dt_limit: tuple[float, float]) -> None:
         )
 
 
+def check_select_norm(select_norm: str | None, eps: float) -> None:
+    if select_norm not in (None, "weighted", "weightless"):
+        raise ValueError(
+            '`select_norm` must be "weighted" (as in Jamba), "weightless" (as in Falcon-Mamba) or '
+            f"None, but got {select_norm!r}."
+        )
+    if not eps > 0:
+        raise ValueError(f"`select_norm_eps` must be positive, but got select_norm_eps={eps}.")
+
+
 def check_heads(d_inner: int, headdim: int, ngroups: int) -> None:
     check_positive("headdim", headdim)
     check_positive("ngroups", ngroups)

@@ -90,6 +90,8 @@ def test_tokens(model: mbx.LanguageModel):
         ({"d_conv": 0}, "`d_conv`.*0"),
         ({"dt_min": 0.2, "dt_max": 0.1}, "dt_min <= dt_max.*dt_min=0.2.*dt_max=0.1"),
         ({"dt_init_floor": 0.0}, "`dt_init_floor` must be positive.*0.0"),
+        ({"select_norm": "layer"}, '`select_norm` must be "weighted".*"weightless".*\'layer\''),
+        ({"select_norm_eps": 0.0}, "`select_norm_eps` must be positive.*=0.0"),
     ],
 )
 def test_sizes_of_a_mixer(options: dict[str, Any], message: str):
@@ -213,6 +215,8 @@ def change(config: Any, path: list[Any], value: Any) -> None:
         (["layers", 0, "mixer"], {"kind": "lstm"}, r"\['mamba1', 'mamba2'\].*lstm"),
         (["layers", 0, "mixer", "d_state"], 10.5, "`d_state`.*10.5"),
         (["layers", 0, "mixer", "bias"], 1, "`bias`.*true or false.*1"),
+        (["layers", 0, "mixer", "select_norm"], True, '`select_norm` must be "weighted".*True'),
+        (["layers", 0, "mixer", "select_norm_eps"], 0, "`select_norm_eps`.*between 0 and 1.*0"),
         (["layers", 0, "mixer", "width"], 1, r"mixer of kind 'mamba1'.*unknown \['width'\]"),
         (["layers", 0, "norm_eps"], float("nan"), "`norm_eps`.*nan"),
         (["layers", 0, "mixer", "d_model"], 7, r"share `d_model`.*\[7, 6\]"),

@@ -44,6 +44,8 @@ def _read_mamba1(d_model: int, fields: Fields) -> Mamba1Config:
 
 
 def _write_mamba1(config: Mamba1Config) -> dict[str, Any]:
+    if config.select_norm is not None:
+        raise inexpressible("`dt`, `B` and `C` are normed", f"select_norm={config.select_norm!r}")
     # The official width is `int(expand * d_model)`, which the last candidate is sure to hit.
     candidates = (
         config.d_inner // config.d_model,

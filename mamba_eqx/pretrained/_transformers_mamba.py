@@ -6,7 +6,7 @@ from typing import Any
 from .._config import BlockConfig, LanguageModelConfig
 from .._mixer_configs import Mamba1Config
 from ._fields import Fields
-from ._transformers_common import MAMBA_IGNORED, UNPADDED
+from ._transformers_common import MAMBA_IGNORED, UNPADDED, inexpressible
 
 
 # What the `-hf` conversions kept of the official config. transformers reads none of it, and
@@ -53,6 +53,8 @@ def read_mamba(fields: Fields) -> LanguageModelConfig:
 
 def write_mamba(config: LanguageModelConfig, mixer: Mamba1Config) -> dict[str, Any]:
     del config
+    if mixer.select_norm is not None:
+        raise inexpressible("`dt`, `B` and `C` are normed", f"select_norm={mixer.select_norm!r}")
     return {
         "architectures": ["MambaForCausalLM"],
         "intermediate_size": mixer.d_inner,
