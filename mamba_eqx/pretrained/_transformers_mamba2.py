@@ -77,6 +77,7 @@ def write_mamba2(config: LanguageModelConfig, mixer: Mamba2Config) -> dict[str, 
             f"{mixer.norm_eps} in the mixers and {config.norm_eps} outside",
         )
     fields = {
+        "model_type": "mamba2",
         "architectures": ["Mamba2ForCausalLM"],
         "expand": mixer.d_inner // mixer.d_model,
         "num_heads": mixer.d_inner // mixer.headdim,
