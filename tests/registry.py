@@ -54,13 +54,15 @@ def mamba1_normed(select_norm: str) -> Make:
     return functools.partial(mamba1, select_norm=select_norm, select_norm_eps=0.07)
 
 
-def mamba2(*, ngroups: int, heads_per_group: int, **options: Any) -> Make:
-    """`dt_rank` stands in for `headdim`."""
+def mamba2(*, ngroups: int, heads_per_group: int, d_mlp: int = 0, **options: Any) -> Make:
+    """`dt_rank` stands in for `headdim`; `d_mlp` channels are not the state-space model's."""
 
     def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Mamba2:
+        d_ssm = ngroups * heads_per_group * s.dt_rank
         return mbx.Mamba2(
             s.d_model,
-            d_inner=ngroups * heads_per_group * s.dt_rank,
+            d_inner=d_ssm + d_mlp,
+            d_ssm=d_ssm,
             d_state=s.d_state,
             d_conv=s.d_conv,
             headdim=s.dt_rank,
@@ -131,6 +133,7 @@ MIXERS: dict[str, Make] = {
         dt_limit=(0.3, 1.1),
         norm_before_gate=True,
         norm_eps=0.03,
+        d_mlp=4,
     ),
     "mamba2_without_norm": mamba2(ngroups=3, heads_per_group=1, rms_norm=False),
 }
@@ -177,7 +180,8 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
             mbx.BlockConfig(
                 mbx.Mamba2Config(
                     d_model=5,
-                    d_inner=12,
+                    d_inner=15,
+                    d_ssm=12,
                     d_state=3,
                     d_conv=2,
                     headdim=2,
