@@ -22,6 +22,7 @@ CASES = {
     "state_spaces_mamba": "state-spaces",
     "mamba2_tiny": "transformers",
     "falcon_tiny": "transformers",
+    "state_spaces_mamba2": "state-spaces",
 }
 
 
