@@ -24,12 +24,18 @@ MIB = 1 << 20
 Competitors = dict[str, Callable[[], Any]]
 
 
-def arguments(description: str | None) -> argparse.Namespace:
+# What `--mixer` chooses from.
+MIXERS = {config.kind: config for config in (mbx.Mamba1Config, mbx.Mamba2Config)}
+
+
+def arguments(description: str | None, *, mixers: bool = False) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--no-peers", action="store_true", help="measure mamba_eqx alone")
+    if mixers:
+        parser.add_argument("--mixer", choices=MIXERS, default="mamba1", help="of all layers")
     return parser.parse_args()
 
 
@@ -146,15 +152,17 @@ def _version(package: str) -> str | None:
 # --- Models ---
 
 
-def mamba_130m(*, stacked: bool = False) -> mbx.LanguageModel:
-    block = mbx.BlockConfig(mbx.Mamba1Config(d_model=768))
-    config = mbx.LanguageModelConfig(50277, (block,) * 24, padded_vocab_size=50280)
+def model_130m(mixer: str, *, stacked: bool = False) -> mbx.LanguageModel:
+    """In the shape of mamba-130m, mamba2-130m and so on: all sizes but these are the defaults."""
+    block = mbx.BlockConfig(MIXERS[mixer](d_model=768))
+    padded = 50280 if mixer == "mamba1" else 50288
+    config = mbx.LanguageModelConfig(50277, (block,) * 24, padded_vocab_size=padded)
     return config.build(stacked=stacked, key=jr.key(0))
 
 
-def small_model(*, stacked: bool = False, remat: bool = False) -> mbx.LanguageModel:
+def small_model(mixer: str, *, stacked: bool = False, remat: bool = False) -> mbx.LanguageModel:
     """The one that is trained."""
-    block = mbx.BlockConfig(mbx.Mamba1Config(d_model=256))
+    block = mbx.BlockConfig(MIXERS[mixer](d_model=256))
     config = mbx.LanguageModelConfig(256, (block,) * 8)
     return config.build(stacked=stacked, remat=remat, key=jr.key(0))
 

@@ -17,10 +17,20 @@ def available(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def transformers_model(model: mbx.LanguageModel) -> Any:
-    """transformers' `MambaForCausalLM`, from a checkpoint that `save_pretrained` wrote.
+# Who has which mixers, on a CPU and as far as we can give them our weights.
+_PEERS = {"mamba1": ("transformers", "mambapy", "llama_cpp"), "mamba2": ("transformers",)}
 
-    Without CUDA kernels it runs its own path in PyTorch, a Python loop over time.
+
+def has(package: str, mixer: str) -> bool:
+    """Whether the package is installed, and has models of that mixer."""
+    return available(package) and package in _PEERS.get(mixer, ())
+
+
+def transformers_model(model: mbx.LanguageModel) -> Any:
+    """transformers' own model of that kind, from a checkpoint that `save_pretrained` wrote.
+
+    Without CUDA kernels it runs its own path in PyTorch: a Python loop over time for Mamba-1,
+    chunks of 256 tokens, all at once, for Mamba-2.
     """
     import torch
     import transformers
@@ -32,7 +42,8 @@ def transformers_model(model: mbx.LanguageModel) -> Any:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mbx.save_pretrained(model, folder)
-        return transformers.MambaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        return load(folder, dtype=torch.float32).eval()
 
 
 def mambapy_model(model: mbx.LanguageModel) -> Any:

@@ -1,11 +1,12 @@
 """Greedy decoding with mamba-130m's shape, random float32 weights: tokens per second.
 
-    python benchmarks/decode.py [--quick] [--no-peers]
+    python benchmarks/decode.py [--mixer mamba2] [--quick] [--no-peers]
 
 Every token reads all weights once, so the bandwidth of the memory is the limit at batch 1.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,8 +15,8 @@ import numpy as np
 from _common import (
     Competitors,
     arguments,
-    mamba_130m,
     medians,
+    model_130m,
     parameter_bytes,
     print_facts,
     print_table,
@@ -24,7 +25,7 @@ from _common import (
     small_model,
 )
 from _llama import Llama, has_llama
-from _peers import available, mambapy_model, transformers_model
+from _peers import available, has, mambapy_model, transformers_model
 
 import mamba_eqx as mbx
 
@@ -58,12 +59,12 @@ def steps(model: mbx.LanguageModel, prompts: np.ndarray, new: int) -> Callable[[
     return run
 
 
-def torch_peers(model: mbx.LanguageModel, prompts: np.ndarray, new: int) -> Competitors:
+def torch_peers(model: mbx.LanguageModel, mixer: str, prompts: np.ndarray, new: int) -> Competitors:
     import torch
 
     start = torch.from_numpy(prompts.astype(np.int64))
     peers: Competitors = {}
-    if available("transformers"):
+    if has("transformers", mixer):
         transformers = transformers_model(model)
 
         def run_transformers() -> Any:
@@ -79,7 +80,7 @@ def torch_peers(model: mbx.LanguageModel, prompts: np.ndarray, new: int) -> Comp
                 )[:, 1:].numpy()
 
         peers["transformers"] = run_transformers
-    if available("mambapy"):
+    if has("mambapy", mixer):
         mambapy = mambapy_model(model)
 
         def run_mambapy() -> Any:
@@ -108,10 +109,10 @@ def llama_peer(llama: Llama, model: mbx.LanguageModel, prompts: np.ndarray, new:
 
 
 def main() -> None:
-    args = arguments(__doc__)
-    quick, with_peers = args.quick, not args.no_peers
-    bandwidth, _ = print_facts("Decoding", quick=quick)
-    make = small_model if quick else mamba_130m
+    args = arguments(__doc__, mixers=True)
+    quick, with_peers, mixer = args.quick, not args.no_peers, args.mixer
+    bandwidth, _ = print_facts(f"Decoding, {mixer}", quick=quick)
+    make = partial(small_model if quick else model_130m, mixer)
     new, new_peers = (8, 4) if quick else (64, 16)
     models = {"unrolled": make(), "stacked": make(stacked=True)}
     weights = parameter_bytes(models["unrolled"])
@@ -125,14 +126,14 @@ def main() -> None:
             runs[f"{name}, loop over step"] = steps(model, prompts, new)
         counts = dict.fromkeys(runs, new)
         llama = None
-        if with_peers and has_llama():
+        if with_peers and has_llama() and has("llama_cpp", mixer):
             llama = Llama(models["unrolled"], seq=new, batch=batch)
             runs["llama.cpp"] = llama_peer(llama, models["unrolled"], prompts, new)
             counts["llama.cpp"] = new
         seconds = medians(runs, repeats=7)
         if with_peers and available("torch"):
             # They are ten times slower, or more.
-            found = torch_peers(models["unrolled"], prompts, new_peers)
+            found = torch_peers(models["unrolled"], mixer, prompts, new_peers)
             runs |= found
             counts |= dict.fromkeys(found, new_peers)
             seconds |= medians(found, repeats=3)
@@ -161,7 +162,7 @@ def main() -> None:
     )
     theirs = speed.get(("llama.cpp", 1))
     ratio = None if theirs is None else speed["unrolled, generate", 1] / theirs
-    if not quick:
+    if not quick and mixer == "mamba1":
         print_verdict("times the speed of llama.cpp in float32 at batch 1", ratio, 1)
 
 

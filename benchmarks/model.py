@@ -1,19 +1,22 @@
 """Running prompts through mamba-130m's shape, random float32 weights: tokens per second.
 
-python benchmarks/model.py [--quick] [--no-peers]
+python benchmarks/model.py [--mixer mamba2] [--quick] [--no-peers]
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+import scan
+import ssd
 from _common import (
     Competitors,
     arguments,
     compiled,
-    mamba_130m,
     medians,
+    model_130m,
     print_facts,
     print_table,
     print_verdict,
@@ -21,8 +24,7 @@ from _common import (
     small_model,
 )
 from _llama import Llama, has_llama
-from _peers import available, check_agrees, mambapy_model, transformers_model
-from scan import forward, inputs
+from _peers import available, check_agrees, has, mambapy_model, transformers_model
 
 import mamba_eqx as mbx
 
@@ -34,12 +36,22 @@ def last_logits(model: mbx.LanguageModel, tokens: jax.Array) -> jax.Array:
     return model.logits(model.backbone(tokens)[0][-1])
 
 
-def torch_peers(model: mbx.LanguageModel) -> dict[str, Any]:
+def op(mixer: Any, seq: int) -> Callable[[], Any] | None:
+    """The part of a layer that is not linear in the tokens, alone."""
+    if isinstance(mixer, mbx.Mamba1):
+        return compiled(scan.forward(), *scan.inputs(mixer.d_inner, seq))[0]
+    if isinstance(mixer, mbx.Mamba2):
+        config = mbx.Mamba2Config.of(mixer)
+        return compiled(ssd.forward(), *ssd.inputs(config, seq))[0]
+    return None
+
+
+def torch_peers(model: mbx.LanguageModel, mixer: str) -> dict[str, Any]:
     """From a name to a function of tokens and of whether all logits are wanted."""
     import torch
 
     peers = {}
-    if available("transformers"):
+    if has("transformers", mixer):
         transformers = transformers_model(model)
 
         def run_transformers(tokens: np.ndarray, all_logits: bool) -> np.ndarray:
@@ -52,7 +64,7 @@ def torch_peers(model: mbx.LanguageModel) -> dict[str, Any]:
                 return out.logits[0].numpy()
 
         peers["transformers"] = run_transformers
-    if available("mambapy"):
+    if has("mambapy", mixer):
         mambapy = mambapy_model(model)
 
         def run_mambapy(tokens: np.ndarray, all_logits: bool) -> np.ndarray | None:
@@ -64,14 +76,16 @@ def torch_peers(model: mbx.LanguageModel) -> dict[str, Any]:
 
 
 def main() -> None:
-    args = arguments(__doc__)
-    quick, with_peers = args.quick, not args.no_peers
-    print_facts("Prefill", quick=quick)
-    make = small_model if quick else mamba_130m
+    args = arguments(__doc__, mixers=True)
+    quick, with_peers, mixer = args.quick, not args.no_peers, args.mixer
+    print_facts(f"Prefill, {mixer}", quick=quick)
+    make = partial(small_model if quick else model_130m, mixer)
     lengths = [16, 64] if quick else [64, 512, 2048]
     unrolled, stacked = make(), make(stacked=True)
-    peers = torch_peers(unrolled) if with_peers and available("torch") else {}
-    llama = Llama(unrolled, seq=lengths[-1]) if with_peers and has_llama() else None
+    peers = torch_peers(unrolled, mixer) if with_peers and available("torch") else {}
+    llama = None
+    if with_peers and has_llama() and has("llama_cpp", mixer):
+        llama = Llama(unrolled, seq=lengths[-1])
     if llama is not None:
         peers["llama.cpp"] = lambda tokens, all_logits: llama.run(tokens, all_logits=all_logits)
 
@@ -84,7 +98,7 @@ def main() -> None:
     for seq in lengths:
         tokens = random_tokens(unrolled, seq)
         numbers = np.array(tokens, np.int64)
-        op = compiled(forward(), *inputs(unrolled.layers.layers[0].mixer.d_inner, seq))[0]
+        alone = op(unrolled.layers.layers[0].mixer, seq)
         runs: dict[tuple[str, str], Any] = {
             (ALL, "unrolled"): compiled(lambda model, t: model(t), unrolled, tokens)[0],
             (ALL, "stacked"): compiled(lambda model, t: model(t), stacked, tokens)[0],
@@ -98,11 +112,13 @@ def main() -> None:
             if name == "llama.cpp" or (name == "transformers" and seq <= 512):
                 runs[LAST, name] = partial(run, numbers, False)
         competitors: Competitors = {" ".join(key): run for key, run in runs.items()}
-        seconds = medians({"scan": op, **competitors}, budget=6)
+        ops: Competitors = {} if alone is None else {"alone": alone}
+        seconds = medians(ops | competitors, budget=6)
         speed |= {(key, seq): seq / seconds[" ".join(key)] for key in runs}
-        scan = unrolled.layers.n_layer * seconds["scan"]
-        for which in (ALL, LAST):
-            shares.append((seq, which, scan / seconds[f"{which} unrolled"]))
+        if alone is not None:
+            in_all = unrolled.layers.n_layer * seconds["alone"]
+            for which in (ALL, LAST):
+                shares.append((seq, which, in_all / seconds[f"{which} unrolled"]))
 
     for which in (ALL, LAST):
         for name in ("unrolled", "stacked", *peers):
@@ -115,10 +131,11 @@ def main() -> None:
     print("Tokens per second, and how many times faster `Unrolled` is:\n")
     columns = [f"{seq} tokens" for seq in lengths]
     print_table(("", "", *columns, *(f"ratio {seq}" for seq in lengths)), rows)
-    print("Share of the selective scan, timed alone, in the time of `Unrolled`:\n")
-    print_table(("seq", "", "share"), shares)
+    if shares:
+        print("Share of the scan (or ssd), timed alone, in the time of `Unrolled`:\n")
+        print_table(("seq", "", "share"), shares)
 
-    if quick:
+    if quick or mixer != "mamba1":
         return
     for seq in lengths[1:]:
         for name, wanted in (("transformers", 3.5), ("llama.cpp", 1.6)):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from typing import Any
 
 
@@ -25,12 +26,13 @@ def token_seconds(which: str, stacked: bool) -> dict[str, float]:
     """From a prompt of 16 tokens to the first token, and to 16 tokens."""
     import jax
     import numpy as np
-    from _common import byte_model, mamba_130m
+    from _common import byte_model, model_130m
 
     import mamba_eqx as mbx
 
     start = time.perf_counter()
-    model = {"130m": mamba_130m, "bytes": byte_model}[which](stacked=stacked)
+    make = byte_model if which == "bytes" else partial(model_130m, "mamba1")
+    model = make(stacked=stacked)
     jax.block_until_ready(jax.tree.leaves(model.embedding))
     seconds = {"build": time.perf_counter() - start}
     prompt = np.arange(16)

@@ -1,11 +1,12 @@
 """A training step, forward and backward, d_model 256, 8 layers, 256 tokens: tokens per second.
 
-    python benchmarks/train.py [--quick] [--no-peers]
+    python benchmarks/train.py [--mixer mamba2] [--quick] [--no-peers]
 
 The loss is the mean cross-entropy of the next token. The optimizer's update, the same for all, is
 left out.
 """
 
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -24,7 +25,7 @@ from _common import (
     random_tokens,
     small_model,
 )
-from _peers import available, check_agrees, mambapy_model, transformers_model
+from _peers import available, check_agrees, has, mambapy_model, transformers_model
 
 import mamba_eqx as mbx
 
@@ -36,7 +37,7 @@ def loss(model: mbx.LanguageModel, tokens: jax.Array) -> jax.Array:
     return -jnp.mean(jnp.take_along_axis(log_probs, tokens[..., 1:, None], axis=-1))
 
 
-def torch_peers(model: mbx.LanguageModel, tokens: jax.Array) -> dict[str, Any]:
+def torch_peers(model: mbx.LanguageModel, mixer: str, tokens: jax.Array) -> dict[str, Any]:
     """From a name to a function that returns the loss and leaves the gradients in the model."""
     import torch
 
@@ -55,27 +56,28 @@ def torch_peers(model: mbx.LanguageModel, tokens: jax.Array) -> dict[str, Any]:
 
     peers = {}
     # Four sequences take it a minute, and tell no more than one does.
-    if available("transformers") and len(tokens) == 1:
+    if has("transformers", mixer) and len(tokens) == 1:
         transformers = transformers_model(model)
         peers["transformers"] = step(
             transformers, lambda t: transformers(t, use_cache=False).logits
         )
-    if available("mambapy"):
+    if has("mambapy", mixer):
         mambapy = mambapy_model(model)
         peers["mamba.py"] = step(mambapy, mambapy)
     return peers
 
 
 def main() -> None:
-    args = arguments(__doc__)
+    args = arguments(__doc__, mixers=True)
     quick, with_peers = args.quick, not args.no_peers and available("torch")
-    print_facts("Training step", quick=quick)
+    make = partial(small_model, args.mixer)
+    print_facts(f"Training step, {args.mixer}", quick=quick)
     sizes = [(1, 32), (2, 16)] if quick else [(1, 512), (4, 256)]
     models = {
-        "unrolled": small_model(),
-        "unrolled, remat": small_model(remat=True),
-        "stacked": small_model(stacked=True),
-        "stacked, remat": small_model(stacked=True, remat=True),
+        "unrolled": make(),
+        "unrolled, remat": make(remat=True),
+        "stacked": make(stacked=True),
+        "stacked, remat": make(stacked=True, remat=True),
     }
     speed = {}
     for batch, seq in sizes:
@@ -92,7 +94,7 @@ def main() -> None:
             runs[name], executable = compiled(eqx.filter_value_and_grad(loss), *call)
             used[name] = executable.memory_analysis().temp_size_in_bytes / MIB
         if with_peers:
-            found = torch_peers(models["unrolled"], tokens)
+            found = torch_peers(models["unrolled"], args.mixer, tokens)
             ours = runs["unrolled"]()[0]
             for name, run in found.items():
                 check_agrees(f"The loss of {name}", run(), ours)
@@ -107,7 +109,7 @@ def main() -> None:
         print_table(
             ("batch", "seq", "", "tokens/s", "unrolled is faster by", "temporary memory, MiB"), rows
         )
-    if quick:
+    if quick or args.mixer != "mamba1":
         return
     for name, wanted in (("transformers", 25), ("mamba.py", 2)):
         theirs = speed.get((name, 1))

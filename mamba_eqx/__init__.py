@@ -2,6 +2,7 @@
 
 from . import ops as ops
 from ._beam_search import Beams as Beams, beam_search as beam_search
+from ._bidirectional import Bidirectional as Bidirectional
 from ._block import Block as Block
 from ._config import BlockConfig as BlockConfig, LanguageModelConfig as LanguageModelConfig
 from ._conv import CausalConv1d as CausalConv1d

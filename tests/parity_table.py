@@ -45,7 +45,9 @@ def golden_rows():
                 "logits": [(logits, golden["logits"])],
                 "hidden states": [(hidden[i], golden[f"hidden_states.{i}"]) for i, _ in layers]
                 + [(hidden[-1], golden["hidden_states.norm_f"])],
-                "final states": [(s.ssm.T, golden[f"state.{i}.ssm"]) for i, s in layers]
+                "final states": [
+                    (jnp.moveaxis(s.ssm, 0, -1), golden[f"state.{i}.ssm"]) for i, s in layers
+                ]
                 + [(s.conv.T, golden[f"state.{i}.conv"][:, 1:]) for i, s in layers],
                 "gradients": [(grad, golden[f"grad.{name}"]) for name, grad in named.items()],
             }

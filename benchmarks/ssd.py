@@ -1,0 +1,133 @@
+"""The state-space model of Mamba-2: time per token and layer, and memory, by chunk size.
+
+    python benchmarks/ssd.py [--quick] [--no-peers]
+
+The shape is mamba2-130m's, 24 heads of 64 channels, one group, d_state 128, in float32. "both" is a
+forward and a backward pass, with gradients for all inputs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from _common import (
+    MIB,
+    Competitors,
+    arguments,
+    compiled,
+    cores,
+    medians,
+    print_facts,
+    print_table,
+)
+from _peers import available, check_agrees
+
+import mamba_eqx as mbx
+
+
+Inputs = tuple[jax.Array, ...]
+
+
+def inputs(mixer: mbx.Mamba2Config, seq: int) -> Inputs:
+    """`x, dt, A, B, C, D`, and the gradient of the outputs."""
+    nheads = mixer.d_ssm // mixer.headdim
+    x_key, dt_key, A_key, B_key, C_key, y_key = jr.split(jr.key(0), 6)
+    x = jr.normal(x_key, (seq, nheads, mixer.headdim))
+    dt = jnp.exp(jr.uniform(dt_key, (seq, nheads), minval=np.log(1e-3), maxval=np.log(0.1)))
+    A = -jr.uniform(A_key, (nheads,), minval=1.0, maxval=16.0)
+    B = jr.normal(B_key, (seq, mixer.ngroups, mixer.d_state))
+    C = jr.normal(C_key, (seq, mixer.ngroups, mixer.d_state))
+    return x, dt, A, B, C, jnp.ones(nheads), jr.normal(y_key, x.shape)
+
+
+def forward(**options: Any) -> Callable[..., jax.Array]:
+    return lambda x, dt, A, B, C, D, _: mbx.ops.ssd(x, dt, A, B, C, D, **options)[0]
+
+
+def both(**options: Any) -> Callable[..., Any]:
+    def run(*args: jax.Array) -> Any:
+        y, pull = jax.vjp(lambda *args: forward(**options)(*args, None), *args[:-1])
+        return y, pull(args[-1])
+
+    return run
+
+
+def ours(args: Inputs, chunks: list[int]) -> tuple[dict[str, tuple[Any, Any]], dict[str, float]]:
+    """A forward and a backward pass of each variant, and the temporary memory of the latter."""
+    variants: dict[str, dict[str, Any]] = {
+        f"chunks of {size}": {"chunk_size": size} for size in chunks
+    }
+    variants["sequential"] = {"method": "sequential"}
+    runs, used = {}, {}
+    for name, options in variants.items():
+        run, executable = compiled(both(**options), *args)
+        runs[name] = compiled(forward(**options), *args)[0], run
+        used[name] = executable.memory_analysis().temp_size_in_bytes / MIB
+    return runs, used
+
+
+def peers(args: Inputs, chunks: list[int]) -> dict[str, tuple[Any, Any]]:
+    """What transformers' `Mamba2Mixer` runs without kernels, on the same numbers."""
+    import torch
+    import transformers
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+
+    torch.set_num_threads(cores())
+    transformers.logging.set_verbosity_error()
+    x, dt, A, B, C, D, y_bar = (torch.from_numpy(np.array(t)) for t in args)
+    tensors = [x[None], dt[None], A, B[None], C[None], D]
+    for t in tensors:
+        t.requires_grad_()
+
+    def pair(chunk_size: int) -> tuple[Any, Any]:
+        def run(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any) -> Any:
+            return mamba2_chunk_scan(x, dt, A, B, C, chunk_size, D=D)
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return run(*tensors)
+
+        return forward, lambda: torch.autograd.grad(run(*tensors), tensors, y_bar[None])
+
+    return {f"transformers, chunks of {size}": pair(size) for size in chunks}
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    quick = options.quick
+    print_facts("State-space duality", quick=quick)
+    seq = 64 if quick else 2048
+    mixer = mbx.Mamba2Config(128 if quick else 768)
+    args = inputs(mixer, seq)
+    runs, used = ours(args, [16, 32] if quick else [16, 32, 64, 128, 256])
+    if not options.no_peers and available("torch") and available("transformers"):
+        found = peers(args, [16] if quick else [64, 256])
+        for name, (run, _) in found.items():
+            check_agrees(name, run()[0], forward()(*args))
+        runs |= found
+    forwards: Competitors = {name: f for name, (f, _) in runs.items()}
+    boths: Competitors = {name: fb for name, (_, fb) in runs.items()}
+    f_seconds, fb_seconds = medians(forwards), medians(boths)
+    per_token = 1e6 / seq
+    usual = "chunks of 32"
+    rows = [
+        (
+            name,
+            f_seconds[name] * per_token,
+            fb_seconds[name] * per_token,
+            f_seconds[name] / f_seconds[usual],
+            fb_seconds[name] / fb_seconds[usual],
+            used.get(name),
+        )
+        for name in runs
+    ]
+    print(f"Microseconds per token and layer, {seq} tokens, d_inner {mixer.d_inner}:\n")
+    header = ("", "forward", "both", f"forward / {usual}", f"both / {usual}", "memory of both, MiB")
+    print_table(header, rows)
+
+
+if __name__ == "__main__":
+    main()
