@@ -4,7 +4,6 @@ import functools
 import itertools
 import json
 import os
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -223,39 +222,6 @@ def test_config_of_a_saved_model_can_be_read_by_others(tmp_path):
     assert fields["dtype"] == "bfloat16"
     assert fields["vocab_size"] == 16
     assert fields["intermediate_size"] == 9
-
-
-def test_shard_of_a_hub_cache(tmp_path, monkeypatch):
-    """As `huggingface_hub` keeps files: links into a folder beside."""
-    model = make(BOTH["tied"])
-    save_pretrained(model, tmp_path / "remote", max_shard_size=500)
-    repo = tmp_path / "models--me--mine"
-    snapshot = repo / "snapshots" / "0123abc"
-    asked = []
-
-    def download(repository, name, *, revision, token, cache_dir, local_files_only):
-        import huggingface_hub.errors as errors
-
-        asked.append((repository, revision))
-        file = tmp_path / "remote" / name
-        if not file.exists():
-            raise errors.LocalEntryNotFoundError(name)
-        (repo / "blobs").mkdir(parents=True, exist_ok=True)
-        snapshot.mkdir(parents=True, exist_ok=True)
-        if not (snapshot / name).exists():
-            (repo / "blobs" / f"blob-{name}").write_bytes(file.read_bytes())
-            (snapshot / name).symlink_to(Path("../../blobs") / f"blob-{name}")
-        return str(snapshot / name)
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert_same(from_pretrained("me/mine", revision="main"), model)
-    assert asked[0] == ("me/mine", "main")
-    assert {*asked[1:]} == {("me/mine", "0123abc")}
-    assert_same(from_pretrained(snapshot), model)
-    for file in (tmp_path / "remote").glob("model*"):
-        file.unlink()
-    with pytest.raises(CheckpointError, match=r"'me/mine' on the Hugging Face Hub .* no weights"):
-        from_pretrained("me/mine")
 
 
 # Saving over something.

@@ -310,25 +310,6 @@ def _check_index(folder, content, message):
         from_pretrained(folder)
 
 
-def test_errors_of_the_hub(monkeypatch):
-    import huggingface_hub.errors as errors
-
-    error: Exception
-
-    def download(*_, **__):
-        raise error
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    for error, message in (  # noqa: B007 (used by `download`)
-        (errors.LocalEntryNotFoundError("x"), "not in the local cache.*Load it once while online"),
-        (errors.EntryNotFoundError("x"), r"has no config\.json"),
-        (errors.HFValidationError("bad"), "neither a local folder nor a valid name: bad"),
-        (errors.OfflineModeIsEnabled("offline"), "could not be read \\(offline\\)"),
-    ):
-        with pytest.raises(CheckpointError, match=f"'me/mine'.*{message}"):
-            from_pretrained("me/mine")
-
-
 def test_dtype_must_be_floating(saved):
     with pytest.raises(ValueError, match="floating-point dtype, but got int32"):
         from_pretrained(saved(), dtype=jnp.int32)

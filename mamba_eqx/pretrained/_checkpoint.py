@@ -1,0 +1,96 @@
+"""A checkpoint whose files have been found and read, but for the values of its tensors."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .._config import LanguageModelConfig
+from ._files import CONFIG, Find, open_weights, read_json
+from ._hub import Hub, find_on_hub
+from ._layout import Layout, renamed
+from ._state_dict import LAYOUTS
+from ._stored import CheckpointError, StoredTensor
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What there is to know before anything is loaded.
+
+    - `where`: what to call it in messages.
+    - `tensors`: by their names in the layout; their values are still on disk.
+    """
+
+    where: str
+    layout: Layout
+    config: LanguageModelConfig
+    tensors: dict[str, StoredTensor]
+
+
+def open_checkpoint(name_or_path: str | os.PathLike[str], hub: Hub) -> Checkpoint:
+    """Finds a checkpoint and reads its config and the descriptions of its tensors.
+
+    **Arguments:**
+
+    - `name_or_path`: a local folder, or else the name of a repository on the Hub.
+    - `hub`: how to get at the Hub.
+    """
+    folder = Path(name_or_path)
+    where = os.fspath(name_or_path)
+    if folder.is_dir() or _is_path(name_or_path):
+        find = _find_in(folder)
+    else:
+        find, where = find_on_hub(str(name_or_path), hub)
+    path = find(CONFIG)
+    if path is None:
+        raise CheckpointError(f"{where} has no {CONFIG}: give the folder of a checkpoint.")
+    values = read_json(path)
+    try:
+        layout = _layout_of(values)
+        config = layout.read_config(values)
+    except ValueError as error:  # Of a config class of ours, or a `CheckpointError`.
+        raise CheckpointError(f"{path}: {error}") from None
+    tensors = renamed(layout, open_weights(find, where))
+    if len(config.layers) > len(tensors):
+        # Before a table of names is made, be they 2**16 layers.
+        raise CheckpointError(
+            f"{where}: the config has {len(config.layers)} layers, but the weights have only "
+            f"{len(tensors)} tensors. Take the config and the weights of one and the same model."
+        )
+    return Checkpoint(where, layout, config, tensors)
+
+
+def _layout_of(values: Any) -> Layout:
+    # Not by any other key: configs that transformers wrote may carry official keys as well.
+    has_type = isinstance(values, dict) and "model_type" in values
+    return LAYOUTS["transformers" if has_type else "state-spaces"]
+
+
+def _is_path(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether this cannot be the name of a repository, which is `name` or `owner/name`."""
+    if not isinstance(name_or_path, str):
+        return True
+    return (
+        name_or_path.startswith((".", "/", "~"))
+        or "\\" in name_or_path
+        or name_or_path.count("/") > 1
+        or Path(name_or_path).exists()
+    )
+
+
+def _find_in(folder: Path) -> Find:
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"There is no folder {str(folder)!r}. Give the folder of a checkpoint, or the name of "
+            "a repository on the Hugging Face Hub."
+        )
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is a file: give the folder that holds it, with its {CONFIG}."
+        )
+
+    def find(name: str) -> Path | None:
+        path = folder / name
+        return path if path.exists() else None
+
+    return find
