@@ -196,14 +196,20 @@ class _StorageHandler(_Handler):
 
 class _HubHandler(_Handler):
     def route(self, path: str, body: bytes) -> None:
-        if path == "/api/repos/create":
+        if path.startswith("/api/repos") and not self.token():
+            self.json({"error": "Log in"}, 401)
+        elif not self.is_valid(self.token()):
+            message = "Invalid credentials in Authorization header"
+            self.json({"error": message}, 401, X_Error_Message=message)
+        elif path == "/api/repos/create":
             values = json.loads(body)
             name = f"{values['organization']}/{values['name']}"
+            url = {"url": f"{self.hub.endpoint}/{name}"}
             if name in self.hub.repositories:
-                self.json({"error": "You already created this model repo"}, 409)
+                self.json({"error": "You already created this model repo", **url}, 409)
                 return
             self.hub.add(name, {}, private=values.get("visibility") == "private")
-            self.json({"url": f"{self.hub.endpoint}/{name}"})
+            self.json(url)
         elif path == "/api/validate-yaml":
             self.json({"warnings": [], "errors": []})
         elif found := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", path):
@@ -216,17 +222,18 @@ class _HubHandler(_Handler):
         else:
             self.answer(404)
 
+    def token(self) -> str:
+        return self.headers.get("Authorization", "").removeprefix("Bearer ")
+
+    def is_valid(self, token: str) -> bool:
+        return not token or token in self.hub.valid_tokens | self.hub.members
+
     def repository(self, name: str) -> Repository | None:
         """The repository, if it may be seen; else this answers as the Hub does."""
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if token and token not in self.hub.valid_tokens | self.hub.members:
-            message = "Invalid credentials in Authorization header"
-            self.json({"error": message}, 401, X_Error_Message=message)
-            return None
         repository = self.hub.repositories.get(name)
-        if repository is None or (repository.private and not token):
+        if repository is None or (repository.private and not self.token()):
             # The Hub does not tell which.
-            self.json({}, 404 if token else 401, X_Error_Code="RepoNotFound")
+            self.json({}, 404 if self.token() else 401, X_Error_Code="RepoNotFound")
             return None
         return repository
 
@@ -244,8 +251,7 @@ class _HubHandler(_Handler):
         commit = self.at(repository, revision)
         if commit is None:
             return
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if repository.gated and token not in self.hub.members:
+        if repository.gated and self.token() not in self.hub.members:
             self.json({}, 403, X_Error_Code="GatedRepo", X_Repo_Commit=commit)
             return
         content = repository.commits[commit].get(file)

@@ -6,7 +6,7 @@ from ._stored import CheckpointError, quote
 
 
 _LOG_IN = "log in (`hf auth login`) or pass a `token`"
-_TAKE_CACHE = "take what is in the cache already with `local_files_only=True`"
+_TAKE_CACHE = ", or take what is in the cache already with `local_files_only=True`"
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,15 @@ def is_absence(error: Exception, *, offline: bool) -> bool:
     return isinstance(error, errors.EntryNotFoundError)
 
 
-def failure(place: Place, error: Exception) -> CheckpointError:
+def failure(place: Place, error: Exception, *, writing: bool = False) -> CheckpointError:
     """The error for one of `huggingface_hub`, or of the HTTP library below it."""
     from huggingface_hub import errors
 
     # Some are raised because of another, which says more.
-    wrapped = isinstance(error, errors.LocalEntryNotFoundError) or type(error) is ValueError
+    wrapped = isinstance(error, errors.LocalEntryNotFoundError) or type(error) in _WRAPPERS
     cause = error.__cause__ if wrapped and error.__cause__ is not None else error
+    could_not = f"could not be {'written' if writing else 'read'}"
+    instead = "" if writing else _TAKE_CACHE
     match cause:
         case errors.GatedRepoError():
             what = (
@@ -59,16 +61,17 @@ def failure(place: Place, error: Exception) -> CheckpointError:
                 "accepted it."
             )
         case errors.RepositoryNotFoundError():
-            what = (
-                f"does not exist, or is private. Check the name; if it is private, {_LOG_IN}. "
-                "(There is no local folder of that name either.)"
-            )
+            what = f"does not exist, or is private. Check the name; if it is private, {_LOG_IN}."
+            if not writing:
+                what += " (There is no local folder of that name either.)"
         case errors.RevisionNotFoundError():
             what = f"is not there: take one of the branches and tags listed at {place.page}."
         case errors.DisabledRepoError():
             what = "has been disabled by the Hub: take another one."
         case errors.HFValidationError():
             what = f"is neither a local folder nor a valid name: {cause}"
+        case errors.OfflineModeIsEnabled() if writing:
+            what = f"{could_not}: unset `HF_HUB_OFFLINE` to use the network."
         case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
             what = (
                 "is not in the local cache, and the Hub was not asked (`local_files_only`, "
@@ -76,16 +79,18 @@ def failure(place: Place, error: Exception) -> CheckpointError:
                 "the path of the folder."
             )
         case errors.HfHubHTTPError():
-            what = _http_failure(cause.response.status_code)
+            what = _http_failure(cause.response.status_code, could_not, instead)
         case _:
             what = (
-                f"could not be read: {_text(cause)}. Check the network and the disk and try again, "
-                f"or {_TAKE_CACHE}."
+                f"{could_not}: {_text(cause)} Check the network and the disk, try again{instead}."
             )
     return CheckpointError(f"{place} {what}")
 
 
-def _http_failure(status: int) -> str:
+_WRAPPERS = (ValueError, RuntimeError)
+
+
+def _http_failure(status: int, could_not: str, instead: str) -> str:
     match status:
         case 401:
             return (
@@ -99,16 +104,17 @@ def _http_failure(status: int) -> str:
             )
         case 429:
             return (
-                f"could not be read: there were too many requests (429). Wait some minutes, "
-                f"{_LOG_IN} for a higher limit, or {_TAKE_CACHE}."
+                f"{could_not}: there were too many requests (429). Wait some minutes, {_LOG_IN} "
+                f"for a higher limit{instead}."
             )
         case _:
             return (
-                f"could not be read: the Hub answered with status {status}, and did so again. Try "
-                f"again later, or {_TAKE_CACHE}."
+                f"{could_not}: the Hub answered with status {status}, and did so again. Try again "
+                f"later{instead}."
             )
 
 
 def _text(error: BaseException) -> str:
-    """One line: the libraries write several."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """One line, a sentence: the libraries write several."""
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    return text if text.endswith((".", "!", "?")) else f"{text}."
