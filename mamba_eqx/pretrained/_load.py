@@ -94,7 +94,10 @@ def load(
     paths = [path for path, _ in jax.tree.leaves_with_path(skeleton)]
     try:
         found = match(layout, config, skeleton, tensors, floating=True)
-        targets = [_target(tensor, dtype, recurrence[slot.index]) for slot, tensor in found]
+        targets = [
+            check_dtype(tensor.name, loaded_dtype(tensor, dtype, recurrence[slot.index]))
+            for slot, tensor in found
+        ]
         shardings = [
             _sharding(sharding, paths[slot.index], leaves[slot.index].shape, target)
             for (slot, _), target in zip(found, targets, strict=True)
@@ -108,12 +111,12 @@ def load(
     return jax.tree.unflatten(structure, leaves)
 
 
-def _target(tensor: StoredTensor, dtype: np.dtype | None, recurrence: bool) -> np.dtype:
+def loaded_dtype(tensor: StoredTensor, dtype: np.dtype | None, recurrence: bool) -> np.dtype:
     """The dtype a tensor is loaded in: as `mbx.cast` has it, or its own."""
     target = tensor.dtype if dtype is None else dtype
     if recurrence and target != np.float64:
-        target = np.dtype(np.float32)
-    return check_dtype(tensor.name, target)
+        return np.dtype(np.float32)
+    return target
 
 
 def _sharding(
