@@ -91,6 +91,23 @@ def _find_in(folder: Path) -> Find:
 
     def find(name: str) -> Path | None:
         path = folder / name
-        return path if path.exists() else None
+        if not path.exists():
+            return None
+        if not _is_inside(path, folder):
+            # A folder from elsewhere has no business with other files of this machine.
+            raise CheckpointError(
+                f"{path} is a link that leaves the folder: copy the file it leads to into its "
+                "place, or give the folder in which that is."
+            )
+        return path
 
     return find
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    roots = [folder]
+    repository = folder.absolute().parent.parent
+    if folder.absolute().parent.name == "snapshots" and repository.name.startswith("models--"):
+        # The Hub's cache keeps the files in a folder beside, or in one for all repositories.
+        roots += [repository / "blobs", repository.parent / "blobs"]
+    return any(path.resolve().is_relative_to(root.resolve()) for root in roots)
