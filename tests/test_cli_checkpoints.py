@@ -145,9 +145,8 @@ def test_convert_from_any_layout_to_any(model, run, tmp_path):
     save_pretrained(model, tmp_path / "0")
     route = ["state-spaces", "state-spaces", "transformers", "transformers"]
     for i, layout in enumerate(route):
-        code, out, err = run(
-            "convert", tmp_path / str(i), tmp_path / str(i + 1), "--layout", layout
-        )
+        source, dest = tmp_path / str(i), tmp_path / str(i + 1)
+        code, out, err = run("convert", source, dest, "--layout", layout)
         assert (code, err) == (0, "")
         assert f"in the layout of {layout}" in out
         assert_same(from_pretrained(dest), model)
