@@ -75,7 +75,9 @@ def cached(tmp_path: Path) -> list[str]:
     ids=["safetensors", "both", "bin", "shards"],
 )
 def test_only_what_is_needed_is_downloaded_and_only_once(content, needed, hub, load):
-    extras = {"README.md": b"", "flax_model.msgpack": b"x", "onnx/model.bin": b"x"}
+    extras = dict.fromkeys(
+        ["README.md", "consolidated.safetensors", "flax_model.msgpack", "onnx/model.bin"], b"x"
+    )
     hub.add(NAME, content | extras)
     assert_same(load(), MODEL)
     assert downloaded(hub, content) == {name for name in content if re.fullmatch(needed, name)}
