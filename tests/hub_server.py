@@ -149,23 +149,23 @@ class _Handler(BaseHTTPRequestHandler):
         raise NotImplementedError
 
     def answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
-        total, start = len(body), 0
-        ranged = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        total = len(body)
+        ranged = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if ranged and status == 200:
-            start, status = int(ranged[1]), 206
+            start, end = int(ranged[1]), min(int(ranged[2] or total), total - 1)
+            status, body = 206, body[start : end + 1]
+            headers = {**(headers or {}), "Content-Range": f"bytes {start}-{end}/{total}"}
         self.send_response(status)
-        if status == 206:
-            self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
-        for key, value in {"Content-Length": str(total - start), **(headers or {})}.items():
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "HEAD":
             return
         if self.fault is not None and self.fault.cut is not None:
-            self.wfile.write(body[start : start + self.fault.cut])
+            self.wfile.write(body[: self.fault.cut])
             self.close_connection = True
             return
-        self.wfile.write(body[start:])
+        self.wfile.write(body)
 
     def json(self, value: Any, status: int = 200, **headers: str) -> None:
         named = {key.replace("_", "-"): header for key, header in headers.items()}

@@ -13,6 +13,7 @@ from mamba_eqx import _cli
 from mamba_eqx.pretrained import from_pretrained, save_pretrained
 from mamba_eqx.pretrained._safetensors import open_safetensors, write_safetensors
 
+from .hub_server import Fault
 from .test_pretrained import BOTH, assert_same, config, make
 from .torch_attacks import ARCHIVES
 
@@ -120,20 +121,53 @@ def test_inspect_of_nothing(run, tmp_path):
     assert "must be a JSON object" in fails(run, "inspect", tmp_path)
 
 
-def test_the_hub(hub, run, tmp_path):
-    save_pretrained(make(BOTH["tied"]), tmp_path / "there")
+@pytest.mark.parametrize("max_shard_size", ["5GB", 700])
+def test_the_hub(max_shard_size, hub, run, tmp_path, monkeypatch):
+    save_pretrained(make(BOTH["tied"]), tmp_path / "there", max_shard_size=max_shard_size)
     hub.add("me/mine", {p.name: p.read_bytes() for p in (tmp_path / "there").iterdir()})
     options = ("--endpoint", hub.endpoint, "--cache-dir", tmp_path / "cache")
+    monkeypatch.setattr("mamba_eqx.pretrained._hub._FIRST_READ", 50)
+    monkeypatch.setenv("HF_TOKEN", "hf_good")
     code, out, _ = run("inspect", "me/mine", *options)
     assert code == 0
     assert "the repository 'me/mine'" in out.lower()
+    # Only the headers were asked for.
+    weights = [r for r in hub.requests if r.server == "storage"]
+    assert weights
+    assert all("range" in r.headers for r in weights)
+    assert not [*(tmp_path / "cache").glob("*/snapshots/*/*.safetensors")]
+    assert {r.headers.get("authorization") for r in weights} == {None}
+
     assert run("convert", "me/mine", tmp_path / "here", *options)[0] == 0
     assert_same(from_pretrained(tmp_path / "here"), make(BOTH["tied"]))
-    assert "no revision" not in fails(run, "inspect", "me/mine", *options, "--revision", "v9")
-    assert "does not exist" in fails(run, "inspect", "me/other", *options)
     hub.requests.clear()
-    assert run("inspect", "me/mine", *options, "--local-files-only")[0] == 0
+    assert run("inspect", "me/mine", *options)[:2] == (0, out)
+    assert not [r for r in hub.requests if r.server == "storage"]
+    hub.requests.clear()
+    code, cached, _ = run("inspect", "me/mine", *options, "--local-files-only")
+    assert code == 0
+    assert "what the cache has of the repository" in cached.lower()
+    assert cached.splitlines()[1:] == out.splitlines()[1:]
     assert hub.requests == []
+
+
+def test_the_hub_fails(hub, run, tmp_path):
+    save_pretrained(make(BOTH["tied"]), tmp_path / "there")
+    files = {p.name: p.read_bytes() for p in (tmp_path / "there").iterdir()}
+    repository = hub.add("me/mine", files)
+    options = ("--endpoint", hub.endpoint, "--cache-dir", tmp_path / "cache")
+    error = fails(run, "inspect", "me/mine", *options, "--revision", "v9")
+    assert "at revision 'v9' on the Hugging Face Hub" in error
+    assert "does not exist" in fails(run, "inspect", "me/other", *options)
+    hub.faults.append(Fault("GET /large", times=99, status=503))
+    assert "status 503" in fails(run, "inspect", "me/mine", *options)
+    hub.faults.clear()
+    for data in (b"", b"<!doctype html>", files["model.safetensors"][:100], b"\xff" * 2000):
+        repository.commit(files | {"model.safetensors": data})
+        assert "model.safetensors: " in fails(run, "inspect", "me/mine", *options)
+    del files["model.safetensors"]
+    repository.commit(files)
+    assert "has no weights" in fails(run, "inspect", "me/mine", *options)
 
 
 # convert

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import tempfile
+from pathlib import Path
 
 from ..pretrained._checkpoint import open_checkpoint
 from ..pretrained._describe import Description, describe
@@ -13,7 +15,8 @@ def add_inspect(commands: Commands) -> None:
         "inspect",
         help="say what is in a checkpoint",
         description="Says what is in a checkpoint, after checking its config and the names, shapes "
-        "and dtypes of all tensors. Their values are not read.",
+        "and dtypes of all tensors. Their values are not read, nor downloaded if the repository "
+        "has safetensors.",
     )
     add_source(inspect)
     inspect.add_argument("--json", action="store_true", help="as JSON, for programs")
@@ -21,7 +24,8 @@ def add_inspect(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    description = describe(open_checkpoint(args.source, hub_of(args)))
+    with tempfile.TemporaryDirectory() as heads:
+        description = describe(open_checkpoint(args.source, hub_of(args), heads=Path(heads)))
     if args.json:
         write(json.dumps(description.to_json(), indent=2, allow_nan=False) + "\n")
     else:

@@ -27,20 +27,24 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
 
 
-def open_checkpoint(name_or_path: str | os.PathLike[str], hub: Hub) -> Checkpoint:
+def open_checkpoint(
+    name_or_path: str | os.PathLike[str], hub: Hub, *, heads: Path | None = None
+) -> Checkpoint:
     """Finds a checkpoint and reads its config and the descriptions of its tensors.
 
     **Arguments:**
 
     - `name_or_path`: a local folder, or else the name of a repository on the Hub.
     - `hub`: how to get at the Hub.
+    - `heads`: a folder for downloads of what describes tensors, if that is all that is wanted: see
+        `find_on_hub`. Values read from there are wrong.
     """
     folder = Path(name_or_path)
     where = os.fspath(name_or_path)
     if folder.is_dir() or _is_path(name_or_path):
         find = _find_in(folder)
     else:
-        find, where = find_on_hub(str(name_or_path), hub)
+        find, where = find_on_hub(str(name_or_path), hub, heads)
     path = find(CONFIG)
     if path is None:
         raise CheckpointError(f"{where} has no {CONFIG}: give the folder of a checkpoint.")

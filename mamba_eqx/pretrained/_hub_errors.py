@@ -108,10 +108,7 @@ def _http_failure(status: int, could_not: str, instead: str) -> str:
                 f"for a higher limit{instead}."
             )
         case _:
-            return (
-                f"{could_not}: the Hub answered with status {status}, and did so again. Try again "
-                f"later{instead}."
-            )
+            return f"{could_not}: the Hub answered with status {status}. Try again later{instead}."
 
 
 def _text(error: BaseException) -> str:
