@@ -140,7 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fault is not None and self.fault.status is not None:
             self.answer(self.fault.status, b"{}", self.fault.headers)
         else:
-            self.route(path, body)
+            # Slashes within a revision are quoted.
+            self.route(urlsplit(self.path).path, body)
         self.hub.afterwards(f"{self.command} {path}")
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_one
@@ -215,10 +216,10 @@ class _HubHandler(_Handler):
         elif found := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", path):
             self.batch(json.loads(body))
         elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            self.resolve(*found.groups())
+            self.resolve(*map(unquote, found.groups()))
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w+)/(.+))?", path):
             name, verb, revision = found.groups()
-            self.api(name, verb, revision, body)
+            self.api(name, verb, unquote(revision or "main"), body)
         else:
             self.answer(404)
 
@@ -267,15 +268,15 @@ class _HubHandler(_Handler):
             git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
             self.file(content, {"ETag": f'"{git}"', "X-Repo-Commit": commit})
 
-    def api(self, name: str, verb: str | None, revision: str | None, body: bytes) -> None:
+    def api(self, name: str, verb: str | None, revision: str, body: bytes) -> None:
         repository = self.repository(name)
         if repository is None:
             return
         if verb == "branch":
-            repository.refs.setdefault(str(revision), repository.refs["main"])
+            repository.refs.setdefault(revision, repository.refs["main"])
             self.json({})
             return
-        commit = self.at(repository, revision or "main")
+        commit = self.at(repository, revision)
         if commit is None:
             return
         if verb in (None, "revision"):
@@ -292,7 +293,7 @@ class _HubHandler(_Handler):
             ]
             self.json({"files": files})
         elif verb == "commit":
-            self.commit(name, repository, str(revision), commit, body)
+            self.commit(name, repository, revision, commit, body)
         else:
             self.answer(404)
 

@@ -2,8 +2,10 @@
 the wild. What cannot be downloaded is skipped."""
 
 import hashlib
+import os
 import subprocess
 import sys
+import tempfile
 import types
 import zipfile
 from collections.abc import Callable
@@ -31,19 +33,19 @@ def wheel(pytestconfig: pytest.Config) -> Callable[[str], zipfile.ZipFile]:
 
     def find(requirement: str) -> zipfile.ZipFile:
         assert pytestconfig.cache is not None
-        folder = Path(pytestconfig.cache.mkdir("wheels"))
-        stem = requirement.replace("-", "_").replace("==", "-")
-        if not (found := [*folder.glob(f"{stem}-*.whl")]):
+        path = Path(pytestconfig.cache.mkdir("wheels")) / f"{requirement}.whl"
+        if not path.exists():
             options = ["--no-deps", "--only-binary=:all:", "--quiet", "--retries=0", "--timeout=20"]
             command = [sys.executable, "-m", "pip", "download", *options, requirement]
-            result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-            if not (found := [*folder.glob(f"{stem}-*.whl")]):
-                pytest.skip(f"{requirement} cannot be downloaded: {result.stderr[-200:]}")
-        data = found[0].read_bytes()
-        if hashlib.sha256(data).hexdigest() != WHEELS[requirement]:
-            found[0].unlink()
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+                found = [*Path(folder).glob("*.whl")]
+                if not found:
+                    pytest.skip(f"{requirement} cannot be downloaded: {result.stderr[-200:]}")
+                os.replace(found[0], path)  # At once: other processes may look for it.
+        if hashlib.sha256(path.read_bytes()).hexdigest() != WHEELS[requirement]:
             pytest.skip(f"another file is now published as {requirement}")
-        return zipfile.ZipFile(found[0])
+        return zipfile.ZipFile(path)
 
     return find
 

@@ -155,8 +155,10 @@ def test_the_revision_is_resolved_once(method, hub, load):
 
 def test_branches_tags_and_pull_requests(hub, load):
     repository = hub.add(NAME, files())
-    repository.commit(files("untied"), "v2")
-    assert_same(load(revision="v2"), OTHER)
+    for name in ("v2", "refs/pr/4", "a/b#?c"):
+        repository.commit(files("untied"), name)
+        assert_same(load(revision=name), OTHER)
+        assert_same(load(revision=name, local_files_only=True), OTHER)
     assert_same(load(), MODEL)
     with pytest.raises(CheckpointError, match=r"at revision 'v3'.*not there.*listed at http"):
         load(revision="v3")
@@ -186,8 +188,9 @@ def test_force_download(hub, load):
 )
 def test_gated(options, message, hub, load, tmp_path):
     hub.add(NAME, files(), gated=True)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as error:
         load(**options)
+    assert ("licence" in message) == (f"at {hub.endpoint}/me/mine," in str(error.value))
     assert cached(tmp_path) == []
     assert_same(load(token="hf_member"), MODEL)
 
