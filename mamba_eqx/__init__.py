@@ -70,6 +70,7 @@ from .pretrained import (
     CheckpointError as CheckpointError,
     from_pretrained as from_pretrained,
     load_state_dict as load_state_dict,
+    push_to_hub as push_to_hub,
     save_pretrained as save_pretrained,
     state_dict as state_dict,
 )

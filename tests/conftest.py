@@ -1,10 +1,15 @@
 import os
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
+
+from . import hub_server
+from .hub_server import Hub
 
 
 # Every annotation of the package is checked at run time, shapes included, and no dtype is promoted
@@ -36,3 +41,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         name = None if callspec is None else callspec.params.get("name")
         if item.path.name == "test_laws.py" and name is not None:
             item.add_marker(pytest.mark.xdist_group(str(name)))
+
+
+# A Hub on this machine.
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Hub]:
+    with hub_server.running() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """An empty Hub, and nobody logged in; its patience takes no time."""
+    from huggingface_hub import constants
+
+    server.repositories.clear()
+    server.large.clear()
+    server.requests.clear()
+    server.faults.clear()
+    server.afterwards = lambda request: None
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(variable, raising=False)
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
+    return server

@@ -4,7 +4,6 @@ import functools
 import itertools
 import json
 import os
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -196,13 +195,16 @@ def test_what_is_loaded_does_not_hang_on_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("layout", MODELS)
-@pytest.mark.parametrize("max_shard_size", [1, 500, 10**9])
-def test_shards(layout, max_shard_size, tmp_path):
+@pytest.mark.parametrize(
+    ("wanted", "max_shard_size"),
+    [(1, 1), (500, 500), ("0.5kB", 500), (" 1 KB", 1000), ("5GB", 5 * 10**9), (None, 10**9)],
+)
+def test_shards(layout, wanted, max_shard_size, tmp_path):
     model = make(BOTH["tied"])
-    save_pretrained(model, tmp_path, layout=layout, max_shard_size=max_shard_size)
+    save_pretrained(model, tmp_path, layout=layout, max_shard_size=wanted)
     assert_same(from_pretrained(tmp_path), model)
     shards = sorted(tmp_path.glob("model-*.safetensors"))
-    if max_shard_size == 10**9:
+    if max_shard_size >= 10**9:
         assert not shards
         return
     sizes = []
@@ -225,39 +227,6 @@ def test_config_of_a_saved_model_can_be_read_by_others(tmp_path):
     assert fields["intermediate_size"] == 9
 
 
-def test_shard_of_a_hub_cache(tmp_path, monkeypatch):
-    """As `huggingface_hub` keeps files: links into a folder beside."""
-    model = make(BOTH["tied"])
-    save_pretrained(model, tmp_path / "remote", max_shard_size=500)
-    repo = tmp_path / "models--me--mine"
-    snapshot = repo / "snapshots" / "0123abc"
-    asked = []
-
-    def download(repository, name, *, revision, token, cache_dir, local_files_only):
-        import huggingface_hub.errors as errors
-
-        asked.append((repository, revision))
-        file = tmp_path / "remote" / name
-        if not file.exists():
-            raise errors.LocalEntryNotFoundError(name)
-        (repo / "blobs").mkdir(parents=True, exist_ok=True)
-        snapshot.mkdir(parents=True, exist_ok=True)
-        if not (snapshot / name).exists():
-            (repo / "blobs" / f"blob-{name}").write_bytes(file.read_bytes())
-            (snapshot / name).symlink_to(Path("../../blobs") / f"blob-{name}")
-        return str(snapshot / name)
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert_same(from_pretrained("me/mine", revision="main"), model)
-    assert asked[0] == ("me/mine", "main")
-    assert {*asked[1:]} == {("me/mine", "0123abc")}
-    assert_same(from_pretrained(snapshot), model)
-    for file in (tmp_path / "remote").glob("model*"):
-        file.unlink()
-    with pytest.raises(CheckpointError, match=r"'me/mine' on the Hugging Face Hub .* no weights"):
-        from_pretrained("me/mine")
-
-
 # Saving over something.
 
 
@@ -270,8 +239,23 @@ def test_saving_replaces_a_checkpoint_and_nothing_else(tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
     save_pretrained(first, tmp_path)
     assert_same(from_pretrained(tmp_path), first)
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors", "tokenizer.json"]
+    ours = ["README.md", "config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == [*ours, "tokenizer.json"]
     assert not [name for name in os.listdir(tmp_path.parent) if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("layout", MODELS)
+def test_a_card_is_written_if_there_is_none(layout, tmp_path):
+    save_pretrained(make(BOTH["tied"]), tmp_path / "me", layout=layout)
+    card = tmp_path / "me" / "README.md"
+    _, metadata, text = card.read_text().split("---\n")
+    assert "library_name: mamba_eqx\npipeline_tag: text-generation\ntags:\n- mamba_eqx" in metadata
+    assert "- mamba1" in metadata
+    assert 'mbx.from_pretrained("me")' in text
+    assert ("AutoModelForCausalLM" in text) == (layout == "transformers")
+    card.write_text("mine")
+    save_pretrained(make(BOTH["tied"]), tmp_path / "me", layout=layout)
+    assert card.read_text() == "mine"
 
 
 @pytest.mark.parametrize("at", range(6))
@@ -300,7 +284,7 @@ def test_a_failure_while_saving_leaves_the_old_checkpoint(at, tmp_path, monkeypa
             save_pretrained(new, folder, max_shard_size=1000)
     assert_same(from_pretrained(folder), old)
     assert os.listdir(tmp_path) == ["folder"]
-    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
 
 
 def write(path, tensors, metadata):
@@ -317,8 +301,9 @@ def test_save_refuses_bad_targets(tmp_path):
     with pytest.raises(FileExistsError, match="is a file"):
         save_pretrained(model, file)
     assert file.read_text() == "mine"
-    with pytest.raises(ValueError, match="max_shard_size"):
-        save_pretrained(model, tmp_path / "new", max_shard_size=0)
+    for size in (0, "0KB", "5", "5 gigabytes", "-1GB", "1e9MB", ""):
+        with pytest.raises(ValueError, match="max_shard_size"):
+            save_pretrained(model, tmp_path / "new", max_shard_size=size)
     with pytest.raises(CheckpointError, match="'transformers', 'state-spaces'"):
         save_pretrained(model, tmp_path / "new", layout="onnx")
     (tmp_path / "old").mkdir()

@@ -273,12 +273,42 @@ def test_shards_are_plain_names(file, saved):
     _check_index(saved(), {NORM: file}, "not the plain name of a file")
 
 
-def test_shards_do_not_leave_the_folder(saved, tmp_path):
+def test_links_do_not_leave_the_folder(saved, tmp_path):
     folder = saved()
     outside = tmp_path / "outside.safetensors"
     write_safetensors(outside, {NORM: np.zeros(6, np.float32)}, {})
     (folder / "shard.safetensors").symlink_to(outside)
     _check_index(folder, {NORM: "shard.safetensors"}, "a link that leaves the folder")
+    for name in ("config.json", "model.safetensors"):
+        folder = saved()
+        (folder / name).rename(tmp_path / name)
+        (folder / name).symlink_to(f"../{name}")
+        with pytest.raises(CheckpointError, match=rf"{name} is a link that leaves the folder"):
+            from_pretrained(folder)
+        (folder / name).unlink()
+    # Within it they may be, and the folder itself may be one.
+    folder = saved()
+    (folder / "model.safetensors").rename(folder / "weights")
+    (folder / "model.safetensors").symlink_to("weights")
+    (tmp_path / "link").symlink_to(folder)
+    assert eqx.tree_equal(from_pretrained(tmp_path / "link"), make(BOTH["tied"]))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_snapshots_of_the_hub_are_made_of_links(shared, saved, tmp_path):
+    """Into a folder beside and, for what came by its newer protocol, from there on into another."""
+    repository = tmp_path / "models--me--mine"
+    snapshot, blobs, store = repository / "snapshots" / "a1b2", repository / "blobs", "blobs/0f"
+    for folder in (snapshot, blobs, tmp_path / store):
+        folder.mkdir(parents=True)
+    for file in saved().iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/of-{file.name}")
+        if shared:
+            (blobs / f"of-{file.name}").symlink_to(f"../../{store}/{file.name}")
+            file.rename(tmp_path / store / file.name)
+        else:
+            file.rename(blobs / f"of-{file.name}")
+    assert eqx.tree_equal(from_pretrained(snapshot), make(BOTH["tied"]))
 
 
 @pytest.mark.parametrize(
@@ -308,25 +338,6 @@ def _check_index(folder, content, message):
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=message):
         from_pretrained(folder)
-
-
-def test_errors_of_the_hub(monkeypatch):
-    import huggingface_hub.errors as errors
-
-    error: Exception
-
-    def download(*_, **__):
-        raise error
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    for error, message in (  # noqa: B007 (used by `download`)
-        (errors.LocalEntryNotFoundError("x"), "not in the local cache.*Load it once while online"),
-        (errors.EntryNotFoundError("x"), r"has no config\.json"),
-        (errors.HFValidationError("bad"), "neither a local folder nor a valid name: bad"),
-        (errors.OfflineModeIsEnabled("offline"), "could not be read \\(offline\\)"),
-    ):
-        with pytest.raises(CheckpointError, match=f"'me/mine'.*{message}"):
-            from_pretrained("me/mine")
 
 
 def test_dtype_must_be_floating(saved):

@@ -2,7 +2,6 @@
 
 import collections
 import io
-import os
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -164,8 +163,10 @@ ATTACKS = [
 
 @pytest.mark.parametrize(("data", "word"), ATTACKS)
 def test_refused(opened, data, word):
+    began = time.process_time()
     with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin: .*{word}") as caught:
         opened(data)
+    assert time.process_time() - began < 1
     assert len(str(caught.value)) < 1000
     assert str(caught.value).isprintable()
 
@@ -257,10 +258,26 @@ FLIPS = st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 7)), min_size=1
 @given(flips=FLIPS, crc=st.sampled_from([None, 0]), zip64=st.booleans())
 def test_flipped_bits(opened, flips, crc, zip64):
     pickle = tf.program(tf.state_dict(ITEMS))
-    data = bytearray(tf.zip_bytes(tf.archive_entries(pickle, STORAGES, crc=crc), zip64=zip64))
+    original = tf.zip_bytes(tf.archive_entries(pickle, STORAGES, crc=crc), zip64=zip64)
+    data = bytearray(original)
     for position, bit in flips:
         data[position % len(data)] ^= 1 << bit
     check_damaged(opened, bytes(data))
+    values = {byte for s in STORAGES.values() for byte in span(original, s)}
+    if crc is None and values.isdisjoint(position % len(data) for position, _ in flips):
+        # Everything but the values of tensors is covered by a checksum, or checked.
+        try:
+            tensors = opened(bytes(data))
+        except CheckpointError:
+            return
+        for name, stored in opened(original).items():
+            np.testing.assert_array_equal(tensors.pop(name).read(), stored.read(), strict=True)
+        assert not tensors
+
+
+def span(data: bytes, part: bytes) -> range:
+    start = data.index(part)
+    return range(start, start + len(part))
 
 
 def test_every_byte_of_the_pickle(opened):
@@ -287,17 +304,6 @@ PARTS = st.sampled_from(
 @given(parts=st.lists(PARTS, max_size=12))
 def test_any_program(opened, parts):
     check_damaged(opened, small(tf.program(b"".join(parts))))
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_not_a_regular_file(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(CheckpointError, match="regular"):
-        open_torch(tmp_path / "pipe")
-    with pytest.raises(IsADirectoryError):
-        open_torch(tmp_path)
-    with pytest.raises(FileNotFoundError):
-        open_torch(tmp_path / "absent.bin")
 
 
 # What torch itself writes.

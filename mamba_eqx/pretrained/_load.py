@@ -1,23 +1,25 @@
 """From a checkpoint to a model."""
 
 import os
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from .._language_model import LanguageModel
 from .._protocol import recurrence_mask
-from ._files import CONFIG, Find, open_weights, read_json
-from ._hub import find_on_hub
-from ._layout import Layout, match, renamed, skeleton_of
-from ._mistral import MISTRAL
-from ._state_dict import LAYOUTS
+from ._checkpoint import Checkpoint, open_checkpoint
+from ._hub import Hub
+from ._layout import match, skeleton_of
 from ._stored import CheckpointError, StoredTensor
 from ._to_jax import check_dtype, check_tied_head, to_jax
+
+
+_ShardingOf = Callable[[str, jax.ShapeDtypeStruct], Sharding]
 
 
 def from_pretrained(
@@ -28,6 +30,9 @@ def from_pretrained(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
+    endpoint: str | None = None,
+    sharding: Sharding | _ShardingOf | None = None,
 ) -> LanguageModel:
     """Loads a checkpoint, in the layout of transformers, of the official repository or of Mistral.
 
@@ -37,7 +42,8 @@ def from_pretrained(
 
     All is checked before anything is loaded: first the config, whose every field must be known,
     then the names, shapes and dtypes of all tensors. Only weights are read: neither code nor
-    pickled objects of a checkpoint are ever run.
+    pickled objects of a checkpoint are ever run. Tensors are read one by one, straight into the
+    dtype and onto the devices asked for.
 
     **Arguments:**
 
@@ -47,115 +53,96 @@ def from_pretrained(
         `consolidated.safetensors` instead.
     - `dtype`: of the parameters; those of recurrences stay at least float32 (see
         [`mamba_eqx.cast`][]). By default each parameter keeps the dtype it is stored in.
-    - `revision`: a branch, tag or commit on the Hub.
-    - `token`: the Hub's; by default the one that you logged in with.
+    - `revision`: a branch, tag or commit on the Hub. It is resolved once, so that all files are
+        of the same commit.
+    - `token`: the Hub's; by default the one that you logged in with. `False` for none.
     - `cache_dir`: where downloads are kept; by default the Hub's usual cache.
     - `local_files_only`: whether to leave the Hub alone and take only what is in the cache.
+    - `force_download`: whether to download again what is in the cache.
+    - `endpoint`: the address of another Hub, by default `HF_ENDPOINT` or the public one.
+    - `sharding`: where the parameters go: one sharding for all, or a function from the path of a
+        parameter (such as `"layers.layers.0.mixer.in_proj.weight"`) and its shape and dtype to a
+        sharding. Each device reads no more than its own part. By default they go to JAX's default
+        device.
 
     **Returns:**
 
     The model, its layers in an [`mamba_eqx.Unrolled`][].
 
-    **Raises:** [`mamba_eqx.CheckpointError`][] for a checkpoint that is incomplete, damaged or of
-    an unsupported architecture; `FileNotFoundError` for a path at which there is no folder.
+    **Raises:** [`mamba_eqx.CheckpointError`][] for a checkpoint that is incomplete, damaged, of an
+    unsupported architecture or not to be had from the Hub; `FileNotFoundError` for a path at which
+    there is no folder.
     """
     if dtype is not None:
         dtype = check_dtype("The model", dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"`dtype` must be a floating-point dtype, but got {dtype}.")
-    folder = Path(name_or_path)
-    where = os.fspath(name_or_path)
-    if folder.is_dir() or _is_path(name_or_path):
-        find = _find_in(folder)
-    else:
-        where = f"{where!r} on the Hugging Face Hub (or, offline, what the cache has of it)"
-        find = find_on_hub(
-            str(name_or_path),
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-    return _load(find, where, dtype)
+    hub = Hub(revision, token, cache_dir, local_files_only, force_download, endpoint)
+    return load(open_checkpoint(name_or_path, hub), dtype, sharding)
 
 
-def _load(find: Find, where: str, dtype: np.dtype | None) -> LanguageModel:
-    path = find(CONFIG) or find(MISTRAL.config_file)
-    if path is None:
-        raise CheckpointError(f"{where} has no {CONFIG}: give the folder of a checkpoint.")
-    values = read_json(path)
-    try:
-        layout = _layout_of(path.name, values)
-        config = layout.read_config(values)
-    except ValueError as error:  # Of a config class of ours, or a `CheckpointError`.
-        raise CheckpointError(f"{path}: {error}") from None
-    tensors = renamed(layout, open_weights(find, where, layout.weights_file))
-    if len(config.layers) > len(tensors):
-        # Before a table of names is made, be they 2**16 layers.
-        raise CheckpointError(
-            f"{where}: the config has {len(config.layers)} layers, but the weights have only "
-            f"{len(tensors)} tensors. Take the config and the weights of one and the same model."
-        )
+def load(
+    checkpoint: Checkpoint,
+    dtype: np.dtype | None = None,
+    sharding: Sharding | _ShardingOf | None = None,
+) -> LanguageModel:
+    """The model of an open checkpoint; the arguments are those of `from_pretrained`."""
+    layout, config, tensors = checkpoint.layout, checkpoint.config, checkpoint.tensors
     skeleton = skeleton_of(config)
     leaves: list[Any]
     leaves, structure = jax.tree.flatten(skeleton)
     recurrence = jax.tree.leaves(recurrence_mask(skeleton))
+    paths = [path for path, _ in jax.tree.leaves_with_path(skeleton)]
     try:
         found = match(layout, config, skeleton, tensors, floating=True)
-        targets = [_target(tensor, dtype, recurrence[slot.index]) for slot, tensor in found]
+        targets = [
+            check_dtype(tensor.name, loaded_dtype(tensor, dtype, recurrence[slot.index]))
+            for slot, tensor in found
+        ]
+        shardings = [
+            _sharding(sharding, paths[slot.index], leaves[slot.index].shape, target)
+            for (slot, _), target in zip(found, targets, strict=True)
+        ]
         check_tied_head(layout, config, tensors, lambda tensor: tensor.read())
-        for (slot, tensor), target in zip(found, targets, strict=True):
+        for (slot, tensor), target, place in zip(found, targets, shardings, strict=True):
             array = slot.entry.transform.from_file(tensor.read())
-            leaves[slot.index] = to_jax(tensor.name, array, target)
+            leaves[slot.index] = to_jax(tensor.name, array, target, place)
     except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error}") from None
+        raise CheckpointError(f"{checkpoint.where}: {error}") from None
     return jax.tree.unflatten(structure, leaves)
 
 
-def _layout_of(file: str, values: Any) -> Layout:
-    if file == MISTRAL.config_file:
-        return MISTRAL
-    # Its `model_type` is the one of Mamba-1 in transformers, but no other layout has a `dim`.
-    if isinstance(values, dict) and "dim" in values and "hidden_size" not in values:
-        return MISTRAL
-    # Not by any other key: configs that transformers wrote may carry official keys as well.
-    has_type = isinstance(values, dict) and "model_type" in values
-    return LAYOUTS["transformers" if has_type else "state-spaces"]
-
-
-def _target(tensor: StoredTensor, dtype: np.dtype | None, recurrence: bool) -> np.dtype:
+def loaded_dtype(tensor: StoredTensor, dtype: np.dtype | None, recurrence: bool) -> np.dtype:
     """The dtype a tensor is loaded in: as `mbx.cast` has it, or its own."""
     target = tensor.dtype if dtype is None else dtype
     if recurrence and target != np.float64:
-        target = np.dtype(np.float32)
-    return check_dtype(tensor.name, target)
+        return np.dtype(np.float32)
+    return target
 
 
-def _is_path(name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether this cannot be the name of a repository, which is `name` or `owner/name`."""
-    if not isinstance(name_or_path, str):
-        return True
-    return (
-        name_or_path.startswith((".", "/", "~"))
-        or "\\" in name_or_path
-        or name_or_path.count("/") > 1
-        or Path(name_or_path).exists()
-    )
-
-
-def _find_in(folder: Path) -> Find:
-    if not folder.exists():
-        raise FileNotFoundError(
-            f"There is no folder {str(folder)!r}. Give the folder of a checkpoint, or the name of "
-            "a repository on the Hugging Face Hub."
+def _sharding(
+    sharding: Sharding | _ShardingOf | None,
+    path: tuple[Any, ...],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+) -> Sharding | None:
+    """The sharding of one parameter, if it can be one of that shape."""
+    if sharding is None:
+        return None
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    chosen = sharding
+    if not isinstance(chosen, Sharding):
+        chosen = chosen(name, jax.ShapeDtypeStruct(shape, dtype))
+    if not isinstance(chosen, Sharding):
+        raise ValueError(
+            f"`sharding` must give a `jax.sharding.Sharding` for each parameter, but for {name!r} "
+            f"gave {chosen!r}."
         )
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is a file: give the folder that holds it, with its {CONFIG}."
-        )
-
-    def find(name: str) -> Path | None:
-        path = folder / name
-        return path if path.exists() else None
-
-    return find
+    try:
+        chosen.shard_shape(shape)
+    except ValueError as error:
+        raise ValueError(
+            f"`sharding` does not fit {name!r} of shape {shape}: {' '.join(str(error).split())} "
+            "Give a function that chooses for each parameter."
+        ) from None
+    return chosen

@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from .._language_model import LanguageModel
 from .._protocol import recurrence_mask
+from ._card import CARD, model_card
 from ._files import CONFIG, SAFETENSORS, SAFETENSORS_INDEX
 from ._layout import Layout, config_of, match, skeleton_of
 from ._safetensors import write_safetensors
@@ -34,12 +35,13 @@ def save_pretrained(
     path: str | os.PathLike[str],
     *,
     layout: str = "transformers",
-    max_shard_size: int | None = None,
+    max_shard_size: int | str | None = "5GB",
 ) -> None:
     """Saves a model so that `from_pretrained` loads it, and that transformers does.
 
     The checkpoint appears at `path` when it is complete: one that is there is replaced as a whole,
-    and stays as it is if anything goes wrong. Other files in the folder are left alone.
+    and stays as it is if anything goes wrong. Other files in the folder are left alone; a model
+    card, `README.md`, is written if there is none.
 
     **Arguments:**
 
@@ -47,14 +49,13 @@ def save_pretrained(
     - `path`: a folder, which is made if need be.
     - `layout`: `"transformers"`, or `"state-spaces"` for the official one, which has room for more
         (MLPs, LayerNorm), or `"mistral"` for that of Codestral's releases, which has for less.
-    - `max_shard_size`: the largest number of bytes of tensors in one file; one file for all by
-        default. A tensor larger than this gets a file of its own.
+    - `max_shard_size`: the largest number of bytes of tensors in one file, or text such as
+        `"500MB"`; `None` puts all into one. A tensor larger than this gets a file of its own.
 
     **Raises:** [`mamba_eqx.CheckpointError`][] if the layout cannot hold the model, or there are
     weights in `path` that a reader might take for these; `FileExistsError` if `path` is a file.
     """
-    if max_shard_size is not None and max_shard_size < 1:
-        raise ValueError(f"`max_shard_size` must be at least 1 byte, but got {max_shard_size}.")
+    shard_size = _bytes(max_shard_size)
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file: give the path of a folder, existing or not.")
@@ -65,11 +66,11 @@ def save_pretrained(
             "would take for the ones to be saved. Remove them, or choose another folder."
         )
     chosen, config = layout_named(layout), config_of(model)
-    if max_shard_size is not None and chosen.weights_file != SAFETENSORS:
-        raise CheckpointError(
-            f"The {layout!r} layout has one file for all weights: leave `max_shard_size` out."
-        )
     tensors = state_dict(model, layout=layout)
+    if chosen.weights_file != SAFETENSORS and len(_shards(tensors, shard_size)) > 1:
+        raise CheckpointError(
+            f"The {layout!r} layout has one file for all weights: give `max_shard_size=None`."
+        )
     # What could not be loaded is not saved: a part of a model, or an ensemble.
     match(chosen, config, skeleton_of(config), tensors, floating=True)
     fields = chosen.write_config(config, _dtype(model))
@@ -84,10 +85,13 @@ def save_pretrained(
     new, old = temporary / "new", temporary / "old"
     try:
         new.mkdir(parents=True)
-        _write_tensors(new, tensors, max_shard_size, chosen.weights_file)
+        _write_tensors(new, tensors, shard_size, chosen.weights_file)
         (new / chosen.config_file).write_text(
             json.dumps(fields, indent=2, allow_nan=False) + "\n", "utf-8"
         )
+        if not (target / CARD).exists():
+            card = model_card(config, layout=chosen.name, name=target.name)
+            (new / CARD).write_text(card, "utf-8")
         if target.exists():
             old.mkdir()
             _swap(target, new, old, chosen)
@@ -95,6 +99,29 @@ def save_pretrained(
             new.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of that name holds weights (or their index) for some reader."""
+    return name != CONFIG and bool(_OURS.fullmatch(name) or _TORCH.fullmatch(name))
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT])B", re.IGNORECASE)
+
+
+def _bytes(size: int | str | None) -> int | None:
+    """The number of bytes that `max_shard_size` means, as `huggingface_hub` reads it."""
+    if isinstance(size, str):
+        found = _SIZE.fullmatch(size.strip())
+        if found is None:
+            raise ValueError(
+                "`max_shard_size` must be a number of bytes, or text such as '5GB' or '500MB', but "
+                f"got {size!r}."
+            )
+        size = int(float(found[1]) * 1000 ** (1 + "KMGT".index(found[2].upper())))
+    if size is not None and size < 1:
+        raise ValueError(f"`max_shard_size` must be at least 1 byte, but got {size}.")
+    return size
 
 
 def _write_tensors(

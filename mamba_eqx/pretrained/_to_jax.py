@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax import dtypes
+from jax.sharding import Sharding
 from jaxtyping import Array
 
 from .._config import LanguageModelConfig
@@ -32,23 +34,37 @@ def check_dtype(name: str, dtype: Any) -> np.dtype:
     return dtype
 
 
-def to_jax(name: str, array: np.ndarray, dtype: np.dtype) -> Array:
+def to_jax(
+    name: str, array: np.ndarray, dtype: np.dtype, sharding: Sharding | None = None
+) -> Array:
     """A copy of `array` in JAX, in one step from its own dtype to the one wanted.
+
+    **Arguments:**
+
+    - `array`: may be a view of a file: no more of it is touched than there is room for here.
+    - `sharding`: where it goes, each device reading its own part; JAX's default device if `None`.
 
     **Raises:** `CheckpointError` if a finite value has no finite counterpart in `dtype`.
     """
     check_dtype(name, dtype)
+    if sharding is None:
+        return jnp.asarray(_copy(name, array, dtype))
+    return jax.make_array_from_callback(
+        array.shape, sharding, lambda part: _copy(name, array[part], dtype)
+    )
+
+
+def _copy(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if array.dtype == ml_dtypes.bfloat16 and dtype == np.float16:
         array = array.astype(np.float32)  # Exact, and NumPy's own casts report an overflow.
     try:
         with np.errstate(over="raise", invalid="ignore"):
             # A copy in any case: JAX may keep the memory it is given, which here is a file's.
-            copy = np.array(array, dtype=dtype, order="C")
+            return np.array(array, dtype=dtype, order="C")
     except FloatingPointError:
         raise CheckpointError(
             f"{name} has values too large for {dtype}: choose another `dtype`, such as bfloat16."
         ) from None
-    return jnp.asarray(copy)
 
 
 def check_tied_head(

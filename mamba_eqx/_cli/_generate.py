@@ -1,52 +1,25 @@
-"""The command `mamba-eqx`, also `python -m mamba_eqx`."""
+"""`mamba-eqx generate`."""
 
 import argparse
 import importlib.resources
-import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
+import jax.random as jr
 
-_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-_BROKEN_PIPE = 141  # 128 + SIGPIPE
+from .. import _generate
+from .._text import ByteTokenizer
+from ..pretrained import from_pretrained
+from ._common import Commands, write
+
+
 _SHIPPED = ("models", "shakespeare")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command.
-
-    **Arguments:**
-
-    - `argv`: its arguments; those of the process if `None`.
-
-    **Returns:** the exit code: 0, 2 for a mistake of the user, 130 if interrupted, 141 if whoever
-    read the output went away.
-    """
-    args = _parser().parse_args(argv)
-    try:
-        _generate(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        _end_line()
-        return _INTERRUPTED
-    except BrokenPipeError:
-        # Python flushes standard output once more when it exits, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
-    except (ValueError, OSError) as e:
-        message = " ".join(str(e).split())
-        print(f"mamba-eqx: error: {message}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mamba-eqx", description="The Mamba family of state-space models in JAX."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def add_generate(commands: Commands) -> None:
     generate = commands.add_parser(
         "generate",
         help="continue a text",
@@ -91,10 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--stop", metavar="TEXT", help="end before this text, if the model generates it"
     )
-    return parser
+    generate.set_defaults(run=_run)
 
 
-def _generate(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     prompt = _read_stdin() if args.prompt == "-" else args.prompt
     if not prompt:
@@ -107,14 +80,6 @@ def _generate(args: argparse.Namespace) -> None:
     if not path.exists():
         raise FileNotFoundError(f"There is no model at {path}.")
 
-    # Only now: a mistake above, and --help, need not wait for JAX.
-    import jax.numpy as jnp
-    import jax.random as jr
-
-    from ._generate import stream
-    from ._text import ByteTokenizer
-    from .pretrained import from_pretrained
-
     tokenizer = ByteTokenizer()
     model = from_pretrained(path, dtype=jnp.float32)
     if model.vocab_size != tokenizer.vocab_size:
@@ -122,7 +87,7 @@ def _generate(args: argparse.Namespace) -> None:
             f"This command is for byte-level models, with a vocabulary of {tokenizer.vocab_size}, "
             f"but the model at {path} has one of {model.vocab_size}."
         )
-    tokens = stream(
+    tokens = _generate.stream(
         model,
         tokenizer.encode(prompt),
         args.max_new_tokens,
@@ -134,11 +99,11 @@ def _generate(args: argparse.Namespace) -> None:
     )
     clock = _Clock(tokens)
     decoder = tokenizer.decoder()
-    _write(prompt)
+    write(prompt)
     pieces = (decoder.feed([token]) for token in clock)
     for piece in until(args.stop, pieces):
-        _write(piece)
-    _write(decoder.end() + "\n")
+        write(piece)
+    write(decoder.end() + "\n")
     print(clock.report(began), file=sys.stderr)
 
 
@@ -186,19 +151,6 @@ def until(stop: str | None, pieces: Iterator[str]) -> Iterator[str]:
         held = held[len(held) - keep :]
     if held:
         yield held
-
-
-def _write(text: str) -> None:
-    if text:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-
-def _end_line() -> None:
-    try:
-        _write("\n")
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _read_stdin() -> str:

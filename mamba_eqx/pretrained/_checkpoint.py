@@ -1,0 +1,126 @@
+"""A checkpoint whose files have been found and read, but for the values of its tensors."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .._config import LanguageModelConfig
+from ._files import CONFIG, Find, open_weights, read_json
+from ._hub import Hub, find_on_hub
+from ._layout import Layout, renamed
+from ._mistral import MISTRAL
+from ._state_dict import LAYOUTS
+from ._stored import CheckpointError, StoredTensor
+
+
+_CONFIGS = (CONFIG, MISTRAL.config_file)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What there is to know before anything is loaded.
+
+    - `where`: what to call it in messages.
+    - `tensors`: by their names in the layout; their values are still on disk.
+    """
+
+    where: str
+    layout: Layout
+    config: LanguageModelConfig
+    tensors: dict[str, StoredTensor]
+
+
+def open_checkpoint(
+    name_or_path: str | os.PathLike[str], hub: Hub, *, heads: Path | None = None
+) -> Checkpoint:
+    """Finds a checkpoint and reads its config and the descriptions of its tensors.
+
+    **Arguments:**
+
+    - `name_or_path`: a local folder, or else the name of a repository on the Hub.
+    - `hub`: how to get at the Hub.
+    - `heads`: a folder for downloads of what describes tensors, if that is all that is wanted: see
+        `find_on_hub`. Values read from there are wrong.
+    """
+    folder = Path(name_or_path)
+    where = os.fspath(name_or_path)
+    if folder.is_dir() or _is_path(name_or_path):
+        find = _find_in(folder)
+    else:
+        find, where = find_on_hub(str(name_or_path), hub, _CONFIGS, heads)
+    path = next(filter(None, map(find, _CONFIGS)), None)
+    if path is None:
+        raise CheckpointError(f"{where} has no {CONFIG}: give the folder of a checkpoint.")
+    values = read_json(path)
+    try:
+        layout = _layout_of(path.name, values)
+        config = layout.read_config(values)
+    except ValueError as error:  # Of a config class of ours, or a `CheckpointError`.
+        raise CheckpointError(f"{path}: {error}") from None
+    tensors = renamed(layout, open_weights(find, where, layout.weights_file))
+    if len(config.layers) > len(tensors):
+        # Before a table of names is made, be they 2**16 layers.
+        raise CheckpointError(
+            f"{where}: the config has {len(config.layers)} layers, but the weights have only "
+            f"{len(tensors)} tensors. Take the config and the weights of one and the same model."
+        )
+    return Checkpoint(where, layout, config, tensors)
+
+
+def _layout_of(file: str, values: Any) -> Layout:
+    if file == MISTRAL.config_file:
+        return MISTRAL
+    # Its `model_type` is the one of Mamba-1 in transformers, but no other layout has a `dim`.
+    if isinstance(values, dict) and "dim" in values and "hidden_size" not in values:
+        return MISTRAL
+    # Not by any other key: configs that transformers wrote may carry official keys as well.
+    has_type = isinstance(values, dict) and "model_type" in values
+    return LAYOUTS["transformers" if has_type else "state-spaces"]
+
+
+def _is_path(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether this cannot be the name of a repository, which is `name` or `owner/name`."""
+    if not isinstance(name_or_path, str):
+        return True
+    return (
+        name_or_path.startswith((".", "/", "~"))
+        or "\\" in name_or_path
+        or name_or_path.count("/") > 1
+        or Path(name_or_path).exists()
+    )
+
+
+def _find_in(folder: Path) -> Find:
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"There is no folder {str(folder)!r}. Give the folder of a checkpoint, or the name of "
+            "a repository on the Hugging Face Hub."
+        )
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is a file: give the folder that holds it, with its {CONFIG}."
+        )
+
+    def find(name: str) -> Path | None:
+        path = folder / name
+        if not path.exists():
+            return None
+        if not _is_inside(path, folder):
+            # A folder from elsewhere has no business with other files of this machine.
+            raise CheckpointError(
+                f"{path} is a link that leaves the folder: copy the file it leads to into its "
+                "place, or give the folder in which that is."
+            )
+        return path
+
+    return find
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    roots = [folder]
+    repository = folder.absolute().parent.parent
+    if folder.absolute().parent.name == "snapshots" and repository.name.startswith("models--"):
+        # The Hub's cache keeps the files in a folder beside, or in one for all repositories.
+        roots += [repository / "blobs", repository.parent / "blobs"]
+    return any(path.resolve().is_relative_to(root.resolve()) for root in roots)

@@ -1,0 +1,117 @@
+"""What may go wrong at the Hub, in words that say what to do."""
+
+from dataclasses import dataclass
+
+from ._stored import CheckpointError, quote
+
+
+_LOG_IN = "log in (`hf auth login`) or pass a `token`"
+_TAKE_CACHE = ", or take what is in the cache already with `local_files_only=True`"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A revision of a repository, for messages."""
+
+    repository: str
+    revision: str | None
+    endpoint: str | None
+    commit: str | None = None
+
+    def __str__(self) -> str:
+        text = f"The repository {quote(self.repository)}"
+        if self.revision is not None:
+            text += f" at revision {quote(self.revision)}"
+        if self.commit is not None and self.commit != self.revision:
+            text += f" (commit {self.commit[:7]})"
+        return f"{text} on the Hugging Face Hub" + (f" ({self.endpoint})" if self.endpoint else "")
+
+    @property
+    def page(self) -> str:
+        return f"{self.endpoint or 'https://huggingface.co'}/{self.repository}"
+
+
+def is_absence(error: Exception, *, offline: bool) -> bool:
+    """Whether an error says that a file is not there, and not that this could not be found out.
+
+    **Arguments:**
+
+    - `offline`: whether only the cache was asked, and what it lacks counts as not there.
+    """
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return offline
+    return isinstance(error, errors.EntryNotFoundError)
+
+
+def failure(place: Place, error: Exception, *, writing: bool = False) -> CheckpointError:
+    """The error for one of `huggingface_hub`, or of the HTTP library below it."""
+    from huggingface_hub import errors
+
+    # Some are raised because of another, which says more.
+    wrapped = isinstance(error, errors.LocalEntryNotFoundError) or type(error) in _WRAPPERS
+    cause = error.__cause__ if wrapped and error.__cause__ is not None else error
+    could_not = f"could not be {'written' if writing else 'read'}"
+    instead = "" if writing else _TAKE_CACHE
+    match cause:
+        case errors.GatedRepoError():
+            what = (
+                f"is gated: accept its licence at {place.page}, then {_LOG_IN} of the account that "
+                "accepted it."
+            )
+        case errors.RepositoryNotFoundError():
+            what = f"does not exist, or is private. Check the name; if it is private, {_LOG_IN}."
+            if not writing:
+                what += " (There is no local folder of that name either.)"
+        case errors.RevisionNotFoundError():
+            what = f"is not there: take one of the branches and tags listed at {place.page}."
+        case errors.DisabledRepoError():
+            what = "has been disabled by the Hub: take another one."
+        case errors.HFValidationError():
+            what = f"is neither a local folder nor a valid name: {cause}"
+        case errors.OfflineModeIsEnabled() if writing:
+            what = f"{could_not}: unset `HF_HUB_OFFLINE` to use the network."
+        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
+            what = (
+                "is not in the local cache, and the Hub was not asked (`local_files_only`, "
+                "`HF_HUB_OFFLINE`). Load it once while online, or download it elsewhere and give "
+                "the path of the folder."
+            )
+        case errors.HfHubHTTPError():
+            what = _http_failure(cause.response.status_code, could_not, instead)
+        case _:
+            what = (
+                f"{could_not}: {_text(cause)} Check the network and the disk, try again{instead}."
+            )
+    return CheckpointError(f"{place} {what}")
+
+
+_WRAPPERS = (ValueError, RuntimeError)
+
+
+def _http_failure(status: int, could_not: str, instead: str) -> str:
+    match status:
+        case 401:
+            return (
+                "was refused, because the token is not valid (401): log in again "
+                "(`hf auth login`), pass another `token`, or `token=False` for none."
+            )
+        case 403:
+            return (
+                "was refused, because the token does not permit it (403): give the token that "
+                "permission in your settings on the Hub, or pass another `token`."
+            )
+        case 429:
+            return (
+                f"{could_not}: there were too many requests (429). Wait some minutes, {_LOG_IN} "
+                f"for a higher limit{instead}."
+            )
+        case _:
+            return f"{could_not}: the Hub answered with status {status}. Try again later{instead}."
+
+
+def _text(error: BaseException) -> str:
+    """One line, a sentence: the libraries write several."""
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    return text if text.endswith((".", "!", "?")) else f"{text}."

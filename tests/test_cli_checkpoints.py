@@ -1,0 +1,244 @@
+"""`mamba-eqx inspect` and `convert`."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mamba_eqx as mbx
+from mamba_eqx import _cli
+from mamba_eqx.pretrained import from_pretrained, save_pretrained
+from mamba_eqx.pretrained._safetensors import open_safetensors, write_safetensors
+
+from .hub_server import Fault
+from .test_pretrained import BOTH, assert_same, config, make
+from .torch_attacks import ARCHIVES
+
+
+MAMBA2 = config(mbx.Mamba2Config(d_model=8, headdim=4, d_state=3), tie_embeddings=False)
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*args):
+        code = _cli.main([*map(str, args)])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def fails(run, *args):
+    """The one line of an error, on standard error only."""
+    code, out, err = run(*args)
+    assert code == 1
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("mamba-eqx: error: ")
+    assert len(err) < 2000
+    return err
+
+
+# inspect
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["transformers", "state-spaces"])
+@pytest.mark.parametrize("name", ["mamba1", "mamba2"])
+def test_inspect_tells_the_truth(name, layout, dtype, run, tmp_path):
+    model = make({"mamba1": config(padded_vocab_size=16), "mamba2": MAMBA2}[name], dtype)
+    save_pretrained(model, tmp_path, layout=layout)
+    code, out, err = run("inspect", tmp_path, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    leaves = jax.tree.leaves(model)
+    assert found["layout"] == layout
+    assert found["parameters"]["total"] == sum(leaf.size for leaf in leaves)
+    assert found["parameters"]["embedding"] == model.embedding.weight.size
+    assert ("lm_head" in found["parameters"]) == (model.lm_head is not None)
+    assert found["weight_bytes"] == sum(leaf.nbytes for leaf in leaves)
+    state = jax.tree.leaves(model.init_state())
+    assert found["state_bytes"] == sum(leaf.nbytes for leaf in state)
+    assert found["state_bytes_per_token"] == 0
+    assert found["dtypes"] == {
+        dtype: sum(leaf.size for leaf in leaves if leaf.dtype == jnp.dtype(dtype)),
+        "float32": sum(leaf.size for leaf in leaves if leaf.dtype == jnp.float32),
+    }
+    read = mbx.LanguageModelConfig.from_json(json.dumps(found["config"]))
+    assert read == mbx.LanguageModelConfig.of(model)
+
+    code, text, err = run("inspect", tmp_path)
+    assert (code, err) == (0, "")
+    total = found["parameters"]["total"]
+    for words in (str(tmp_path), layout, f"2 x {name} (", f"{total:,}", dtype, "d_state=3"):
+        assert words in text
+    assert ("padded to 16" in text) == (name == "mamba1")
+    assert ("the head is separate" in text) == (name == "mamba2")
+
+
+def test_inspect_reads_no_values(run, tmp_path, monkeypatch):
+    save_pretrained(make(BOTH["tied"]), tmp_path)
+    monkeypatch.setattr(
+        "mamba_eqx.pretrained._safetensors.read_array",
+        lambda *_, **__: pytest.fail("a tensor was read"),
+    )
+    assert run("inspect", tmp_path)[0] == 0
+
+
+def test_inspect_of_a_float64_checkpoint(run, tmp_path):
+    with jax.enable_x64(True):
+        save_pretrained(make(BOTH["tied"], "float64"), tmp_path)
+    code, out, _ = run("inspect", tmp_path, "--json")
+    assert code == 0
+    assert {*json.loads(out)["dtypes"]} == {"float64"}
+
+
+def test_inspect_lists_what_does_not_fit(run, tmp_path):
+    save_pretrained(make(BOTH["tied"]), tmp_path)
+    file = tmp_path / "model.safetensors"
+    arrays = {name: tensor.read() for name, tensor in open_safetensors(file).items()}
+    write_safetensors(file, arrays | {"x": np.zeros(2)}, {})
+    assert "1 unexpected: 'x'" in fails(run, "inspect", tmp_path)
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_hostile_files_are_one_line(run, tmp_path):
+    save_pretrained(make(BOTH["tied"]), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    for name, (data, _) in ARCHIVES.items():
+        (tmp_path / "pytorch_model.bin").unlink(missing_ok=True)
+        (tmp_path / "pytorch_model.bin").write_bytes(data)
+        assert "pytorch_model.bin" in fails(run, "inspect", tmp_path), name
+
+
+def test_inspect_of_nothing(run, tmp_path):
+    assert "There is no folder" in fails(run, "inspect", tmp_path / "gone")
+    assert "has no config.json" in fails(run, "inspect", tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    assert "must be a JSON object" in fails(run, "inspect", tmp_path)
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", 700])
+def test_the_hub(max_shard_size, hub, run, tmp_path, monkeypatch):
+    save_pretrained(make(BOTH["tied"]), tmp_path / "there", max_shard_size=max_shard_size)
+    hub.add("me/mine", {p.name: p.read_bytes() for p in (tmp_path / "there").iterdir()})
+    options = ("--endpoint", hub.endpoint, "--cache-dir", tmp_path / "cache")
+    monkeypatch.setattr("mamba_eqx.pretrained._hub._FIRST_READ", 50)
+    monkeypatch.setenv("HF_TOKEN", "hf_good")
+    code, out, _ = run("inspect", "me/mine", *options)
+    assert code == 0
+    assert "the repository 'me/mine'" in out.lower()
+    # Only the headers were asked for.
+    weights = [r for r in hub.requests if r.server == "storage"]
+    assert weights
+    assert all("range" in r.headers for r in weights)
+    assert not [*(tmp_path / "cache").glob("*/snapshots/*/*.safetensors")]
+    assert {r.headers.get("authorization") for r in weights} == {None}
+
+    assert run("convert", "me/mine", tmp_path / "here", *options)[0] == 0
+    assert_same(from_pretrained(tmp_path / "here"), make(BOTH["tied"]))
+    hub.requests.clear()
+    assert run("inspect", "me/mine", *options)[:2] == (0, out)
+    assert not [r for r in hub.requests if r.server == "storage"]
+    hub.requests.clear()
+    code, cached, _ = run("inspect", "me/mine", *options, "--local-files-only")
+    assert code == 0
+    assert "what the cache has of the repository" in cached.lower()
+    assert cached.splitlines()[1:] == out.splitlines()[1:]
+    assert hub.requests == []
+
+
+def test_the_hub_fails(hub, run, tmp_path):
+    save_pretrained(make(BOTH["tied"]), tmp_path / "there")
+    files = {p.name: p.read_bytes() for p in (tmp_path / "there").iterdir()}
+    repository = hub.add("me/mine", files)
+    options = ("--endpoint", hub.endpoint, "--cache-dir", tmp_path / "cache")
+    error = fails(run, "inspect", "me/mine", *options, "--revision", "v9")
+    assert "at revision 'v9' on the Hugging Face Hub" in error
+    assert "does not exist" in fails(run, "inspect", "me/other", *options)
+    hub.faults.append(Fault("GET /large", times=99, status=503))
+    assert "status 503" in fails(run, "inspect", "me/mine", *options)
+    hub.faults.clear()
+    for data in (b"", b"<!doctype html>", files["model.safetensors"][:100], b"\xff" * 2000):
+        repository.commit(files | {"model.safetensors": data})
+        assert "model.safetensors: " in fails(run, "inspect", "me/mine", *options)
+    del files["model.safetensors"]
+    repository.commit(files)
+    assert "has no weights" in fails(run, "inspect", "me/mine", *options)
+
+
+# convert
+
+
+@pytest.mark.parametrize("model", [BOTH["tied"], BOTH["untied"], MAMBA2], ids=["1", "2", "mamba2"])
+def test_convert_from_any_layout_to_any(model, run, tmp_path):
+    model = make(model)
+    save_pretrained(model, tmp_path / "0")
+    route = ["state-spaces", "state-spaces", "transformers", "transformers"]
+    for i, layout in enumerate(route):
+        source, dest = tmp_path / str(i), tmp_path / str(i + 1)
+        code, out, err = run("convert", source, dest, "--layout", layout)
+        assert (code, err) == (0, "")
+        assert f"in the layout of {layout}" in out
+        assert_same(from_pretrained(dest), model)
+        values = json.loads((dest / "config.json").read_text())
+        assert ("model_type" in values) == (layout == "transformers")
+    first, last = (
+        {p.name: p.read_bytes() for p in (tmp_path / i).iterdir() if p.name != "README.md"}
+        for i in "04"
+    )
+    assert first == last
+
+
+def test_convert_dtype_and_shards(run, tmp_path):
+    model = make(BOTH["tied"])
+    save_pretrained(model, tmp_path / "a")
+    options = ("--dtype", "bfloat16", "--max-shard-size", "0.5KB")
+    assert run("convert", tmp_path / "a", tmp_path / "b", *options)[0] == 0
+    assert_same(from_pretrained(tmp_path / "b"), mbx.cast(model, jnp.bfloat16))
+    assert len([*(tmp_path / "b").glob("model-*")]) > 2
+
+
+def test_convert_overwrites_only_when_told(run, tmp_path):
+    old, new = make(BOTH["tied"]), make(BOTH["untied"])
+    save_pretrained(old, tmp_path / "old")
+    save_pretrained(new, tmp_path / "new")
+    (tmp_path / "old" / "tokenizer.json").write_text("{}")
+    error = fails(run, "convert", tmp_path / "new", tmp_path / "old")
+    assert "not empty: give another folder, or --overwrite" in error
+    assert_same(from_pretrained(tmp_path / "old"), old)
+    assert run("convert", tmp_path / "new", tmp_path / "old", "--overwrite")[0] == 0
+    assert_same(from_pretrained(tmp_path / "old"), new)
+    assert (tmp_path / "old" / "tokenizer.json").exists()
+    # Onto itself.
+    where = tmp_path / "new"
+    assert run("convert", where, where, "--overwrite", "--dtype", "bfloat16")[0] == 0
+    assert_same(from_pretrained(where), mbx.cast(new, jnp.bfloat16))
+
+
+def test_convert_fails_as_a_whole(run, tmp_path):
+    save_pretrained(make(config(d_intermediate=128)), tmp_path / "mlp", layout="state-spaces")
+    assert "layers have an MLP" in fails(run, "convert", tmp_path / "mlp", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("mine")
+    options = ("--layout", "state-spaces")
+    assert "is a file" in fails(run, "convert", tmp_path / "mlp", tmp_path / "file", *options)
+    shutil.copytree(tmp_path / "mlp", tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"")
+    assert "empty" in fails(run, "convert", tmp_path / "damaged", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_mistakes(run, tmp_path):
+    save_pretrained(make(BOTH["tied"]), tmp_path / "a")
+    code, _, err = run("convert", tmp_path / "a", tmp_path / "b", "--max-shard-size", "many")
+    assert code == 2
+    assert "such as '5GB'" in err
+    for option in (("--layout", "onnx"), ("--dtype", "int8")):
+        with pytest.raises(SystemExit) as exit:
+            run("convert", tmp_path / "a", tmp_path / "b", *option)
+        assert exit.value.code == 2
+    assert not (tmp_path / "b").exists()

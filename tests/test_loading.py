@@ -1,0 +1,166 @@
+"""What loading costs, and that damage done to a checkpoint on disk never passes for a model."""
+
+import json
+import os
+import time
+import tracemalloc
+
+import jax
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from hypothesis import given, settings, strategies as st
+
+import mamba_eqx as mbx
+from mamba_eqx.pretrained import CheckpointError, from_pretrained, save_pretrained, state_dict
+from mamba_eqx.pretrained._safetensors import open_safetensors, write_safetensors
+from mamba_eqx.pretrained._torch_pickle import open_torch
+
+from . import torch_files as tf
+from .test_pretrained import BOTH, assert_same, config, make
+
+
+# 12 layers with a matrix of 1 MB each, and more.
+LARGE = config(
+    mbx.Mamba1Config(d_model=256, d_inner=512, d_state=4), n_layer=12, tie_embeddings=False
+)
+MATRIX = 2 * 512 * 256 * 4
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """The same model in both formats."""
+    folder = tmp_path_factory.mktemp("large")
+    model = make(LARGE)
+    save_pretrained(model, folder / "safetensors", layout="state-spaces")
+    arrays = {k: np.asarray(v) for k, v in state_dict(model, layout="state-spaces").items()}
+    (folder / "bin").mkdir()
+    (folder / "bin" / "pytorch_model.bin").write_bytes(tf.torch_bytes(arrays))
+    text = (folder / "safetensors" / "config.json").read_text()
+    (folder / "bin" / "config.json").write_text(text)
+    return folder
+
+
+@pytest.mark.usefixtures("as_users_run")
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_one_tensor_at_a_time(kind, dtype, large):
+    """Beside the model itself there is no more than one tensor in memory."""
+    from_pretrained(large / kind, dtype=dtype)  # What is only made once does not count.
+    tracemalloc.start()
+    try:
+        model = from_pretrained(large / kind, dtype=dtype)
+        jax.block_until_ready(model)
+        left, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    assert size > (10 if dtype is None else 5) * MATRIX
+    assert peak - left < 2 * MATRIX
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_opening_does_not_read_the_tensors(large):
+    files = {
+        open_torch: large / "bin" / "pytorch_model.bin",
+        open_safetensors: large / "safetensors" / "model.safetensors",
+    }
+    for open_file, path in files.items():
+        open_file(path)
+        tracemalloc.start()
+        try:
+            tensors = open_file(path)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert len(tensors) > 100
+        assert path.stat().st_size > 10 * MATRIX
+        assert peak < MATRIX
+        began = time.process_time()
+        open_file(path)
+        assert time.process_time() - began < 0.5
+
+
+# Damage.
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """A function that loads the model from its files, one of them changed."""
+    folder = tmp_path_factory.mktemp("damaged")
+    model = make(BOTH["tied"])
+    save_pretrained(model, folder)
+    original = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def load(name, data):
+        for file, content in (original | {name: data}).items():
+            (folder / file).unlink(missing_ok=True)
+            (folder / file).write_bytes(content)
+        return from_pretrained(folder)
+
+    return load, original, model
+
+
+FLIPS = st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 7)), min_size=1, max_size=3)
+
+
+@pytest.mark.usefixtures("as_users_run")
+@settings(max_examples=max(30, settings().max_examples))
+@given(flips=FLIPS)
+def test_bits_of_a_header(damaged, flips):
+    """A flipped bit in a description of tensors is an error, or means nothing."""
+    load, original, model = damaged
+    data = bytearray(original["model.safetensors"])
+    header = 8 + int.from_bytes(data[:8], "little")
+    for position, bit in flips:
+        data[position % header] ^= 1 << bit
+    try:
+        loaded = load("model.safetensors", bytes(data))
+    except CheckpointError:
+        return
+    assert_same(loaded, model)
+
+
+@pytest.mark.usefixtures("as_users_run")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_what_comes_in_place_of_a_file(name, damaged):
+    load, original, _ = damaged
+    whole = original[name]
+    for data, word in [
+        (b"", "empty|JSON"),
+        (b"<!DOCTYPE html><html>Log in</html>", "web page|JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "LFS|JSON"),
+        (b"\0" * len(whole), "."),
+        (whole[: len(whole) // 2], "."),
+        (whole[:-2], "."),
+        (whole + b"x", "."),
+        (b"null", "."),
+        (json.dumps([1]).encode(), "."),
+    ]:
+        began = time.process_time()
+        with pytest.raises(CheckpointError, match=f"{name}.*({word})"):
+            load(name, data)
+        assert time.process_time() - began < 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_not_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="regular"):
+        open_torch(tmp_path / "pipe")
+    with pytest.raises(IsADirectoryError):
+        open_torch(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        open_torch(tmp_path / "absent.bin")
+
+
+def test_why_arrays_are_made_contiguous(tmp_path):
+    """The package itself writes other values for arrays that are not."""
+    array = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    safetensors.numpy.save_file({"x": array}, tmp_path / "theirs")
+    theirs = open_safetensors(tmp_path / "theirs")["x"].read()
+    if safetensors.__version__ == "0.8.0":
+        assert not np.array_equal(theirs, array)
+    write_safetensors(tmp_path / "ours", {"x": array}, {})
+    assert np.array_equal(open_safetensors(tmp_path / "ours")["x"].read(), array)

@@ -1,0 +1,115 @@
+"""Loading onto several devices: each gets its part of every tensor, and reads no other."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+import mamba_eqx as mbx
+
+from .test_pretrained import BOTH, assert_same, config, make
+
+
+PROGRAM = """
+import sys
+import jax, ml_dtypes, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import mamba_eqx as mbx
+from mamba_eqx.pretrained._to_jax import to_jax
+
+folder = sys.argv[1]
+devices = jax.devices()
+assert len(devices) == 4
+mesh = Mesh(np.array(devices).reshape(4), ("model",))
+whole = mbx.from_pretrained(folder)
+everywhere = mbx.from_pretrained(folder, sharding=NamedSharding(mesh, P()))
+
+asked = {}
+def choose(path, leaf):
+    asked[path] = leaf
+    divided = [axis for axis, size in enumerate(leaf.shape) if size % 4 == 0]
+    axes = [None] * len(leaf.shape)
+    if divided:
+        axes[divided[-1]] = "model"
+    return NamedSharding(mesh, P(*axes))
+
+for dtype in (None, "bfloat16"):
+    sharded = mbx.from_pretrained(folder, sharding=choose, dtype=dtype)
+    plain = mbx.from_pretrained(folder, dtype=dtype)
+    for model in (sharded, everywhere) if dtype is None else (sharded,):
+        assert jax.tree.structure(model) == jax.tree.structure(plain)
+        for (path, got), want in zip(jax.tree.leaves_with_path(model), jax.tree.leaves(plain)):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            assert got.dtype == want.dtype, name
+            np.testing.assert_array_equal(np.asarray(got), np.asarray(want), err_msg=name)
+            if model is everywhere:
+                assert got.sharding.is_fully_replicated
+                continue
+            assert (asked[name].shape, asked[name].dtype) == (want.shape, want.dtype)
+            assert got.sharding == choose(name, want)
+            for shard in got.addressable_shards:
+                np.testing.assert_array_equal(
+                    np.asarray(shard.data), np.asarray(want)[shard.index], err_msg=name
+                )
+assert "layers.layers.1.mixer.in_proj.weight" in asked
+assert {s.data.shape for s in sharded.embedding.weight.addressable_shards} == {(16, 2)}
+
+# What is read of a file: never more than a part at a time.
+class File(np.ndarray):
+    def __getitem__(self, index):
+        parts.append(super().__getitem__(index).nbytes)
+        return super().__getitem__(index)
+
+parts = []
+stored = np.arange(64, dtype=np.float32).reshape(8, 8).view(File)
+array = to_jax("x", stored, np.dtype(ml_dtypes.bfloat16), NamedSharding(mesh, P(None, "model")))
+assert parts == [64] * 4
+np.testing.assert_array_equal(np.asarray(array, np.float32), stored)
+
+# Nothing is loaded if one of them does not fit.
+try:
+    mbx.from_pretrained(folder, sharding=NamedSharding(mesh, P("model")))
+except ValueError as error:
+    name = "layers.layers.0.mixer.x_proj.weight"
+    assert f"does not fit '{name}' of shape (9, 16)" in str(error), error
+    assert "Give a function" in str(error)
+else:
+    raise AssertionError("not refused")
+print("all is well")
+"""
+
+
+def test_four_devices(tmp_path: Path):
+    model = make(config(mbx.Mamba1Config(d_model=8, d_state=4), padded_vocab_size=16))
+    mbx.save_pretrained(model, tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.stdout == "all is well\n", result.stderr
+
+
+def test_one_sharding_for_all(tmp_path: Path):
+    model = make(BOTH["tied"])
+    mbx.save_pretrained(model, tmp_path)
+    place = SingleDeviceSharding(jax.devices()[0])
+    loaded = mbx.from_pretrained(tmp_path, sharding=place)
+    assert_same(loaded, model)
+    assert {leaf.sharding for leaf in jax.tree.leaves(loaded)} == {place}
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_a_function_must_give_shardings(tmp_path: Path):
+    mbx.save_pretrained(make(BOTH["tied"]), tmp_path)
+    with pytest.raises(ValueError, match=r"for 'embedding.weight' gave 'cpu'"):
+        mbx.from_pretrained(
+            tmp_path,
+            sharding=lambda *_: "cpu",  # pyright: ignore[reportArgumentType]
+        )
