@@ -27,6 +27,7 @@ def test_round_trip(name, dtype, tmp_path):
     model = make(MODELS[name], dtype)
     save_pretrained(model, tmp_path, layout="mistral")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
         "consolidated.safetensors",
         "params.json",
     ]
@@ -84,6 +85,7 @@ def test_a_repository_of_both_layouts(tmp_path):
     # But what is saved is what is loaded.
     save_pretrained(first, tmp_path, layout="mistral")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
         "consolidated.safetensors",
         "params.json",
     ]
@@ -133,6 +135,6 @@ def test_every_field_is_required(tmp_path):
 def test_the_layout_refuses_what_it_cannot_hold(model, tmp_path):
     with pytest.raises(CheckpointError, match=r"'mistral' layout has only.*but layer 0 is"):
         save_pretrained(make(model), tmp_path / "new", layout="mistral")
-    with pytest.raises(CheckpointError, match=r"leave `max_shard_size` out"):
+    with pytest.raises(CheckpointError, match=r"give `max_shard_size=None`"):
         save_pretrained(make(MODELS["tied"]), tmp_path / "new", layout="mistral", max_shard_size=9)
     assert not (tmp_path / "new").exists()
