@@ -34,6 +34,15 @@ def as_users_run() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What one process has compiled, the others need not, nor does the next run."""
+    cache = getattr(config, "cache", None)
+    if cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("xla")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is held for one layer runs in one process, which then compiles it once."""
     for item in items:

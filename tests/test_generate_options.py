@@ -141,6 +141,9 @@ class Letters:
     TEXTS = (b"a", b"b", b"ab", b"ba", b"aab", b"", "é".encode(), b"\xc3", b"\xa9", b"c", b"bb")
     vocab_size = len(TEXTS)
 
+    def __repr__(self) -> str:  # The same in all processes: it is in the names of tests.
+        return "Letters()"
+
     def token_bytes(self, token: int) -> bytes:
         return self.TEXTS[token]
 
