@@ -19,7 +19,7 @@ from .registry import SIZES, make_inputs, make_layer
 
 SEQ = 9
 S = SIZES[0]
-names = pytest.mark.parametrize("name", ["conv", "mamba1", "mamba2", "unrolled"])
+names = pytest.mark.parametrize("name", ["conv", "mamba2", "unrolled"])
 shared = pytest.mark.parametrize("shared", [True, False])
 
 

@@ -99,6 +99,23 @@ def test_dtype(dtype: jnp.dtype):
         assert leaf.dtype == (jnp.float32 if recurrence else dtype)
 
 
+def test_norms_of_the_selection():
+    mixer = mbx.Mamba1(
+        64,
+        d_state=5,
+        select_norm="weighted",
+        select_norm_eps=0.1,
+        dtype=jnp.bfloat16,
+        key=jr.key(0),
+    )
+    for norm, size in ((mixer.dt_norm, 4), (mixer.B_norm, 5), (mixer.C_norm, 5)):
+        assert norm is not None
+        assert norm.weight is not None
+        assert norm.weight.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(norm.weight, np.ones(size))
+        assert (norm.bias, norm.eps) == (None, 0.1)
+
+
 def test_mamba2():
     """`Mamba2.__init__`: one step size and one rate per head."""
     mixer = mbx.Mamba2(32, d_inner=2048, d_state=8, headdim=2, bias=True, key=jr.key(0))

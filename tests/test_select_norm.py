@@ -1,0 +1,34 @@
+"""The norms of Mamba-1 on `dt`, `B` and `C`: weights, against the norms without them (which
+transformers has, `test_parity.py`)."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+import mamba_eqx as mbx
+
+from .cases import assert_close, scan
+from .registry import SIZES, make_inputs, make_layer
+
+
+def test_weights():
+    """Those of `dt` might as well be in `dt_proj`. Those of `B` scale the state, and those of `C`
+    may take it back."""
+    s = SIZES[0]
+    weighted = make_layer("mamba1_normed", s, "float32", 0)
+    assert isinstance(weighted, mbx.Mamba1)
+    of_dt, of_B = np.linspace(0.5, 1.5, s.dt_rank), np.linspace(-2.0, 3.0, s.d_state)
+    norms = lambda layer: (layer.dt_norm, layer.B_norm, layer.C_norm)  # noqa: E731
+    weights = lambda layer: [norm.weight for norm in norms(layer)]  # noqa: E731
+    weighted = eqx.tree_at(weights, weighted, [*map(jnp.float32, (of_dt, of_B, 1 / of_B))])
+    without = [
+        eqx.nn.RMSNorm(norm.shape, norm.eps, use_weight=False, use_bias=False)
+        for norm in norms(weighted)
+    ]
+    plain = eqx.tree_at(norms, weighted, without)
+    plain = eqx.tree_at(lambda m: m.dt_proj.weight, plain, weighted.dt_proj.weight * of_dt)
+    x = make_inputs("mamba1", s, 9, "float32", 0)
+    y, state = scan(weighted, x, weighted.init_state())
+    want_y, want_state = scan(plain, x, plain.init_state())
+    assert_close(y, want_y, "float32")
+    assert_close(state.ssm, want_state.ssm * jnp.float32(of_B)[:, None], "float32")
