@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .._config import LanguageModelConfig
-from ._files import CONFIG, Find, open_weights, read_json
+from ._files import CONFIG, Find, open_weights, read_config
 from ._hub import Hub, find_on_hub
 from ._layout import Layout, renamed
 from ._state_dict import LAYOUTS
@@ -48,7 +48,7 @@ def open_checkpoint(
     path = find(CONFIG)
     if path is None:
         raise CheckpointError(f"{where} has no {CONFIG}: give the folder of a checkpoint.")
-    values = read_json(path)
+    values = read_config(path)
     try:
         layout = _layout_of(values)
         config = layout.read_config(values)
