@@ -56,7 +56,7 @@ def open_checkpoint(
         raise CheckpointError(f"{path}: {error}") from None
     tensors = renamed(layout, open_weights(find, where))
     if len(config.layers) > len(tensors):
-        # Before a table of names is made, be they 2**16 layers.
+        # Before a table of names is made, be they a thousand layers.
         raise CheckpointError(
             f"{where}: the config has {len(config.layers)} layers, but the weights have only "
             f"{len(tensors)} tensors. Take the config and the weights of one and the same model."
