@@ -25,9 +25,9 @@ _WEIGHTS: tuple[tuple[str, str, _Open], ...] = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json", open_torch),
 )
 
-# Parsed JSON can take thirty times the memory of its text. There is room for 40,000 tensors.
-_MAX_CONFIG = 2**20
-_MAX_INDEX = 2**22
+# Parsed JSON can take thirty times the memory of its text. There is room for 20,000 tensors.
+_MAX_CONFIG = 2**18
+_MAX_INDEX = 2**21
 _MAX_SHARDS = 2**12
 
 Find = Callable[[str], Path | None]
