@@ -93,10 +93,12 @@ def damaged(tmp_path_factory):
     save_pretrained(model, folder)
     original = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def load(name, data):
-        for file, content in (original | {name: data}).items():
-            (folder / file).unlink(missing_ok=True)
-            (folder / file).write_bytes(content)
+    def load(name, data, others=()):
+        for file in folder.iterdir():
+            file.unlink()
+        for file, content in (original | {name: data} | dict(others)).items():
+            if content is not None:
+                (folder / file).write_bytes(content)
         return from_pretrained(folder)
 
     return load, original, model
@@ -144,8 +146,29 @@ def test_what_comes_in_place_of_a_file(name, damaged):
         assert time.process_time() - began < 1
 
 
+@pytest.mark.usefixtures("as_users_run")
+@pytest.mark.parametrize("kind", ["lists", "keys"])
+def test_large_json(kind, damaged):
+    load, _, _ = damaged
+    others = {"model.safetensors": None}
+    for name, limit in (("config.json", 2**18), ("model.safetensors.index.json", 2**21)):
+        if kind == "lists":
+            text = b"[" + b"[]," * (limit // 3 - 1) + b"0]"
+        else:
+            # All different but for the last, which takes quadratic time if looked for plainly.
+            text = b"{" + b"".join(b'"%x":0,' % i for i in range(limit // 11)) + b'"1":0}'
+        for size, word in ((limit, "JSON object|weight_map|occurs twice"), (limit + 1, "at most")):
+            began = time.process_time()
+            with pytest.raises(CheckpointError, match=f"{name}.*({word})"):
+                load(name, text.ljust(size), others)
+            assert time.process_time() - began < 2
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_not_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json: it is not a regular file"):
+        from_pretrained(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CheckpointError, match="regular"):
         open_torch(tmp_path / "pipe")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .._config import LanguageModelConfig
-from ._files import CONFIG, Find, open_weights, read_json
+from ._files import CONFIG, Find, open_weights, read_config
 from ._hub import Hub, find_on_hub
 from ._layout import Layout, renamed
 from ._mistral import MISTRAL
@@ -52,7 +52,7 @@ def open_checkpoint(
     path = next(filter(None, map(find, _CONFIGS)), None)
     if path is None:
         raise CheckpointError(f"{where} has no {CONFIG}: give the folder of a checkpoint.")
-    values = read_json(path)
+    values = read_config(path)
     try:
         layout = _layout_of(path.name, values)
         config = layout.read_config(values)
@@ -60,7 +60,7 @@ def open_checkpoint(
         raise CheckpointError(f"{path}: {error}") from None
     tensors = renamed(layout, open_weights(find, where, layout.weights_file))
     if len(config.layers) > len(tensors):
-        # Before a table of names is made, be they 2**16 layers.
+        # Before a table of names is made, be they a thousand layers.
         raise CheckpointError(
             f"{where}: the config has {len(config.layers)} layers, but the weights have only "
             f"{len(tensors)} tensors. Take the config and the weights of one and the same model."

@@ -9,7 +9,7 @@ from ._stored import CheckpointError
 
 # Far beyond any model, and small enough that the product of three is an honest shape.
 _MAX_SIZE = 2**24
-_MAX_LAYERS = 2**16
+_MAX_LAYERS = 2**10
 
 
 class Fields:

@@ -1,6 +1,7 @@
 """The files of a checkpoint: the config, and the weights in one file or in several."""
 
 import json
+import stat
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NoReturn
@@ -24,30 +25,46 @@ _WEIGHTS: tuple[tuple[str, str, _Open], ...] = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json", open_torch),
 )
 
-_MAX_JSON = 2**24
+# Parsed JSON can take thirty times the memory of its text. There is room for 20,000 tensors.
+_MAX_CONFIG = 2**18
+_MAX_INDEX = 2**21
 _MAX_SHARDS = 2**12
 
 Find = Callable[[str], Path | None]
 """Where the file of that name is, or `None` if the checkpoint has none."""
 
 
-def read_json(path: Path) -> Any:
-    """Parses a JSON file, infinity in either spelling included.
+def read_config(path: Path) -> Any:
+    """Parses a config, infinity in either spelling included.
 
     **Raises:** `CheckpointError` for NaN, a key that occurs twice, and all that is not JSON.
     """
-    size = path.stat().st_size
-    if size > _MAX_JSON:
-        raise CheckpointError(f"{path}: it has {size} bytes, but at most {_MAX_JSON} are read.")
     try:
-        text = path.read_bytes().decode("utf-8")
-        return decode_numbers(json.loads(text, object_pairs_hook=_unique))
+        return decode_numbers(_read_json(path, _MAX_CONFIG))
+    except RecursionError:
+        raise CheckpointError(f"{path}: it is nested too deeply: download it again.") from None
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def _read_json(path: Path, max_size: int) -> Any:
+    status = path.stat()
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        # Reading a named pipe, say, waits for someone to write.
+        raise CheckpointError("it is not a regular file: put the file itself there.")
+    if status.st_size > max_size:
+        raise CheckpointError(
+            f"it has {status.st_size} bytes, but at most {max_size} are read: it is not the file "
+            "that it should be. Download it again."
+        )
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique)
+    except CheckpointError:
+        raise
     # Deep nesting ends in a `RecursionError`; all else that may be wrong is a `ValueError`.
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: it is not valid JSON ({quote(str(error))}): download or save it again."
+            f"it is not valid JSON ({quote(str(error))}): download or save it again."
         ) from None
 
 
@@ -80,7 +97,10 @@ def _open_shards(index: Path, find: Find, open_file: _Open) -> dict[str, StoredT
     def refuse(fault: str) -> NoReturn:
         raise CheckpointError(f"{index}: {fault} Download or save the checkpoint again.")
 
-    content = read_json(index)
+    try:
+        content = _read_json(index, _MAX_INDEX)
+    except CheckpointError as error:
+        raise CheckpointError(f"{index}: {error}") from None
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         refuse("it has no `weight_map` from the names of tensors to files.")
@@ -117,9 +137,9 @@ def _is_plain(name: str) -> bool:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise CheckpointError(f"the key {quote(twice)} occurs twice: remove one.")
+    unique: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in unique:
+            raise CheckpointError(f"the key {quote(name)} occurs twice: remove one.")
+        unique[name] = value
     return unique
