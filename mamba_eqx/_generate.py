@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray, PyTree
 from . import _sampling
 from ._language_model import LanguageModel
 from ._prompts import DecodingState, Prompt, check_tokens, read_prompts
+from ._protocol import with_room
 
 
 _CHUNK = 512  # the most tokens of a prompt that are run at once; a power of two
@@ -55,7 +56,9 @@ def generate(
     Rows never influence each other: row `i` of a list is what its prompt gives alone, with the
     key `jax.random.fold_in(key, i)`. Prompts may differ in length; nothing that is computed for
     their padding reaches a state. A compiled function is reused for all prompts whose longest
-    falls into the same power of two, and memory does not grow with the length of a prompt.
+    falls into the same power of two, and memory does not grow with the length of a prompt, except
+    for the caches of [`mamba_eqx.Attention`][]: these get room for the prompts and for
+    `max_new_tokens`, rounded up to a power of two, and grow if they are gone on from.
 
     **Arguments:**
 
@@ -249,10 +252,11 @@ def _start(
         layers = _empty(model, len(rows) if batched else None, _bucket(longest))
         position = np.zeros(len(rows), np.int32)
     else:
-        layers = state.layers
         position = np.asarray(state.position).reshape(-1)
         pending = np.asarray(state.token).reshape(-1, 1)
         rows = [np.concatenate(pair) for pair in zip(pending, rows, strict=True)]
+        longest = max(at + len(row) for at, row in zip(position.tolist(), rows, strict=True))
+        layers = with_room(state.layers, _bucket(longest + max_new_tokens))
     lengths = np.array([len(row) - 1 for row in rows], np.int32)
     longest = int(lengths.max())
     whole = longest // _CHUNK * _CHUNK
