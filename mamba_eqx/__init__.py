@@ -1,6 +1,7 @@
 """The Mamba family of state-space models as Equinox modules."""
 
 from . import ops as ops
+from ._bidirectional import Bidirectional as Bidirectional
 from ._block import Block as Block
 from ._config import BlockConfig as BlockConfig, LanguageModelConfig as LanguageModelConfig
 from ._conv import CausalConv1d as CausalConv1d

@@ -42,19 +42,39 @@ def check_dt_limit(dt_limit: tuple[float, float]) -> None:
         )
 
 
-def check_heads(d_inner: int, headdim: int, ngroups: int) -> None:
+def check_select_norm(select_norm: str | None, eps: float) -> None:
+    if select_norm not in (None, "weighted", "weightless"):
+        raise ValueError(
+            '`select_norm` must be "weighted" (as in Jamba), "weightless" (as in Falcon-Mamba) or '
+            f"None, but got {select_norm!r}."
+        )
+    if not eps > 0:
+        raise ValueError(f"`select_norm_eps` must be positive, but got select_norm_eps={eps}.")
+
+
+def check_heads(channels: int, headdim: int, ngroups: int, *, name: str = "d_inner") -> None:
     check_positive("headdim", headdim)
     check_positive("ngroups", ngroups)
-    if d_inner % headdim:
+    if channels % headdim:
+        default = "2 * d_model" if name == "d_inner" else "d_inner"
         raise ValueError(
-            "`headdim` must divide `d_inner` (2 * d_model by default), but got "
-            f"headdim={headdim} and d_inner={d_inner}."
+            f"`headdim` must divide `{name}` ({default} by default), but got "
+            f"headdim={headdim} and {name}={channels}."
         )
-    nheads = d_inner // headdim
+    nheads = channels // headdim
     if nheads % ngroups:
         raise ValueError(
-            "`ngroups` must divide the number of heads, `d_inner / headdim`, but got "
-            f"ngroups={ngroups} and {nheads} heads (d_inner={d_inner}, headdim={headdim})."
+            f"`ngroups` must divide the number of heads, `{name} / headdim`, but got "
+            f"ngroups={ngroups} and {nheads} heads ({name}={channels}, headdim={headdim})."
+        )
+
+
+def check_d_ssm(d_ssm: int, d_inner: int) -> None:
+    check_positive("d_ssm", d_ssm)
+    if d_ssm > d_inner:
+        raise ValueError(
+            "`d_ssm` must be at most `d_inner`, the rest of which an MLP gets, but got "
+            f"d_ssm={d_ssm} and d_inner={d_inner}."
         )
 
 

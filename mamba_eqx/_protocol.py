@@ -221,7 +221,7 @@ def check_sequence(
             f"{x.shape}."
             + (" For a single token use `layer.step(x, state)`." if x.ndim == 1 else "")
         )
-    _check_features(f"{name}.scan", d_model, x)
+    check_features(f"{name}.scan", d_model, x)
     check_reset_and_length(name, x.shape[0], reset, length)
 
 
@@ -232,7 +232,7 @@ def check_token(name: str, d_model: int, x: Array) -> None:
             f"{x.shape}. For a sequence use `layer.scan(x, state)`, for a batch of tokens "
             "`jax.vmap(layer.step)(x, state)`."
         )
-    _check_features(f"{name}.step", d_model, x)
+    check_features(f"{name}.step", d_model, x)
 
 
 def check_reset_and_length(
@@ -279,7 +279,7 @@ def checked_state(
     return state
 
 
-def _check_features(name: str, d_model: int, x: Array) -> None:
+def check_features(name: str, d_model: int, x: Array) -> None:
     if x.shape[-1] != d_model:
         raise ValueError(
             f"`{name}` was made for d_model={d_model} features, but got an array of shape "

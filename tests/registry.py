@@ -35,7 +35,7 @@ SIZES = [
 Make = Callable[[Sizes, Any, jax.Array], Any]
 
 
-def mamba1(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Mamba1:
+def mamba1(s: Sizes, dtype: Any, key: jax.Array, **options: Any) -> mbx.Mamba1:
     return mbx.Mamba1(
         s.d_model,
         d_inner=s.d_inner,
@@ -46,16 +46,23 @@ def mamba1(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Mamba1:
         conv_bias=s.flag,
         dtype=dtype,
         key=key,
+        **options,
     )
 
 
-def mamba2(*, ngroups: int, heads_per_group: int, **options: Any) -> Make:
-    """`dt_rank` stands in for `headdim`."""
+def mamba1_normed(select_norm: str) -> Make:
+    return functools.partial(mamba1, select_norm=select_norm, select_norm_eps=0.07)
+
+
+def mamba2(*, ngroups: int, heads_per_group: int, d_mlp: int = 0, **options: Any) -> Make:
+    """`dt_rank` stands in for `headdim`; `d_mlp` channels are not the state-space model's."""
 
     def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Mamba2:
+        d_ssm = ngroups * heads_per_group * s.dt_rank
         return mbx.Mamba2(
             s.d_model,
-            d_inner=ngroups * heads_per_group * s.dt_rank,
+            d_inner=d_ssm + d_mlp,
+            d_ssm=d_ssm,
             d_state=s.d_state,
             d_conv=s.d_conv,
             headdim=s.dt_rank,
@@ -148,6 +155,7 @@ MIXERS: dict[str, Make] = {
         dt_limit=(0.3, 1.1),
         norm_before_gate=True,
         norm_eps=0.03,
+        d_mlp=4,
     ),
     "mamba2_without_norm": mamba2(ngroups=3, heads_per_group=1, rms_norm=False),
     "attention": attention(nheads_kv=2, shared=3, d_conv=3),
@@ -156,13 +164,14 @@ MIXERS: dict[str, Make] = {
     ),
 }
 
-# Layers made of layers: held in one size.
+# Layers made of layers, and small variations: held in one size.
 COMPOSITES: dict[str, Make] = {
+    "mamba1_normed": mamba1_normed("weighted"),
     "block": block(mamba1),
     "block_mlp": block(mamba1, mlp=True),
     "block_mamba2": block(mamba2(ngroups=1, heads_per_group=2)),
     "block_layernorm": block(mamba1, rms_norm=False),
-    "unrolled": stack(mbx.Unrolled, block(mamba1), conv, mamba1),
+    "unrolled": stack(mbx.Unrolled, block(mamba1), conv, mamba1_normed("weightless")),
     "unrolled_remat": stack(mbx.Unrolled, block(mamba1), block(mamba1, mlp=True), remat=True),
     "stacked": stack(mbx.Stacked, block(mamba1), block(mamba1), block(mamba1)),
     "stacked_attention": stack(mbx.Stacked, *[block(attention(nheads_kv=1, shared=2))] * 2),
@@ -195,6 +204,10 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
     "mamba1": mbx.LanguageModelConfig(
         vocab_size=11, layers=(mbx.BlockConfig(mbx.Mamba1Config(d_model=5)),) * 2
     ),
+    "mamba1_weightless": mbx.LanguageModelConfig(
+        vocab_size=11,
+        layers=(mbx.BlockConfig(mbx.Mamba1Config(d_model=5, select_norm="weightless")),) * 2,
+    ),
     "mamba2": mbx.LanguageModelConfig(
         vocab_size=11, layers=(mbx.BlockConfig(mbx.Mamba2Config(d_model=5, headdim=2)),) * 2
     ),
@@ -204,7 +217,8 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
             mbx.BlockConfig(
                 mbx.Mamba2Config(
                     d_model=5,
-                    d_inner=12,
+                    d_inner=15,
+                    d_ssm=12,
                     d_state=3,
                     d_conv=2,
                     headdim=2,
@@ -263,6 +277,8 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
                     dt_rank=4,
                     bias=True,
                     conv_bias=False,
+                    select_norm="weighted",
+                    select_norm_eps=1e-2,
                 ),
                 d_intermediate=9,
                 rms_norm=False,

@@ -17,7 +17,7 @@ LEVELS = [
     ["_conv", "_mlp", "_norm"],
     ["mixers"],
     ["_mixer_configs"],
-    ["_block"],
+    ["_block", "_bidirectional"],
     ["_stack"],
     ["_language_model"],
     ["_config"],

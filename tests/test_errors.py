@@ -90,6 +90,8 @@ def test_tokens(model: mbx.LanguageModel):
         ({"d_conv": 0}, "`d_conv`.*0"),
         ({"dt_min": 0.2, "dt_max": 0.1}, "dt_min <= dt_max.*dt_min=0.2.*dt_max=0.1"),
         ({"dt_init_floor": 0.0}, "`dt_init_floor` must be positive.*0.0"),
+        ({"select_norm": "layer"}, '`select_norm` must be "weighted".*"weightless".*\'layer\''),
+        ({"select_norm_eps": 0.0}, "`select_norm_eps` must be positive.*=0.0"),
     ],
 )
 def test_sizes_of_a_mixer(options: dict[str, Any], message: str):
@@ -109,6 +111,10 @@ def test_sizes_of_a_mixer(options: dict[str, Any], message: str):
         ({"ngroups": 4}, r"`ngroups` must divide the number of heads.*ngroups=4 and 6 heads"),
         ({"ngroups": 0}, "`ngroups`.*0"),
         ({"d_state": 0}, "`d_state`.*0"),
+        ({"d_ssm": 25}, "`d_ssm` must be at most `d_inner`.*d_ssm=25 and d_inner=24"),
+        ({"d_ssm": 6}, r"`headdim` must divide `d_ssm` \(d_inner by default.*=4 and d_ssm=6"),
+        ({"d_ssm": 8, "ngroups": 3}, "ngroups=3 and 2 heads .d_ssm=8"),
+        ({"d_ssm": 0}, "`d_ssm`.*0"),
         ({"dt_limit": (0.2, 0.1)}, r"`dt_limit`.*0 <= smallest <= largest.*\(0\.2, 0\.1\)"),
         ({"dt_limit": (-0.1, 0.1)}, "`dt_limit`.*-0.1"),
         ({"dt_limit": (0.0, 0.0)}, "`dt_limit`.*0.0"),
@@ -213,6 +219,8 @@ def change(config: Any, path: list[Any], value: Any) -> None:
         (["layers", 0, "mixer"], {"kind": "lstm"}, r"\['mamba1', 'mamba2'\].*lstm"),
         (["layers", 0, "mixer", "d_state"], 10.5, "`d_state`.*10.5"),
         (["layers", 0, "mixer", "bias"], 1, "`bias`.*true or false.*1"),
+        (["layers", 0, "mixer", "select_norm"], True, '`select_norm` must be "weighted".*True'),
+        (["layers", 0, "mixer", "select_norm_eps"], 0, "`select_norm_eps`.*between 0 and 1.*0"),
         (["layers", 0, "mixer", "width"], 1, r"mixer of kind 'mamba1'.*unknown \['width'\]"),
         (["layers", 0, "norm_eps"], float("nan"), "`norm_eps`.*nan"),
         (["layers", 0, "mixer", "d_model"], 7, r"share `d_model`.*\[7, 6\]"),

@@ -21,6 +21,8 @@ CASES = {
     "mamba_tied": "transformers",
     "state_spaces_mamba": "state-spaces",
     "mamba2_tiny": "transformers",
+    "falcon_tiny": "transformers",
+    "state_spaces_mamba2": "state-spaces",
 }
 
 

@@ -138,7 +138,7 @@ def test_untied_needs_its_head(saved):
     ("layout", "fields", "message"),
     [
         ("transformers", {"hidden_act": "gelu"}, "`hidden_act`.*only as 'silu', but is 'gelu'"),
-        ("transformers", {"model_type": "mamba3"}, "`model_type`.*'mamba2', but is 'mamba3'"),
+        ("transformers", {"model_type": "mamba3"}, "`model_type`.*'mamba2'.*but is 'mamba3'"),
         ("transformers", {"model_type": None}, "`model_type`.*but is None"),
         ("transformers", {"quantization_config": {}}, "unknown meaning.*'quantization_config'"),
         ("transformers", {"use_bias": 0}, "`use_bias`.*true or false, but is 0"),

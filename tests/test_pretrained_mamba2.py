@@ -43,6 +43,7 @@ MODELS = {
         "mlp": config(mixer(), d_intermediate=128),
         "per_channel": config(mixer(D_has_hdim=True, norm_before_gate=True)),
         "without_norm": config(mixer(rms_norm=False)),
+        "d_ssm": config(mixer(d_ssm=12, bias=True)),
     },
 }
 CASES = [(layout, name) for layout, models in MODELS.items() for name in models]
@@ -211,7 +212,9 @@ def test_defaults_of_transformers(saved):
         ("transformers", {"hidden_size": 2**24, "expand": 2**24}, "`expand`"),
         ("transformers", {"state_size": 2**24}, "should be"),
         ("state-spaces", {"d_state": 7}, "should be"),
-        ("state-spaces", {"d_ssm": 6}, "`d_ssm` of `ssm_cfg`.*expand \\* d_model = 18"),
+        ("state-spaces", {"d_ssm": 21}, "`d_ssm` must be at most `d_inner`.*d_ssm=21"),
+        ("state-spaces", {"d_ssm": 12}, "should be"),
+        ("state-spaces", {"d_ssm": "12"}, "`d_ssm` of `ssm_cfg`.*integer"),
         ("state-spaces", {"expand": 2.5}, "`expand` of `ssm_cfg`.*2.5"),
         ("state-spaces", {"headdim": 4}, "`headdim` must divide `d_inner`"),
         ("state-spaces", {"rmsnorm": False}, "2 unexpected: .*mixer.norm.weight"),
@@ -233,6 +236,7 @@ def test_config_is_refused(layout, fields, message, saved):
     [
         ("transformers", config(mixer(D_has_hdim=True)), "D_has_hdim=True"),
         ("transformers", config(mixer(rms_norm=False)), "mixers have no norm"),
+        ("transformers", config(mixer(d_ssm=12)), "an MLP .d_ssm=12 and d_inner=18"),
         ("transformers", config(mixer(norm_before_gate=True)), "norm before the gate"),
         ("transformers", config(mixer(norm_eps=1e-4)), "0.0001 in the mixers and 1e-05 outside"),
         ("transformers", config(mixer(d_inner=15, headdim=5, ngroups=3)), "d_inner=15 and d_mod"),

@@ -9,10 +9,11 @@ import jax.test_util
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+from safetensors.numpy import load_file
 
 from mamba_eqx import ops
 
-from .test_ops import close, shapes_in
+from .test_ops import GOLDEN, close, shapes_in
 
 
 METHODS: list[Any] = ["chunked", "sequential"]
@@ -76,6 +77,27 @@ def test_the_equations(method: Any, per_channel: bool, ngroups: int, heads: int)
     reset = np.isin(np.arange(9), [4, 7])
     got = ops.ssd(*arrays, state=state, reset=jnp.asarray(reset), method=method, chunk_size=4)
     close(got, loop(arrays, state, reset), 1e-14)
+
+
+@pytest.mark.parametrize(
+    ("method", "chunk_size"), [("chunked", 4), ("chunked", 5), ("chunked", None), ("sequential", 1)]
+)
+def test_the_official_ssd(method: Any, chunk_size: int | None):
+    """`ssd_minimal_discrete`, with groups and from a state, which the official code holds against
+    its kernels. It has no skip connection."""
+    golden = load_file(GOLDEN / "ssd_minimal" / "golden.safetensors")
+    names = ["x", "dt", "A", "B", "C", "state"]
+
+    def objective(*inputs: Any) -> Any:
+        *arrays, state = inputs
+        y, end = ops.ssd(*arrays, None, state=state, method=method, chunk_size=chunk_size)
+        value = jnp.sum(golden["weight.y"] * y) + jnp.sum(golden["weight.end"] * end)
+        return value, (y, end)
+
+    inputs = [jnp.asarray(golden[name]) for name in names]
+    (value, out), grads = jax.value_and_grad(objective, argnums=range(6), has_aux=True)(*inputs)
+    close((value, *out), (golden["objective"], golden["y"], golden["end"]), 1e-14)
+    close(grads, tuple(golden[f"grad.{name}"] for name in names), 1e-13)
 
 
 @given(
@@ -172,6 +194,17 @@ def test_extreme_rates(rate: float, dtype: str):
     )
 
 
+def test_long_chunks_of_strong_decay():
+    """Products of -1e3 over chunks of 256, cut by resets on and beside their borders."""
+    arrays = inputs(300, dtype="float32")
+    arrays[2] = jnp.full_like(arrays[2], -1e3)
+    options: Any = {"reset": jnp.isin(jnp.arange(300), jnp.array([0, 100, 255, 256, 299]))}
+    got = gradients_of(arrays, chunk_size=256, **options)
+    for leaf in jax.tree.leaves(got):
+        assert np.isfinite(leaf).all()
+    close(got, gradients_of(arrays, method="sequential", **options), 1e-5)
+
+
 def test_a_strong_decay_does_not_blur_the_tokens_after_it():
     """As a difference of cumulative sums, 0.1 after 1e9 would be nothing."""
     arrays = inputs(20, dtype="float32")
@@ -239,6 +272,25 @@ def test_nothing_of_the_full_size_exists():
 
     assert largest("chunked") <= seq * heads * headdim
     assert largest("sequential") >= seq * heads * headdim * d_state  # the test can tell
+
+
+def test_memory_of_the_reverse_pass():
+    """It grows with the number of chunks, each of which leaves one state behind; the states of all
+    tokens would be ten times what is held altogether."""
+
+    def temporary(seq: int) -> tuple[int, int]:
+        shapes = jax.eval_shape(
+            lambda: inputs(seq, ngroups=1, heads=4, headdim=64, d_state=128, dtype="float32")
+        )
+        analysis = gradients_of_jit.lower(*shapes).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes, 4 * seq * 128 * 4 * 64
+
+    gradients_of_jit = jax.jit(lambda *arrays: gradients_of(arrays))
+    small, _ = temporary(512)
+    large, all_states = temporary(1024)
+    assert large < 2.2 * small
+    assert 8 * large < all_states
 
 
 @pytest.mark.parametrize("norm_before_gate", [False, True])

@@ -1,19 +1,24 @@
 import dataclasses
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
+from .._initialisers import check_select_norm
 from ..mixers import Mamba1
-from ._base import AbstractMixerConfig, check_flag, check_size
+from ._base import AbstractMixerConfig, check_eps, check_flag, check_size
+
+
+_EPS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Mamba1Config(AbstractMixerConfig):
     """The architecture of a [`mamba_eqx.Mamba1`][], whose arguments its fields are.
 
-    Fields left out are set to the values they stand for, so that equal architectures are equal.
+    Fields left out are set to the values they stand for, so that equal architectures are equal;
+    so is `select_norm_eps` where there is no such norm.
     """
 
     kind: ClassVar[str] = "mamba1"
@@ -25,6 +30,8 @@ class Mamba1Config(AbstractMixerConfig):
     dt_rank: int = None  # pyright: ignore[reportAssignmentType]
     bias: bool = False
     conv_bias: bool = True
+    select_norm: Literal["weighted", "weightless"] | None = None
+    select_norm_eps: float = _EPS
 
     def __post_init__(self):
         check_size(self, "d_model")
@@ -36,6 +43,10 @@ class Mamba1Config(AbstractMixerConfig):
             check_size(self, name)
         for name in ("bias", "conv_bias"):
             check_flag(self, name)
+        check_eps(self, "select_norm_eps")
+        check_select_norm(self.select_norm, self.select_norm_eps)
+        if self.select_norm is None:
+            object.__setattr__(self, "select_norm_eps", _EPS)
 
     def build(
         self, *, residual_scale: float = 1.0, dtype: DTypeLike | None = None, key: PRNGKeyArray
@@ -49,6 +60,8 @@ class Mamba1Config(AbstractMixerConfig):
             dt_rank=self.dt_rank,
             bias=self.bias,
             conv_bias=self.conv_bias,
+            select_norm=self.select_norm,
+            select_norm_eps=self.select_norm_eps,
             residual_scale=residual_scale,
             dtype=dtype,
             key=key,
@@ -57,6 +70,7 @@ class Mamba1Config(AbstractMixerConfig):
     @classmethod
     def of(cls, mixer: Mamba1) -> "Mamba1Config":
         """The config of an existing `Mamba1`."""
+        norm = mixer.dt_norm
         return cls(
             d_model=mixer.d_model,
             d_inner=mixer.d_inner,
@@ -65,4 +79,6 @@ class Mamba1Config(AbstractMixerConfig):
             dt_rank=mixer.dt_rank,
             bias=mixer.in_proj.bias is not None,
             conv_bias=mixer.conv1d.bias is not None,
+            select_norm=(None if norm is None else "weighted" if norm.use_weight else "weightless"),
+            select_norm_eps=_EPS if norm is None else norm.eps,
         )

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from .._initialisers import check_dt_limit, check_heads
+from .._initialisers import check_d_ssm, check_dt_limit, check_heads
 from ..mixers import Mamba2
 from ._base import AbstractMixerConfig, check_eps, check_flag, check_size
 
@@ -22,6 +22,7 @@ class Mamba2Config(AbstractMixerConfig):
 
     d_model: int
     d_inner: int = None  # pyright: ignore[reportAssignmentType]  (set in `__post_init__`)
+    d_ssm: int = None  # pyright: ignore[reportAssignmentType]
     d_state: int = 128
     d_conv: int = 4
     headdim: int = 64
@@ -38,9 +39,13 @@ class Mamba2Config(AbstractMixerConfig):
         check_size(self, "d_model")
         if self.d_inner is None:
             object.__setattr__(self, "d_inner", 2 * self.d_model)
-        for name in ("d_inner", "d_state", "d_conv", "headdim", "ngroups"):
+        if self.d_ssm is None:
+            object.__setattr__(self, "d_ssm", self.d_inner)
+        for name in ("d_inner", "d_ssm", "d_state", "d_conv", "headdim", "ngroups"):
             check_size(self, name)
-        check_heads(self.d_inner, self.headdim, self.ngroups)
+        check_d_ssm(self.d_ssm, self.d_inner)
+        name = "d_inner" if self.d_ssm == self.d_inner else "d_ssm"
+        check_heads(self.d_ssm, self.headdim, self.ngroups, name=name)
         for name in ("D_has_hdim", "bias", "conv_bias", "rms_norm", "norm_before_gate"):
             check_flag(self, name)
         check_eps(self, "norm_eps")
@@ -59,6 +64,7 @@ class Mamba2Config(AbstractMixerConfig):
         return Mamba2(
             self.d_model,
             d_inner=self.d_inner,
+            d_ssm=self.d_ssm,
             d_state=self.d_state,
             d_conv=self.d_conv,
             headdim=self.headdim,
@@ -82,6 +88,7 @@ class Mamba2Config(AbstractMixerConfig):
         return cls(
             d_model=mixer.d_model,
             d_inner=mixer.d_inner,
+            d_ssm=mixer.d_ssm,
             d_state=mixer.d_state,
             d_conv=mixer.conv1d.d_conv,
             headdim=mixer.headdim,

@@ -1,4 +1,5 @@
 import math
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -9,7 +10,13 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .. import ops
 from .._conv import CausalConv1d
-from .._initialisers import check_dt, check_positive, default_dtype, dt_bias
+from .._initialisers import (
+    check_dt,
+    check_positive,
+    check_select_norm,
+    default_dtype,
+    dt_bias,
+)
 from .._linear import Linear
 from .._protocol import (
     RECURRENCE,
@@ -47,6 +54,10 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
     `scan` has a reverse mode only ([`mamba_eqx.ops.selective_scan`][] says why). For forward-mode
     derivatives fold `step` with `jax.lax.scan`, which is the same function.
 
+    With `select_norm`, each of $\delta$, $B$ and $C$ passes a root-mean-square norm of its own on
+    leaving $W_x$, as in Jamba (`"weighted"`) and in Falcon-Mamba (`"weightless"`); official Mamba
+    has none.
+
     `in_proj` emits `[x, z]` and `x_proj` emits `[dt, B, C]`, in the order of the official
     checkpoints. `A_log`, `D`, `dt_bias` and the hidden state stay in float32 below that precision;
     `dt_bias` is what official checkpoints call `dt_proj.bias`.
@@ -58,6 +69,9 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
     in_proj: Linear
     conv1d: CausalConv1d
     x_proj: Linear
+    dt_norm: eqx.nn.RMSNorm | None
+    B_norm: eqx.nn.RMSNorm | None
+    C_norm: eqx.nn.RMSNorm | None
     dt_proj: Linear
     dt_bias: Float[Array, " {self.d_inner}"] = eqx.field(metadata=RECURRENCE)
     A_log: Float[Array, "{self.d_inner} {self.d_state}"] = eqx.field(metadata=RECURRENCE)
@@ -81,6 +95,8 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
         dt_init_floor: float = 1e-4,
         bias: bool = False,
         conv_bias: bool = True,
+        select_norm: Literal["weighted", "weightless"] | None = None,
+        select_norm_eps: float = 1e-6,
         residual_scale: float = 1.0,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
@@ -98,13 +114,15 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
             `[dt_min, dt_max]` and at least `dt_init_floor`.
         - `bias`: whether `in_proj` and `out_proj` have a bias.
         - `conv_bias`: whether `conv1d` has one.
+        - `select_norm`: whether `dt`, `B` and `C` are normed (see above), with weights or without.
+        - `select_norm_eps`: added to the mean square in these norms.
         - `residual_scale`: multiplies the initial weight of `out_proj`. In a model of `n` layers
             the official value is `1 / sqrt(n)`, which keeps the residual stream at the same size.
         - `dtype`: of the parameters; float32 by default (float64 in JAX's 64-bit mode).
         - `key`: for the initial parameters.
 
-        **Raises:** `ValueError` for a size that is not a positive integer, or an empty range of
-        step sizes.
+        **Raises:** `ValueError` for a size that is not a positive integer, an empty range of step
+        sizes, or a `select_norm` that does not exist.
         """
         check_positive("d_model", d_model)
         d_inner = 2 * d_model if d_inner is None else d_inner
@@ -113,12 +131,25 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
         check_positive("d_state", d_state)
         check_positive("dt_rank", dt_rank)
         check_dt(dt_min, dt_max, dt_init_floor)
+        check_select_norm(select_norm, select_norm_eps)
         dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
         wide = at_least_float32(dtype)
         in_key, conv_key, x_key, dt_key, bias_key, out_key = jr.split(key, 6)
         self.in_proj = Linear(d_model, 2 * d_inner, use_bias=bias, dtype=dtype, key=in_key)
         self.conv1d = CausalConv1d(d_inner, d_conv, use_bias=conv_bias, dtype=dtype, key=conv_key)
         self.x_proj = Linear(d_inner, dt_rank + 2 * d_state, use_bias=False, dtype=dtype, key=x_key)
+        self.dt_norm = self.B_norm = self.C_norm = None
+        if select_norm is not None:
+            self.dt_norm, self.B_norm, self.C_norm = (
+                eqx.nn.RMSNorm(
+                    size,
+                    select_norm_eps,
+                    use_weight=select_norm == "weighted",
+                    use_bias=False,
+                    dtype=dtype,
+                )
+                for size in (dt_rank, d_state, d_state)
+            )
         self.dt_proj = Linear(dt_rank, d_inner, use_bias=False, dtype=dtype, key=dt_key)
         self.dt_bias = dt_bias(
             bias_key,
@@ -205,5 +236,12 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
     ]:
         sizes = [self.dt_rank, self.dt_rank + self.d_state]
         dt, B, C = jnp.split(self.x_proj(u), sizes, axis=-1)
+        dt, B, C = _normed(self.dt_norm, dt), _normed(self.B_norm, B), _normed(self.C_norm, C)
         dt = self.dt_proj(dt).astype(self.dt_bias.dtype) + self.dt_bias
         return jax.nn.softplus(dt), B, C
+
+
+def _normed(norm: eqx.nn.RMSNorm | None, x: Float[Array, "*seq size"]) -> Float[Array, "*seq size"]:
+    if norm is None:
+        return x
+    return norm(x) if x.ndim == 1 else jax.vmap(norm)(x)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from .. import ops
 from .._conv import CausalConv1d
 from .._initialisers import (
+    check_d_ssm,
     check_dt,
     check_dt_limit,
     check_heads,
@@ -53,10 +54,12 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
     where $A = -\exp(\texttt{A\_log})$ is one number per head. $B$ and $C$ are shared by the heads
     of a group, and the norm is over the channels of a group.
 
-    `in_proj` emits `[z, x, B, C, dt]`, in the order of the official checkpoints. `A_log`, `D`,
-    `dt_bias` and the hidden state stay in float32 below that precision. It differs from the
-    official module and from transformers in `step`, where these forget `dt_limit`; and it has no
-    `d_ssm`, by which the official one gives some of the channels to an MLP.
+    Only `d_ssm` of the `d_inner` channels, by default all, are a state-space model's. The others
+    are a gated MLP's, $\sigma(z_0) \odot x_0$, which `out_proj` takes in front of the rest.
+
+    `in_proj` emits `[z0, x0, z, x, B, C, dt]`, in the order of the official checkpoints. `A_log`,
+    `D`, `dt_bias` and the hidden state stay in float32 below that precision. It differs from the
+    official module and from transformers in `step`, where these forget `dt_limit`.
 
     Reference: Dao and Gu, *Transformers are SSMs: Generalized Models and Efficient Algorithms
     Through Structured State Space Duality* (2024), section 7; official
@@ -74,6 +77,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
     out_proj: Linear
     d_model: int = eqx.field(static=True)
     d_inner: int = eqx.field(static=True)
+    d_ssm: int = eqx.field(static=True)
     d_state: int = eqx.field(static=True)
     headdim: int = eqx.field(static=True)
     ngroups: int = eqx.field(static=True)
@@ -85,6 +89,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         d_model: int,
         *,
         d_inner: int | None = None,
+        d_ssm: int | None = None,
         d_state: int = 128,
         d_conv: int = 4,
         headdim: int = 64,
@@ -109,10 +114,11 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         **Arguments:**
 
         - `d_model`: features of the input and the output.
-        - `d_inner`: channels of the state-space model; `2 * d_model` by default.
+        - `d_inner`: channels between the projections; `2 * d_model` by default.
+        - `d_ssm`: channels of the state-space model, `d_inner` by default. The others are an MLP's.
         - `d_state`: hidden dimensions per channel.
         - `d_conv`: taps of the convolution.
-        - `headdim`: channels per head; it must divide `d_inner`.
+        - `headdim`: channels per head; it must divide `d_ssm`.
         - `ngroups`: groups of heads, each with its own `B`, `C` and norm; it must divide the number
             of heads.
         - `A_init_range`: the initial rates `-A` are uniform in it.
@@ -137,7 +143,12 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         d_inner = 2 * d_model if d_inner is None else d_inner
         check_positive("d_inner", d_inner)
         check_positive("d_state", d_state)
-        check_heads(d_inner, headdim, ngroups)
+        if d_ssm is None:
+            d_ssm = d_inner
+            check_heads(d_inner, headdim, ngroups)
+        else:
+            check_d_ssm(d_ssm, d_inner)
+            check_heads(d_ssm, headdim, ngroups, name="d_ssm")
         check_dt(dt_min, dt_max, dt_init_floor)
         check_dt_limit(dt_limit)
         if not 0 < A_init_range[0] <= A_init_range[1] < math.inf:
@@ -149,11 +160,15 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
             raise ValueError("`norm_before_gate=True` needs the norm, but got rms_norm=False.")
         dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
         wide = at_least_float32(dtype)
-        nheads = d_inner // headdim
-        channels = d_inner + 2 * ngroups * d_state
+        nheads = d_ssm // headdim
+        channels = d_ssm + 2 * ngroups * d_state
         in_key, conv_key, bias_key, A_key, out_key = jr.split(key, 5)
         self.in_proj = Linear(
-            d_model, d_inner + channels + nheads, use_bias=bias, dtype=dtype, key=in_key
+            d_model,
+            2 * (d_inner - d_ssm) + d_ssm + channels + nheads,
+            use_bias=bias,
+            dtype=dtype,
+            key=in_key,
         )
         self.conv1d = CausalConv1d(channels, d_conv, use_bias=conv_bias, dtype=dtype, key=conv_key)
         self.dt_bias = dt_bias(
@@ -169,7 +184,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         self.norm = None
         if rms_norm:
             self.norm = GatedRMSNorm(
-                d_inner,
+                d_ssm,
                 ngroups=ngroups,
                 eps=norm_eps,
                 norm_before_gate=norm_before_gate,
@@ -180,6 +195,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         )
         self.d_model = d_model
         self.d_inner = d_inner
+        self.d_ssm = d_ssm
         self.d_state = d_state
         self.headdim = headdim
         self.ngroups = ngroups
@@ -188,7 +204,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
 
     @property
     def nheads(self) -> int:
-        return self.d_inner // self.headdim
+        return self.d_ssm // self.headdim
 
     @property
     def A(self) -> Float[Array, " {self.nheads}"]:
@@ -215,11 +231,11 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
         check_sequence("Mamba2", self.d_model, x, reset, length)
         state = checked_state(self, state)
-        z, uBC, dt = self._split(x)
+        mlp, z, uBC, dt = self._split(x)
         uBC, conv = self.conv1d.scan(uBC, state.conv, reset=reset, length=length)
         u, dt, B, C = self._select(uBC, dt)
         y, ssm = ops.ssd(u, dt, self.A, B, C, self.D, state=state.ssm, reset=reset, length=length)
-        return self._emit(y, z).astype(x.dtype), Mamba2State(conv, ssm)
+        return self._emit(y, z, mlp).astype(x.dtype), Mamba2State(conv, ssm)
 
     @jax.named_scope("mamba_eqx.Mamba2.step")
     def step(
@@ -228,24 +244,27 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         """See [`mamba_eqx.AbstractSequenceLayer.step`][]."""
         check_token("Mamba2", self.d_model, x)
         state = checked_state(self, state)
-        z, uBC, dt = self._split(x)
+        mlp, z, uBC, dt = self._split(x)
         uBC, conv = self.conv1d.step(uBC, state.conv)
         u, dt, B, C = self._select(uBC, dt)
         y, ssm = ops.ssd_step(u, dt, self.A, B, C, self.D, state=state.ssm)
-        return self._emit(y, z).astype(x.dtype), Mamba2State(conv, ssm)
+        return self._emit(y, z, mlp).astype(x.dtype), Mamba2State(conv, ssm)
 
     # Of one token or of a sequence: the axes in front do not matter.
 
     def _split(
         self, x: Float[Array, "*seq {self.d_model}"]
     ) -> tuple[
-        Float[Array, "*seq {self.d_inner}"],
+        Float[Array, "*seq d_mlp"],
+        Float[Array, "*seq {self.d_ssm}"],
         Float[Array, "*seq channels"],
         Float[Array, "*seq {self.nheads}"],
     ]:
-        zuBCdt = self.in_proj(x.astype(self.in_proj.weight.dtype))
-        z, uBC, dt = jnp.split(zuBCdt, [self.d_inner, zuBCdt.shape[-1] - self.nheads], axis=-1)
-        return z, uBC, dt
+        projected = self.in_proj(x.astype(self.in_proj.weight.dtype))
+        end_of_mlp = 2 * (self.d_inner - self.d_ssm)
+        ends = [end_of_mlp, end_of_mlp + self.d_ssm, projected.shape[-1] - self.nheads]
+        mlp, z, uBC, dt = jnp.split(projected, ends, axis=-1)
+        return mlp, z, uBC, dt
 
     def _select(
         self, uBC: Float[Array, "*seq channels"], dt: Float[Array, "*seq {self.nheads}"]
@@ -255,7 +274,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         Float[Array, "*seq {self.ngroups} {self.d_state}"],
         Float[Array, "*seq {self.ngroups} {self.d_state}"],
     ]:
-        sizes = [self.d_inner, self.d_inner + self.ngroups * self.d_state]
+        sizes = [self.d_ssm, self.d_ssm + self.ngroups * self.d_state]
         u, B, C = jnp.split(jax.nn.silu(uBC), sizes, axis=-1)
         u = u.reshape(*u.shape[:-1], self.nheads, self.headdim)
         B = B.reshape(*B.shape[:-1], self.ngroups, self.d_state)
@@ -266,7 +285,12 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
     def _emit(
         self,
         y: Float[Array, "*seq {self.nheads} {self.headdim}"],
-        z: Float[Array, "*seq {self.d_inner}"],
+        z: Float[Array, "*seq {self.d_ssm}"],
+        mlp: Float[Array, "*seq d_mlp"],
     ) -> Float[Array, "*seq {self.d_model}"]:
         y = y.reshape(z.shape)
-        return self.out_proj(y * jax.nn.silu(z) if self.norm is None else self.norm(y, z))
+        y = y * jax.nn.silu(z) if self.norm is None else self.norm(y, z)
+        if self.d_ssm < self.d_inner:
+            gate, value = jnp.split(mlp, 2, axis=-1)
+            y = jnp.concatenate([jax.nn.silu(gate) * value, y], axis=-1)
+        return self.out_proj(y)

@@ -51,16 +51,20 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
-def open_weights(find: Find, where: str) -> dict[str, StoredTensor]:
+def open_weights(find: Find, where: str, name: str = SAFETENSORS) -> dict[str, StoredTensor]:
     """Opens the weights of a checkpoint; the values stay on disk until they are read.
 
     **Arguments:**
 
     - `find`: finds the checkpoint's files by name.
     - `where`: what to call the checkpoint in messages.
+    - `name`: the file of weights that the layout has, where that is not the usual one.
 
     **Raises:** `CheckpointError` if there are none, or an index and its files disagree.
     """
+    own = None if name == SAFETENSORS else find(name)
+    if own is not None:
+        return open_safetensors(own)
     for single, index, open_file in _WEIGHTS:
         path = find(single)
         if path is not None:

@@ -68,13 +68,15 @@ class Layout:
     """A checkpoint layout: how it writes a config, and what it calls the parameters.
 
     - `name`: what the user calls it.
-    - `read_config`: from the content of `config.json`.
+    - `read_config`: from the content of the config file.
     - `write_config`: to them; it raises `CheckpointError` for a model that the layout cannot
         express. The dtype is that of the weights.
     - `entries`: the name table for a config.
     - `embedding`: the name of the embedding's weight.
     - `keeps_tied_head`: whether files of a tied model hold the head's weight as well.
     - `renames`: older names that files may have, to the ones in the table.
+    - `head`: the name of the head's weight.
+    - `config_file`, `weights_file`: the names of the files.
     """
 
     name: str
@@ -84,10 +86,13 @@ class Layout:
     embedding: str
     keeps_tied_head: bool
     renames: Mapping[str, str]
+    head: str = "lm_head.weight"
+    config_file: str = "config.json"
+    weights_file: str = "model.safetensors"
 
     def tied_head(self, config: LanguageModelConfig) -> str | None:
         """The name under which a file may hold the embedding once more."""
-        return "lm_head.weight" if config.tie_embeddings else None
+        return self.head if config.tie_embeddings else None
 
 
 def unrolled(tree: LanguageModel) -> LanguageModel:

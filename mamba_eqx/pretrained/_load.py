@@ -14,6 +14,7 @@ from .._protocol import recurrence_mask
 from ._files import CONFIG, Find, open_weights, read_json
 from ._hub import find_on_hub
 from ._layout import Layout, match, renamed, skeleton_of
+from ._mistral import MISTRAL
 from ._state_dict import LAYOUTS
 from ._stored import CheckpointError, StoredTensor
 from ._to_jax import check_dtype, check_tied_head, to_jax
@@ -28,7 +29,7 @@ def from_pretrained(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> LanguageModel:
-    """Loads a checkpoint, in the layout of transformers or of the official repository.
+    """Loads a checkpoint, in the layout of transformers, of the official repository or of Mistral.
 
     ```python
     model = mbx.from_pretrained("state-spaces/mamba-130m", dtype=jnp.bfloat16)
@@ -42,7 +43,8 @@ def from_pretrained(
 
     - `name_or_path`: a local folder, or else the name of a repository on the Hugging Face Hub. It
         holds `config.json`, and the weights as `model.safetensors` or `pytorch_model.bin`, in one
-        file or with an index in several.
+        file or with an index in several. A local folder may hold Mistral's `params.json` and
+        `consolidated.safetensors` instead.
     - `dtype`: of the parameters; those of recurrences stay at least float32 (see
         [`mamba_eqx.cast`][]). By default each parameter keeps the dtype it is stored in.
     - `revision`: a branch, tag or commit on the Hub.
@@ -78,16 +80,16 @@ def from_pretrained(
 
 
 def _load(find: Find, where: str, dtype: np.dtype | None) -> LanguageModel:
-    path = find(CONFIG)
+    path = find(CONFIG) or find(MISTRAL.config_file)
     if path is None:
         raise CheckpointError(f"{where} has no {CONFIG}: give the folder of a checkpoint.")
     values = read_json(path)
     try:
-        layout = _layout_of(values)
+        layout = _layout_of(path.name, values)
         config = layout.read_config(values)
     except ValueError as error:  # Of a config class of ours, or a `CheckpointError`.
         raise CheckpointError(f"{path}: {error}") from None
-    tensors = renamed(layout, open_weights(find, where))
+    tensors = renamed(layout, open_weights(find, where, layout.weights_file))
     if len(config.layers) > len(tensors):
         # Before a table of names is made, be they 2**16 layers.
         raise CheckpointError(
@@ -110,7 +112,12 @@ def _load(find: Find, where: str, dtype: np.dtype | None) -> LanguageModel:
     return jax.tree.unflatten(structure, leaves)
 
 
-def _layout_of(values: Any) -> Layout:
+def _layout_of(file: str, values: Any) -> Layout:
+    if file == MISTRAL.config_file:
+        return MISTRAL
+    # Its `model_type` is the one of Mamba-1 in transformers, but no other layout has a `dim`.
+    if isinstance(values, dict) and "dim" in values and "hidden_size" not in values:
+        return MISTRAL
     # Not by any other key: configs that transformers wrote may carry official keys as well.
     has_type = isinstance(values, dict) and "model_type" in values
     return LAYOUTS["transformers" if has_type else "state-spaces"]

@@ -15,13 +15,13 @@ from jaxtyping import Array
 from .._language_model import LanguageModel
 from .._protocol import recurrence_mask
 from ._files import CONFIG, SAFETENSORS, SAFETENSORS_INDEX
-from ._layout import config_of, match, skeleton_of
+from ._layout import Layout, config_of, match, skeleton_of
 from ._safetensors import write_safetensors
 from ._state_dict import layout_named, state_dict
 from ._stored import CheckpointError
 
 
-# What `save_pretrained` writes, and so replaces.
+# What `save_pretrained` writes, and so replaces, beside the files that a layout names itself.
 _OURS = re.compile(
     rf"{re.escape(CONFIG)}|{re.escape(SAFETENSORS)}|{re.escape(SAFETENSORS_INDEX)}"
     r"|model-\d{5}-of-\d{5}\.safetensors"
@@ -46,7 +46,7 @@ def save_pretrained(
     - `model`: its layers may be `Unrolled` or `Stacked`. Each array keeps its dtype.
     - `path`: a folder, which is made if need be.
     - `layout`: `"transformers"`, or `"state-spaces"` for the official one, which has room for more
-        (MLPs, LayerNorm).
+        (MLPs, LayerNorm), or `"mistral"` for that of Codestral's releases, which has for less.
     - `max_shard_size`: the largest number of bytes of tensors in one file; one file for all by
         default. A tensor larger than this gets a file of its own.
 
@@ -65,6 +65,10 @@ def save_pretrained(
             "would take for the ones to be saved. Remove them, or choose another folder."
         )
     chosen, config = layout_named(layout), config_of(model)
+    if max_shard_size is not None and chosen.weights_file != SAFETENSORS:
+        raise CheckpointError(
+            f"The {layout!r} layout has one file for all weights: leave `max_shard_size` out."
+        )
     tensors = state_dict(model, layout=layout)
     # What could not be loaded is not saved: a part of a model, or an ensemble.
     match(chosen, config, skeleton_of(config), tensors, floating=True)
@@ -80,22 +84,26 @@ def save_pretrained(
     new, old = temporary / "new", temporary / "old"
     try:
         new.mkdir(parents=True)
-        _write_tensors(new, tensors, max_shard_size)
-        (new / CONFIG).write_text(json.dumps(fields, indent=2, allow_nan=False) + "\n", "utf-8")
+        _write_tensors(new, tensors, max_shard_size, chosen.weights_file)
+        (new / chosen.config_file).write_text(
+            json.dumps(fields, indent=2, allow_nan=False) + "\n", "utf-8"
+        )
         if target.exists():
             old.mkdir()
-            _swap(target, new, old)
+            _swap(target, new, old, chosen)
         else:
             new.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_tensors(folder: Path, tensors: dict[str, Array], max_shard_size: int | None) -> None:
+def _write_tensors(
+    folder: Path, tensors: dict[str, Array], max_shard_size: int | None, single: str
+) -> None:
     shards = _shards(tensors, max_shard_size)
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, start=1):
-        file = SAFETENSORS if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        file = single if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         # To the host one shard at a time. transformers insists on the format.
         arrays = {name: np.asarray(tensors[name]) for name in names}
         write_safetensors(folder / file, arrays, {"format": "pt"})
@@ -119,16 +127,18 @@ def _shards(tensors: dict[str, Array], max_shard_size: int | None) -> list[list[
     return shards
 
 
-def _swap(target: Path, new: Path, old: Path) -> None:
+def _swap(target: Path, new: Path, old: Path, layout: Layout) -> None:
     """Moves the checkpoint in `target` to `old`, and the one in `new` into its place.
 
     If a move fails, all are undone. The config leaves first and arrives last, so that a folder
     at which the machine was switched off lacks it, and is refused rather than misread.
     """
-    moves = [(target / name, old / name) for name in os.listdir(target) if _OURS.fullmatch(name)]
-    moves.sort(key=lambda move: move[0].name != CONFIG)
+    configs, names = (CONFIG, layout.config_file), (layout.config_file, layout.weights_file)
+    ours = [name for name in os.listdir(target) if _OURS.fullmatch(name) or name in names]
+    moves = [(target / name, old / name) for name in ours]
+    moves.sort(key=lambda move: move[0].name not in configs)
     arrivals = [(new / name, target / name) for name in os.listdir(new)]
-    arrivals.sort(key=lambda move: move[0].name == CONFIG)
+    arrivals.sort(key=lambda move: move[0].name in configs)
     done: list[tuple[Path, Path]] = []
     try:
         for source, destination in moves + arrivals:

@@ -10,13 +10,16 @@ from jaxtyping import Array
 
 from .._language_model import LanguageModel
 from ._layout import Layout, config_of, match, renamed, restacked, slots, unrolled
+from ._mistral import MISTRAL
 from ._state_spaces import STATE_SPACES
 from ._stored import CheckpointError
 from ._to_jax import check_tied_head, to_jax
 from ._transformers import TRANSFORMERS
 
 
-LAYOUTS = MappingProxyType({layout.name: layout for layout in (TRANSFORMERS, STATE_SPACES)})
+LAYOUTS = MappingProxyType(
+    {layout.name: layout for layout in (TRANSFORMERS, STATE_SPACES, MISTRAL)}
+)
 
 
 def layout_named(name: str) -> Layout:
@@ -40,7 +43,7 @@ def state_dict(tree: LanguageModel, *, layout: str = "transformers") -> dict[str
 
     - `tree`: the model, or any tree of its structure: gradients, moments of an optimiser, a part
         of a model with `None` for the rest. Its layers may be `Unrolled` or `Stacked`.
-    - `layout`: `"transformers"` or `"state-spaces"`.
+    - `layout`: `"transformers"`, `"state-spaces"` or `"mistral"`.
 
     **Returns:**
 
@@ -71,7 +74,7 @@ def load_state_dict(
     - `like`: a model, or any tree of its structure; `eqx.filter_eval_shape` of one will do. Of
         its leaves only the shapes matter.
     - `tensors`: the arrays by name. They keep their dtypes.
-    - `layout`: `"transformers"` or `"state-spaces"`.
+    - `layout`: `"transformers"`, `"state-spaces"` or `"mistral"`.
 
     **Raises:** one [`mamba_eqx.CheckpointError`][] that lists all names which are missing, which
     are unexpected, and which have another shape.

@@ -44,6 +44,8 @@ def _read_mamba1(d_model: int, fields: Fields) -> Mamba1Config:
 
 
 def _write_mamba1(config: Mamba1Config) -> dict[str, Any]:
+    if config.select_norm is not None:
+        raise inexpressible("`dt`, `B` and `C` are normed", f"select_norm={config.select_norm!r}")
     # The official width is `int(expand * d_model)`, which the last candidate is sure to hit.
     candidates = (
         config.d_inner // config.d_model,
@@ -64,12 +66,12 @@ def _read_mamba2(d_model: int, fields: Fields) -> Mamba2Config:
     # The defaults are those of the official `Mamba2.__init__`.
     fields.size("expand", 2)  # Only an integer will do.
     d_inner = fields.multiple_of(d_model, "expand", 2)
-    if fields.get("d_ssm", None) is not None and fields.size("d_ssm") != d_inner:
-        raise fields.error("d_ssm", f"is supported only as expand * d_model = {d_inner}")
+    all_of_them = fields.get("d_ssm", None) is None
     rms_norm = fields.flag("rmsnorm", True)
     config = Mamba2Config(
         d_model=d_model,
         d_inner=d_inner,
+        d_ssm=d_inner if all_of_them else fields.size("d_ssm"),
         d_state=fields.size("d_state", 128),
         d_conv=fields.size("d_conv", 4),
         headdim=fields.size("headdim", 64),
@@ -107,6 +109,8 @@ def _write_mamba2(config: Mamba2Config) -> dict[str, Any]:
         "bias": config.bias,
         "conv_bias": config.conv_bias,
     }
+    if config.d_ssm != config.d_inner:
+        fields["d_ssm"] = config.d_ssm
     if config.dt_limit != (0, math.inf):
         # The official code has no spelling for infinity, other than the one outside of JSON.
         fields["dt_limit"] = limit_to_json(config.dt_limit)

@@ -12,7 +12,7 @@ from ._fields import Fields
 from ._layout import Entry, Layout
 from ._names import language_model
 from ._transformers_common import UNPADDED, inexpressible
-from ._transformers_mamba import read_mamba, write_mamba
+from ._transformers_mamba import read_falcon_mamba, read_mamba, write_mamba
 from ._transformers_mamba2 import read_mamba2, write_mamba2
 
 
@@ -38,15 +38,16 @@ _COMMON = frozenset(
 )
 
 
-# One line for each model type: how its config is read, and which mixer it is of.
+# One line for each model type: how its config is read.
 _READERS: MappingProxyType[str, Callable[[Fields], LanguageModelConfig]]
-_READERS = MappingProxyType({"mamba": read_mamba, "mamba2": read_mamba2})
+_READERS = MappingProxyType(
+    {"mamba": read_mamba, "mamba2": read_mamba2, "falcon_mamba": read_falcon_mamba}
+)
 
 _Writer = Callable[[LanguageModelConfig, Any], dict[str, Any]]
-_WRITERS: MappingProxyType[type[AbstractMixerConfig], tuple[str, _Writer]]
-_WRITERS = MappingProxyType(
-    {Mamba1Config: ("mamba", write_mamba), Mamba2Config: ("mamba2", write_mamba2)}
-)
+# One line for each mixer: how the config is written, `model_type` included.
+_WRITERS: MappingProxyType[type[AbstractMixerConfig], _Writer]
+_WRITERS = MappingProxyType({Mamba1Config: write_mamba, Mamba2Config: write_mamba2})
 
 
 def _read_config(values: object) -> LanguageModelConfig:
@@ -59,8 +60,8 @@ def _read_config(values: object) -> LanguageModelConfig:
 
 
 def _write_config(config: LanguageModelConfig, dtype: np.dtype) -> dict[str, Any]:
-    model_type, write = _WRITERS.get(type(config.layers[0].mixer), (None, None))
-    if model_type is None or write is None:
+    write = _WRITERS.get(type(config.layers[0].mixer))
+    if write is None:
         raise inexpressible("mixer is not one of its own", type(config.layers[0].mixer).__name__)
     for i, layer in enumerate(config.layers):
         if layer != config.layers[0]:
@@ -75,8 +76,7 @@ def _write_config(config: LanguageModelConfig, dtype: np.dtype) -> dict[str, Any
             "norms differ in `norm_eps`",
             f"{block.norm_eps} in the layers and {config.norm_eps} at the end",
         )
-    fields = {"model_type": model_type} | write(config, block.mixer)
-    fields |= {
+    fields = write(config, block.mixer) | {
         "hidden_size": config.d_model,
         "num_hidden_layers": len(config.layers),
         "hidden_act": "silu",

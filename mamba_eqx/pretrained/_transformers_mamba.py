@@ -1,4 +1,4 @@
-"""transformers' model type `mamba`."""
+"""transformers' model types `mamba` and `falcon_mamba`, which differ in three norms."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from .._config import BlockConfig, LanguageModelConfig
 from .._mixer_configs import Mamba1Config
 from ._fields import Fields
-from ._transformers_common import MAMBA_IGNORED, UNPADDED
+from ._transformers_common import MAMBA_IGNORED, UNPADDED, inexpressible
 
 
 # What the `-hf` conversions kept of the official config. transformers reads none of it, and
@@ -19,14 +19,27 @@ _MAMBA_OFFICIAL = frozenset(
 
 
 def read_mamba(fields: Fields) -> LanguageModelConfig:
-    # The defaults are those of transformers' `MambaConfig`.
+    fields.ignore(_MAMBA_OFFICIAL)
+    return _read(fields)
+
+
+def read_falcon_mamba(fields: Fields) -> LanguageModelConfig:
+    fields.ignore(["use_falcon_mambapy"])
+    # The original checkpoints do not say it.
+    eps = fields.number("mixer_rms_eps", 1e-6)
+    return _read(fields, select_norm="weightless", select_norm_eps=eps)
+
+
+def _read(fields: Fields, **norms: Any) -> LanguageModelConfig:
+    # The defaults are those of transformers' `MambaConfig` and `FalconMambaConfig` alike.
     d_model = fields.size("hidden_size", 768)
     expanded = fields.multiple_of(d_model, "expand", 2)
     fields.only("hidden_act", ["silu"], "silu")
     eps = fields.number("layer_norm_epsilon", 1e-5)
     mixer = Mamba1Config(
         d_model=d_model,
-        # Where the two contradict each other, transformers goes by `intermediate_size`.
+        # Where the two contradict each other, as in Falcon-Mamba's own config, transformers goes
+        # by `intermediate_size`.
         d_inner=fields.size("intermediate_size", expanded),
         d_state=fields.size("state_size", 16),
         d_conv=fields.size("conv_kernel", 4),
@@ -37,6 +50,7 @@ def read_mamba(fields: Fields) -> LanguageModelConfig:
         ),
         bias=fields.flag("use_bias", False),
         conv_bias=fields.flag("use_conv_bias", True),
+        **norms,
     )
     padded = fields.size("vocab_size", 50280)
     config = LanguageModelConfig(
@@ -47,13 +61,14 @@ def read_mamba(fields: Fields) -> LanguageModelConfig:
         norm_eps=eps,
         residual_in_fp32=fields.flag("residual_in_fp32", True),
     )
-    fields.ignore(MAMBA_IGNORED | _MAMBA_OFFICIAL)
+    fields.ignore(MAMBA_IGNORED)
     return config
 
 
 def write_mamba(config: LanguageModelConfig, mixer: Mamba1Config) -> dict[str, Any]:
     del config
-    return {
+    fields = {
+        "model_type": "mamba",
         "architectures": ["MambaForCausalLM"],
         "intermediate_size": mixer.d_inner,
         # It has to be an integer. Where that is inexact, `intermediate_size` wins.
@@ -64,3 +79,15 @@ def write_mamba(config: LanguageModelConfig, mixer: Mamba1Config) -> dict[str, A
         "use_bias": mixer.bias,
         "use_conv_bias": mixer.conv_bias,
     }
+    match mixer.select_norm:
+        case None:
+            return fields
+        case "weightless":
+            return fields | {
+                "model_type": "falcon_mamba",
+                "architectures": ["FalconMambaForCausalLM"],
+                "mixer_rms_eps": mixer.select_norm_eps,
+            }
+    raise inexpressible(
+        "norms of `dt`, `B` and `C` have weights", f"select_norm={mixer.select_norm!r}"
+    )

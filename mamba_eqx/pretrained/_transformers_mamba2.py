@@ -65,6 +65,10 @@ def write_mamba2(config: LanguageModelConfig, mixer: Mamba2Config) -> dict[str, 
             "`d_inner` is not a multiple of `d_model`",
             f"d_inner={mixer.d_inner} and d_model={mixer.d_model}",
         )
+    if mixer.d_ssm != mixer.d_inner:
+        raise inexpressible(
+            "mixers give channels to an MLP", f"d_ssm={mixer.d_ssm} and d_inner={mixer.d_inner}"
+        )
     if mixer.D_has_hdim:
         raise inexpressible("skip connections have a weight per channel", "D_has_hdim=True")
     if not mixer.rms_norm:
@@ -77,6 +81,7 @@ def write_mamba2(config: LanguageModelConfig, mixer: Mamba2Config) -> dict[str, 
             f"{mixer.norm_eps} in the mixers and {config.norm_eps} outside",
         )
     fields = {
+        "model_type": "mamba2",
         "architectures": ["Mamba2ForCausalLM"],
         "expand": mixer.d_inner // mixer.d_model,
         "num_heads": mixer.d_inner // mixer.headdim,

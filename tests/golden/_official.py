@@ -207,11 +207,25 @@ def make_state_spaces(case: str, out: Path, sdist: Path | None) -> None:
     )
     answer = loop_answers(weights, tokens, sizes)
     check_size_of_values(answer)
+    publish_official(case, config, weights, tokens, answer, out, sdist)
+
+
+def publish_official(
+    case: str,
+    config: dict[str, Any],
+    weights: Tensors,
+    tokens: torch.Tensor,
+    answer: Tensors,
+    out: Path,
+    sdist: Path | None,
+) -> None:
+    """Writes the case as an official checkpoint, once the official model agrees with `answer`."""
     assert answer["greedy"].max() < config["vocab_size"], "a padding row was chosen"
     renamed: Any = OrderedDict(
         (name.replace("embeddings", "embedding"), w) for name, w in weights.items()
     )
-    renamed["lm_head.weight"] = renamed["backbone.embedding.weight"]  # one storage, as upstream
+    if "lm_head.weight" not in renamed:
+        renamed["lm_head.weight"] = renamed["backbone.embedding.weight"]  # one storage, as upstream
     # what `Module.state_dict()` carries along, and published files therefore hold
     renamed._metadata = module_versions(list(renamed))
     answer = {name.replace("embeddings", "embedding"): value for name, value in answer.items()}

@@ -73,6 +73,7 @@ class Sizes:
     dt_rank: int
     eps: float
     act: str
+    select_eps: float | None = None  # of Falcon-Mamba's norms on dt, B and C
 
 
 def silu(x):
@@ -113,9 +114,11 @@ def loop(weights: Tensors, tokens: torch.Tensor, sizes: Sizes) -> Tensors:
             x = (conv[i] * w["mixer.conv1d.weight"][:, 0]).sum(1) + w.get("mixer.conv1d.bias", 0)
             x = ACTIVATIONS[s.act](x)
             dbc = w["mixer.x_proj.weight"] @ x
-            dt = w["mixer.dt_proj.weight"] @ dbc[: s.dt_rank] + w["mixer.dt_proj.bias"]
+            dt, b, c = dbc.split([s.dt_rank, s.d_state, s.d_state])
+            if s.select_eps is not None:
+                dt, b, c = (rms_norm(part, 1, s.select_eps) for part in (dt, b, c))
+            dt = w["mixer.dt_proj.weight"] @ dt + w["mixer.dt_proj.bias"]
             dt = torch.logaddexp(dt, torch.zeros_like(dt))
-            b, c = dbc[s.dt_rank : s.dt_rank + s.d_state], dbc[s.dt_rank + s.d_state :]
             decay = torch.exp(-torch.exp(w["mixer.A_log"]) * dt[:, None])
             ssm[i] = decay * ssm[i] + (dt * x)[:, None] * b[None, :]
             y = (ssm[i] * c[None, :]).sum(1) + w["mixer.D"] * x

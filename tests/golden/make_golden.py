@@ -55,6 +55,7 @@ NOT_THE_DEFAULT = {
     "use_cache": False,
 }
 
+# Each a `Mamba` unless it says `model`.
 TRANSFORMERS_CASES: dict[str, dict[str, Any]] = {
     # `intermediate_size` contradicts `expand`, and wins
     "mamba_tiny": {
@@ -115,6 +116,28 @@ TRANSFORMERS_CASES: dict[str, dict[str, Any]] = {
             "tie_word_embeddings": False,
         },
     },
+    # `expand` far from `intermediate_size`, as in the published config
+    "falcon_tiny": {
+        "model": "FalconMamba",
+        "seed": 4,
+        "length": 13,
+        "config": {
+            "vocab_size": 31,
+            "hidden_size": 15,
+            "expand": 16,
+            "intermediate_size": 29,
+            "state_size": 5,
+            "conv_kernel": 3,
+            "time_step_rank": 7,
+            "num_hidden_layers": 2,
+            "use_bias": True,
+            "use_conv_bias": False,
+            "layer_norm_epsilon": 3e-4,
+            "mixer_rms_eps": 0.2,
+            "residual_in_fp32": False,
+            "tie_word_embeddings": False,
+        },
+    },
 }
 
 
@@ -123,10 +146,11 @@ def make_transformers(case: str, out: Path, sdist: Path | None) -> None:
     for package in ("mamba_ssm", "causal_conv1d", "mambapy"):
         assert importlib.util.find_spec(package) is None, f"transformers would use {package}"
     spec = TRANSFORMERS_CASES[case]
+    family = spec.get("model", "Mamba")
+    of_causal_lm = getattr(transformers, f"{family}ForCausalLM")
     rng = np.random.default_rng(spec["seed"])
-    model = transformers.MambaForCausalLM(
-        transformers.MambaConfig(**NOT_THE_DEFAULT, **spec["config"])
-    )
+    config = getattr(transformers, f"{family}Config")(**NOT_THE_DEFAULT, **spec["config"])
+    model = of_causal_lm(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(random_weight(rng, name, tuple(parameter.shape)))
@@ -134,7 +158,7 @@ def make_transformers(case: str, out: Path, sdist: Path | None) -> None:
         folder = Path(temporary)
         model.save_pretrained(folder)
         (folder / "generation_config.json").unlink(missing_ok=True)
-        model = transformers.MambaForCausalLM.from_pretrained(folder).eval()
+        model = of_causal_lm.from_pretrained(folder).eval()
         config = model.config
         weights = {k: torch.from_numpy(v) for k, v in load_file(folder / WEIGHTS).items()}
         for name, parameter in model.named_parameters():
@@ -153,6 +177,7 @@ def make_transformers(case: str, out: Path, sdist: Path | None) -> None:
             dt_rank=int(config.time_step_rank),
             eps=config.layer_norm_epsilon,
             act=config.hidden_act,
+            select_eps=config.mixer_rms_eps if family == "FalconMamba" else None,
         )
         check(case, witness, loop_answers(weights, tokens, sizes))
         check_size_of_values(witness)
