@@ -62,6 +62,18 @@ class Fields:
         """An integer of at least 0."""
         return self._integer(key, self.get(key, default), 0, _MAX_SIZE)
 
+    def indices(self, key: str, count: int) -> frozenset[int]:
+        """A list of different integers from 0 to `count - 1`; none if it is not there or null."""
+        value = self.get(key, None)
+        value = [] if value is None else value
+        if (
+            not isinstance(value, list)
+            or any(type(i) is not int or not 0 <= i < count for i in value)
+            or len(set(value)) != len(value)
+        ):
+            raise self.error(key, f"must be a list of different integers from 0 to {count - 1}")
+        return frozenset(value)
+
     def flag(self, key: str, default: bool) -> bool:
         value = self.get(key, default)
         if not isinstance(value, bool):

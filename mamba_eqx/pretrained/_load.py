@@ -13,11 +13,11 @@ from .._language_model import LanguageModel
 from .._protocol import recurrence_mask
 from ._files import CONFIG, Find, open_weights, read_json
 from ._hub import find_on_hub
-from ._layout import Layout, match, renamed, skeleton_of
+from ._layout import Layout, Slot, by_leaf, match, renamed, skeleton_of
 from ._mistral import MISTRAL
 from ._state_dict import LAYOUTS
 from ._stored import CheckpointError, StoredTensor
-from ._to_jax import check_dtype, check_tied_head, to_jax
+from ._to_jax import check_dtype, check_tied_head, one_dtype, to_jax
 
 
 def from_pretrained(
@@ -101,12 +101,15 @@ def _load(find: Find, where: str, dtype: np.dtype | None) -> LanguageModel:
     leaves, structure = jax.tree.flatten(skeleton)
     recurrence = jax.tree.leaves(recurrence_mask(skeleton))
     try:
-        found = match(layout, config, skeleton, tensors, floating=True)
-        targets = [_target(tensor, dtype, recurrence[slot.index]) for slot, tensor in found]
+        found = by_leaf(match(layout, config, skeleton, tensors, floating=True))
+        targets = {
+            index: _target([tensor for _, tensor in parts], dtype, recurrence[index])
+            for index, parts in found.items()
+        }
         check_tied_head(layout, config, tensors, lambda tensor: tensor.read())
-        for (slot, tensor), target in zip(found, targets, strict=True):
-            array = slot.entry.transform.from_file(tensor.read())
-            leaves[slot.index] = to_jax(tensor.name, array, target)
+        for index, parts in found.items():
+            arrays = [slot.entry.transform.from_file(tensor.read()) for slot, tensor in parts]
+            leaves[index] = to_jax(_names(parts), arrays, targets[index])
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
     return jax.tree.unflatten(structure, leaves)
@@ -123,12 +126,17 @@ def _layout_of(file: str, values: Any) -> Layout:
     return LAYOUTS["transformers" if has_type else "state-spaces"]
 
 
-def _target(tensor: StoredTensor, dtype: np.dtype | None, recurrence: bool) -> np.dtype:
-    """The dtype a tensor is loaded in: as `mbx.cast` has it, or its own."""
-    target = tensor.dtype if dtype is None else dtype
+def _target(tensors: list[StoredTensor], dtype: np.dtype | None, recurrence: bool) -> np.dtype:
+    """The dtype that the tensors of a leaf are loaded in: as `mbx.cast` has it, or their own."""
+    own = {tensor.name: tensor.dtype for tensor in tensors}
+    target = one_dtype(own) if dtype is None else dtype
     if recurrence and target != np.float64:
         target = np.dtype(np.float32)
-    return check_dtype(tensor.name, target)
+    return check_dtype(tensors[0].name, target)
+
+
+def _names(parts: list[tuple[Slot, StoredTensor]]) -> str:
+    return ", ".join(tensor.name for _, tensor in parts)
 
 
 def _is_path(name_or_path: str | os.PathLike[str]) -> bool:

@@ -102,7 +102,7 @@ STATE_SPACES = Layout(
     read_config=_read_config,
     write_config=_write_config,
     entries=_entries,
-    embedding=_EMBEDDING,
+    embedding=lambda _: _EMBEDDING,
     # The official loader insists on it.
     keeps_tied_head=True,
     renames=MappingProxyType({}),
