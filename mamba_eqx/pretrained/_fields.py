@@ -54,6 +54,10 @@ class Fields:
             )
         return self._integer(key, value, 1, _MAX_SIZE)
 
+    def optional_size(self, key: str, default: int) -> int:
+        """An integer of at least 1; the default if it is not there or null."""
+        return default if self.get(key, None) is None else self.size(key)
+
     def layers(self, key: str, default: int | None = None) -> int:
         """The number of layers."""
         return self._integer(key, self.size(key, default), 1, _MAX_LAYERS)

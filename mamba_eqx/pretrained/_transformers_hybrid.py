@@ -24,13 +24,14 @@ RESIDUAL = "residual_in_fp32"
 def read_heads(fields: Fields, d_model: int, *, nheads: int, nheads_kv: int) -> dict[str, int]:
     """The sizes of attention, with the defaults of transformers' config class."""
     nheads = fields.size("num_attention_heads", nheads)
-    if fields.get("num_key_value_heads", nheads_kv) is None:
-        nheads_kv = nheads
-    else:
-        nheads_kv = fields.size("num_key_value_heads", nheads_kv)
+    nheads_kv = (
+        nheads
+        if fields.get("num_key_value_heads", nheads_kv) is None
+        else fields.size("num_key_value_heads", nheads_kv)
+    )
     if "head_dim" not in fields and d_model % nheads:
         raise fields.error("num_attention_heads", f"must divide hidden_size={d_model}")
-    headdim = fields.size("head_dim", max(1, d_model // nheads))
+    headdim = fields.optional_size("head_dim", max(1, d_model // nheads))
     return {"nheads": nheads, "nheads_kv": nheads_kv, "headdim": headdim}
 
 
