@@ -126,9 +126,9 @@ def read_attention(d_model: int, fields: Fields) -> AttentionConfig:
     if "head_dim" not in fields and d_model % nheads:
         raise fields.error("num_heads", f"must divide d_model={d_model}")
     headdim = fields.optional_size("head_dim", max(1, d_model // nheads))
-    scale = None
+    scale = headdim**-0.5
     if fields.get("softmax_scale", None) is not None:
-        scale = fields.number("softmax_scale", 1.0)
+        scale = fields.number("softmax_scale", scale)
     return AttentionConfig(
         d_model,
         nheads=nheads,
@@ -138,7 +138,7 @@ def read_attention(d_model: int, fields: Fields) -> AttentionConfig:
         rotary_emb_dim=fields.natural("rotary_emb_dim", 0),
         rotary_emb_base=fields.number("rotary_emb_base", 10000.0),
         rotary_emb_interleaved=fields.flag("rotary_emb_interleaved", False),
-        softmax_scale=scale,  # pyright: ignore[reportArgumentType]
+        softmax_scale=scale,
         qkv_proj_bias=fields.flag("qkv_proj_bias", True),
         out_proj_bias=fields.flag("out_proj_bias", True),
     )
