@@ -12,6 +12,7 @@ from ._language_model import LanguageModel as LanguageModel
 from ._linear import Linear as Linear
 from ._mixer_configs import (
     AbstractMixerConfig as AbstractMixerConfig,
+    AttentionConfig as AttentionConfig,
     Mamba1Config as Mamba1Config,
     Mamba2Config as Mamba2Config,
 )
@@ -26,9 +27,11 @@ from ._penalties import (
 from ._prompts import DecodingState as DecodingState
 from ._protocol import (
     RECURRENCE as RECURRENCE,
+    AbstractCache as AbstractCache,
     AbstractSequenceLayer as AbstractSequenceLayer,
     cast as cast,
     recurrence_mask as recurrence_mask,
+    with_room as with_room,
 )
 from ._sampling import (
     greedy as greedy,
@@ -61,6 +64,8 @@ from ._text import (
 )
 from ._tokenizers import TextDecoder as TextDecoder, TextTokenizer as TextTokenizer
 from .mixers import (
+    Attention as Attention,
+    KVCache as KVCache,
     Mamba1 as Mamba1,
     Mamba1State as Mamba1State,
     Mamba2 as Mamba2,

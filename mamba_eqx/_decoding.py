@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from ._choice import Choice
 from ._language_model import LanguageModel
 from ._prompts import DecodingState
+from ._protocol import with_room
 
 
 _CHUNK = 512  # the most tokens of a prompt that are run at once; a power of two
@@ -189,11 +190,12 @@ def run(
         position = np.zeros(count, np.int32)
         before = [np.full(max(window, _WINDOW), -1, np.int32)] * count
     else:
-        layers = state.layers
         position = np.asarray(state.position).reshape(-1)
         pending = np.asarray(state.token).reshape(-1, 1)
         before = list(np.asarray(state.recent).reshape(count, -1)[:, :-1])
         rows = [np.concatenate(pair) for pair in zip(pending, rows, strict=True)]
+        longest = max(at + len(row) for at, row in zip(position.tolist(), rows, strict=True))
+        layers = with_room(state.layers, bucket(longest + room))
         if state.recent.shape[-1] < window:
             raise ValueError(
                 f"The `penalties` look at the last {window} tokens, but the `state` given has kept "

@@ -46,7 +46,9 @@ def generate(
     Rows never influence each other: row `i` of a list is what its prompt gives alone, with the
     key `jax.random.fold_in(key, i)`. Prompts may differ in length; nothing that is computed for
     their padding reaches a state. A compiled function is reused for all prompts whose longest
-    falls into the same power of two, and memory does not grow with the length of a prompt.
+    falls into the same power of two, and memory does not grow with the length of a prompt, except
+    for the caches of [`mamba_eqx.Attention`][]: these get room for the prompts and for
+    `max_new_tokens`, rounded up to a power of two, and grow if they are gone on from.
 
     **Arguments:**
 

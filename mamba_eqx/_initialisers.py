@@ -78,6 +78,45 @@ def check_d_ssm(d_ssm: int, d_inner: int) -> None:
         )
 
 
+def check_attention(
+    d_model: int,
+    nheads: int,
+    nheads_kv: int,
+    headdim: int | None,
+    d_conv: int,
+    rotary_emb_dim: int,
+    window: int | None,
+) -> int:
+    """**Returns:** `headdim`, which is `d_model / nheads` if it is `None`."""
+    check_positive("d_model", d_model)
+    check_positive("nheads", nheads)
+    check_positive("nheads_kv", nheads_kv)
+    if headdim is None:
+        if d_model % nheads:
+            raise ValueError(
+                "`nheads` must divide `d_model` where no `headdim` is given, but got "
+                f"nheads={nheads} and d_model={d_model}."
+            )
+        headdim = d_model // nheads
+    check_positive("headdim", headdim)
+    if nheads % nheads_kv:
+        raise ValueError(
+            f"`nheads_kv` must divide `nheads`, but got nheads_kv={nheads_kv} and nheads={nheads}."
+        )
+    if d_conv != 0:
+        check_positive("d_conv", d_conv)
+    if rotary_emb_dim != 0:
+        check_positive("rotary_emb_dim", rotary_emb_dim)
+    if rotary_emb_dim % 2 or rotary_emb_dim > headdim:
+        raise ValueError(
+            "`rotary_emb_dim` must be even and at most `headdim`, but got "
+            f"rotary_emb_dim={rotary_emb_dim} and headdim={headdim}."
+        )
+    if window is not None:
+        check_positive("window", window)
+    return headdim
+
+
 def uniform(
     key: PRNGKeyArray, shape: tuple[int, ...], *, bound: float, dtype: jnp.dtype
 ) -> Float[Array, "..."]:

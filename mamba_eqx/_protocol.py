@@ -66,7 +66,8 @@ class AbstractSequenceLayer(eqx.Module, Generic[State]):
         **Arguments:**
 
         - `x`: the piece.
-        - `state`: what came before it; the empty past if `None`.
+        - `state`: what came before it; the empty past if `None`. (Layers that have to know a
+            `max_len` then take that of `x`.)
         - `reset`: where true, everything before that token is forgotten, so that several
             documents can be packed into one sequence.
         - `length`: only the first `length` tokens are real, the others are padding. The state
@@ -110,6 +111,31 @@ class AbstractSequenceLayer(eqx.Module, Generic[State]):
         """
         y, _ = self.scan(x, reset=reset, length=length)
         return y
+
+
+class AbstractCache(eqx.Module):
+    """A state, or a part of one, that has room for a number of tokens and then is full.
+
+    Without such a state a layer runs for ever; with one, whoever knows how many tokens are to come
+    reserves room for them, as [`mamba_eqx.generate`][] does.
+    """
+
+    @abc.abstractmethod
+    def with_room(self, max_len: int) -> "AbstractCache":
+        """The same cache with room for at least `max_len` tokens, the ones in it included. It may
+        be that of a batch, or of a [`mamba_eqx.Stacked`][]."""
+
+
+def with_room(state: PyTree, max_len: int) -> PyTree:
+    """A state of any layer, with room for at least `max_len` tokens in all its caches."""
+
+    def is_cache(node: Any) -> bool:
+        return isinstance(node, AbstractCache)
+
+    def enlarged(node: Any) -> Any:
+        return node.with_room(max_len) if isinstance(node, AbstractCache) else node
+
+    return jax.tree.map(enlarged, state, is_leaf=is_cache)
 
 
 RECURRENCE: Mapping[str, str] = MappingProxyType({"mamba_eqx": "recurrence"})
@@ -228,11 +254,14 @@ def check_reset_and_length(
         raise ValueError(f"`length` of `{name}` must be within 0..{seq}, but got length={length}.")
 
 
-def checked_state(layer: AbstractSequenceLayer[State], state: State | None) -> State:
+def checked_state(
+    layer: AbstractSequenceLayer[State], state: State | None, *, max_len: int | None = None
+) -> State:
     """`state` if it is one of `layer`'s own, the empty past if it is `None`."""
     if state is None:
-        return layer.init_state()
-    name, like = type(layer).__name__, jax.eval_shape(layer.init_state)
+        return layer.init_state(max_len=max_len)
+    name = type(layer).__name__
+    like = jax.eval_shape(lambda: layer.init_state(max_len=max_len))
     if jax.tree.structure(state) != jax.tree.structure(like):
         raise ValueError(
             f"The state given to `{name}` must be a {type(like).__name__} as `init_state` returns "

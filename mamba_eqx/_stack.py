@@ -196,7 +196,6 @@ class Stacked(AbstractStack[PyTree]):
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
         check_sequence("Stacked", self.d_model, x, reset, length)
         scan = _scan_layer(self.remat)
-        state = self.init_state() if state is None else state
         return self._loop(lambda layer, x, s: scan(layer, x, s, reset, length), x, state)
 
     @jax.named_scope("mamba_eqx.Stacked.step")

@@ -77,6 +77,28 @@ def mamba2(*, ngroups: int, heads_per_group: int, d_mlp: int = 0, **options: Any
     return make
 
 
+def attention(*, nheads_kv: int, shared: int, **options: Any) -> Make:
+    """`dt_rank` stands in for `headdim`, and `d_state` for the window of those that have one."""
+
+    def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Attention:
+        window = {"window": s.d_state} if options.get("window") else {}
+        return mbx.Attention(
+            s.d_model,
+            nheads=nheads_kv * shared,
+            nheads_kv=nheads_kv,
+            headdim=s.dt_rank + 2,
+            rotary_emb_dim=2 * (s.dt_rank // 2 + 1),
+            rotary_emb_base=30.0,
+            qkv_proj_bias=s.flag,
+            out_proj_bias=not s.flag,
+            dtype=dtype,
+            key=key,
+            **(options | window),
+        )
+
+    return make
+
+
 def conv(s: Sizes, dtype: Any, key: jax.Array) -> mbx.CausalConv1d:
     return mbx.CausalConv1d(s.d_model, s.d_conv, use_bias=s.flag, dtype=dtype, key=key)
 
@@ -136,6 +158,10 @@ MIXERS: dict[str, Make] = {
         d_mlp=4,
     ),
     "mamba2_without_norm": mamba2(ngroups=3, heads_per_group=1, rms_norm=False),
+    "attention": attention(nheads_kv=2, shared=3, d_conv=3),
+    "attention_window": attention(
+        nheads_kv=1, shared=4, window=True, rotary_emb_interleaved=True, softmax_scale=0.3
+    ),
 }
 
 # Layers made of layers, and small variations: held in one size.
@@ -148,6 +174,7 @@ COMPOSITES: dict[str, Make] = {
     "unrolled": stack(mbx.Unrolled, block(mamba1), conv, mamba1_normed("weightless")),
     "unrolled_remat": stack(mbx.Unrolled, block(mamba1), block(mamba1, mlp=True), remat=True),
     "stacked": stack(mbx.Stacked, block(mamba1), block(mamba1), block(mamba1)),
+    "stacked_attention": stack(mbx.Stacked, *[block(attention(nheads_kv=1, shared=2))] * 2),
     "stacked_remat": stack(
         mbx.Stacked, block(mamba1, mlp=True), block(mamba1, mlp=True), remat=True
     ),
@@ -159,6 +186,16 @@ LANGUAGE_MODELS: dict[str, Make] = {
         stack(mbx.Stacked, block(mamba1), block(mamba1)), tie=False, residual_in_fp32=False
     ),
 }
+
+LANGUAGE_MODELS["hybrid"] = language_model(
+    stack(
+        mbx.Unrolled,
+        block(mamba2(ngroups=1, heads_per_group=2), mlp=True),
+        block(attention(nheads_kv=1, shared=2, d_conv=2), mlp=True),
+        remat=True,
+    ),
+    tie=True,
+)
 
 LAYERS = MIXERS | COMPOSITES
 EVERYTHING = LAYERS | LANGUAGE_MODELS
@@ -200,6 +237,33 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
     "mamba2_without_norm": mbx.LanguageModelConfig(
         vocab_size=11,
         layers=(mbx.BlockConfig(mbx.Mamba2Config(d_model=4, headdim=2, rms_norm=False)),) * 2,
+    ),
+    "attention_every_field": mbx.LanguageModelConfig(
+        vocab_size=11,
+        layers=(
+            mbx.BlockConfig(
+                mbx.AttentionConfig(
+                    d_model=5,
+                    nheads=4,
+                    nheads_kv=2,
+                    headdim=6,
+                    d_conv=3,
+                    rotary_emb_dim=4,
+                    rotary_emb_base=500.0,
+                    rotary_emb_interleaved=True,
+                    softmax_scale=0.3,
+                    window=7,
+                    qkv_proj_bias=True,
+                    out_proj_bias=True,
+                ),
+                d_intermediate=9,
+            ),
+        )
+        * 2,
+    ),
+    "attention": mbx.LanguageModelConfig(
+        vocab_size=11,
+        layers=(mbx.BlockConfig(mbx.AttentionConfig(d_model=6, nheads=3)),) * 2,
     ),
     "mamba1_every_field": mbx.LanguageModelConfig(
         vocab_size=11,

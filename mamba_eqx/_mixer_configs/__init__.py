@@ -1,10 +1,12 @@
 """Configs of mixers: what each is made of."""
 
-from ..mixers import Mamba1, Mamba2
+from ..mixers import Attention, Mamba1, Mamba2
+from ._attention import AttentionConfig as AttentionConfig
 from ._base import (
     AbstractMixerConfig as AbstractMixerConfig,
     check_eps as check_eps,
     check_flag as check_flag,
+    check_number as check_number,
     check_size as check_size,
 )
 from ._mamba1 import Mamba1Config as Mamba1Config
@@ -15,5 +17,6 @@ from ._mamba2 import Mamba2Config as Mamba2Config
 CONFIG_OF: dict[type, type[AbstractMixerConfig]] = {
     Mamba1: Mamba1Config,
     Mamba2: Mamba2Config,
+    Attention: AttentionConfig,
 }
 CONFIG_NAMED = {config.kind: config for config in CONFIG_OF.values()}

@@ -1,6 +1,7 @@
 """What the configs of all mixers share."""
 
 import abc
+import math
 from typing import Any, ClassVar
 
 from jax.typing import DTypeLike
@@ -49,4 +50,12 @@ def check_eps(config: Any, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, float | int) or not 0 < value < 1:
         raise ValueError(
             f"`{name}` of {type(config).__name__} must be between 0 and 1, but got {value!r}."
+        )
+
+
+def check_number(config: Any, name: str) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, float | int) or not 0 < value < math.inf:
+        raise ValueError(
+            f"`{name}` of {type(config).__name__} must be a number above 0, but got {value!r}."
         )

@@ -1,5 +1,11 @@
 """Functions of arrays, free of modules: the mathematics that the layers are made of."""
 
+from ._attention import (
+    attention as attention,
+    attention_step as attention_step,
+    document_positions as document_positions,
+    rotary_embedding as rotary_embedding,
+)
 from ._conv import causal_conv1d as causal_conv1d, causal_conv1d_step as causal_conv1d_step
 from ._norm import gated_rms_norm as gated_rms_norm
 from ._recurrence import linear_recurrence as linear_recurrence

@@ -13,7 +13,7 @@ from .._config import BlockConfig, LanguageModelConfig
 from .._language_model import LanguageModel
 from .._protocol import recurrence_mask
 from ._checkpoint import Checkpoint
-from ._layout import match, skeleton_of
+from ._layout import by_leaf, match, skeleton_of
 from ._load import loaded_dtype
 from ._stored import CheckpointError
 
@@ -72,13 +72,15 @@ def describe(checkpoint: Checkpoint) -> Description:
         raise CheckpointError(f"{checkpoint.where}: {error}") from None
     parameters: dict[str, int] = {}
     dtypes: dict[str, int] = {}
-    for slot, tensor in found:
-        leaf, part = leaves[slot.index], str(paths[slot.index][0]).removeprefix(".")
+    for index, parts in by_leaf(found).items():
+        leaf, part = leaves[index], str(paths[index][0]).removeprefix(".")
+        tensors = [tensor for _, tensor in parts]
         parameters[part] = parameters.get(part, 0) + leaf.size
-        dtypes[tensor.dtype.name] = dtypes.get(tensor.dtype.name, 0) + leaf.size
-        dtype = loaded_dtype(tensor, None, recurrence[slot.index])
-        leaves[slot.index] = jax.ShapeDtypeStruct(leaf.shape, dtype)
-    # The wide types may be described whether or not they may be loaded.
+        dtypes[tensors[0].dtype.name] = dtypes.get(tensors[0].dtype.name, 0) + leaf.size
+        # The wide types may be described whether or not they may be loaded.
+        with jax.enable_x64(True):
+            dtype = loaded_dtype(tensors, None, recurrence[index])
+        leaves[index] = jax.ShapeDtypeStruct(leaf.shape, dtype)
     with jax.enable_x64("float64" in dtypes):
         model = jax.tree.unflatten(structure, leaves)
         one, two = (_state_bytes(model, max_len) for max_len in (1, 2))

@@ -54,6 +54,10 @@ class Fields:
             )
         return self._integer(key, value, 1, _MAX_SIZE)
 
+    def optional_size(self, key: str, default: int) -> int:
+        """An integer of at least 1; the default if it is not there or null."""
+        return default if self.get(key, None) is None else self.size(key)
+
     def layers(self, key: str, default: int | None = None) -> int:
         """The number of layers."""
         return self._integer(key, self.size(key, default), 1, _MAX_LAYERS)
@@ -61,6 +65,18 @@ class Fields:
     def natural(self, key: str, default: int) -> int:
         """An integer of at least 0."""
         return self._integer(key, self.get(key, default), 0, _MAX_SIZE)
+
+    def indices(self, key: str, count: int) -> frozenset[int]:
+        """A list of different integers from 0 to `count - 1`; none if it is not there or null."""
+        value = self.get(key, None)
+        value = [] if value is None else value
+        if (
+            not isinstance(value, list)
+            or any(type(i) is not int or not 0 <= i < count for i in value)
+            or len(set(value)) != len(value)
+        ):
+            raise self.error(key, f"must be a list of different integers from 0 to {count - 1}")
+        return frozenset(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.get(key, default)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import equinox as eqx
@@ -51,17 +51,19 @@ IDENTITY = Transform(lambda array: array, lambda array: array)
 class Entry:
     """A line of a name table: the name in the file, and where the array is in the model.
 
-    `where` is written for a model whose layers are `Unrolled`.
+    `where` is written for a model whose layers are `Unrolled`. An array here may be several in the
+    file: then there is a line for each, with the rows from `rows[0]` to `rows[1]` that it is.
     """
 
     name: str
     where: Callable[[Any], Any]
     transform: Transform = IDENTITY
+    rows: tuple[int, int] | None = None
 
     def within(self, name: str, where: Callable[[Any], Any]) -> "Entry":
         """The same line in the table of a module that has this one under `name`."""
         inner = self.where
-        return Entry(f"{name}.{self.name}", lambda tree: inner(where(tree)), self.transform)
+        return replace(self, name=f"{name}.{self.name}", where=lambda tree: inner(where(tree)))
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Layout:
     - `write_config`: to them; it raises `CheckpointError` for a model that the layout cannot
         express. The dtype is that of the weights.
     - `entries`: the name table for a config.
-    - `embedding`: the name of the embedding's weight.
+    - `embedding`: the name of the embedding's weight, for a config.
     - `keeps_tied_head`: whether files of a tied model hold the head's weight as well.
     - `renames`: older names that files may have, to the ones in the table.
     - `head`: the name of the head's weight.
@@ -84,7 +86,7 @@ class Layout:
     read_config: Callable[[object], LanguageModelConfig]
     write_config: Callable[[LanguageModelConfig, np.dtype], dict[str, Any]]
     entries: Callable[[LanguageModelConfig], list[Entry]]
-    embedding: str
+    embedding: Callable[[LanguageModelConfig], str]
     keeps_tied_head: bool
     renames: Mapping[str, str]
     head: str = "lm_head.weight"
@@ -158,14 +160,31 @@ class Slot:
     entry: Entry
     index: int
 
+    def to_file(self, leaf: Any) -> Any:
+        """What the file has of a leaf."""
+        rows = self.entry.rows
+        return self.entry.transform.to_file(leaf if rows is None else leaf[slice(*rows)])
+
     def file_shape(self, leaf: Described) -> tuple[int, ...]:
         """The shape in the file of a leaf."""
         # A view of a single number, which takes no memory, be the shape absurd.
-        return self.entry.transform.to_file(np.broadcast_to(np.float32(0), leaf.shape)).shape
+        return self.to_file(np.broadcast_to(np.float32(0), leaf.shape)).shape
+
+
+def by_leaf(
+    found: list[tuple[Slot, _Described]],
+) -> dict[int, list[tuple[Slot, _Described]]]:
+    """The tensors of each leaf, those of one leaf in the order in which they are joined."""
+    leaves: dict[int, list[tuple[Slot, _Described]]] = {}
+    for slot, tensor in found:
+        leaves.setdefault(slot.index, []).append((slot, tensor))
+    for parts in leaves.values():
+        parts.sort(key=lambda part: part[0].entry.rows or (0, 0))
+    return leaves
 
 
 def slots(layout: Layout, config: LanguageModelConfig, tree: PyTree) -> list[Slot]:
-    """Where each name of the layout is in `tree`, each leaf having exactly one name.
+    """Where each name of the layout is in `tree`, each leaf (or row of it) having one name.
 
     Names whose place in the tree is `None` are left out, so that a part of a model (as
     `eqx.partition` makes) has a part of the names.
@@ -234,13 +253,13 @@ def match(
         if tuple(tensor.shape) != shape:
             misshapen.append(f"{slot.entry.name} is {tuple(tensor.shape)} and should be {shape}")
     names = {slot.entry.name for slot in expected}
-    tied_head = layout.tied_head(config)
+    tied_head, embedding_name = layout.tied_head(config), layout.embedding(config)
     unexpected = [quote(name) for name in tensors if name not in names and name != tied_head]
-    if tied_head is not None and tied_head in tensors and layout.embedding in tensors:
-        head, embedding = tensors[tied_head], tensors[layout.embedding]
+    if tied_head is not None and tied_head in tensors and embedding_name in tensors:
+        head, embedding = tensors[tied_head], tensors[embedding_name]
         if tuple(head.shape) != tuple(embedding.shape):
             misshapen.append(
-                f"{tied_head} is {tuple(head.shape)} and, being tied to {layout.embedding}, "
+                f"{tied_head} is {tuple(head.shape)} and, being tied to {embedding_name}, "
                 f"should be {tuple(embedding.shape)}"
             )
     mistyped = [

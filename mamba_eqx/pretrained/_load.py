@@ -14,9 +14,9 @@ from .._language_model import LanguageModel
 from .._protocol import recurrence_mask
 from ._checkpoint import Checkpoint, open_checkpoint
 from ._hub import Hub
-from ._layout import match, skeleton_of
+from ._layout import Slot, by_leaf, match, skeleton_of
 from ._stored import CheckpointError, StoredTensor
-from ._to_jax import check_dtype, check_tied_head, to_jax
+from ._to_jax import check_dtype, check_tied_head, one_dtype, to_jax
 
 
 _ShardingOf = Callable[[str, jax.ShapeDtypeStruct], Sharding]
@@ -94,30 +94,35 @@ def load(
     recurrence = jax.tree.leaves(recurrence_mask(skeleton))
     paths = [path for path, _ in jax.tree.leaves_with_path(skeleton)]
     try:
-        found = match(layout, config, skeleton, tensors, floating=True)
-        targets = [
-            check_dtype(tensor.name, loaded_dtype(tensor, dtype, recurrence[slot.index]))
-            for slot, tensor in found
-        ]
-        shardings = [
-            _sharding(sharding, paths[slot.index], leaves[slot.index].shape, target)
-            for (slot, _), target in zip(found, targets, strict=True)
-        ]
+        found = by_leaf(match(layout, config, skeleton, tensors, floating=True))
+        targets = {
+            index: loaded_dtype([tensor for _, tensor in parts], dtype, recurrence[index])
+            for index, parts in found.items()
+        }
+        places = {
+            index: _sharding(sharding, paths[index], leaves[index].shape, target)
+            for index, target in targets.items()
+        }
         check_tied_head(layout, config, tensors, lambda tensor: tensor.read())
-        for (slot, tensor), target, place in zip(found, targets, shardings, strict=True):
-            array = slot.entry.transform.from_file(tensor.read())
-            leaves[slot.index] = to_jax(tensor.name, array, target, place)
+        for index, parts in found.items():
+            arrays = [slot.entry.transform.from_file(tensor.read()) for slot, tensor in parts]
+            leaves[index] = to_jax(_names(parts), arrays, targets[index], places[index])
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.where}: {error}") from None
     return jax.tree.unflatten(structure, leaves)
 
 
-def loaded_dtype(tensor: StoredTensor, dtype: np.dtype | None, recurrence: bool) -> np.dtype:
-    """The dtype a tensor is loaded in: as `mbx.cast` has it, or its own."""
-    target = tensor.dtype if dtype is None else dtype
+def loaded_dtype(tensors: list[StoredTensor], dtype: np.dtype | None, recurrence: bool) -> np.dtype:
+    """The dtype that the tensors of a leaf are loaded in: as `mbx.cast` has it, or their own."""
+    own = {tensor.name: tensor.dtype for tensor in tensors}
+    target = one_dtype(own) if dtype is None else dtype
     if recurrence and target != np.float64:
-        return np.dtype(np.float32)
-    return target
+        target = np.dtype(np.float32)
+    return check_dtype(tensors[0].name, target)
+
+
+def _names(parts: list[tuple[Slot, StoredTensor]]) -> str:
+    return ", ".join(tensor.name for _, tensor in parts)
 
 
 def _sharding(

@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .._config import BlockConfig, LanguageModelConfig
-from .._mixer_configs import AbstractMixerConfig, Mamba1Config, Mamba2Config
+from .._mixer_configs import AbstractMixerConfig, AttentionConfig, Mamba1Config, Mamba2Config
 from ._layout import IDENTITY, Entry, Transform
 from ._stored import CheckpointError
 
@@ -78,16 +78,36 @@ def _by_head(config: Mamba2Config) -> Transform:
     return Transform(to_file, from_file=lambda D: D.reshape(-1, config.headdim))
 
 
+def attention(config: AttentionConfig) -> list[Entry]:
+    """The names within an attention mixer: upstream's own."""
+    entries = [
+        Entry("in_proj.weight", lambda mixer: mixer.in_proj.weight),
+        Entry("out_proj.weight", lambda mixer: mixer.out_proj.weight),
+    ]
+    if config.d_conv > 0:
+        entries.append(Entry("conv1d.weight", lambda mixer: mixer.conv1d.weight, _CONV_WEIGHT))
+        entries.append(Entry("conv1d.bias", lambda mixer: mixer.conv1d.bias))
+    if config.qkv_proj_bias:
+        entries.append(Entry("in_proj.bias", lambda mixer: mixer.in_proj.bias))
+    if config.out_proj_bias:
+        entries.append(Entry("out_proj.bias", lambda mixer: mixer.out_proj.bias))
+    return entries
+
+
 # One line for each mixer.
 _MIXERS: MappingProxyType[type[AbstractMixerConfig], Callable[[Any], list[Entry]]]
-_MIXERS = MappingProxyType({Mamba1Config: mamba1, Mamba2Config: mamba2})
+_MIXERS = MappingProxyType({Mamba1Config: mamba1, Mamba2Config: mamba2, AttentionConfig: attention})
+
+
+def mixer(config: AbstractMixerConfig) -> list[Entry]:
+    """The names within a mixer."""
+    return _MIXERS[type(config)](config)
 
 
 def block(config: BlockConfig) -> list[Entry]:
     """The names within a block."""
     entries = norm("norm", lambda block: block.norm, config.rms_norm)
-    mixer = _MIXERS[type(config.mixer)](config.mixer)
-    entries += [entry.within("mixer", lambda block: block.mixer) for entry in mixer]
+    entries += [entry.within("mixer", lambda block: block.mixer) for entry in mixer(config.mixer)]
     if config.d_intermediate is not None:
         entries += norm("norm2", lambda block: block.norm2, config.rms_norm)
         entries.append(Entry("mlp.fc1.weight", lambda block: block.mlp.fc1.weight))
@@ -111,7 +131,7 @@ def language_model(config: LanguageModelConfig, *, embedding: str) -> list[Entry
     """
     entries = [Entry(embedding, lambda model: model.embedding.weight)]
     for i, layer in enumerate(config.layers):
-        where = _layer(i)
+        where = layer_of(i)
         entries += [entry.within(f"backbone.layers.{i}", where) for entry in block(layer)]
     entries += norm("backbone.norm_f", lambda model: model.norm_f, config.rms_norm)
     if not config.tie_embeddings:
@@ -119,5 +139,5 @@ def language_model(config: LanguageModelConfig, *, embedding: str) -> list[Entry
     return entries
 
 
-def _layer(i: int) -> Callable[[Any], Any]:
+def layer_of(i: int) -> Callable[[Any], Any]:
     return lambda model: model.layers.layers[i]

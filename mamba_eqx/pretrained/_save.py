@@ -76,7 +76,7 @@ def save_pretrained(
     fields = chosen.write_config(config, _dtype(model))
     head = chosen.tied_head(config)
     if head is not None and chosen.keeps_tied_head:
-        tensors[head] = tensors[chosen.embedding]
+        tensors[head] = tensors[chosen.embedding(config)]
 
     # A link is followed here, so as to work beside the folder itself.
     target = path.resolve()

@@ -5,15 +5,16 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from .._language_model import LanguageModel
-from ._layout import Layout, config_of, match, renamed, restacked, slots, unrolled
+from ._layout import Layout, by_leaf, config_of, match, renamed, restacked, slots, unrolled
 from ._mistral import MISTRAL
 from ._state_spaces import STATE_SPACES
 from ._stored import CheckpointError
-from ._to_jax import check_tied_head, to_jax
+from ._to_jax import check_tied_head, one_dtype, to_jax
 from ._transformers import TRANSFORMERS
 
 
@@ -56,7 +57,7 @@ def state_dict(tree: LanguageModel, *, layout: str = "transformers") -> dict[str
     tree = unrolled(tree)
     leaves = jax.tree.leaves(tree)
     return {
-        slot.entry.name: slot.entry.transform.to_file(_jax(slot.entry.name, leaves[slot.index]))
+        slot.entry.name: slot.to_file(_jax(slot.entry.name, leaves[slot.index]))
         for slot in slots(chosen, config, tree)
     }
 
@@ -86,14 +87,18 @@ def load_state_dict(
     leaves, structure = jax.tree.flatten(flat)
     found = match(chosen, config, flat, tensors, floating=False)
     check_tied_head(chosen, config, tensors, np.asarray)
-    for slot, tensor in found:
-        leaves[slot.index] = _jax(slot.entry.name, slot.entry.transform.from_file(tensor))
+    for index, parts in by_leaf(found).items():
+        one_dtype({slot.entry.name: tensor.dtype for slot, tensor in parts})
+        arrays = [
+            _jax(slot.entry.name, slot.entry.transform.from_file(tensor)) for slot, tensor in parts
+        ]
+        leaves[index] = arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
     return restacked(jax.tree.unflatten(structure, leaves), like)
 
 
 def _jax(name: str, leaf: Any) -> Array:
     array = _array(name, leaf)
-    return array if isinstance(array, jax.Array) else to_jax(name, array, array.dtype)
+    return array if isinstance(array, jax.Array) else to_jax(name, [array], array.dtype)
 
 
 def _array(name: str, leaf: Any) -> Array | np.ndarray:

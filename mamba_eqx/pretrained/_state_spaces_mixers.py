@@ -1,11 +1,11 @@
-"""`ssm_cfg` of the official configs: how the mixers of each kind are read and written."""
+"""`ssm_cfg` and `attn_cfg` of the official configs: how mixers are read and written."""
 
 import math
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
-from .._mixer_configs import AbstractMixerConfig, Mamba1Config, Mamba2Config
+from .._mixer_configs import AbstractMixerConfig, AttentionConfig, Mamba1Config, Mamba2Config
 from ._fields import Fields, limit_to_json
 from ._stored import CheckpointError
 
@@ -114,6 +114,54 @@ def _write_mamba2(config: Mamba2Config) -> dict[str, Any]:
     if config.dt_limit != (0, math.inf):
         # The official code has no spelling for infinity, other than the one outside of JSON.
         fields["dt_limit"] = limit_to_json(config.dt_limit)
+    return fields
+
+
+def read_attention(d_model: int, fields: Fields) -> AttentionConfig:
+    """`attn_cfg`."""
+    # The defaults are those of the official `MHA.__init__`, where attention is not even causal.
+    fields.only("causal", [True], False)
+    fields.only("mlp_dim", [0], 0)
+    nheads = fields.size("num_heads")
+    if "head_dim" not in fields and d_model % nheads:
+        raise fields.error("num_heads", f"must divide d_model={d_model}")
+    headdim = fields.optional_size("head_dim", max(1, d_model // nheads))
+    scale = headdim**-0.5
+    if fields.get("softmax_scale", None) is not None:
+        scale = fields.number("softmax_scale", scale)
+    return AttentionConfig(
+        d_model,
+        nheads=nheads,
+        nheads_kv=fields.optional_size("num_heads_kv", nheads),
+        headdim=headdim,
+        d_conv=fields.natural("d_conv", 0),
+        rotary_emb_dim=fields.natural("rotary_emb_dim", 0),
+        rotary_emb_base=fields.number("rotary_emb_base", 10000.0),
+        rotary_emb_interleaved=fields.flag("rotary_emb_interleaved", False),
+        softmax_scale=scale,
+        qkv_proj_bias=fields.flag("qkv_proj_bias", True),
+        out_proj_bias=fields.flag("out_proj_bias", True),
+    )
+
+
+def write_attention(config: AttentionConfig) -> dict[str, Any]:
+    """`attn_cfg`."""
+    if config.window is not None:
+        raise inexpressible("attention has a window", f"window={config.window}")
+    fields = {
+        "causal": True,
+        "num_heads": config.nheads,
+        "num_heads_kv": config.nheads_kv,
+        "head_dim": config.headdim,
+        "d_conv": config.d_conv,
+        "rotary_emb_dim": config.rotary_emb_dim,
+        "rotary_emb_base": config.rotary_emb_base,
+        "rotary_emb_interleaved": config.rotary_emb_interleaved,
+        "qkv_proj_bias": config.qkv_proj_bias,
+        "out_proj_bias": config.out_proj_bias,
+    }
+    if config.softmax_scale != config.headdim**-0.5:
+        fields["softmax_scale"] = config.softmax_scale
     return fields
 
 

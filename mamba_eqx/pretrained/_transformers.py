@@ -1,22 +1,25 @@
 """The layout of Hugging Face's transformers: `config.json` with a `model_type`."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from .._config import LanguageModelConfig
-from .._mixer_configs import AbstractMixerConfig, Mamba1Config, Mamba2Config
+from .._mixer_configs import AttentionConfig, Mamba1Config, Mamba2Config
 from ._fields import Fields
 from ._layout import Entry, Layout
 from ._names import language_model
+from ._names_hybrid import EMBEDDING as HYBRID_EMBEDDING, hybrid_model
+from ._transformers_bamba import read_bamba, write_bamba
 from ._transformers_common import UNPADDED, inexpressible
-from ._transformers_mamba import read_falcon_mamba, read_mamba, write_mamba
-from ._transformers_mamba2 import read_mamba2, write_mamba2
+from ._transformers_jamba import read_jamba, write_jamba
+from ._transformers_mamba import read_falcon_mamba, read_mamba
+from ._transformers_mamba2 import read_mamba2
+from ._transformers_plain import EMBEDDING as PLAIN_EMBEDDING, write_plain
 
-
-_EMBEDDING = "backbone.embeddings.weight"
 
 # Fields of every transformers config, old versions included, that matter to training, generation,
 # other heads or the file, but not to logits.
@@ -41,13 +44,47 @@ _COMMON = frozenset(
 # One line for each model type: how its config is read.
 _READERS: MappingProxyType[str, Callable[[Fields], LanguageModelConfig]]
 _READERS = MappingProxyType(
-    {"mamba": read_mamba, "mamba2": read_mamba2, "falcon_mamba": read_falcon_mamba}
+    {
+        "mamba": read_mamba,
+        "mamba2": read_mamba2,
+        "falcon_mamba": read_falcon_mamba,
+        "bamba": read_bamba,
+        "jamba": read_jamba,
+    }
 )
 
-_Writer = Callable[[LanguageModelConfig, Any], dict[str, Any]]
-# One line for each mixer: how the config is written, `model_type` included.
-_WRITERS: MappingProxyType[type[AbstractMixerConfig], _Writer]
-_WRITERS = MappingProxyType({Mamba1Config: write_mamba, Mamba2Config: write_mamba2})
+
+@dataclass(frozen=True)
+class _Family:
+    """How a model is written: its config, `model_type` included, and its names."""
+
+    write: Callable[[LanguageModelConfig], dict[str, Any]]
+    entries: Callable[[LanguageModelConfig], list[Entry]]
+    embedding: str
+
+
+_PLAIN = _Family(
+    write=write_plain,
+    entries=lambda config: language_model(config, embedding=PLAIN_EMBEDDING),
+    embedding=PLAIN_EMBEDDING,
+)
+_BAMBA = _Family(write=write_bamba, entries=hybrid_model, embedding=HYBRID_EMBEDDING)
+_JAMBA = _Family(write=write_jamba, entries=hybrid_model, embedding=HYBRID_EMBEDDING)
+
+
+def _family(config: LanguageModelConfig) -> _Family:
+    """The one that may hold a model, by what its layers are; whether it does, `write` finds out."""
+    has_mlp = any(layer.d_intermediate is not None for layer in config.layers)
+    kinds = {type(layer.mixer) for layer in config.layers}
+    if AttentionConfig not in kinds and not has_mlp:
+        return _PLAIN
+    if kinds <= {Mamba2Config, AttentionConfig}:
+        return _BAMBA
+    if kinds <= {Mamba1Config, AttentionConfig}:
+        return _JAMBA
+    raise inexpressible(
+        "mixers are of these kinds", ", ".join(sorted(kind.__name__ for kind in kinds))
+    )
 
 
 def _read_config(values: object) -> LanguageModelConfig:
@@ -60,28 +97,18 @@ def _read_config(values: object) -> LanguageModelConfig:
 
 
 def _write_config(config: LanguageModelConfig, dtype: np.dtype) -> dict[str, Any]:
-    write = _WRITERS.get(type(config.layers[0].mixer))
-    if write is None:
-        raise inexpressible("mixer is not one of its own", type(config.layers[0].mixer).__name__)
-    for i, layer in enumerate(config.layers):
-        if layer != config.layers[0]:
-            raise inexpressible("layers differ", f"layer 0 is {config.layers[0]}, {i} is {layer}")
-    block = config.layers[0]
-    if block.d_intermediate is not None:
-        raise inexpressible("layers have an MLP", f"d_intermediate={block.d_intermediate}")
-    if not (block.rms_norm and config.rms_norm):
-        raise inexpressible("norms are not RMSNorm", "rms_norm=False")
-    if block.norm_eps != config.norm_eps:
-        raise inexpressible(
-            "norms differ in `norm_eps`",
-            f"{block.norm_eps} in the layers and {config.norm_eps} at the end",
-        )
-    fields = write(config, block.mixer) | {
+    for layer in config.layers:
+        if not (layer.rms_norm and config.rms_norm):
+            raise inexpressible("norms are not RMSNorm", "rms_norm=False")
+        if layer.norm_eps != config.norm_eps:
+            raise inexpressible(
+                "norms differ in `norm_eps`",
+                f"{layer.norm_eps} in the layers and {config.norm_eps} at the end",
+            )
+    fields = _family(config).write(config) | {
         "hidden_size": config.d_model,
         "num_hidden_layers": len(config.layers),
         "hidden_act": "silu",
-        "layer_norm_epsilon": config.norm_eps,
-        "residual_in_fp32": config.residual_in_fp32,
         "vocab_size": config.padded_vocab_size,
         "tie_word_embeddings": config.tie_embeddings,
         # Spelt out, since the defaults would make token 0 end every text.
@@ -97,7 +124,7 @@ def _write_config(config: LanguageModelConfig, dtype: np.dtype) -> dict[str, Any
 
 def _entries(config: LanguageModelConfig) -> list[Entry]:
     _write_config(config, np.dtype(np.float32))  # It refuses what has no names there.
-    return language_model(config, embedding=_EMBEDDING)
+    return _family(config).entries(config)
 
 
 TRANSFORMERS = Layout(
@@ -105,8 +132,8 @@ TRANSFORMERS = Layout(
     read_config=_read_config,
     write_config=_write_config,
     entries=_entries,
-    embedding=_EMBEDDING,
+    embedding=lambda config: _family(config).embedding,
     keeps_tied_head=False,
     # As its `MambaModel.load_hook` does.
-    renames=MappingProxyType({"backbone.embedding.weight": _EMBEDDING}),
+    renames=MappingProxyType({"backbone.embedding.weight": PLAIN_EMBEDDING}),
 )

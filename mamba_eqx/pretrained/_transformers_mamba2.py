@@ -59,7 +59,8 @@ def read_mamba2(fields: Fields) -> LanguageModelConfig:
     return config
 
 
-def write_mamba2(config: LanguageModelConfig, mixer: Mamba2Config) -> dict[str, Any]:
+def check_mamba2(config: LanguageModelConfig, mixer: Mamba2Config) -> None:
+    """**Raises:** `CheckpointError` for a mixer that transformers does not have."""
     if mixer.d_inner % mixer.d_model:
         raise inexpressible(
             "`d_inner` is not a multiple of `d_model`",
@@ -80,6 +81,10 @@ def write_mamba2(config: LanguageModelConfig, mixer: Mamba2Config) -> dict[str, 
             "norms differ in `norm_eps`",
             f"{mixer.norm_eps} in the mixers and {config.norm_eps} outside",
         )
+
+
+def write_mamba2(config: LanguageModelConfig, mixer: Mamba2Config) -> dict[str, Any]:
+    check_mamba2(config, mixer)
     fields = {
         "model_type": "mamba2",
         "architectures": ["Mamba2ForCausalLM"],

@@ -261,7 +261,13 @@ def official_answers(folder: Path, tokens: torch.Tensor, sdist: Path) -> Tensors
         for layer in model.backbone.layers
     ]
     hooks.append(model.backbone.register_forward_hook(lambda m, args, out: hidden.append(out)))
-    memory = types.SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
+    memory = types.SimpleNamespace(
+        key_value_memory_dict={},
+        seqlen_offset=0,
+        batch_size_offset=0,
+        lengths_per_sample=None,
+        max_seqlen=len(tokens),
+    )
     with honest_float64():
         logits = model(tokens[None]).logits[0]
         for hook in hooks:
@@ -274,7 +280,11 @@ def official_answers(folder: Path, tokens: torch.Tensor, sdist: Path) -> Tensors
     answer = {"logits": logits, "loss": loss, "greedy": chosen}
     for name, value in zip([*range(len(hidden) - 1), "norm_f"], hidden, strict=True):
         answer[f"hidden_states.{name}"] = value[0]
-    for i, (conv, ssm) in memory.key_value_memory_dict.items():
-        answer |= {f"state.{i}.conv": conv[0], f"state.{i}.ssm": ssm[0]}
+    for i, (first, second) in memory.key_value_memory_dict.items():
+        if i in model.config.attn_layer_idx:  # the other is a bug: see `MHA.forward`
+            k, v = first[0].permute(1, 2, 0, 3)
+            answer |= {f"state.{i}.k": k, f"state.{i}.v": v}
+        else:
+            answer |= {f"state.{i}.conv": first[0], f"state.{i}.ssm": second[0]}
     answer |= {f"grad.{name}": p.grad for name, p in model.named_parameters()}
     return {name: value.detach() for name, value in answer.items()}

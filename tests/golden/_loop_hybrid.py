@@ -1,0 +1,222 @@
+"""Hybrids of Mamba and attention as a plain loop over tokens, in float64: what witnesses are held
+against.
+
+Imported by `make_golden_hybrid.py`. Nothing of `mamba_eqx` is imported here.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import _loop_mamba2
+import numpy as np
+import torch
+from _witness import Tensors, rms_norm, silu
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """What a family calls the parts of a model."""
+
+    embedding: str
+    layer: str
+    final: str
+    mamba: str
+    attention: str
+    norm: str
+    norm2: str
+
+
+OFFICIAL = Names(
+    embedding="backbone.embeddings.weight",
+    layer="backbone.layers.{}.",
+    final="backbone.norm_f.weight",
+    mamba="mixer.",
+    attention="mixer.",
+    norm="norm.weight",
+    norm2="norm2.weight",
+)
+TRANSFORMERS = Names(
+    embedding="model.embed_tokens.weight",
+    layer="model.layers.{}.",
+    final="model.final_layernorm.weight",
+    mamba="mamba.",
+    attention="self_attn.",
+    norm="input_layernorm.weight",
+    norm2="pre_ff_layernorm.weight",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of the layers, `"1"`, `"2"` (Mamba) or `"a"` (attention) each, and of their parts."""
+
+    names: Names
+    kinds: str
+    eps: float
+    d_inner: int
+    d_state: int
+    heads: tuple[int, int, int]  # of queries, of keys, and the features of a head
+    dt_rank: int = 0
+    nheads: int = 0
+    ngroups: int = 1
+    dt_limit: tuple[float, float] = (0.0, float("inf"))
+    rotary: tuple[int, float, bool] = (0, 1.0, False)  # features, base, of neighbours
+    scale: float | None = None
+
+
+def loop(weights: Tensors, tokens: torch.Tensor, sizes: Sizes) -> Tensors:
+    s, n = sizes, sizes.names
+    embedding = weights[n.embedding]
+    memory: list[dict[str, Any]] = [{} for _ in s.kinds]
+    stream: dict[str, list] = {f"hidden_states.{i}": [] for i in range(len(s.kinds))}
+    stream |= {"hidden_states.norm_f": [], "logits": []}
+    layers = [_within(weights, n.layer.format(i)) for i in range(len(s.kinds))]
+    for token in tokens.tolist():
+        h = embedding[token]
+        for i, kind in enumerate(s.kinds):
+            w = layers[i]
+            mixer = _within(w, n.attention if kind == "a" else n.mamba)
+            run = {"1": _mamba1, "2": _mamba2, "a": _attention}[kind]
+            h = h + run(mixer, rms_norm(h, w[n.norm], s.eps), memory[i], s)
+            h = h + _mlp(w, rms_norm(h, w[n.norm2], s.eps))
+            stream[f"hidden_states.{i}"].append(h)
+        h = rms_norm(h, weights[n.final], s.eps)
+        stream["hidden_states.norm_f"].append(h)
+        stream["logits"].append(weights.get("lm_head.weight", embedding) @ h)
+    answer = {name: torch.stack(rows) for name, rows in stream.items()}
+    for i, kind in enumerate(s.kinds):
+        for name in ("k", "v") if kind == "a" else ("conv", "ssm"):
+            value = memory[i][name]
+            # Heads of a state first, tokens of a cache after them.
+            if kind != "1" and name != "conv":
+                value = torch.stack(value, dim=1 if kind == "a" else 0)
+            answer[f"state.{i}.{name}"] = value
+    return answer
+
+
+def _within(weights: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+
+
+def _project(w: Tensors, name: str, x: torch.Tensor) -> torch.Tensor:
+    return w[f"{name}.weight"] @ x + w.get(f"{name}.bias", 0)
+
+
+def _conv(w: Tensors, x: torch.Tensor, memory: dict[str, Any]) -> torch.Tensor:
+    taps = w["conv1d.weight"][:, 0]
+    last = memory.get("conv", torch.zeros_like(taps))
+    memory["conv"] = torch.cat([last[:, 1:], x[:, None]], dim=1)
+    return (memory["conv"] * taps).sum(1) + w.get("conv1d.bias", 0)
+
+
+def _mamba1(w: Tensors, u: torch.Tensor, memory: dict[str, Any], s: Sizes) -> torch.Tensor:
+    x, z = _project(w, "in_proj", u).split(s.d_inner)
+    x = silu(_conv(w, x, memory))
+    dt, b, c = (w["x_proj.weight"] @ x).split([s.dt_rank, s.d_state, s.d_state])
+    dt = rms_norm(dt, w["dt_layernorm.weight"], s.eps)
+    b = rms_norm(b, w["b_layernorm.weight"], s.eps)
+    c = rms_norm(c, w["c_layernorm.weight"], s.eps)
+    dt = _project(w, "dt_proj", dt)
+    dt = torch.logaddexp(dt, torch.zeros_like(dt))
+    decay = torch.exp(-torch.exp(w["A_log"]) * dt[:, None])
+    state = memory.get("ssm", torch.zeros_like(decay))
+    memory["ssm"] = decay * state + (dt * x)[:, None] * b[None, :]
+    y = (memory["ssm"] * c[None, :]).sum(1) + w["D"] * x
+    return _project(w, "out_proj", y * silu(z))
+
+
+def _mamba2(w: Tensors, u: torch.Tensor, memory: dict[str, Any], s: Sizes) -> torch.Tensor:
+    of_groups, headdim = s.ngroups * s.d_state, s.d_inner // s.nheads
+    row = _project(w, "in_proj", u)
+    z, xbc, dt = row.split([s.d_inner, s.d_inner + 2 * of_groups, s.nheads])
+    x, b, c = silu(_conv(w, xbc, memory)).split([s.d_inner, of_groups, of_groups])
+    dt = torch.logaddexp(dt + w["dt_bias"], torch.zeros_like(dt)).clamp(*s.dt_limit)
+    empty = [torch.zeros(headdim, s.d_state, dtype=torch.float64)] * s.nheads
+    states, y = [], []
+    for k, state in enumerate(memory.get("ssm", empty)):
+        group = slice((g := k * s.ngroups // s.nheads) * s.d_state, (g + 1) * s.d_state)
+        x_k = x[k * headdim : (k + 1) * headdim]
+        decay = torch.exp(-torch.exp(w["A_log"][k]) * dt[k])
+        states.append(decay * state + dt[k] * x_k[:, None] * b[group][None, :])
+        y.append((states[k] * c[group][None, :]).sum(1) + w["D"][k] * x_k)
+    memory["ssm"] = states
+    pairs = zip(
+        (torch.cat(y) * silu(z)).split(s.d_inner // s.ngroups),
+        w["norm.weight"].split(s.d_inner // s.ngroups),
+        strict=True,
+    )
+    return _project(w, "out_proj", torch.cat([rms_norm(a, b, s.eps) for a, b in pairs]))
+
+
+def _attention(w: Tensors, u: torch.Tensor, memory: dict[str, Any], s: Sizes) -> torch.Tensor:
+    nheads, nheads_kv, headdim = s.heads
+    if "in_proj.weight" in w:
+        qkv = _project(w, "in_proj", u)
+        out = "out_proj"
+    else:
+        qkv = torch.cat([_project(w, f"{part}_proj", u) for part in "qkv"])
+        out = "o_proj"
+    if "conv1d.weight" in w:
+        qkv = _conv(w, qkv, memory)
+    heads = qkv.reshape(-1, headdim)
+    q, k, v = heads.split([nheads, nheads_kv, nheads_kv])
+    at = len(memory.setdefault("k", []))
+    memory["k"].append(_turned(k, at, s))
+    memory.setdefault("v", []).append(v)
+    y = []
+    for head, query in enumerate(_turned(q, at, s)):
+        of = head * nheads_kv // nheads
+        scores = torch.stack([(query * key[of]).sum() for key in memory["k"]])
+        scores = torch.exp(scores * (headdim**-0.5 if s.scale is None else s.scale))
+        weighted = [p * value[of] for p, value in zip(scores, memory["v"], strict=True)]
+        y.append(sum(weighted) / scores.sum())
+    return _project(w, out, torch.cat(y))
+
+
+def _turned(x: torch.Tensor, at: int, s: Sizes) -> torch.Tensor:
+    """Every pair of features as a complex number, turned."""
+    dim, base, neighbours = s.rotary
+    if dim == 0:
+        return x
+    turn, rest = x[:, :dim], x[:, dim:]
+    pairs = turn.unflatten(1, (-1, 2)) if neighbours else turn.unflatten(1, (2, -1)).mT
+    angles = at * base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    cos, sin = torch.cos(angles), torch.sin(angles)
+    a, b = pairs.unbind(-1)
+    pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    return torch.cat([(pairs if neighbours else pairs.mT).flatten(1), rest], dim=1)
+
+
+def _mlp(w: Tensors, x: torch.Tensor) -> torch.Tensor:
+    if "mlp.fc1.weight" in w:
+        up, gate = _project(w, "mlp.fc1", x).chunk(2)
+        return _project(w, "mlp.fc2", up * silu(gate))
+    up, gate = (_project(w, f"feed_forward.{part}_proj", x) for part in ("up", "gate"))
+    return _project(w, "feed_forward.down_proj", up * silu(gate))
+
+
+def random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def normal(scale: float) -> np.ndarray:
+        return scale * rng.standard_normal(shape)
+
+    if name.endswith("norm.weight"):
+        draw = rng.uniform(0.5, 1.6, shape)
+    elif name.endswith("embed_tokens.weight"):
+        draw = normal(0.7)
+    elif name.endswith(("dt_bias", "dt_proj.bias")):
+        draw = rng.uniform(-2.0, 1.0, shape)
+    elif name.endswith(("q_proj.weight", "k_proj.weight")):
+        draw = normal(1.8 / shape[-1] ** 0.5)
+    elif (
+        name.endswith(("v_proj.weight", "o_proj.weight", "fc1.weight", "fc2.weight"))
+        or "feed_forward" in name
+    ):
+        draw = normal(1.1 / shape[-1] ** 0.5)
+    elif name.endswith("_proj.bias"):
+        draw = normal(0.4)
+    elif name.endswith(("norm2.weight", "norm_f.weight")):
+        draw = rng.uniform(0.5, 1.6, shape)
+    else:
+        return _loop_mamba2.random_weight(rng, name, shape)
+    return torch.from_numpy(draw.astype(np.float32))

@@ -1,0 +1,258 @@
+"""Attention: its op against the formula, and the cache that is not written past its end. (What
+all layers have in common is in `test_laws.py`.)"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax import lax
+
+import mamba_eqx as mbx
+from mamba_eqx import ops
+
+from .cases import quick
+from .test_generate import naive, row
+
+
+def inputs(seq, nheads=6, nheads_kv=2, headdim=3, seed=0):
+    rng = np.random.default_rng(seed)
+    sizes = (nheads, nheads_kv, nheads_kv)
+    return [jnp.asarray(rng.standard_normal((seq, heads, headdim))) for heads in sizes]
+
+
+def formula(q, k, v, seen, scale):
+    y = np.zeros(q.shape)
+    for h in range(q.shape[1]):
+        g = h // (q.shape[1] // k.shape[1])
+        scores = np.where(seen, scale * q[:, h] @ k[:, g].T, -np.inf)
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        y[:, h] = weights / weights.sum(axis=1, keepdims=True) @ v[:, g]
+    return y
+
+
+@pytest.mark.parametrize("block_size", [None, 7])
+@pytest.mark.parametrize("window", [None, 1, 4, 60])
+def test_the_formula(window, block_size):
+    """Also in blocks of queries, some of which see keys of earlier blocks, or of the state."""
+    with jax.enable_x64(True):
+        q, k, v = inputs(47)
+        index = np.arange(47)
+        reset = np.isin(index, [11, 40])
+        document = np.cumsum(reset)
+        seen = (document[:, None] == document) & (index[:, None] >= index)
+        if window is not None:
+            seen &= index[:, None] - index < window
+        want = formula(q, k, v, seen, scale=0.7)
+
+        @quick
+        def run(q, k, v, reset, state=None):
+            options = {"scale": 0.7, "window": window, "block_size": block_size}
+            return ops.attention(q, k, v, reset=reset, state=state, **options)
+
+        np.testing.assert_allclose(run(q, k, v, reset)[0], want, rtol=0, atol=1e-14)
+        empty = jnp.zeros((2, 50 if window is None else window, 3))
+        state, got = (empty, empty, jnp.zeros((), jnp.int32)), []
+        for piece in (slice(0, 9), slice(9, 36), slice(36, 47)):
+            y, state = run(q[piece], k[piece], v[piece], reset[piece], state)
+            got.append(y)
+        np.testing.assert_allclose(np.concatenate(got), want, rtol=0, atol=1e-14)
+
+
+def test_blocks_have_the_same_gradients():
+    with jax.enable_x64(True):
+        q, k, v = inputs(30)
+
+        def gradients(**options):
+            loss = lambda *qkv: jnp.sum(jnp.sin(ops.attention(*qkv, **options)[0]))  # noqa: E731
+            return quick(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+        for window in (None, 5):
+            got, want = gradients(window=window, block_size=8), gradients(window=window)
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_allclose(a, b, rtol=0, atol=1e-13)
+
+
+def test_memory_is_bounded():
+    """No matrix of queries times keys: neither forward nor in reverse."""
+    q, k, v = (jax.ShapeDtypeStruct((4096, 4, 8), jnp.float32) for _ in range(3))
+
+    def loss(q, k, v):
+        return jnp.sum(ops.attention(q, k, v)[0])
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 4 * 4096 * 4096 * 4 / 4
+
+
+def test_the_rotary_embedding_is_relative():
+    with jax.enable_x64(True):
+        q, k, _ = inputs(1, nheads=1, nheads_kv=1, headdim=8)
+
+        def score(at, to, dim=6):
+            options = {"dim": dim, "base": 30.0, "interleaved": False}
+            q_t, k_t = (
+                ops.rotary_embedding(x, jnp.array([t]), **options) for x, t in ((q, at), (k, to))
+            )
+            return float(jnp.sum(q_t * k_t))
+
+        np.testing.assert_allclose(score(9, 4), score(5, 0))
+        assert abs(score(9, 4) - score(8, 4)) > 1e-3
+        # The second of three rates, by hand.
+        x = jnp.zeros((1, 1, 8)).at[0, 0, 1].set(1.0)
+        turned = ops.rotary_embedding(x, jnp.array([7]), dim=6, base=30.0, interleaved=False)
+        angle = 7 * 30.0 ** (-2 / 6)
+        want = np.zeros(8)
+        want[[1, 4]] = np.cos(angle), np.sin(angle)
+        np.testing.assert_allclose(turned[0, 0], want, rtol=0, atol=1e-15)
+
+
+# The end of a cache.
+
+LAYER = mbx.Attention(4, nheads=2, rotary_emb_dim=2, d_conv=2, key=jr.key(0))
+X = jr.normal(jr.key(1), (6, 4))
+
+
+def scan(x, state, **options):
+    return eqx.filter_jit(LAYER.scan)(x, state, **options)
+
+
+def test_a_cache_may_be_filled_to_the_end():
+    want, _ = LAYER.scan(X)
+    y, state = scan(X, LAYER.init_state(max_len=6))
+    np.testing.assert_allclose(y, want, rtol=0, atol=1e-6)
+    assert int(state.length) == 6
+    state = LAYER.init_state(max_len=6)
+    for t in range(6):
+        y_t, state = eqx.filter_jit(LAYER.step)(X[t], state)
+        np.testing.assert_allclose(y_t, want[t], rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_writing_past_the_end_is_an_error():
+    state = LAYER.init_state(max_len=5)
+    with pytest.raises(ValueError, match=r"room for 5 tokens, but got 6 more.*init_state\(max_len"):
+        LAYER.scan(X, state)
+    with pytest.raises(ValueError, match="room for 5 tokens, but got 6 more"):
+        LAYER.scan(X, state, length=6)
+    full = scan(X[:5], state)[1]
+    _, almost = scan(X[:4], state)
+    late = jnp.array([False, True])
+    for run in (
+        lambda: eqx.filter_jit(LAYER.step)(X[0], full),
+        lambda: scan(X[:2], almost),
+        lambda: scan(X, state, length=jnp.array(6)),
+        lambda: scan(X[:2], full, reset=late),
+        lambda: eqx.filter_jit(jax.vmap(LAYER.step))(X[:2], pair(almost, full)),
+        lambda: eqx.filter_jit(many_steps)(state, 6),
+        lambda: eqx.filter_grad(lambda x: jnp.sum(scan(x, almost)[0]))(X[:2]),
+    ):
+        with pytest.raises(RuntimeError, match="room for 5 tokens since the last reset"):
+            jax.block_until_ready(run())
+
+
+def pair(*states):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def many_steps(state, n):
+    """As `generate` decodes: a loop, here without a batch."""
+    body = lambda carry: (carry[0] + 1, LAYER.step(X[0], carry[1])[1])  # noqa: E731
+    return lax.while_loop(lambda carry: carry[0] < n, body, (0, state))[1]
+
+
+def test_what_does_not_count_needs_no_room():
+    state = LAYER.init_state(max_len=5)
+    _, almost = scan(X[:4], state)
+    # Padding, and what comes before a reset.
+    assert int(scan(X, almost, length=jnp.array(1))[1].length) == 5
+    assert int(scan(X, state, length=5)[1].length) == 5
+    reset = jnp.arange(6) == 1
+    y, end = scan(X, almost, reset=reset)
+    assert int(end.length) == 5
+    np.testing.assert_allclose(y[1:], LAYER.scan(X[1:])[0], rtol=0, atol=1e-6)
+    assert eqx.filter_jit(many_steps)(state, 5).length == 5
+
+
+def test_a_full_cache_can_be_enlarged():
+    want, _ = LAYER.scan(X)
+    _, full = scan(X[:5], None)
+    for state in (full, pair(full, full)):
+        larger = mbx.with_room(state, 8)
+        assert larger.k.shape[-2:] == (8, 2)
+        assert mbx.with_room(larger, 3) is larger
+    y, _ = eqx.filter_jit(LAYER.step)(X[5], mbx.with_room(full, 6))
+    np.testing.assert_allclose(y, want[5], rtol=0, atol=1e-6)
+
+
+def test_the_op_never_writes_past_the_end_in_silence():
+    q, k, v = inputs(4)
+    empty = jnp.zeros((2, 3, 3))
+    state = (empty, empty, jnp.zeros((), jnp.int32))
+    y, full = ops.attention(q, k, v, state=state)
+    assert np.isnan(y).all(axis=(1, 2)).tolist() == [False, False, False, True]
+    y, _ = ops.attention_step(q[0], k[0], v[0], state=(*full[:2], jnp.array(3)))
+    assert np.isnan(y).all()
+
+
+def test_a_window_needs_no_max_len():
+    layer = mbx.Attention(4, nheads=2, window=3, key=jr.key(0))
+    state = layer.init_state()
+    assert state.k.shape == layer.init_state(max_len=100).k.shape == (2, 3, 2)
+    assert mbx.with_room(state, 10) is state
+    for _ in range(3):
+        y, state = eqx.filter_jit(layer.scan)(X, state)
+    assert int(state.length) == 18
+    np.testing.assert_allclose(y, layer.scan(jnp.tile(X, (3, 1)))[0][12:], rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_mistakes_are_told():
+    with pytest.raises(ValueError, match=r"has to know how many.*init_state\(max_len=...\)"):
+        LAYER.init_state()
+    with pytest.raises(ValueError, match=r"must be a KVCache.*but got tuple"):
+        LAYER.step(X[0], (1, 2))  # pyright: ignore[reportArgumentType]
+    state = LAYER.init_state(max_len=3)
+    wrong = eqx.tree_at(lambda s: s.v, state, state.v[:, :2])
+    with pytest.raises(ValueError, match=r"state.v.*shape \(2, 3, 2\), but got .*\(2, 2, 2\)"):
+        LAYER.step(X[0], wrong)
+    for options, message in (
+        ({"nheads": 3}, "`nheads` must divide `d_model`.*nheads=3 and d_model=4"),
+        ({"nheads": 4, "nheads_kv": 3}, "`nheads_kv` must divide `nheads`.*3 and nheads=4"),
+        ({"nheads": 2, "rotary_emb_dim": 4}, "even and at most `headdim`.*dim=4 and headdim=2"),
+        ({"nheads": 1, "rotary_emb_dim": 3}, "must be even"),
+        ({"nheads": 1, "d_conv": -1}, "`d_conv` must be an integer of at least 1"),
+        ({"nheads": 1, "window": 0}, "window=0"),
+        ({"nheads": 0}, "nheads=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mbx.Attention(4, key=jr.key(0), **options)
+    with pytest.raises(ValueError, match=r"`softmax_scale` of AttentionConfig .* above 0.*-1"):
+        mbx.AttentionConfig(4, 2, softmax_scale=-1.0)
+    with pytest.raises(ValueError, match="state must have room for 4 tokens, but has room for 3"):
+        ops.attention(*inputs(2), state=(state.k, state.v, state.length), window=4)
+    with pytest.raises(ValueError, match="must divide that of queries, but got 2 and 3"):
+        ops.attention(*inputs(2, nheads=3))
+
+
+# Generation.
+
+
+def test_hybrids_generate():
+    """Ragged prompts, and on from the state that is returned, whose caches are full."""
+    rotary = mbx.AttentionConfig(6, nheads=4, nheads_kv=2, headdim=4, rotary_emb_dim=2, d_conv=3)
+    mixers = [mbx.Mamba2Config(6, headdim=4, d_state=4), rotary]
+    blocks = [mbx.BlockConfig(mixer) for mixer in mixers]
+    model = mbx.LanguageModelConfig(11, tuple(blocks)).build(key=jr.key(0))
+    model = jax.tree.map(lambda leaf: 3 * leaf, model)
+    prompts = [[1], [2, 3, 4, 5, 6, 7, 8], [0, 1, 2] * 4]
+    first = mbx.generate(model, prompts, 4)
+    assert first.state.layers[1].k.shape[-2] == 16
+    second = mbx.generate(model, [[], [9], []], 14, state=first.state)
+    for i, added in enumerate([[], [9], []]):
+        tokens, _ = naive(model, prompts[i], 4)
+        assert row(first, i) == tokens
+        tokens, _ = naive(model, prompts[i] + tokens + added, 14)
+        assert row(second, i) == tokens

@@ -1,0 +1,132 @@
+"""Agreement of hybrids with attention: the golden files, and transformers as installed."""
+
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import mamba_eqx as mbx
+from mamba_eqx.pretrained import from_pretrained, save_pretrained, state_dict
+
+from .test_parity import difference, load_theirs, run, their_logits, torch as torch
+from .test_pretrained import make
+from .test_pretrained_hybrid import MODELS
+
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = {
+    "bamba_tiny": "transformers",
+    "jamba_tiny": "transformers",
+    "state_spaces_hybrid": "state-spaces",
+}
+
+
+def of_state(i: int, state: Any) -> dict[str, Any]:
+    """Its arrays under the names and in the shapes of the golden files."""
+    if isinstance(state, mbx.KVCache):
+        return {f"state.{i}.k": state.k, f"state.{i}.v": state.v}
+    return {f"state.{i}.conv": state.conv.T, f"state.{i}.ssm": jnp.moveaxis(state.ssm, 0, -1)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_float64(name):
+    folder = GOLDEN / name
+    golden = load_file(folder / "golden.safetensors")
+    with jax.enable_x64(True):
+        model = from_pretrained(folder, dtype=jnp.float64)
+        loss, logits, states, hidden, grads = run(model, jnp.asarray(golden["tokens"]))
+        got = {"loss": loss, "logits": logits, "hidden_states.norm_f": hidden[-1]}
+        for i, state in enumerate(states):
+            got |= {f"hidden_states.{i}": hidden[i]} | of_state(i, state)
+        grads = state_dict(grads, layout=CASES[name])
+        got |= {f"grad.{key}": grad for key, grad in grads.items()}
+        assert got.keys() == golden.keys() - {"tokens", "greedy", "logits_float32"}
+        for key in golden:
+            if key.endswith(".conv"):
+                golden[key] = golden[key][:, 1:]  # The oldest is of no use to what follows.
+        off = {key: difference(got[key], golden[key]) for key in got}
+    assert max(off.values()) < 1e-12, off
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_float32(name):
+    """From the checkpoint as it is, and on through the cache."""
+    golden = load_file(GOLDEN / name / "golden.safetensors")
+    model = from_pretrained(GOLDEN / name)
+    logits = eqx.filter_jit(model)(jnp.asarray(golden["tokens"]))
+    assert difference(logits, golden["logits"]) < 1e-5
+    out = mbx.generate(model, golden["tokens"], len(golden["greedy"]))
+    assert np.array_equal(out.tokens, golden["greedy"])
+
+
+# transformers.
+
+pytestmark = pytest.mark.parity
+ARCHITECTURES = {"bamba": "BambaForCausalLM", "jamba": "JambaForCausalLM"}
+OURS = [name for name in MODELS["transformers"] if name != "no_attention"]
+THEIRS: dict[str, dict[str, Any]] = {
+    "bamba": {
+        "vocab_size": 30,
+        "hidden_size": 32,
+        "intermediate_size": 7,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "attn_layer_indices": [0, 2],
+        "mamba_n_heads": 8,
+        "mamba_d_state": 3,
+    },
+    "jamba": {
+        "vocab_size": 30,
+        "hidden_size": 12,
+        "intermediate_size": 7,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 0,
+        "num_experts": 1,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_transformers_loads_ours(name, torch, tmp_path):
+    model = jax.tree.map(lambda leaf: 0.5 * leaf, make(MODELS["transformers"][name]))
+    save_pretrained(model, tmp_path, max_shard_size=1000)
+    theirs = load_theirs(tmp_path, ARCHITECTURES[name.split("_")[0]])
+    tokens = np.arange(25) * 7 % 13
+    logits = eqx.filter_jit(model)(jnp.asarray(tokens))
+    assert difference(logits, their_logits(torch, theirs, tokens)) < 1e-5
+    for key, tensor in state_dict(model).items():
+        assert np.array_equal(theirs.state_dict()[key].numpy(), tensor)
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_ours_loads_transformers(name, torch, tmp_path):
+    import transformers  # pyright: ignore[reportMissingImports]
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(name, **THEIRS[name])
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="3KB")
+    model = from_pretrained(tmp_path / "theirs")
+    tokens = np.arange(25) * 11 % 29
+    want = their_logits(torch, theirs, tokens)
+    assert difference(eqx.filter_jit(model)(jnp.asarray(tokens)), want) < 1e-5
+
+    save_pretrained(model, tmp_path / "ours")
+    back = load_theirs(tmp_path / "ours", ARCHITECTURES[name])
+    there, here = theirs.config.to_dict(), back.config.to_dict()
+    of_ours = {"_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id"}
+    assert {k for k in there if there[k] != here.get(k)} <= of_ours
+    assert np.array_equal(their_logits(torch, back, tokens), want)
