@@ -66,9 +66,15 @@ class File(np.ndarray):
 
 parts = []
 stored = np.arange(64, dtype=np.float32).reshape(8, 8).view(File)
-array = to_jax("x", stored, np.dtype(ml_dtypes.bfloat16), NamedSharding(mesh, P(None, "model")))
+dtype, half = np.dtype(ml_dtypes.bfloat16), NamedSharding(mesh, P("model"))
+array = to_jax("x", [stored], dtype, NamedSharding(mesh, P(None, "model")))
 assert parts == [64] * 4
 np.testing.assert_array_equal(np.asarray(array, np.float32), stored)
+# One array of several tensors, whose borders are not those of the devices.
+for place in (half, NamedSharding(mesh, P(None, "model")), NamedSharding(mesh, P())):
+    array = to_jax("x", [stored[:3], stored[3:5], stored[5:]], dtype, place)
+    assert array.sharding == place
+    np.testing.assert_array_equal(np.asarray(array, np.float32), stored)
 
 # Nothing is loaded if one of them does not fit.
 try:
