@@ -105,7 +105,9 @@ def load(
         check_tied_head(layout, config, tensors, lambda tensor: tensor.read())
         for (slot, tensor), target, place in zip(found, targets, shardings, strict=True):
             array = slot.entry.transform.from_file(tensor.read())
-            leaves[slot.index] = to_jax(tensor.name, array, target, place)
+            leaf = to_jax(tensor.name, array, target, place)
+            # One by one, or what is on its way to a device piles up in memory.
+            leaves[slot.index] = jax.block_until_ready(leaf)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.where}: {error}") from None
     return jax.tree.unflatten(structure, leaves)
