@@ -106,7 +106,9 @@ def load(
         check_tied_head(layout, config, tensors, lambda tensor: tensor.read())
         for index, parts in found.items():
             arrays = [slot.entry.transform.from_file(tensor.read()) for slot, tensor in parts]
-            leaves[index] = to_jax(_names(parts), arrays, targets[index], places[index])
+            leaf = to_jax(_names(parts), arrays, targets[index], places[index])
+            # One by one, or what is on its way to a device piles up in memory.
+            leaves[index] = jax.block_until_ready(leaf)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.where}: {error}") from None
     return jax.tree.unflatten(structure, leaves)

@@ -52,8 +52,7 @@ def to_jax(
     """
     check_dtype(name, dtype)
     if sharding is None:
-        # Else the next tensor would be read while this one is still being taken over.
-        return jax.block_until_ready(jnp.asarray(_copy(name, parts, dtype)))
+        return jnp.asarray(_copy(name, parts, dtype))
     shape = parts[0].shape
     if len(parts) > 1:
         shape = (sum(map(len, parts)), *shape[1:])

@@ -1,0 +1,119 @@
+"""What it takes to open and to load a checkpoint of mamba-130m's shape: time, and memory beyond the
+model that is left.
+
+    python benchmarks/load.py [--quick]
+
+Every load is a process of its own; medians of several. `pytorch_model.bin` needs torch to be made.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _common import arguments, mamba_130m, print_facts, print_table, small_model
+
+import mamba_eqx as mbx
+
+
+def make(folder: Path, quick: bool) -> list[str]:
+    """Checkpoints of one model in both formats, if torch is there."""
+    model = small_model() if quick else mamba_130m()
+    mbx.save_pretrained(model, folder / "safetensors", layout="state-spaces")
+    try:
+        import torch
+    except ImportError:
+        return ["safetensors"]
+    named = mbx.state_dict(model, layout="state-spaces")
+    state = {name: torch.from_numpy(np.array(tensor)) for name, tensor in named.items()}
+    state["lm_head.weight"] = state["backbone.embedding.weight"]  # Shared, as the official ones.
+    (folder / "bin").mkdir()
+    torch.save(state, folder / "bin" / "pytorch_model.bin")
+    text = (folder / "safetensors" / "config.json").read_text()
+    (folder / "bin" / "config.json").write_text(text)
+    return ["bin", "safetensors"]
+
+
+def anonymous() -> int:
+    """The memory of this process in bytes, mapped files aside."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no RssAnon: this needs Linux.")
+
+
+def child(folder: Path, dtype: str | None) -> dict[str, float]:
+    import jax
+
+    from mamba_eqx.pretrained._checkpoint import open_checkpoint
+    from mamba_eqx.pretrained._hub import Hub
+
+    jax.block_until_ready(jax.numpy.zeros(4) + 1)
+    mbx.from_pretrained(Path(mbx.__file__).parent / "models" / "shakespeare")  # what is made once
+    start = time.perf_counter()
+    open_checkpoint(folder, Hub())
+    seconds = {"open": time.perf_counter() - start}
+    peak, done = anonymous(), False
+
+    def watch() -> None:
+        nonlocal peak
+        while not done:
+            peak = max(peak, anonymous())
+            time.sleep(0.0005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    model = mbx.from_pretrained(folder, dtype=dtype)
+    jax.block_until_ready(model)
+    seconds["load"] = time.perf_counter() - start
+    done = True
+    watcher.join()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    return seconds | {"model": size / 1e6, "beyond": (peak - anonymous()) / 1e6}
+
+
+def measured(folder: Path, dtype: str | None, repeats: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--child", str(folder), str(dtype)]
+    runs: list[dict[str, Any]] = []
+    for _ in range(repeats):
+        out = subprocess.run(command, check=True, capture_output=True, text=True)
+        runs.append(json.loads(out.stdout.splitlines()[-1]))
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+
+
+def main() -> None:
+    args = arguments(__doc__)
+    print_facts("Loading a checkpoint", quick=args.quick)
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for kind in make(folder, args.quick):
+            size = max(file.stat().st_size for file in (folder / kind).iterdir()) / 1e6
+            for dtype in (None, "bfloat16"):
+                found = measured(folder / kind, dtype, 2 if args.quick else 7)
+                rows.append(
+                    [
+                        f"{kind}, {size:.0f} MB",
+                        dtype or "as stored",
+                        f"{found['open']:.3f} s",
+                        f"{found['load']:.2f} s",
+                        f"{found['model']:.0f} MB",
+                        f"{found['beyond']:.0f} MB",
+                    ]
+                )
+    print_table(["file", "dtype", "opened in", "loaded in", "model", "peak beyond it"], rows)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        dtype = None if sys.argv[3] == "None" else sys.argv[3]
+        print(json.dumps(child(Path(sys.argv[2]), dtype)))
+    else:
+        main()
