@@ -81,7 +81,7 @@ def attention(*, nheads_kv: int, shared: int, **options: Any) -> Make:
     """`dt_rank` stands in for `headdim`, and `d_state` for the window of those that have one."""
 
     def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Attention:
-        window = {"window": s.d_state} if options.get("window") else {}
+        window: dict[str, Any] = {"window": s.d_state} if options.get("window") else {}
         return mbx.Attention(
             s.d_model,
             nheads=nheads_kv * shared,

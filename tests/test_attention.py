@@ -1,6 +1,8 @@
 """Attention: its op against the formula, and the cache that is not written past its end. (What
 all layers have in common is in `test_laws.py`.)"""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -199,7 +201,7 @@ def test_the_op_never_writes_past_the_end_in_silence():
 
 def test_a_window_needs_no_max_len():
     layer = mbx.Attention(4, nheads=2, window=3, key=jr.key(0))
-    state = layer.init_state()
+    y, state = jnp.zeros(0), layer.init_state()
     assert state.k.shape == layer.init_state(max_len=100).k.shape == (2, 3, 2)
     assert mbx.with_room(state, 10) is state
     for _ in range(3):
@@ -218,7 +220,7 @@ def test_mistakes_are_told():
     wrong = eqx.tree_at(lambda s: s.v, state, state.v[:, :2])
     with pytest.raises(ValueError, match=r"state.v.*shape \(2, 3, 2\), but got .*\(2, 2, 2\)"):
         LAYER.step(X[0], wrong)
-    for options, message in (
+    mistakes: list[tuple[dict[str, Any], str]] = [
         ({"nheads": 3}, "`nheads` must divide `d_model`.*nheads=3 and d_model=4"),
         ({"nheads": 4, "nheads_kv": 3}, "`nheads_kv` must divide `nheads`.*3 and nheads=4"),
         ({"nheads": 2, "rotary_emb_dim": 4}, "even and at most `headdim`.*dim=4 and headdim=2"),
@@ -226,7 +228,8 @@ def test_mistakes_are_told():
         ({"nheads": 1, "d_conv": -1}, "`d_conv` must be an integer of at least 1"),
         ({"nheads": 1, "window": 0}, "window=0"),
         ({"nheads": 0}, "nheads=0"),
-    ):
+    ]
+    for options, message in mistakes:
         with pytest.raises(ValueError, match=message):
             mbx.Attention(4, key=jr.key(0), **options)
     with pytest.raises(ValueError, match=r"`softmax_scale` of AttentionConfig .* above 0.*-1"):

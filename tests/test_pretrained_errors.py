@@ -163,7 +163,7 @@ def test_untied_needs_its_head(saved):
         ("state-spaces", {"ssm_cfg": {"headdim": 64}}, "`ssm_cfg` has fields.*'headdim'"),
         ("state-spaces", {"ssm_cfg": []}, "`ssm_cfg` must be a JSON object"),
         ("state-spaces", {"ssm_cfg": {"expand": 1e-9}}, "`expand` of `ssm_cfg` times 6"),
-        ("state-spaces", {"attn_layer_idx": [1]}, r"`attn_layer_idx`.*only as \[\]"),
+        ("state-spaces", {"attn_layer_idx": [2]}, "`attn_layer_idx`.*from 0 to 1"),
         ("state-spaces", {"norm_epsilon": 1e-6}, "unknown meaning.*'norm_epsilon'"),
         ("state-spaces", {"d_model": DROPPED}, "no `d_model`, which is required"),
         ("state-spaces", {"d_intermediate": -1}, "`d_intermediate`.*from 0"),

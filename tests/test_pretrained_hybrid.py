@@ -28,7 +28,8 @@ MAMBA2 = mbx.Mamba2Config(6, d_inner=18, d_state=5, d_conv=3, headdim=3, ngroups
 
 
 def attention(**fields: Any) -> mbx.AttentionConfig:
-    return mbx.AttentionConfig(6, **({"nheads": 4, "nheads_kv": 2, "headdim": 8} | fields))
+    heads: dict[str, Any] = {"nheads": 4, "nheads_kv": 2, "headdim": 8}
+    return mbx.AttentionConfig(6, **(heads | fields))
 
 
 def hybrid(
@@ -268,7 +269,7 @@ def test_config_is_refused(layout, name, fields, message, saved):
         ("transformers", hybrid(MAMBA2, OFFICIAL), "attention has a convolution"),
         ("transformers", hybrid(MAMBA2, attention(window=4)), "attention has a window"),
         ("transformers", hybrid(MAMBA2, attention(softmax_scale=0.3)), "softmax_scale=0.3"),
-        ("transformers", hybrid(MAMBA2, ROTARY, attention()), "mixers of one kind differ"),
+        ("transformers", hybrid(MAMBA2, ROTARY, attention()), "layers differ within one kind"),
         ("transformers", hybrid(MAMBA2, ROTARY, width=None), "attention but no MLP"),
         ("transformers", hybrid(ROTARY, ROTARY), "layers are all attention"),
         ("transformers", hybrid(MAMBA1, MAMBA2), "mixers are of these kinds.*Mamba1.*Mamba2"),
@@ -281,7 +282,11 @@ def test_config_is_refused(layout, name, fields, message, saved):
         ),
         ("transformers", hybrid(mbx.Mamba1Config(6), width=9), "layers have an MLP"),
         ("state-spaces", hybrid(MAMBA2, attention(window=4), width=None), "a window"),
-        ("state-spaces", hybrid(MAMBA2, ROTARY, OFFICIAL, width=None), "of one kind differ"),
+        (
+            "state-spaces",
+            hybrid(MAMBA2, ROTARY, OFFICIAL, width=None),
+            "layers differ within one kind",
+        ),
         ("state-spaces", hybrid(MAMBA2, ROTARY), "not a multiple of 128 wide"),
         ("state-spaces", hybrid(MAMBA1, ROTARY, width=None), "`dt`, `B` and `C` are normed"),
     ],

@@ -240,7 +240,6 @@ def test_config_is_refused(layout, fields, message, saved):
         ("transformers", config(mixer(norm_before_gate=True)), "norm before the gate"),
         ("transformers", config(mixer(norm_eps=1e-4)), "0.0001 in the mixers and 1e-05 outside"),
         ("transformers", config(mixer(d_inner=15, headdim=5, ngroups=3)), "d_inner=15 and d_mod"),
-        ("transformers", config(mixer(), d_intermediate=128), "layers have an MLP"),
         ("state-spaces", config(mixer(d_inner=15, headdim=5, ngroups=3)), "d_inner=15 and d_mod"),
         ("state-spaces", config(mixer(norm_eps=1e-4)), "0.0001 in the mixers"),
     ],

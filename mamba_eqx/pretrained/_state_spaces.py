@@ -111,7 +111,9 @@ def _only(mixers: list[Any]) -> Any:
     """The one that all are, or `None` if there are none."""
     for mixer in mixers:
         if mixer != mixers[0]:
-            raise inexpressible("mixers of one kind differ", f"{mixers[0]} and {mixer}")
+            raise inexpressible(
+                "layers differ within one kind of mixer", f"{mixers[0]} and {mixer}"
+            )
     return mixers[0] if mixers else None
 
 

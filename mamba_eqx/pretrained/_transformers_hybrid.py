@@ -21,7 +21,7 @@ HYBRID_IGNORED = frozenset(
 RESIDUAL = "residual_in_fp32"
 
 
-def read_heads(fields: Fields, d_model: int, *, nheads: int, nheads_kv: int) -> dict[str, int]:
+def read_heads(fields: Fields, d_model: int, *, nheads: int, nheads_kv: int) -> dict[str, Any]:
     """The sizes of attention, with the defaults of transformers' config class."""
     nheads = fields.size("num_attention_heads", nheads)
     nheads_kv = (
@@ -56,7 +56,7 @@ def alike(config: LanguageModelConfig, kind: type[AbstractMixerConfig]) -> Any:
     found = [layer.mixer for layer in config.layers if isinstance(layer.mixer, kind)]
     for other in found:
         if other != found[0]:
-            raise inexpressible("mixers of one kind differ", f"{found[0]} and {other}")
+            raise inexpressible("layers differ within one kind of mixer", f"{found[0]} and {other}")
     return found[0] if found else None
 
 

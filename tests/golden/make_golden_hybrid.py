@@ -38,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
             attn_layer_indices=[1],
             num_attention_heads=6,
             num_key_value_heads=2,
-            head_dim=5,
+            head_dim=5,  # pyright: ignore[reportCallIssue]  (it reads it nevertheless)
             attention_bias=True,
             rope_parameters={
                 "rope_type": "default",
