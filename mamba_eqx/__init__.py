@@ -11,6 +11,7 @@ from ._mixer_configs import (
     AbstractMixerConfig as AbstractMixerConfig,
     Mamba1Config as Mamba1Config,
     Mamba2Config as Mamba2Config,
+    Mamba3Config as Mamba3Config,
 )
 from ._mlp import GatedMLP as GatedMLP
 from ._norm import GatedRMSNorm as GatedRMSNorm
@@ -41,6 +42,8 @@ from .mixers import (
     Mamba1State as Mamba1State,
     Mamba2 as Mamba2,
     Mamba2State as Mamba2State,
+    Mamba3 as Mamba3,
+    Mamba3State as Mamba3State,
 )
 from .pretrained import (
     CheckpointError as CheckpointError,

@@ -169,7 +169,8 @@ def test_recurrences_stay_in_float32(name: str):
         for leaf, recurrence in zip(jax.tree.leaves(layer), jax.tree.leaves(mask), strict=True):
             assert leaf.dtype == (jnp.float32 if recurrence else jnp.bfloat16)
         for path, leaf in jax.tree_util.tree_leaves_with_path(layer.init_state(max_len=128)):
-            kept = jax.tree_util.keystr(path).endswith(".ssm")
+            # All of Mamba-3's state is the recurrence's.
+            kept = jax.tree_util.keystr(path).endswith((".ssm", ".angle", ".k", ".v"))
             assert leaf.dtype == (jnp.float32 if kept else jnp.bfloat16)
 
 
