@@ -13,6 +13,7 @@ from hypothesis import given, strategies as st
 from mamba_eqx import ops
 from mamba_eqx.ops._angle import cos_sin, wrap
 
+from .cases import quick
 from .test_ops import close, shapes_in
 
 
@@ -129,21 +130,15 @@ def test_the_equations(
 
 
 @given(
-    seq=st.sampled_from([0, 1, 9, 10]),
+    seq=st.sampled_from([0, 1, 10]),
     chunk_size=st.sampled_from([1, 4, 5, None]),
     # On, beside and away from the borders of chunks; one after the other; at both ends.
     resets=st.sampled_from([None, (0,), (4, 5), (3, 8, 9), tuple(range(10))]),
     length=st.sampled_from([None, 0, 4, 5, 7]),
-    interleaved=st.booleans(),
     rank=st.sampled_from([None, 2]),
 )
 def test_methods(
-    seq: int,
-    chunk_size: int | None,
-    resets: Any,
-    length: int | None,
-    interleaved: bool,
-    rank: int | None,
+    seq: int, chunk_size: int | None, resets: Any, length: int | None, rank: int | None
 ):
     """Outputs, final state and every gradient, whatever the chunks are and the padding holds."""
     arrays, state = inputs(seq, rank=rank)
@@ -164,14 +159,14 @@ def test_methods(
                 state=state,
                 reset=reset,
                 length=length,
-                interleaved=interleaved,
+                interleaved=rank is None,
                 **options,
             )
             y = jnp.where(real[:, None, None, None], y, 0.0)
             weight = jnp.cos(jnp.arange(float(seq)))[:, None, None, None]
             return jnp.sum(weight * y) + sum(jnp.sum(jnp.sin(t)) for t in state), (y, state)
 
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(arrays, state)
+        return quick(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(arrays, state)
 
     got = run("chunked")
     close(got, run("sequential"))
@@ -191,6 +186,9 @@ def test_derivatives(rank: int | None):
 
     jax.test_util.check_grads(run, (arrays, state), order=1, modes=["fwd", "rev"])
 
+    if rank is not None:
+        return
+
     def loss(dt: Any, angles: Any) -> Any:
         return jnp.sum(run(arrays | {"dt": dt, "angles": angles}, state)[0] ** 2)
 
@@ -201,7 +199,7 @@ def test_derivatives(rank: int | None):
 @pytest.mark.parametrize("rate", [1e-30, 1e30])
 def test_extreme_rates(rate: float):
     """Rates so large that every decay underflows, and so small that none decays."""
-    arrays, state = inputs(40, dtype="float32", ngroups=1)
+    arrays, state = inputs(40, dtype="float32", ngroups=1, rank=None)
     arrays["A"] = arrays["A"] * 0 - rate
     arrays["dt"] = arrays["dt"].at[30:].mul(0).at[10:15].mul(1e10)
 
@@ -210,7 +208,7 @@ def test_extreme_rates(rate: float):
             y, state = call(arrays, state=state, method=method, interleaved=True)
             return jnp.sum(y) * 1e-10 + sum(jnp.sum(t) for t in state) * 1e-10, (y, state)
 
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(arrays, state)
+        return quick(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(arrays, state)
 
     for leaf in jax.tree.leaves(run("chunked")):
         assert np.isfinite(leaf).all()
@@ -230,7 +228,7 @@ def test_a_reset_forgets_what_is_not_a_number(at: int):
             y, end = call(arrays, state=state, reset=reset, chunk_size=4, interleaved=True)
             return jnp.sum(jnp.cos(y[at:])) + sum(jnp.sum(jnp.sin(t)) for t in end), (y, end)
 
-        grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        grad = quick(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
         (_, (y, end)), (of_arrays, of_state) = grad(arrays, state)
         after = [of_arrays[n][at:] for n in ("x", "dt", "A", "B", "C", "trap", "angles")]
         return (y[at:], end, after, of_state), y[:at]
@@ -241,12 +239,13 @@ def test_a_reset_forgets_what_is_not_a_number(at: int):
         assert np.isfinite(leaf).all()
     close(got[:3], want[:3])
     assert np.isnan(before).all()
+    if at != 6:
+        return
     # One leaf alone, of one head: the others go on.
     for i, leaf in enumerate(state):
         spoilt = leaf.at[..., 1, 0].set(jnp.nan)
-        y, _ = call(
-            arrays, state=(*state[:i], spoilt, *state[i + 1 :]), reset=reset, interleaved=True
-        )
+        states = (*state[:i], spoilt, *state[i + 1 :])
+        y, _ = quick(lambda s: call(arrays, state=s, reset=reset, interleaved=True))(states)
         assert np.isnan(y[:at, :, 1]).any(-1).all()
         assert np.isfinite(y[at:]).all()
         assert np.isfinite(y[:, :, 0]).all()
@@ -294,10 +293,10 @@ def test_angles_keep_their_digits():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_cos_sin(dtype: str):
     angle = jnp.linspace(-np.pi, np.pi, 1001).astype(dtype)
-    tolerance = {"float32": 3e-7, "float64": 5e-16}[dtype]
+    tolerance = {"float32": 2e-7, "float64": 4e-16}[dtype]
     for got, want in zip(cos_sin(angle), (np.cos(angle), np.sin(angle)), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
-    jax.test_util.check_grads(cos_sin, (angle.astype("float64"),), order=2)
+    jax.test_util.check_grads(jax.jit(cos_sin), (angle.astype("float64"),), order=2)
 
 
 def test_errors():

@@ -16,14 +16,15 @@ def cos_sin(
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     """The cosine and the sine of angles within half a turn of zero.
 
-    By the series for half the angle, since XLA's CPU backend computes `jnp.cos` one number at a
-    time, ten times as slowly (docs/speed.md).
+    By their series, since XLA's CPU backend computes `jnp.cos` one number at a time, ten times as
+    slowly (docs/speed.md).
     """
     terms = 12 if angle.dtype == jnp.float64 else 7
-    half = angle / 2
-    sin = half * _series(half**2, [1 / math.factorial(2 * i + 1) for i in range(terms)])
-    cos = _series(half**2, [1 / math.factorial(2 * i) for i in range(terms + 1)])
-    return 1 - 2 * sin**2, 2 * sin * cos
+    half_turns = jnp.round(angle / math.pi)
+    rest, sign = angle - math.pi * half_turns, 1 - 2 * jnp.abs(half_turns)
+    sin = rest * _series(rest**2, [1 / math.factorial(2 * i + 1) for i in range(terms)])
+    cos = _series(rest**2, [1 / math.factorial(2 * i) for i in range(terms + 1)])
+    return sign * cos, sign * sin
 
 
 @cos_sin.defjvp

@@ -100,23 +100,21 @@ def _cos_sin_of_chunks(
     dt, angles, reset = cut_into_chunks(chunk_size, (dt, angles, reset))
     if reset is None:
         visible, first = documents(None, dt.shape[1])
-        visible, first = visible[None], first[None]
+        subscripts = "ls,csha->chla"
     else:
         visible, first = jax.vmap(lambda reset: documents(reset, dt.shape[1]))(reset)
+        subscripts = "cls,csha->chla"
     turns = wrap(dt[..., None] * angles[:, :, None])
     within = jnp.einsum(
-        "cls,csha->chla",
-        jnp.broadcast_to(visible, (dt.shape[0], *visible.shape[1:])).astype(turns.dtype),
-        turns,
-        precision=lax.Precision.HIGHEST,
+        subscripts, visible.astype(turns.dtype), turns, precision=lax.Precision.HIGHEST
     )
-    through = jnp.broadcast_to(first[:, -1], dt.shape[:1])
+    first = jnp.broadcast_to(first, dt.shape[:2])
 
     def chunk(angle: Array, totals: Any) -> tuple[Array, Array]:
         last, through = totals
         return wrap(last + only(through, angle)), angle
 
-    angle, starts = lax.scan(chunk, angle, (within[:, :, -1], through))
+    angle, starts = lax.scan(chunk, angle, (within[:, :, -1], first[:, -1]))
     starts = jnp.where(first[:, None, :, None], starts[:, :, None], 0)
     return *cos_sin(wrap(within + starts)), angle
 
