@@ -35,7 +35,7 @@ class Mamba3State(eqx.Module):
     hidden state, and the last token's key and value."""
 
     angle: Float[Array, "nheads pairs"]
-    ssm: Float[Array, "d_state nheads headdim"]
+    ssm: Float[Array, "nheads headdim d_state"]
     k: Float[Array, "rank nheads d_state"]
     v: Float[Array, "nheads headdim"]
 
@@ -251,7 +251,7 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
         dtype = at_least_float32(self.in_proj.weight, self.dt_bias)
         return Mamba3State(
             angle=jnp.zeros((self.nheads, self.pairs), dtype),
-            ssm=jnp.zeros((self.d_state, self.nheads, self.headdim), dtype),
+            ssm=jnp.zeros((self.nheads, self.headdim, self.d_state), dtype),
             k=jnp.zeros((self.rank, self.nheads, self.d_state), dtype),
             v=jnp.zeros((self.nheads, self.headdim), dtype),
         )

@@ -104,7 +104,7 @@ def mamba3(
     nheads, headdim = x.shape[1:]
     check_groups(nheads, ngroups)
     if state is None:
-        shapes = (nheads, angles.shape[1]), (d_state, nheads, headdim), (rank, nheads, d_state)
+        shapes = (nheads, angles.shape[1]), (nheads, headdim, d_state), (rank, nheads, d_state)
         angle, h, k, v = (jnp.zeros(shape) for shape in (*shapes, (nheads, headdim)))
         state = angle, h, k, v
     y_dtype, real = x.dtype, real_tokens(seq, length)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from ._angle import cos_sin, wrap
 from ._chunks import decays, documents, only
-from ._mamba3_step import Parameters, State, Tokens, expanded, map_state, turned
+from ._mamba3_step import Parameters, State, Tokens, expanded, turned
 from ._recurrence import cut_into_chunks
 from ._rotary import rotate
 
@@ -33,14 +33,14 @@ def chunked(
     if reset is not None:
         # What is not a number would get into all products of its chunk, even beyond a reset. It is
         # put back at the end, where it belongs.
-        state = map_state(lambda t: only((finite & ~reset[0])[:, None], t), state)
+        state = _only_heads(finite & ~reset[0], state, 0.0)
     angle, h, k, x_before = state
     cos, sin, angle = _cos_sin_of_chunks(chunk_size, dt, angles, angle, reset)
 
     # Each chunk gets the state with the terms of the token before it, up to that token's decay.
     gamma = trap * dt
     late = (1 - trap) * dt
-    pending = jnp.einsum("rhn,rhp->nhp", late[0, :, None] * k, expanded(x_before, mimo_x))
+    pending = jnp.einsum("rhn,rhp->hpn", late[0, :, None] * k, expanded(x_before, mimo_x))
     later = jnp.concatenate([late[1:], jnp.zeros_like(late[:1])])
 
     # With the pairs in the two halves all that is turned is contiguous.
@@ -55,10 +55,9 @@ def chunked(
         y, h = _chunk(cos, sin, x, logs, gamma, scale, B, C, reset, in_halves, h)
         return h, y
 
-    by_head = order((h + pending).transpose(1, 2, 0))
     chunks = (cos, sin, *cut_into_chunks(chunk_size, per_token))
-    by_head, y = lax.scan(chunk, by_head, chunks)
-    h = (_out_of_halves(by_head) if interleaved else by_head).transpose(2, 0, 1)
+    h, y = lax.scan(chunk, order(h + pending), chunks)
+    h = _out_of_halves(h) if interleaved else h
 
     # The key and the value of the last real token, if there is one.
     seq = x.shape[0]
@@ -72,13 +71,19 @@ def chunked(
     if reset is not None:
         lost = ~finite & (jnp.cumsum(reset) == 0)[:, None]
         y = jnp.where(lost[:, None, :, None], jnp.nan, y)
-        state = map_state(lambda t: jnp.where(lost[-1][:, None], jnp.nan, t), state)
+        state = _only_heads(~lost[-1], state, jnp.nan)
     return y, state
 
 
 def _finite_heads(state: State) -> Bool[Array, " nheads"]:
     angle, h, k, x = (jnp.isfinite(t) for t in state)
-    return angle.all(axis=1) & h.all(axis=(0, 2)) & k.all(axis=(0, 2)) & x.all(axis=1)
+    return angle.all(axis=1) & h.all(axis=(1, 2)) & k.all(axis=(0, 2)) & x.all(axis=1)
+
+
+def _only_heads(mask: Bool[Array, " nheads"], state: State, otherwise: float) -> State:
+    angle, h, k, x = state
+    angle, k, x = (jnp.where(mask[:, None], t, otherwise) for t in (angle, k, x))
+    return angle, jnp.where(mask[:, None, None], h, otherwise), k, x
 
 
 def _cos_sin_of_chunks(

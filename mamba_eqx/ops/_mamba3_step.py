@@ -12,9 +12,11 @@ from ._rotary import rotate
 
 # Subscripts: h heads, r ranks, p channels of a head, n state dimensions.
 
+# What a token leaves behind: the angle, the hidden state, the key and `x`. With the heads first and
+# the dimensions that are summed last, a step takes a fraction of the time of the ssd's layout.
 State = tuple[
     Float[Array, "nheads pairs"],
-    Float[Array, "d_state nheads headdim"],
+    Float[Array, "nheads headdim d_state"],
     Float[Array, "rank nheads d_state"],
     Float[Array, "nheads headdim"],
 ]
@@ -87,9 +89,9 @@ def advance(
     beta, gamma = (1 - trap) * dt * alpha, trap * dt
     # One product for both terms.
     keys = jnp.concatenate([beta[:, None] * k_before, gamma[:, None] * k])
-    written = jnp.einsum("rhn,rhp->nhp", keys, jnp.concatenate([v_before, v]))
-    h = alpha[:, None] * h + written
-    y = jnp.einsum("rhn,nhp->rhp", q, h)
+    written = jnp.einsum("rhn,rhp->hpn", keys, jnp.concatenate([v_before, v]))
+    h = alpha[:, None, None] * h + written
+    y = jnp.einsum("rhn,hpn->rhp", q, h)
     if D is not None:
         y = y + D[:, None] * v
     return y, (angle, h, k, x)

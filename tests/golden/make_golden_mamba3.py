@@ -168,7 +168,7 @@ def make_op(name: str, references: Any) -> Tensors:
         out = dict(zip(("y", "angle", "ssm", "k", "v"), run(leaves, arguments), strict=True))
         for k, v in out.items():
             weights.setdefault(k, torch.from_numpy(rng.standard_normal(v.shape)))
-        objective = sum((weights[k] * v).sum() for k, v in out.items())
+        objective = torch.stack([(weights[k] * v).sum() for k, v in out.items()]).sum()
         grads = torch.autograd.grad(objective, list(leaves.values()))
         out |= {f"grad.{k}": g for k, g in zip(leaves, grads, strict=True)}
         return {k: v.detach().contiguous() for k, v in out.items()}
@@ -179,7 +179,7 @@ def make_op(name: str, references: Any) -> Tensors:
 
     with honest_float64():
         if rank:
-            options = {"MIMO_Z": None, "MIMO_Out": None, "Z": None}
+            options: dict[str, Any] = {"MIMO_Z": None, "MIMO_Out": None, "Z": None}
             options["rotary_dim_divisor"] = s["divisor"]
             witness, other = (
                 answers(
@@ -209,7 +209,7 @@ def make_op(name: str, references: Any) -> Tensors:
 
 # --- the language model -------------------------------------------------------------------------
 
-COMMON = {
+COMMON: dict[str, Any] = {
     "d_model": 10,
     "n_layer": 2,
     "vocab_size": 29,  # 32 rows, the padding included
@@ -218,7 +218,13 @@ COMMON = {
     "fused_add_norm": True,
     "pad_vocab_size_multiple": 16,
 }
-SISO_CFG = {"layer": "Mamba3", "d_state": 12, "expand": 2, "headdim": 5, "chunk_size": 64}
+SISO_CFG: dict[str, Any] = {
+    "layer": "Mamba3",
+    "d_state": 12,
+    "expand": 2,
+    "headdim": 5,
+    "chunk_size": 64,
+}
 MIMO_CFG = SISO_CFG | {
     "d_state": 8,
     "ngroups": 2,
@@ -229,7 +235,7 @@ MIMO_CFG = SISO_CFG | {
     "A_floor": 0.3,
     "A_activation": "softplus",  # Ours; the official code up to 2.3.2 has no other.
 }
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "state_spaces_mamba3": COMMON | {"ssm_cfg": SISO_CFG},
     "state_spaces_mamba3_mimo": COMMON | {"ssm_cfg": MIMO_CFG},
 }
