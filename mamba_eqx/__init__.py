@@ -15,6 +15,7 @@ from ._mixer_configs import (
     AttentionConfig as AttentionConfig,
     Mamba1Config as Mamba1Config,
     Mamba2Config as Mamba2Config,
+    Mamba3Config as Mamba3Config,
 )
 from ._mlp import GatedMLP as GatedMLP
 from ._norm import GatedRMSNorm as GatedRMSNorm
@@ -70,6 +71,8 @@ from .mixers import (
     Mamba1State as Mamba1State,
     Mamba2 as Mamba2,
     Mamba2State as Mamba2State,
+    Mamba3 as Mamba3,
+    Mamba3State as Mamba3State,
 )
 from .pretrained import (
     CheckpointError as CheckpointError,

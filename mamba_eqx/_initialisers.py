@@ -131,3 +131,28 @@ def default_dtype() -> jnp.dtype:
 def check_positive(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` must be an integer of at least 1, but got {name}={value!r}.")
+
+
+def check_rope_fraction(rope_fraction: float, d_state: int) -> None:
+    if rope_fraction not in (0.5, 1):
+        raise ValueError(
+            "`rope_fraction` must be 0.5 or 1, the fraction of the state that is turned, but got "
+            f"rope_fraction={rope_fraction!r}."
+        )
+    if int(d_state * rope_fraction) < 2:
+        raise ValueError(
+            "`d_state * rope_fraction` must be at least 2, a pair that is turned, but got "
+            f"d_state={d_state} and rope_fraction={rope_fraction}."
+        )
+
+
+def check_A(A_activation: str, A_floor: float) -> None:
+    if A_activation not in ("heavy_tail", "softplus"):
+        raise ValueError(
+            '`A_activation` must be "heavy_tail" or "softplus", but got '
+            f"A_activation={A_activation!r}."
+        )
+    if not 0 < A_floor < math.inf:
+        raise ValueError(
+            f"`A_floor`, the smallest rate of decay, must be positive, but got A_floor={A_floor}."
+        )

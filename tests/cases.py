@@ -128,10 +128,13 @@ def fold_in_jax(layer: Any, state: Any, x: Any) -> Any:
 
 def assert_close(got: Any, want: Any, dtype: str) -> None:
     assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    leaves = zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True)
+    for (path, a), b in leaves:
         assert a.dtype == b.dtype
         assert a.shape == b.shape
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        if jax.tree_util.keystr(path).endswith(".angle"):  # The same angle, whole turns away.
+            a = a - 2 * np.pi * np.round((a - b) / (2 * np.pi))
         scale = max(1.0, np.abs(b).max(initial=0.0))
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE[dtype] * scale)
 

@@ -99,6 +99,24 @@ def attention(*, nheads_kv: int, shared: int, **options: Any) -> Make:
     return make
 
 
+def mamba3(*, ngroups: int, heads_per_group: int, **options: Any) -> Make:
+    """`dt_rank` stands in for `headdim`, and there are angles whatever `d_state`."""
+
+    def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Mamba3:
+        return mbx.Mamba3(
+            s.d_model,
+            d_inner=ngroups * heads_per_group * s.dt_rank,
+            d_state=s.d_state + 3,
+            headdim=s.dt_rank,
+            ngroups=ngroups,
+            dtype=dtype,
+            key=key,
+            **options,
+        )
+
+    return make
+
+
 def conv(s: Sizes, dtype: Any, key: jax.Array) -> mbx.CausalConv1d:
     return mbx.CausalConv1d(s.d_model, s.d_conv, use_bias=s.flag, dtype=dtype, key=key)
 
@@ -162,6 +180,17 @@ MIXERS: dict[str, Make] = {
     "attention_window": attention(
         nheads_kv=1, shared=4, window=True, rotary_emb_interleaved=True, softmax_scale=0.3
     ),
+    "mamba3": mamba3(ngroups=1, heads_per_group=3),
+    "mamba3_mimo": mamba3(
+        ngroups=2,
+        heads_per_group=2,
+        mimo_rank=3,
+        rope_fraction=1.0,
+        A_activation="softplus",
+        A_floor=0.5,
+        outproj_norm=True,
+        norm_eps=0.03,
+    ),
 }
 
 # Layers made of layers, and small variations: held in one size.
@@ -170,6 +199,7 @@ COMPOSITES: dict[str, Make] = {
     "block": block(mamba1),
     "block_mlp": block(mamba1, mlp=True),
     "block_mamba2": block(mamba2(ngroups=1, heads_per_group=2)),
+    "block_mamba3": block(mamba3(ngroups=1, heads_per_group=2, mimo_rank=1)),
     "block_layernorm": block(mamba1, rms_norm=False),
     "unrolled": stack(mbx.Unrolled, block(mamba1), conv, mamba1_normed("weightless")),
     "unrolled_remat": stack(mbx.Unrolled, block(mamba1), block(mamba1, mlp=True), remat=True),
@@ -257,6 +287,30 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
                     out_proj_bias=True,
                 ),
                 d_intermediate=9,
+            ),
+        )
+        * 2,
+    ),
+    "mamba3": mbx.LanguageModelConfig(
+        vocab_size=11, layers=(mbx.BlockConfig(mbx.Mamba3Config(d_model=5, headdim=2)),) * 2
+    ),
+    "mamba3_every_field": mbx.LanguageModelConfig(
+        vocab_size=11,
+        layers=(
+            mbx.BlockConfig(
+                mbx.Mamba3Config(
+                    d_model=5,
+                    d_inner=12,
+                    d_state=3,
+                    headdim=2,
+                    ngroups=3,
+                    mimo_rank=2,
+                    rope_fraction=1.0,
+                    A_activation="softplus",
+                    A_floor=0.01,
+                    outproj_norm=True,
+                    norm_eps=1e-3,
+                ),
             ),
         )
         * 2,

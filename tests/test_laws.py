@@ -174,10 +174,14 @@ def test_recurrences_stay_in_float32(name: str):
         mask = mbx.recurrence_mask(layer)
         for leaf, recurrence in zip(jax.tree.leaves(layer), jax.tree.leaves(mask), strict=True):
             assert leaf.dtype == (jnp.float32 if recurrence else jnp.bfloat16)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(layer.init_state(max_len=128)):
-            if jnp.issubdtype(leaf.dtype, jnp.integer):
+        is_cache = lambda node: isinstance(node, mbx.KVCache)  # noqa: E731
+        state = layer.init_state(max_len=128)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_cache):
+            if isinstance(leaf, mbx.KVCache):
+                assert leaf.k.dtype == leaf.v.dtype == jnp.bfloat16
                 continue
-            kept = jax.tree_util.keystr(path).endswith(".ssm")
+            # All of Mamba-3's state is the recurrence's.
+            kept = jax.tree_util.keystr(path).endswith((".ssm", ".angle", ".k", ".v"))
             assert leaf.dtype == (jnp.float32 if kept else jnp.bfloat16)
 
 

@@ -37,6 +37,14 @@ def check_size(config: Any, name: str) -> None:
         )
 
 
+def check_number(config: Any, name: str) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        raise ValueError(
+            f"`{name}` of {type(config).__name__} must be a number, but got {value!r}."
+        )
+
+
 def check_flag(config: Any, name: str) -> None:
     value = getattr(config, name)
     if not isinstance(value, bool):

@@ -7,6 +7,8 @@ from ._attention import (
     rotary_embedding as rotary_embedding,
 )
 from ._conv import causal_conv1d as causal_conv1d, causal_conv1d_step as causal_conv1d_step
+from ._mamba3 import mamba3 as mamba3
+from ._mamba3_step import mamba3_step as mamba3_step
 from ._norm import gated_rms_norm as gated_rms_norm
 from ._recurrence import linear_recurrence as linear_recurrence
 from ._selective_scan import (

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from ._chunks import decays, documents, only
 from ._precision import at_least_float32
-from ._recurrence import cut_into_chunks, freeze, mask_resets, real_tokens
+from ._recurrence import cut_into_chunks, expand, freeze, mask_resets, real_tokens
 
 
 # Subscripts: l, s tokens (of output and input), g groups, r heads of a group, p channels of a head,
@@ -200,31 +201,15 @@ def _chunk(
     Float[Array, "chunk ngroups heads headdim"], Float[Array, "ngroups d_state heads headdim"]
 ]:
     size = u.shape[0]
-    # Tokens see one another only inside one document; what came with `h` is document 0.
-    document = jnp.zeros(size, jnp.int32) if reset is None else jnp.cumsum(reset, dtype=jnp.int32)
-    visible = jnp.tril(document[:, None] == document)
-    first = document == 0
-
-    # The decay from token s to token l is summed from s on. As a difference of two sums from the
-    # start of the chunk it would have the rounding errors of both.
-    logs = jnp.moveaxis(log_decay, 0, -1)[..., None]
-    later = jnp.tril(jnp.ones((size, size), bool), -1)
-    between = jnp.cumsum(jnp.where(later, logs, jnp.zeros_like(logs)), axis=-2)
-    decay = jnp.exp(jnp.where(visible, between, -jnp.inf))  # (ngroups, heads, l, s)
-    since_start = _only(first, jnp.exp(jnp.cumsum(log_decay, axis=0)))
+    visible, first = documents(reset, size)
+    decay = decays(jnp.moveaxis(log_decay, 0, -1), visible)  # (ngroups, heads, l, s)
+    since_start = only(expand(first, log_decay), jnp.exp(jnp.cumsum(log_decay, axis=0)))
 
     weight = decay * jnp.moveaxis(dt, 0, -1)[..., None, :]
     y = jnp.einsum("grls,sgrp->lgrp", jnp.einsum("lgn,sgn->gls", C, B)[:, None] * weight, u)
-    seen = jnp.einsum("lgn,gnrp->lgrp", _only(first, C), h)
-    y = y + _only(first, since_start[..., None] * seen)
+    seen = jnp.einsum("lgn,gnrp->lgrp", only(expand(first, C), C), h)
+    y = y + only(expand(first, seen), since_start[..., None] * seen)
 
     to_end = jnp.moveaxis(weight[:, :, -1, :], -1, 0)[..., None] * u
-    kept = _only(first[-1], since_start[-1][:, None, :, None] * h)
+    kept = only(first[-1], since_start[-1][:, None, :, None] * h)
     return y, kept + jnp.einsum("sgn,sgrp->gnrp", B, to_end)
-
-
-def _only(mask: Bool[Array, " *chunk"], array: Float[Array, "..."]) -> Float[Array, "..."]:
-    # A `where`, because what is forgotten need not be a number. Its derivative need not be one
-    # either, unless its factors are masked as well.
-    mask = mask.reshape(mask.shape + (1,) * (array.ndim - mask.ndim))
-    return jnp.where(mask, array, jnp.zeros_like(array))

@@ -5,7 +5,13 @@ from types import MappingProxyType
 from typing import Any
 
 from .._config import BlockConfig, LanguageModelConfig
-from .._mixer_configs import AbstractMixerConfig, AttentionConfig, Mamba1Config, Mamba2Config
+from .._mixer_configs import (
+    AbstractMixerConfig,
+    AttentionConfig,
+    Mamba1Config,
+    Mamba2Config,
+    Mamba3Config,
+)
 from ._layout import IDENTITY, Entry, Transform
 from ._stored import CheckpointError
 
@@ -64,6 +70,27 @@ def mamba2(config: Mamba2Config) -> list[Entry]:
     return entries
 
 
+def mamba3(config: Mamba3Config) -> list[Entry]:
+    """The names within a Mamba-3 mixer: upstream's own."""
+    entries = [
+        Entry("in_proj.weight", lambda mixer: mixer.in_proj.weight),
+        Entry("dt_bias", lambda mixer: mixer.dt_bias),
+        Entry("B_bias", lambda mixer: mixer.B_bias),
+        Entry("C_bias", lambda mixer: mixer.C_bias),
+        Entry("B_norm.weight", lambda mixer: mixer.B_norm.weight),
+        Entry("C_norm.weight", lambda mixer: mixer.C_norm.weight),
+        Entry("D", lambda mixer: mixer.D),
+        Entry("out_proj.weight", lambda mixer: mixer.out_proj.weight),
+    ]
+    if config.mimo_rank is not None:
+        entries.append(Entry("mimo_x", lambda mixer: mixer.mimo_x))
+        entries.append(Entry("mimo_z", lambda mixer: mixer.mimo_z))
+        entries.append(Entry("mimo_o", lambda mixer: mixer.mimo_o))
+    if config.outproj_norm:
+        entries.append(Entry("norm.weight", lambda mixer: mixer.norm.weight))
+    return entries
+
+
 def _by_head(config: Mamba2Config) -> Transform:
     """(nheads, headdim) here, (d_inner,) in the file."""
 
@@ -96,7 +123,9 @@ def attention(config: AttentionConfig) -> list[Entry]:
 
 # One line for each mixer.
 _MIXERS: MappingProxyType[type[AbstractMixerConfig], Callable[[Any], list[Entry]]]
-_MIXERS = MappingProxyType({Mamba1Config: mamba1, Mamba2Config: mamba2, AttentionConfig: attention})
+_MIXERS = MappingProxyType(
+    {Mamba1Config: mamba1, Mamba2Config: mamba2, Mamba3Config: mamba3, AttentionConfig: attention}
+)
 
 
 def mixer(config: AbstractMixerConfig) -> list[Entry]:

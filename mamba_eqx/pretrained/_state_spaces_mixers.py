@@ -5,7 +5,13 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
-from .._mixer_configs import AbstractMixerConfig, AttentionConfig, Mamba1Config, Mamba2Config
+from .._mixer_configs import (
+    AbstractMixerConfig,
+    AttentionConfig,
+    Mamba1Config,
+    Mamba2Config,
+    Mamba3Config,
+)
 from ._fields import Fields, limit_to_json
 from ._stored import CheckpointError
 
@@ -22,6 +28,10 @@ _MAMBA2_IGNORED = frozenset(
     A_init_range chunk_size conv_init dt_init_floor dt_max dt_min sequence_parallel use_mem_eff_path
     """.split()  # noqa: SIM905
 )
+
+
+# Beside these, official Mamba-3 takes fields that it has no use for, in silence; we refuse them.
+_MAMBA3_IGNORED = frozenset(["chunk_size", "dropout", "dt_init_floor", "dt_max", "dt_min"])
 
 
 def _read_mamba1(d_model: int, fields: Fields) -> Mamba1Config:
@@ -46,20 +56,20 @@ def _read_mamba1(d_model: int, fields: Fields) -> Mamba1Config:
 def _write_mamba1(config: Mamba1Config) -> dict[str, Any]:
     if config.select_norm is not None:
         raise inexpressible("`dt`, `B` and `C` are normed", f"select_norm={config.select_norm!r}")
-    # The official width is `int(expand * d_model)`, which the last candidate is sure to hit.
-    candidates = (
-        config.d_inner // config.d_model,
-        config.d_inner / config.d_model,
-        (config.d_inner + 0.5) / config.d_model,
-    )
     return {
         "d_state": config.d_state,
         "d_conv": config.d_conv,
-        "expand": next(e for e in candidates if int(e * config.d_model) == config.d_inner),
+        "expand": _expand(config.d_inner, config.d_model),
         "dt_rank": config.dt_rank,
         "bias": config.bias,
         "conv_bias": config.conv_bias,
     }
+
+
+def _expand(d_inner: int, d_model: int) -> int | float:
+    # The official width is `int(expand * d_model)`, which the last candidate is sure to hit.
+    candidates = (d_inner // d_model, d_inner / d_model, (d_inner + 0.5) / d_model)
+    return next(expand for expand in candidates if int(expand * d_model) == d_inner)
 
 
 def _read_mamba2(d_model: int, fields: Fields) -> Mamba2Config:
@@ -165,15 +175,61 @@ def write_attention(config: AttentionConfig) -> dict[str, Any]:
     return fields
 
 
+def _read_mamba3(d_model: int, fields: Fields) -> Mamba3Config:
+    # The defaults are those of the official `Mamba3.__init__`.
+    mimo_rank = fields.size("mimo_rank", 4)  # It says nothing in the SISO form.
+    config = Mamba3Config(
+        d_model=d_model,
+        d_inner=fields.multiple_of(d_model, "expand", 2),
+        d_state=fields.size("d_state", 128),
+        headdim=fields.size("headdim", 64),
+        ngroups=fields.size("ngroups", 1),
+        mimo_rank=mimo_rank if fields.flag("is_mimo", False) else None,
+        rope_fraction=float(fields.only("rope_fraction", [0.5, 1.0, 1], 0.5)),
+        # Which one official code computes depends on its version, and no field of its own says it.
+        A_activation=fields.only("A_activation", ["heavy_tail", "softplus"], "heavy_tail"),
+        A_floor=fields.number("A_floor", 1e-4),
+        outproj_norm=fields.flag("is_outproj_norm", False),
+        norm_eps=EPS,
+    )
+    fields.ignore(_MAMBA3_IGNORED)
+    return config
+
+
+def _write_mamba3(config: Mamba3Config) -> dict[str, Any]:
+    if config.norm_eps != EPS:
+        raise inexpressible(f"`norm_eps` is not {EPS}", f"{config.norm_eps} in the mixers")
+    fields: dict[str, Any] = {
+        "d_state": config.d_state,
+        "expand": _expand(config.d_inner, config.d_model),
+        "headdim": config.headdim,
+        "ngroups": config.ngroups,
+        "rope_fraction": config.rope_fraction,
+        "A_floor": config.A_floor,
+        "is_outproj_norm": config.outproj_norm,
+        "is_mimo": config.mimo_rank is not None,
+    }
+    if config.mimo_rank is not None:
+        # Official MIMO kernels want smaller chunks than their default of 64.
+        fields |= {"mimo_rank": config.mimo_rank, "chunk_size": max(1, 64 // config.mimo_rank)}
+    if config.A_activation != "heavy_tail":
+        fields["A_activation"] = config.A_activation
+    return fields
+
+
 # One line for each mixer: its name as `ssm_cfg.layer`, and how the rest of `ssm_cfg` is read and
 # written.
 READERS: MappingProxyType[str, Callable[[int, Fields], AbstractMixerConfig]]
-READERS = MappingProxyType({"Mamba1": _read_mamba1, "Mamba2": _read_mamba2})
+READERS = MappingProxyType({"Mamba1": _read_mamba1, "Mamba2": _read_mamba2, "Mamba3": _read_mamba3})
 
 WRITERS: MappingProxyType[
     type[AbstractMixerConfig], tuple[str, Callable[[Any], dict[str, Any]]]
 ] = MappingProxyType(
-    {Mamba1Config: ("Mamba1", _write_mamba1), Mamba2Config: ("Mamba2", _write_mamba2)}
+    {
+        Mamba1Config: ("Mamba1", _write_mamba1),
+        Mamba2Config: ("Mamba2", _write_mamba2),
+        Mamba3Config: ("Mamba3", _write_mamba3),
+    }
 )
 
 

@@ -1,0 +1,312 @@
+"""The op of Mamba-3 by itself: its methods agree, with each other and with a plain loop."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from mamba_eqx import ops
+from mamba_eqx.ops._angle import cos_sin, wrap
+
+from .cases import quick
+from .test_ops import close, shapes_in
+
+
+METHODS: list[Any] = ["chunked", "sequential"]
+NAMES = ["x", "dt", "A", "B", "C", "D", "trap", "angles", "B_bias", "C_bias", "mimo_x"]
+
+
+@pytest.fixture(autouse=True)
+def in_float64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+def inputs(
+    seq: int,
+    *,
+    ngroups: int = 2,
+    heads: int = 2,
+    headdim: int = 4,
+    d_state: int = 7,
+    pairs: int = 2,
+    rank: int | None = 3,
+    dtype: str = "float64",
+) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """The arguments by name, and a state."""
+    rng, nheads, ranks = np.random.default_rng(seq), ngroups * heads, rank or 1
+
+    def normal(*shape: int) -> Any:
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    arrays = {
+        "x": normal(seq, nheads, headdim),
+        "dt": jax.nn.softplus(normal(seq, nheads)),
+        "A": -jnp.exp(normal(seq, nheads)),
+        "B": normal(seq, ranks, ngroups, d_state),
+        "C": normal(seq, ranks, ngroups, d_state),
+        "D": normal(nheads),
+        "trap": jax.nn.sigmoid(normal(seq, nheads)),
+        "angles": np.pi * jnp.tanh(normal(seq, pairs)),
+        "B_bias": normal(nheads, ranks, d_state),
+        "C_bias": normal(nheads, ranks, d_state),
+        "mimo_x": None if rank is None else normal(nheads, ranks, headdim),
+    }
+    state = (
+        wrap(normal(nheads, pairs)),
+        normal(nheads, headdim, d_state),
+        normal(ranks, nheads, d_state),
+        normal(nheads, headdim),
+    )
+    return arrays, state
+
+
+def call(arrays: dict[str, Any], **options: Any) -> Any:
+    positional = [arrays[name] for name in NAMES[:6]]
+    return ops.mamba3(*positional, **{name: arrays[name] for name in NAMES[6:]}, **options)
+
+
+def loop(arrays: dict[str, Any], state: Any, reset: Any, interleaved: bool) -> Any:
+    """The equations, one number at a time, with complex numbers for the pairs."""
+    a = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
+    angle, h, k, v = (np.array(t) for t in state)
+    seq, nheads, headdim = a["x"].shape
+    _, ranks, ngroups, d_state = a["B"].shape
+    up = a.get("mimo_x", np.ones((nheads, ranks, headdim)))
+    y = np.zeros((seq, ranks, nheads, headdim))
+
+    def turn(x: Any, angle: Any) -> Any:
+        x = x.copy()
+        for j in range(len(angle)):
+            first, second = (2 * j, 2 * j + 1) if interleaved else (j, j + d_state // 2)
+            z = (x[first] + 1j * x[second]) * np.exp(1j * angle[j])
+            x[first], x[second] = z.real, z.imag
+        return x
+
+    for t in range(seq):
+        if reset[t]:
+            angle, h, k, v = (np.zeros_like(s) for s in (angle, h, k, v))
+        for i in range(nheads):
+            group, dt, lam = i // (nheads // ngroups), a["dt"][t, i], a["trap"][t, i]
+            alpha = np.exp(dt * a["A"][t, i])
+            angle[i] += dt * a["angles"][t]
+            h[i] *= alpha
+            for r in range(ranks):
+                h[i] += (1 - lam) * dt * alpha * np.outer(v[i] * up[i, r], k[r, i])
+                k[r, i] = turn(a["B"][t, r, group] + a["B_bias"][i, r], angle[i])
+                h[i] += lam * dt * np.outer(a["x"][t, i] * up[i, r], k[r, i])
+            for r in range(ranks):
+                q = turn(a["C"][t, r, group] + a["C_bias"][i, r], angle[i])
+                y[t, r, i] = h[i] @ q + a["D"][i] * a["x"][t, i] * up[i, r]
+            v[i] = a["x"][t, i]
+    return y, (np.asarray(wrap(jnp.asarray(angle))), h, k, v)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("ngroups", "heads", "rank", "d_state", "pairs"),
+    [(1, 1, None, 4, 1), (2, 3, 2, 7, 3), (3, 1, 1, 8, 4)],
+)
+def test_the_equations(
+    method: Any,
+    interleaved: bool,
+    ngroups: int,
+    heads: int,
+    rank: int | None,
+    d_state: int,
+    pairs: int,
+):
+    arrays, state = inputs(9, ngroups=ngroups, heads=heads, rank=rank, d_state=d_state, pairs=pairs)
+    reset = np.isin(np.arange(9), [4, 7])
+    options: Any = {"state": state, "reset": jnp.asarray(reset), "interleaved": interleaved}
+    got = call(arrays, **options, method=method, chunk_size=4)
+    close(got, loop(arrays, state, reset, interleaved), 1e-14)
+
+
+@given(
+    seq=st.sampled_from([0, 1, 10]),
+    chunk_size=st.sampled_from([1, 4, 5, None]),
+    # On, beside and away from the borders of chunks; one after the other; at both ends.
+    resets=st.sampled_from([None, (0,), (4, 5), (3, 8, 9), tuple(range(10))]),
+    length=st.sampled_from([None, 0, 4, 5, 7]),
+    rank=st.sampled_from([None, 2]),
+)
+def test_methods(
+    seq: int, chunk_size: int | None, resets: Any, length: int | None, rank: int | None
+):
+    """Outputs, final state and every gradient, whatever the chunks are and the padding holds."""
+    arrays, state = inputs(seq, rank=rank)
+    reset = None if resets is None else jnp.isin(jnp.arange(seq), jnp.array(resets, int))
+    real = jnp.ones(seq, bool)
+    if length is not None:
+        length = min(length, seq)
+        real = jnp.arange(seq) < length
+        for name in ("x", "dt", "A", "B", "C", "trap", "angles"):
+            mask = real.reshape((-1,) + (1,) * (arrays[name].ndim - 1))
+            arrays[name] = jnp.where(mask, arrays[name], jnp.nan)
+
+    def run(method: Any) -> Any:
+        def loss(arrays: Any, state: Any) -> Any:
+            options: Any = {"method": method, "chunk_size": chunk_size}
+            y, state = call(
+                arrays,
+                state=state,
+                reset=reset,
+                length=length,
+                interleaved=rank is None,
+                **options,
+            )
+            y = jnp.where(real[:, None, None, None], y, 0.0)
+            weight = jnp.cos(jnp.arange(float(seq)))[:, None, None, None]
+            return jnp.sum(weight * y) + sum(jnp.sum(jnp.sin(t)) for t in state), (y, state)
+
+        return quick(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(arrays, state)
+
+    got = run("chunked")
+    close(got, run("sequential"))
+    for leaf in jax.tree.leaves(got):
+        assert np.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_derivatives(rank: int | None):
+    """Both modes, against finite differences; and second derivatives."""
+    arrays, state = inputs(5, rank=rank, ngroups=1, headdim=2, d_state=4)
+    reset = jnp.arange(5) == 3
+
+    @jax.jit
+    def run(arrays: Any, state: Any) -> Any:
+        return call(arrays, state=state, reset=reset, chunk_size=2, interleaved=rank is None)
+
+    jax.test_util.check_grads(run, (arrays, state), order=1, modes=["fwd", "rev"])
+
+    if rank is not None:
+        return
+
+    def loss(dt: Any, angles: Any) -> Any:
+        return jnp.sum(run(arrays | {"dt": dt, "angles": angles}, state)[0] ** 2)
+
+    both = (arrays["dt"], arrays["angles"])
+    jax.test_util.check_grads(jax.jit(jax.grad(loss, (0, 1))), both, order=1, modes=["rev"])
+
+
+@pytest.mark.parametrize("rate", [1e-30, 1e30])
+def test_extreme_rates(rate: float):
+    """Rates so large that every decay underflows, and so small that none decays."""
+    arrays, state = inputs(40, dtype="float32", ngroups=1, rank=None)
+    arrays["A"] = arrays["A"] * 0 - rate
+    arrays["dt"] = arrays["dt"].at[30:].mul(0).at[10:15].mul(1e10)
+
+    def run(method: Any) -> Any:
+        def loss(arrays: Any, state: Any) -> Any:
+            y, state = call(arrays, state=state, method=method, interleaved=True)
+            return jnp.sum(y) * 1e-10 + sum(jnp.sum(t) for t in state) * 1e-10, (y, state)
+
+        return quick(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(arrays, state)
+
+    for leaf in jax.tree.leaves(run("chunked")):
+        assert np.isfinite(leaf).all()
+    # Angles after 1e10 turns are noise, whatever adds them.
+    arrays["dt"] = arrays["dt"].at[10:15].mul(1e-10)
+    close(run("chunked")[0][1], run("sequential")[0][1], 1e-5)
+
+
+@pytest.mark.parametrize("at", [0, 3, 4, 6])
+def test_a_reset_forgets_what_is_not_a_number(at: int):
+    """In the outputs after it, in the state and in the gradients with respect to all after it."""
+    arrays, state = inputs(8)
+    reset = jnp.arange(8) == at
+
+    def run(state: Any) -> Any:
+        def loss(arrays: Any, state: Any) -> Any:
+            y, end = call(arrays, state=state, reset=reset, chunk_size=4, interleaved=True)
+            return jnp.sum(jnp.cos(y[at:])) + sum(jnp.sum(jnp.sin(t)) for t in end), (y, end)
+
+        grad = quick(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        (_, (y, end)), (of_arrays, of_state) = grad(arrays, state)
+        after = [of_arrays[n][at:] for n in ("x", "dt", "A", "B", "C", "trap", "angles")]
+        return (y[at:], end, after, of_state), y[:at]
+
+    lost = jax.tree.map(lambda t: jnp.full_like(t, jnp.nan), state)
+    (got, before), (want, _) = run(lost), run(jax.tree.map(jnp.zeros_like, state))
+    for leaf in jax.tree.leaves(got):
+        assert np.isfinite(leaf).all()
+    close(got[:3], want[:3])
+    assert np.isnan(before).all()
+    if at != 6:
+        return
+    # One leaf alone, of one head: the others go on.
+    for i, leaf in enumerate(state):
+        spoilt = leaf.at[(1, 0, 2) if i == 1 else (..., 1, 0)].set(jnp.nan)
+        states = (*state[:i], spoilt, *state[i + 1 :])
+        y, _ = quick(lambda s: call(arrays, state=s, reset=reset, interleaved=True))(states)
+        assert np.isnan(y[:at, :, 1]).any(-1).all()
+        assert np.isfinite(y[at:]).all()
+        assert np.isfinite(y[:, :, 0]).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_dtypes(dtype: str):
+    arrays, state = inputs(5, dtype=dtype)
+    run = lambda arrays, state: call(arrays, state=state, interleaved=True)  # noqa: E731
+    y, end = jax.eval_shape(run, arrays, state)
+    assert (y.dtype, {t.dtype for t in end}) == (dtype, {jnp.dtype("float32")})
+
+
+def test_nothing_of_the_full_size_exists():
+    """Neither forward nor in reverse does the default hold a state, or the attention, of every
+    token, nor keys or queries of every head: nothing that is larger than `x`."""
+    seq, heads, headdim, d_state = 512, 2, 8, 16
+    arrays, state = inputs(
+        seq, ngroups=1, heads=heads, headdim=headdim, d_state=d_state, pairs=4, rank=None
+    )
+
+    def largest(method: Any) -> int:
+        def loss(arrays: Any) -> Any:
+            y, end = call(arrays, state=state, method=method, interleaved=True)
+            return jnp.sum(y) + jnp.sum(end[1])
+
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(arrays)
+        return max(int(np.prod(shape)) for shape in shapes_in(jaxpr.jaxpr))
+
+    assert largest("chunked") <= seq * heads * headdim
+    assert largest("sequential") >= seq * heads * headdim * d_state  # the test can tell
+
+
+def test_angles_keep_their_digits():
+    """Over a long sequence: as a plain sum they would lose four of seven."""
+    seq, dtype = 4096, "float32"
+    arrays, _ = inputs(seq, ngroups=1, heads=1, pairs=1, rank=None, dtype=dtype)
+    arrays["angles"] = jnp.full_like(arrays["angles"], 3.1)
+    arrays["dt"] = jnp.full_like(arrays["dt"], 0.7)
+    _, (angle, *_) = call(arrays, interleaved=True)
+    turns = seq * float(np.float32(0.7)) * float(np.float32(3.1))
+    assert abs(float(wrap(jnp.float64(angle[0, 0]) - turns))) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_cos_sin(dtype: str):
+    angle = jnp.linspace(-np.pi, np.pi, 1001).astype(dtype)
+    tolerance = {"float32": 2e-7, "float64": 4e-16}[dtype]
+    for got, want in zip(cos_sin(angle), (np.cos(angle), np.sin(angle)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
+    jax.test_util.check_grads(jax.jit(cos_sin), (angle.astype("float64"),), order=2)
+
+
+def test_errors():
+    arrays, _ = inputs(3)
+    with pytest.raises(ValueError, match="ngroups=2 and nheads=3"):
+        call(
+            inputs(3, ngroups=3, heads=1)[0]
+            | {"B": arrays["B"], "C": arrays["C"]}
+            | {"B_bias": jnp.ones((3, 3, 7)), "C_bias": jnp.ones((3, 3, 7))},
+            interleaved=True,
+        )
+    with pytest.raises(ValueError, match="`chunk_size` must be at least 1"):
+        call(arrays, interleaved=True, chunk_size=0)
