@@ -7,6 +7,7 @@ from ._base import (
     check_eps as check_eps,
     check_flag as check_flag,
     check_number as check_number,
+    check_positive_number as check_positive_number,
     check_size as check_size,
 )
 from ._mamba1 import Mamba1Config as Mamba1Config

@@ -6,7 +6,7 @@ from jaxtyping import PRNGKeyArray
 
 from .._initialisers import check_attention
 from ..mixers import Attention
-from ._base import AbstractMixerConfig, check_flag, check_number, check_size
+from ._base import AbstractMixerConfig, check_flag, check_positive_number, check_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class AttentionConfig(AbstractMixerConfig):
         if self.softmax_scale is None:
             object.__setattr__(self, "softmax_scale", headdim**-0.5)
         for name in ("softmax_scale", "rotary_emb_base"):
-            check_number(self, name)
+            check_positive_number(self, name)
             object.__setattr__(self, name, float(getattr(self, name)))
         for name in ("rotary_emb_interleaved", "qkv_proj_bias", "out_proj_bias"):
             check_flag(self, name)

@@ -61,9 +61,10 @@ def check_eps(config: Any, name: str) -> None:
         )
 
 
-def check_number(config: Any, name: str) -> None:
+def check_positive_number(config: Any, name: str) -> None:
+    check_number(config, name)
     value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, float | int) or not 0 < value < math.inf:
+    if not 0 < value < math.inf:
         raise ValueError(
             f"`{name}` of {type(config).__name__} must be a number above 0, but got {value!r}."
         )
