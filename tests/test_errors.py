@@ -242,7 +242,7 @@ def change(config: Any, path: list[Any], value: Any) -> None:
         (["layers"], [], "`layers` must be one or more"),
         (["layers"], 7, "`layers` must be a list.*7"),
         (["layers", 0], None, "JSON object for an entry of `layers`.*None"),
-        (["layers", 0, "mixer"], {"kind": "lstm"}, r"\['mamba1', 'mamba2'\].*lstm"),
+        (["layers", 0, "mixer"], {"kind": "lstm"}, r"'mamba1', 'mamba2'.*lstm"),
         (["layers", 0, "mixer", "d_state"], 10.5, "`d_state`.*10.5"),
         (["layers", 0, "mixer", "bias"], 1, "`bias`.*true or false.*1"),
         (["layers", 0, "mixer", "width"], 1, r"mixer of kind 'mamba1'.*unknown \['width'\]"),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 from mamba_eqx import ops
 from mamba_eqx.ops._angle import cos_sin, wrap
@@ -138,6 +138,7 @@ def test_the_equations(
     length=st.sampled_from([None, 0, 4, 5, 7]),
     rank=st.sampled_from([None, 2]),
 )
+@example(seq=10, chunk_size=4, resets=(3, 8, 9), length=5, rank=2)
 def test_methods(
     seq: int, chunk_size: int | None, resets: Any, length: int | None, rank: int | None
 ):
