@@ -153,6 +153,38 @@ def test_options_of_mamba2():
         mbx.GatedRMSNorm(12, ngroups=5)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d_inner": 25}, "`headdim` must divide `d_inner`.*headdim=4 and d_inner=25"),
+        ({"ngroups": 4}, "`ngroups` must divide the number of heads.*ngroups=4 and 6 heads"),
+        ({"mimo_rank": 0}, "`mimo_rank`.*an integer of at least 1"),
+        ({"rope_fraction": 0.25}, "`rope_fraction` must be 0.5 or 1.*rope_fraction=0.25"),
+        ({"d_state": 3}, "must be at least 2.*d_state=3 and rope_fraction=0.5"),
+        ({"A_activation": "exp"}, "`A_activation` must be.*'exp'"),
+        ({"A_floor": 0.0}, "`A_floor`.*must be positive.*A_floor=0.0"),
+        ({"norm_eps": -1.0}, "`norm_eps`.*-1"),
+    ],
+)
+def test_options_of_mamba3(options: dict[str, Any], message: str):
+    for make in (lambda **fields: mbx.Mamba3(**fields, key=key), mbx.Mamba3Config):
+        with pytest.raises(ValueError, match=message):
+            make(**{"d_model": 12, "headdim": 4, **options})
+
+
+def test_types_of_mamba3():
+    with pytest.raises(ValueError, match=r"`rope_fraction` of Mamba3Config must be a number.*'1'"):
+        mbx.Mamba3Config(12, headdim=4, rope_fraction="1")  # pyright: ignore
+    with pytest.raises(ValueError, match="`outproj_norm` of Mamba3Config must be true or false"):
+        mbx.Mamba3Config(12, headdim=4, outproj_norm=1)  # pyright: ignore
+    layer = mbx.Mamba3(12, headdim=4, d_state=4, key=key)
+    wrong = mbx.Mamba3(12, headdim=4, d_state=4, rope_fraction=1, key=key).init_state()
+    with pytest.raises(ValueError, match=r"state.angle.*\(6, 1\).*\(6, 2\).*init_state"):
+        layer.scan(jnp.zeros((2, 12)), wrong)
+    with pytest.raises(ValueError, match=r"`Mamba3\.scan` takes one sequence.*\(2, 3, 12\)"):
+        layer(jnp.zeros((2, 3, 12)))
+
+
 def test_sizes_of_a_model(layer: mbx.Mamba1):
     stack = mbx.Unrolled([layer])
     with pytest.raises(ValueError, match=r"at least `vocab_size`.*8 rows.*vocab_size=9"):

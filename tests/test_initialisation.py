@@ -154,3 +154,45 @@ def test_mamba2():
         assert sum(jax.tree.leaves(mask)) == 3
         for leaf, recurrence in zip(jax.tree.leaves(mixer), jax.tree.leaves(mask), strict=True):
             assert leaf.dtype == (jnp.float32 if recurrence else dtype)
+
+
+def test_mamba3():
+    """`Mamba3.__init__`: ones, but for the step sizes and the linear maps."""
+    mixer = mbx.Mamba3(
+        32,
+        d_inner=2048,
+        d_state=8,
+        headdim=2,
+        mimo_rank=4,
+        outproj_norm=True,
+        residual_scale=0.25,
+        key=jr.key(0),
+    )
+    dt = np.log(jax.nn.softplus(mixer.dt_bias))
+    assert is_uniform(dt, np.log(0.001) - 1e-5, np.log(0.1) + 1e-5)
+    assert is_uniform(mixer.in_proj.weight, -(32**-0.5), 32**-0.5)
+    assert is_uniform(mixer.out_proj.weight, -0.25 * 2048**-0.5, 0.25 * 2048**-0.5)
+    assert mixer.in_proj.bias is None
+    assert mixer.out_proj.bias is None
+    assert mixer.norm is not None
+    ones = (mixer.D, mixer.B_bias, mixer.C_bias, mixer.mimo_z, mixer.norm.weight)
+    for leaf in (*ones, mixer.B_norm.weight, mixer.C_norm.weight):
+        np.testing.assert_array_equal(leaf, 1)
+    for leaf in (mixer.mimo_x, mixer.mimo_o):
+        np.testing.assert_array_equal(leaf, 0.25)
+
+    mixer = mbx.Mamba3(
+        64,
+        headdim=1,
+        dt_min=1e-6,
+        dt_max=1e-2,
+        dt_init_floor=1e-3,
+        dtype=jnp.bfloat16,
+        key=jr.key(0),
+    )
+    np.testing.assert_allclose(jax.nn.softplus(mixer.dt_bias).min(), 1e-3, rtol=1e-5)
+    assert (mixer.mimo_x, mixer.mimo_z, mixer.mimo_o, mixer.norm) == (None,) * 4
+    mask = mbx.recurrence_mask(mixer)
+    assert sum(jax.tree.leaves(mask)) == 2
+    for leaf, recurrence in zip(jax.tree.leaves(mixer), jax.tree.leaves(mask), strict=True):
+        assert leaf.dtype == (jnp.float32 if recurrence else jnp.bfloat16)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 from mamba_eqx import ops
 from mamba_eqx.ops._angle import cos_sin, wrap
@@ -19,6 +19,7 @@ from .test_ops import close, shapes_in
 
 METHODS: list[Any] = ["chunked", "sequential"]
 NAMES = ["x", "dt", "A", "B", "C", "D", "trap", "angles", "B_bias", "C_bias", "mimo_x"]
+OF_ALL_TOKENS = {"D", "B_bias", "C_bias", "mimo_x"}
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +138,7 @@ def test_the_equations(
     length=st.sampled_from([None, 0, 4, 5, 7]),
     rank=st.sampled_from([None, 2]),
 )
+@example(seq=10, chunk_size=4, resets=(3, 8, 9), length=5, rank=2)
 def test_methods(
     seq: int, chunk_size: int | None, resets: Any, length: int | None, rank: int | None
 ):
@@ -299,14 +301,18 @@ def test_cos_sin(dtype: str):
     jax.test_util.check_grads(jax.jit(cos_sin), (angle.astype("float64"),), order=2)
 
 
-def test_errors():
-    arrays, _ = inputs(3)
-    with pytest.raises(ValueError, match="ngroups=2 and nheads=3"):
-        call(
-            inputs(3, ngroups=3, heads=1)[0]
-            | {"B": arrays["B"], "C": arrays["C"]}
-            | {"B_bias": jnp.ones((3, 3, 7)), "C_bias": jnp.ones((3, 3, 7))},
-            interleaved=True,
-        )
+def test_errors(as_users_run: None):
+    arrays, state = inputs(3)
+    with pytest.raises(ValueError, match="ngroups=3 and nheads=4"):
+        call(arrays | {"B": jnp.ones((3, 3, 3, 7))}, interleaved=True)
+    one = {name: a if name in OF_ALL_TOKENS else a[0] for name, a in arrays.items()}
+    one["B"] = jnp.ones((3, 3, 7))
+    named = {name: one[name] for name in NAMES[6:]}
+    with pytest.raises(ValueError, match="ngroups=3 and nheads=4"):
+        ops.mamba3_step(*[one[n] for n in NAMES[:6]], **named, interleaved=True, state=state)
+    with pytest.raises(ValueError, match=r'`method` must be "chunked".*fast'):
+        call(arrays, interleaved=True, method="fast")
     with pytest.raises(ValueError, match="`chunk_size` must be at least 1"):
         call(arrays, interleaved=True, chunk_size=0)
+    with pytest.raises(ValueError, match="4 angles turn 8 features, but the array has 7"):
+        call(arrays | {"angles": jnp.ones((3, 4))}, interleaved=True)

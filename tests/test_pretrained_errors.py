@@ -157,7 +157,7 @@ def test_untied_needs_its_head(saved):
         ("transformers", {"unpadded_vocab_size": 17}, "`padded_vocab_size` must be at least"),
         (
             "state-spaces",
-            {"ssm_cfg": {"layer": "Mamba3"}},
+            {"ssm_cfg": {"layer": "Mamba4"}},
             "`layer` of `ssm_cfg`.*only as 'Mamba1' or 'Mamba2'",
         ),
         ("state-spaces", {"ssm_cfg": {"headdim": 64}}, "`ssm_cfg` has fields.*'headdim'"),
