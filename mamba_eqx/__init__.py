@@ -10,6 +10,10 @@ from ._decoding import FinishReason as FinishReason, Generation as Generation
 from ._generate import generate as generate, stream as stream
 from ._language_model import LanguageModel as LanguageModel
 from ._linear import Linear as Linear
+from ._load_tokenizer import (
+    load_tokenizer as load_tokenizer,
+    save_tokenizer as save_tokenizer,
+)
 from ._mixer_configs import (
     AbstractMixerConfig as AbstractMixerConfig,
     Mamba1Config as Mamba1Config,

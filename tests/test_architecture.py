@@ -23,7 +23,7 @@ LEVELS = [
     ["_config"],
     ["pretrained", "_sampling", "_penalties", "_prompts", "_text", "_chat"],
     ["_tokenizers"],
-    ["_choice", "_stop_strings", "_state_file"],
+    ["_choice", "_stop_strings", "_state_file", "_load_tokenizer"],
     ["_decoding"],
     ["_generate"],
     ["_score"],
