@@ -57,6 +57,7 @@ from ._speculative import (
 )
 from ._stack import AbstractStack as AbstractStack, Stacked as Stacked, Unrolled as Unrolled
 from ._state_file import load_state as load_state, save_state as save_state
+from ._stream import Stream as Stream
 from ._text import (
     ByteDecoder as ByteDecoder,
     ByteTokenizer as ByteTokenizer,

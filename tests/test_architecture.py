@@ -25,6 +25,7 @@ LEVELS = [
     ["_tokenizers"],
     ["_choice", "_stop_strings", "_state_file", "_load_tokenizer"],
     ["_decoding"],
+    ["_stream"],
     ["_generate"],
     ["_score"],
     ["_beam_search", "_speculative"],
