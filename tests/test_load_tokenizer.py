@@ -48,10 +48,11 @@ def test_a_folder(tmp_path):
     assert plain.end is None
     assert not plain.has_template
     # Saved, it is the same again, also over another one.
-    for tokenizer, kind in [(mbx.ByteTokenizer(), mbx.ByteTokenizer), (newer, mbx.TextTokenizer)]:
-        mbx.save_tokenizer(tokenizer, tmp_path / "b")
-        again = mbx.load_tokenizer(tmp_path / "b")
-        assert isinstance(again, kind)
+    mbx.save_tokenizer(mbx.ByteTokenizer(), tmp_path / "b")
+    assert isinstance(mbx.load_tokenizer(tmp_path / "b"), mbx.ByteTokenizer)
+    mbx.save_tokenizer(newer, tmp_path / "b")
+    again = mbx.load_tokenizer(tmp_path / "b")
+    assert isinstance(again, mbx.TextTokenizer)
     assert again.encode_chat(CHAT) == ids
 
 
