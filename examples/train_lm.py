@@ -152,9 +152,11 @@ def main() -> None:
             recent = []
         if step % 500 == 0:
             mbx.save_pretrained(mbx.cast(model, jnp.bfloat16), args.out)
+            mbx.save_tokenizer(mbx.ByteTokenizer(), args.out)
 
     shipped = mbx.cast(model, jnp.bfloat16)
     mbx.save_pretrained(shipped, args.out)
+    mbx.save_tokenizer(mbx.ByteTokenizer(), args.out)
     score = bits_per_byte(mbx.cast(shipped, jnp.float32), held_out)
     minutes = (time.perf_counter() - start) / 60
     print(f"held out: {score:.4f} bits per byte, as saved in bfloat16; {minutes:.0f} minutes")

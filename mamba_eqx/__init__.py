@@ -10,6 +10,10 @@ from ._decoding import FinishReason as FinishReason, Generation as Generation
 from ._generate import generate as generate, stream as stream
 from ._language_model import LanguageModel as LanguageModel
 from ._linear import Linear as Linear
+from ._load_tokenizer import (
+    load_tokenizer as load_tokenizer,
+    save_tokenizer as save_tokenizer,
+)
 from ._mixer_configs import (
     AbstractMixerConfig as AbstractMixerConfig,
     AttentionConfig as AttentionConfig,
@@ -57,6 +61,7 @@ from ._speculative import (
 )
 from ._stack import AbstractStack as AbstractStack, Stacked as Stacked, Unrolled as Unrolled
 from ._state_file import load_state as load_state, save_state as save_state
+from ._stream import Stream as Stream
 from ._text import (
     ByteDecoder as ByteDecoder,
     ByteTokenizer as ByteTokenizer,

@@ -14,6 +14,7 @@ from ._language_model import LanguageModel
 from ._penalties import Penalties
 from ._prompts import DecodingState, Prompt, read_prompts
 from ._stop_strings import stop_table
+from ._stream import Stream
 from ._text import Tokenizer
 
 
@@ -127,7 +128,7 @@ def stream(
     state: DecodingState | None = None,
     key: PRNGKeyArray | None = None,
     block: int = 16,
-) -> Iterator[int]:
+) -> Stream:
     """Continues one prompt and yields the tokens as they come: those of `generate`.
 
     Tokens are decoded in blocks, each one call of a compiled function. The first block is one
@@ -139,7 +140,8 @@ def stream(
     - `block`: the most tokens to decode at a time. Another value recompiles.
     - the others as for [`mamba_eqx.generate`][].
 
-    **Returns:** an iterator over at most `max_new_tokens` tokens. A stop token is the last one.
+    **Returns:** a [`mamba_eqx.Stream`][], an iterator over at most `max_new_tokens` tokens. A stop
+    token is the last one.
 
     **Raises:** `ValueError` as `generate`, at once and not with the first token.
     """
@@ -167,20 +169,22 @@ def stream(
     if choice.temperature is None:
         key = None
 
-    def tokens() -> Iterator[int]:
+    def blocks() -> Iterator[Generation]:
         now = start(model, rows, False, state, room=max_new_tokens, window=choice.window)
         matched = jnp.zeros_like(now.token)
+        none = jnp.zeros(0)
+        yield Generation(none.astype(jnp.int32), matched, none, matched, now)
         left, size = max_new_tokens, 1
         while left > 0:
             size = min(size, left, block)
             limit = jnp.asarray(size, jnp.int32)
             out, matched = decode(model, now, choice, table, matched, key, limit, block)
-            yield from np.asarray(out.tokens)[: int(out.lengths)].tolist()
+            yield out
             if bool(out.stopped):
                 return
             now, left, size = out.state, left - size, 2 * size
 
-    return tokens()
+    return Stream(model, blocks(), max_new_tokens)
 
 
 def _stop_table(

@@ -65,6 +65,20 @@ class TextTokenizer:
         """The token that ends a text, if the config names one."""
         return self._special.get(_content(self._config.get("eos_token")))
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The content of `tokenizer_config.json`."""
+        return dict(self._config)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a template of conversations: see `encode_chat`."""
+        return self._template is not None
+
+    def to_json(self) -> str:
+        """The content of `tokenizer.json`."""
+        return self._fast.to_str()
+
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, with those that the tokenizer puts around every text (many put
         none, some one that begins it)."""
@@ -113,11 +127,8 @@ class TextTokenizer:
 
         **Raises:** `ValueError` if there is no template, or it refuses the conversation.
         """
-        template = self._config.get("chat_template")
-        if isinstance(template, list):
-            named = {entry["name"]: entry["template"] for entry in template}
-            template = named.get("default")
-        if not isinstance(template, str):
+        template = self._template
+        if template is None:
             raise ValueError(
                 "This tokenizer has no template for conversations: its model was not trained for "
                 "them. Use `encode` on a text that you lay out yourself."
@@ -138,6 +149,14 @@ class TextTokenizer:
         for text, is_special in segments:
             ids += [self._special[text]] if is_special else self.encode_piece(text)
         return ids
+
+    @property
+    def _template(self) -> str | None:
+        template = self._config.get("chat_template")
+        if isinstance(template, list):
+            named = {entry["name"]: entry["template"] for entry in template}
+            template = named.get("default")
+        return template if isinstance(template, str) else None
 
 
 class TextDecoder:

@@ -1,6 +1,7 @@
 """The command, in a process of its own where that matters."""
 
 import io
+import json
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 
 import equinox as eqx
+import jax.numpy as jnp
 import jax.random as jr
 import pytest
 from hypothesis import given, strategies as st
@@ -29,6 +31,7 @@ def byte_model(vocab_size=256):
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "bytes"
     pretrained.save_pretrained(byte_model(), path)
+    mbx.save_tokenizer(mbx.ByteTokenizer(), path)
     return path
 
 
@@ -88,10 +91,12 @@ def test_a_reader_that_goes_away_is_no_error(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def other_vocabulary(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "other"
-    pretrained.save_pretrained(byte_model(300), path)
-    return path
+def others(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    pretrained.save_pretrained(byte_model(300), folder / "OTHER")
+    pretrained.save_pretrained(byte_model(200), folder / "SMALL")
+    mbx.save_tokenizer(mbx.ByteTokenizer(), folder / "SMALL")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -99,8 +104,14 @@ def other_vocabulary(tmp_path_factory):
     [
         ([""], "The prompt is empty"),
         (["x", "--stop", ""], "--stop must not be empty"),
-        (["x", "--model", "/no/such/model"], "There is no model at /no/such/model"),
-        (["x", "--model", "OTHER"], "a vocabulary of 256, but the model at .* has one of 300"),
+        ([], "Give a PROMPT"),
+        (["x", "--file", "y"], "Give a PROMPT"),
+        (["--file", "/no/such/model"], "No such file .*/no/such/model"),
+        (["x", "--model", "/no/such/model"], "There is no folder '/no/such/model'"),
+        (["x", "--model", "OTHER"], r"has no tokenizer\.json"),
+        (["x", "--model", "SMALL"], "has 256 tokens, but .* a vocabulary of 200"),
+        (["x", "--typical-p", "0"], "typical_p=0"),
+        (["x", "--repetition-penalty", "0"], "`repetition`"),
         (["x", "--temperature", "-1"], "temperature=-1.0"),
         (["x", "--top-k", "0"], "top_k=0"),
         (["x", "--max-new-tokens", "0"], "max_new_tokens=0"),
@@ -109,11 +120,12 @@ def other_vocabulary(tmp_path_factory):
     ],
     ids=str,
 )
-def test_mistakes_are_one_line(args, message, checkpoint, other_vocabulary, capsys):
-    args = [str(other_vocabulary) if arg == "OTHER" else arg for arg in args]
+def test_mistakes_are_one_line(args, message, checkpoint, others, capsys):
+    args = [str(others / arg) if arg in ("OTHER", "SMALL") else arg for arg in args]
     if "--model" not in args:
         args += ["--model", str(checkpoint)]
-    assert _cli.main(["generate", *args]) == (1 if "/no/such/model" in args else 2)
+    failed = "/no/such/model" in args or str(others / "OTHER") in args
+    assert _cli.main(["generate", *args]) == (1 if failed else 2)
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
@@ -132,11 +144,17 @@ def test_the_options_reach_the_sampler(checkpoint, monkeypatch, capsys):
 
     def stream(model, prompt, n, **options):
         seen.update(options, prompt=prompt, n=n)
-        return iter(b"one; two")
+        tokens = jnp.array(list(b"one; two"))
+        state = mbx.prefill(model, [1])
+        length, none = jnp.array(8), jnp.zeros((), int)
+        block = mbx.Generation(tokens, length, jnp.zeros(8), none, state)
+        return mbx.Stream(model, iter([block]), n)
 
     monkeypatch.setattr(_generate, "stream", stream)
     args = "x --max-new-tokens 9 --temperature 0.5 --top-k 7 --top-p 0.9 --min-p 0.1 --seed 4"
-    options = [*args.split(), "--stop", "; t", "--model", str(checkpoint)]
+    args += " --typical-p 0.5 --repetition-penalty 1.5 --presence-penalty 0.1"
+    args += " --frequency-penalty 0.2 --penalty-window 9"
+    options = [*args.split(), "--stop", "!", "--stop", "; t", "--model", str(checkpoint)]
     assert _cli.main(["generate", *options]) == 0
     assert seen.pop("key") == jr.key(4)
     assert seen == {
@@ -146,10 +164,33 @@ def test_the_options_reach_the_sampler(checkpoint, monkeypatch, capsys):
         "top_k": 7,
         "top_p": 0.9,
         "min_p": 0.1,
+        "typical_p": 0.5,
+        "penalties": mbx.Penalties(1.5, 0.1, 0.2, 9),
+        "logit_bias": None,
+        "stop_tokens": [],
+        "stop_strings": (),
+        "tokenizer": None,
+        "state": None,
     }
     out, err = capsys.readouterr()
     assert out == "xone\n"
     assert err.startswith("6 tokens, ")
+
+
+def test_json_is_one_object(checkpoint, tmp_path, capsys):
+    (tmp_path / "prompt").write_text("Ö:")
+    args = ["--file", str(tmp_path / "prompt"), "--model", str(checkpoint), "--seed", "3"]
+    assert _cli.main(["generate", *args, "--max-new-tokens", "20", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert err == ""
+    assert found["finish"] == "length"
+    assert (found["prompt"], found["prompt_tokens"], found["new_tokens"]) == ("Ö:", 3, 20)
+    stop = found["text"][5:7]
+    assert _cli.main(["generate", *args, "--json", "--stop", stop]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["text"] == found["text"].partition(stop)[0]
+    assert again["finish"] == "stop_string"
 
 
 def test_help_names_every_option(capsys):
@@ -164,12 +205,17 @@ def test_help_names_every_option(capsys):
 @given(st.text("ab", min_size=1, max_size=4), st.lists(st.text("ab", max_size=3), max_size=6))
 def test_until_is_everything_before_the_stop(stop, pieces):
     text = "".join(pieces)
-    assert "".join(until(stop, iter(pieces))) == text.partition(stop)[0]
-    assert list(until(None, iter(pieces))) == pieces
+    assert "".join(until([stop], iter(pieces))) == text.partition(stop)[0]
+    ends = [text.find(end) + len(end) for end in (stop, "bab") if end in text]
+    both = min(
+        (text[: min(ends)].partition(end)[0] for end in (stop, "bab")) if ends else [text], key=len
+    )
+    assert "".join(until([stop, "bab"], iter(pieces))) == both
+    assert list(until([], iter(pieces))) == pieces
 
 
 def test_until_holds_back_only_what_may_be_the_stop():
-    assert list(until("end", iter(["a", "e", "n", "x"]))) == ["a", "", "", "enx"]
+    assert list(until(["end"], iter(["a", "e", "n", "x"]))) == ["a", "", "", "enx"]
 
 
 @given(st.text())

@@ -206,6 +206,21 @@ def test_stream_yields_the_tokens_of_generate(prompt, n, block, sampling):
     assert tokens == row(mbx.generate(MODEL, prompt, n, **options))
 
 
+@given(PROMPT, st.integers(0, 12), st.booleans())
+def test_a_stream_that_is_left_goes_on_where_it_was_left(prompt, taken, sampling):
+    options: dict[str, Any] = SAMPLING | {"key": KEY} if sampling else {}
+    whole = row(mbx.generate(MODEL, prompt, 12, **options))
+    tokens = mbx.stream(MODEL, prompt, 12, block=8, **options)
+    first = [next(tokens) for _ in range(taken)]
+    assert tokens.finish == (mbx.FinishReason.LENGTH if taken == 12 else None)
+    if taken < 12:
+        rest = mbx.generate(MODEL, None, 12 - taken, state=tokens.state, **options)
+        assert first + row(rest) == whole
+    # To look at the state changes nothing.
+    assert first + list(tokens) == whole
+    assert int(tokens.state.position) == len(prompt) + 11
+
+
 def test_stream_goes_on_from_a_state():
     first = mbx.generate(MODEL, [1, 2], 3)
     tokens = list(mbx.stream(MODEL, None, 4, state=first.state))

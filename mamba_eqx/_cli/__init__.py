@@ -5,10 +5,12 @@ import sys
 from collections.abc import Sequence
 
 from ..pretrained import CheckpointError
+from ._chat import add_chat
 from ._common import end_line, silence
 from ._convert import add_convert
 from ._generate import add_generate
 from ._inspect import add_inspect
+from ._score import add_score
 
 
 _FAILED = 1
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         silence()
         return _BROKEN_PIPE
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, OSError, ImportError) as error:
         _complain(error)
         return _FAILED
     except ValueError as error:
@@ -58,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands)
+    add_chat(commands)
+    add_score(commands)
     add_inspect(commands)
     add_convert(commands)
     return parser

@@ -38,6 +38,11 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="the folder of a checkpoint, or a repository on the Hugging Face Hub",
     )
+    add_hub(parser)
+
+
+def add_hub(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say how to get at the Hub."""
     parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit on the Hub")
     parser.add_argument(
         "--cache-dir", metavar="DIR", type=Path, help="where downloads are kept (default: as usual)"
@@ -46,6 +51,16 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         "--local-files-only", action="store_true", help="take only what is in the cache"
     )
     parser.add_argument("--endpoint", metavar="URL", help="the address of another Hub")
+
+
+def read_text(path: Path | None) -> str:
+    """All of a file, or of standard input."""
+    name = "Standard input" if path is None else str(path)
+    data = sys.stdin.buffer.read() if path is None else path.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: {error}.") from error
 
 
 def hub_of(args: argparse.Namespace) -> Hub:

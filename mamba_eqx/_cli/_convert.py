@@ -1,12 +1,14 @@
 """`mamba-eqx convert`."""
 
 import argparse
+import shutil
 from pathlib import Path
 
 import jax
 
+from .._load_tokenizer import TOKENIZER_FILES
 from ..pretrained import save_pretrained
-from ..pretrained._checkpoint import open_checkpoint
+from ..pretrained._checkpoint import find_files, read_checkpoint
 from ..pretrained._load import load
 from ..pretrained._state_dict import LAYOUTS
 from ..pretrained._to_jax import check_dtype
@@ -21,7 +23,7 @@ def add_convert(commands: Commands) -> None:
         "convert",
         help="save a checkpoint in another layout, dtype or number of files",
         description="Loads a checkpoint of any layout and saves it as safetensors in another one. "
-        "The new one appears when it is complete.",
+        "The new one appears when it is complete. Its tokenizer, if it has one, goes with it.",
     )
     add_source(convert)
     convert.add_argument("dest", metavar="DEST", type=Path, help="the folder to save it in")
@@ -53,7 +55,12 @@ def _run(args: argparse.Namespace) -> None:
             "checkpoint in it."
         )
     dtype = None if args.dtype is None else check_dtype("The model", args.dtype)
-    model = load(open_checkpoint(args.source, hub_of(args)), dtype)
+    find, where = find_files(args.source, hub_of(args))
+    model = load(read_checkpoint(find, where), dtype)
     save_pretrained(model, args.dest, layout=args.layout, max_shard_size=args.max_shard_size)
+    for name in TOKENIZER_FILES:
+        path = find(name)
+        if path is not None and path.resolve() != (args.dest / name).resolve():
+            shutil.copyfile(path, args.dest / name)
     count = sum(leaf.size for leaf in jax.tree.leaves(model))
     write(f"{args.dest}: {count:,} parameters in the layout of {args.layout}\n")

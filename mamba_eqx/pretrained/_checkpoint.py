@@ -1,6 +1,7 @@
 """A checkpoint whose files have been found and read, but for the values of its tensors."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ._state_dict import LAYOUTS
 from ._stored import CheckpointError, StoredTensor
 
 
-_CONFIGS = (CONFIG, MISTRAL.config_file)
+CONFIGS = (CONFIG, MISTRAL.config_file)
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,25 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
 
 
+def find_files(
+    name_or_path: str | os.PathLike[str],
+    hub: Hub,
+    *,
+    settled_by: Sequence[str] = CONFIGS,
+    heads: Path | None = None,
+) -> tuple[Find, str]:
+    """A function that finds the files of a checkpoint, here or on the Hub, and what to call it.
+
+    **Arguments:** as for `open_checkpoint`, and
+
+    - `settled_by`: the files that may settle the commit on the Hub: see `find_on_hub`.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir() or _is_path(name_or_path):
+        return _find_in(folder), os.fspath(name_or_path)
+    return find_on_hub(str(name_or_path), hub, settled_by, heads)
+
+
 def open_checkpoint(
     name_or_path: str | os.PathLike[str], hub: Hub, *, heads: Path | None = None
 ) -> Checkpoint:
@@ -43,13 +63,12 @@ def open_checkpoint(
     - `heads`: a folder for downloads of what describes tensors, if that is all that is wanted: see
         `find_on_hub`. Values read from there are wrong.
     """
-    folder = Path(name_or_path)
-    where = os.fspath(name_or_path)
-    if folder.is_dir() or _is_path(name_or_path):
-        find = _find_in(folder)
-    else:
-        find, where = find_on_hub(str(name_or_path), hub, _CONFIGS, heads)
-    path = next(filter(None, map(find, _CONFIGS)), None)
+    return read_checkpoint(*find_files(name_or_path, hub, heads=heads))
+
+
+def read_checkpoint(find: Find, where: str) -> Checkpoint:
+    """The checkpoint whose files `find` finds."""
+    path = next(filter(None, map(find, CONFIGS)), None)
     if path is None:
         raise CheckpointError(f"{where} has no {CONFIG}: give the folder of a checkpoint.")
     values = read_config(path)

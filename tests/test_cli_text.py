@@ -1,0 +1,214 @@
+"""`mamba-eqx chat` and `score`."""
+
+import io
+import json
+import math
+import os
+import signal
+import sys
+
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import mamba_eqx as mbx
+from mamba_eqx import _cli
+from mamba_eqx._cli import _chat, _score as _cli_score
+from mamba_eqx.pretrained import from_pretrained, save_pretrained
+
+from .test_cli import byte_model, spawn
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "bytes"
+    save_pretrained(byte_model(), path)
+    mbx.save_tokenizer(mbx.ByteTokenizer(), path)
+    return path
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    def call(*args, typed=b""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
+        code = _cli.main([*map(str, args)])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+# score
+
+
+def test_score_is_the_probability_of_the_text(checkpoint, run, tmp_path, monkeypatch):
+    model = from_pretrained(checkpoint, dtype=jnp.float32)
+    texts = ["To be, or nöt.\n", "line\n" * 50, "no end" * 9]
+    for i, text in enumerate(texts):
+        (tmp_path / str(i)).write_text(text, "utf-8")
+    want = [mbx.score(model, list(text.encode())) for text in texts]
+    # Small pieces, so that texts have several.
+    monkeypatch.setattr(_cli_score, "_READ", 16)
+    monkeypatch.setattr(_cli_score, "_PIECE", 32)
+    files = [part for i in range(3) for part in ("--file", tmp_path / str(i))]
+    code, out, err = run(
+        "score", "-", *files, "--json", "--model", checkpoint, typed=b"line\n" * 50
+    )
+    assert (code, err) == (0, "")
+    first, *found = map(json.loads, out.splitlines())
+    assert first == found[1] | {"source": "standard input"}
+    for one, score, text in zip(found, want, texts, strict=True):
+        total = float(score.log_probs.sum())
+        assert one["tokens"] == one["bytes"] == len(text.encode()) - 1
+        np.testing.assert_allclose(one["log_prob"], total, rtol=1e-5)
+        np.testing.assert_allclose(one["perplexity"], float(score.perplexity), rtol=1e-5)
+        bits = -total / math.log(2) / one["bytes"]
+        np.testing.assert_allclose(one["bits_per_byte"], bits, rtol=1e-5)
+    code, out, _ = run("score", "line\n" * 50, "--model", checkpoint)
+    assert code == 0
+    assert out.splitlines()[1].split()[:2] == ["249", f"{found[1]['log_prob']:.2f}"]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        ([], 2, "Give a TEXT"),
+        (["--file", "/no/such"], 1, "There is no file /no/such"),
+        (["x"], 2, "text is too short"),
+        (["-"], 2, "standard input is not UTF-8"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_scored_is_told(args, code, message, checkpoint, run):
+    got, _, err = run("score", *args, "--model", checkpoint, typed=b"ab\xff")
+    assert got == code
+    assert err.count("\n") == 1
+    assert message in err
+
+
+# chat
+
+
+def test_a_plain_chat_is_one_text(checkpoint, run, tmp_path):
+    """Whose state is kept, and is a value: saved, forgotten and loaded."""
+    model, tokenizer = from_pretrained(checkpoint, dtype=jnp.float32), mbx.ByteTokenizer()
+    lines = ["Hi", "/save FILE", "so?", "/reset", "Hi", "/load FILE", "so?"]
+    typed = "\n".join(lines).replace("FILE", str(tmp_path / "state")) + "\n"
+    options = ("--model", checkpoint, "--max-new-tokens", "12", "--seed", "5", "--stop", "\n")
+    code, out, err = run("chat", *options, typed=typed.encode())
+    assert (code, err) == (0, "")
+    ids, answers = [], []
+    for line in ("Hi", "so?"):
+        ids += tokenizer.encode(line + "\n")
+        new = mbx.generate(model, ids, 12, temperature=0.8, key=jr.key(5)).tokens.tolist()
+        assert 10 not in new
+        ids += new
+        answers.append(tokenizer.decode(new))
+    first, second = answers
+    assert out == "".join(f"{text}\n" for text in (first, second, first, second))
+
+
+def test_mistakes_do_not_end_a_chat(checkpoint, run, tmp_path):
+    (tmp_path / "noise").write_bytes(b"noise")
+    lines = [
+        "/save",
+        "/save x",
+        "/nope",
+        f"/load {tmp_path / 'noise'}",
+        "/load y",
+        "/help",
+        "/quit",
+    ]
+    options = ("--model", checkpoint, "--max-new-tokens", "3")
+    code, out, err = run("chat", *options, typed="\n".join([*lines, "never said"]).encode())
+    assert (code, out) == (0, "")
+    told = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 5
+    for line, words in zip(
+        told, ["needs the name", "Nothing has", "no command", "noise", "y"], strict=True
+    ):
+        assert words in line
+    assert "/reset" in err
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(checkpoint):
+    options = ("--model", checkpoint, "--max-new-tokens", 2**30, "--stop", "\x01")
+    with spawn("chat", *options) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"x\n")
+        process.stdin.flush()
+        os.read(process.stdout.fileno(), 1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(b"/save\n/quit\n", timeout=60)
+    assert process.returncode == 0
+    assert out.endswith(b"\n")
+    assert err == b"error: /save needs the name of a file.\n"
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("jinja2")
+    from .test_tokenizers import CONFIG, FILES
+
+    path = tmp_path_factory.mktemp("model") / "chatty"
+    tokenizer = mbx.TextTokenizer(FILES["byte_level"], CONFIG)
+    save_pretrained(byte_model(tokenizer.vocab_size + 3), path)
+    mbx.save_tokenizer(tokenizer, path)
+    return path
+
+
+def test_a_chat_by_a_template_reads_nothing_twice(chatty, run, tmp_path, monkeypatch):
+    model, tokenizer = from_pretrained(chatty, dtype=jnp.float32), mbx.load_tokenizer(chatty)
+    assert isinstance(tokenizer, mbx.TextTokenizer)
+    read, prefill = [], _chat.prefill
+
+    def counting(model, ids, *, state, room):
+        read.append(len(ids))
+        return prefill(model, ids, state=state, room=room)
+
+    monkeypatch.setattr(_chat, "prefill", counting)
+    lines = ["To be?", "/save FILE", "Or not?", "/reset", "/load FILE", "Or not?"]
+    typed = "\n".join(lines).replace("FILE", str(tmp_path / "state"))
+    options = ("--model", chatty, "--max-new-tokens", "12", "--temperature", "0")
+    code, out, err = run("chat", *options, typed=typed.encode())
+    assert (code, err) == (0, "")
+
+    messages, want, whole = [], "", []
+    for line in ("To be?", "Or not?"):
+        messages.append({"role": "user", "content": line})
+        ids = tokenizer.encode_chat(messages)
+        whole.append(len(ids))
+        bias = dict.fromkeys(range(tokenizer.vocab_size, model.vocab_size), -math.inf)
+        new = mbx.generate(model, ids, 12, stop_tokens=[0], logit_bias=bias)
+        answer = tokenizer.decode(new.tokens[: int(new.lengths)].tolist())
+        messages.append({"role": "assistant", "content": answer})
+        want += answer + "\n"
+    assert out == want + want[want.index("\n") + 1 :]
+    assert read[0] == whole[0]
+    assert read[1] <= whole[1] - whole[0]
+    (tmp_path / "state.json").unlink()
+    _, _, err = run("chat", *options, typed=f"/load {tmp_path / 'state'}".encode())
+    assert "which /save writes beside the state" in err
+    _, out, err = run("chat", *options, "--plain", typed=f"/load {tmp_path / 'state'}\nx".encode())
+    assert err == ""
+    assert out
+
+
+def test_generate_ends_at_the_end_of_text_and_says_no_padding(chatty, run):
+    code, out, _ = run("generate", "To", "--model", chatty, "--temperature", "5", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["finish"] in ("stop_token", "length")
+    assert found["new_tokens"] > 1
+
+
+def test_convert_takes_the_tokenizer_along(chatty, run, tmp_path):
+    code, _, _ = run("convert", chatty, tmp_path / "new", "--layout", "state-spaces")
+    assert code == 0
+    text = "To be"
+    assert mbx.load_tokenizer(tmp_path / "new").encode(text) == mbx.load_tokenizer(chatty).encode(
+        text
+    )

@@ -1,0 +1,129 @@
+"""Which tokenizer belongs to a checkpoint: said by its files, never guessed."""
+
+import json
+
+import jax.random as jr
+import pytest
+
+import mamba_eqx as mbx
+from mamba_eqx._load_tokenizer import _NEOX
+
+from .test_pretrained import BOTH, make
+
+
+tokenizers = pytest.importorskip("tokenizers")
+
+from .test_tokenizers import CHAT, CONFIG, FILES, TEMPLATE  # noqa: E402
+
+
+BYTES = '{"tokenizer_class": "ByteTokenizer"}'
+
+
+def write(folder, **files):
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        stem, _, ending = name.rpartition("_")
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / f"{stem}.{ending}").write_text(text, "utf-8")
+    return folder
+
+
+def test_a_folder(tmp_path):
+    want = mbx.TextTokenizer(FILES["byte_level"], CONFIG)
+    ids = want.encode_chat(CHAT)
+    folder = write(tmp_path / "a", tokenizer_json=FILES["byte_level"], tokenizer_config_json=CONFIG)
+    got = mbx.load_tokenizer(folder)
+    assert isinstance(got, mbx.TextTokenizer)
+    assert (got.encode_chat(CHAT), got.end, got.vocab_size) == (ids, want.end, want.vocab_size)
+    # The newer place of templates counts more.
+    old = CONFIG | {"chat_template": "{{ 'old' }}"}
+    write(folder, tokenizer_config_json=old, chat_template_jinja=TEMPLATE)
+    newer = mbx.load_tokenizer(str(folder))
+    assert isinstance(newer, mbx.TextTokenizer)
+    assert newer.encode_chat(CHAT) == ids
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "chat_template.jinja").unlink()
+    plain = mbx.load_tokenizer(folder)
+    assert isinstance(plain, mbx.TextTokenizer)
+    assert plain.end is None
+    assert not plain.has_template
+    # Saved, it is the same again, also over another one.
+    mbx.save_tokenizer(mbx.ByteTokenizer(), tmp_path / "b")
+    assert isinstance(mbx.load_tokenizer(tmp_path / "b"), mbx.ByteTokenizer)
+    mbx.save_tokenizer(newer, tmp_path / "b")
+    again = mbx.load_tokenizer(tmp_path / "b")
+    assert isinstance(again, mbx.TextTokenizer)
+    assert again.encode_chat(CHAT) == ids
+
+
+def test_bytes_are_named_and_not_guessed(tmp_path):
+    block = mbx.BlockConfig(mbx.Mamba1Config(4))
+    model = mbx.LanguageModelConfig(256, (block,)).build(key=jr.key(0))
+    mbx.save_pretrained(model, tmp_path)
+    with pytest.raises(mbx.CheckpointError, match=r"has no tokenizer\.json.*tokens are bytes"):
+        mbx.load_tokenizer(tmp_path)
+    write(tmp_path, tokenizer_config_json=BYTES)
+    assert isinstance(mbx.load_tokenizer(tmp_path), mbx.ByteTokenizer)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer_json": "{}"}, r"tokenizer\.json: This is not the content"),
+        ({"tokenizer_config_json": "[]"}, r"tokenizer_config\.json: it must be a JSON object"),
+        ({"tokenizer_config_json": "{"}, r"tokenizer_config\.json: it is not valid JSON"),
+        ({"config_json": '{"vocab_size": 50277, "model_type": "mamba"}'}, r"no tokenizer\.json"),
+        ({"config_json": '{"vocab_size": 50280}'}, r"no tokenizer\.json"),
+    ],
+    ids=str,
+)
+def test_damage_is_told(tmp_path, files, message):
+    with pytest.raises(mbx.CheckpointError, match=message):
+        mbx.load_tokenizer(write(tmp_path, **files))
+
+
+def test_a_path_without_a_folder_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        mbx.load_tokenizer(tmp_path / "nowhere")
+
+
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
+    write(tmp_path / "other", tokenizer_json=FILES["byte_level"])
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "tokenizer.json").symlink_to(tmp_path / "other" / "tokenizer.json")
+    with pytest.raises(mbx.CheckpointError, match="a link that leaves the folder"):
+        mbx.load_tokenizer(tmp_path / "here")
+
+
+def test_the_hub(hub, tmp_path):
+    files = {"tokenizer.json": FILES["byte_level"].encode(), "config.json": b"{}"}
+    repository = hub.add("me/mine", files)
+    first = repository.refs["main"]
+    repository.commit({"config.json": b"{}"})
+    options = {"endpoint": hub.endpoint, "cache_dir": tmp_path / "cache"}
+    with pytest.raises(mbx.CheckpointError, match=r"'me/mine' \(commit .* has no tokenizer\.json"):
+        mbx.load_tokenizer("me/mine", **options)
+    got = mbx.load_tokenizer("me/mine", revision=first, **options)
+    assert got.vocab_size == mbx.TextTokenizer(FILES["byte_level"]).vocab_size
+    assert mbx.load_tokenizer("me/mine", revision=first, local_files_only=True, **options)
+    with pytest.raises(mbx.CheckpointError, match="does not exist, or is private"):
+        mbx.load_tokenizer("me/none", **options)
+
+
+def test_original_repositories_use_that_of_another(hub, tmp_path):
+    """They have no tokenizer, and not every checkpoint of their layout is theirs."""
+    options = {"endpoint": hub.endpoint, "cache_dir": tmp_path / "cache"}
+    original = json.dumps({"d_model": 8, "n_layer": 2, "vocab_size": 50277}).encode()
+    hub.add("state-spaces/mamba-tiny", {"config.json": original})
+    message = (
+        r"^The repository 'state-spaces/mamba-tiny'.* trained with that of EleutherAI/gpt-neox"
+    )
+    with pytest.raises(mbx.CheckpointError, match=message):
+        mbx.load_tokenizer("state-spaces/mamba-tiny", **options)
+    hub.add(_NEOX, {"config.json": b"{}", "tokenizer.json": FILES["byte_level"].encode()})
+    got = mbx.load_tokenizer("state-spaces/mamba-tiny", **options)
+    assert isinstance(got, mbx.TextTokenizer)
+    folder = tmp_path / "converted"
+    mbx.save_pretrained(make(BOTH["tied"]), folder, layout="state-spaces")
+    with pytest.raises(mbx.CheckpointError, match=r"has no tokenizer\.json"):
+        mbx.load_tokenizer(folder, **options)

@@ -1,0 +1,235 @@
+"""`examples/serve.py`: what it refuses, what it streams, and the page in a browser."""
+
+import asyncio
+import base64
+import http.client
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+aiohttp = pytest.importorskip("aiohttp", reason="needs aiohttp: the extra `serve`")
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "serve.py"
+ASK = {"prompt": "ROMEO:", "state": None, "seed": 0, "temperature": 0.8, "max_new_tokens": 20}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    command = [sys.executable, str(EXAMPLE), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        found = re.search(r":(\d+)/$", process.stdout.readline().strip())
+        assert found is not None
+        yield int(found[1])
+        process.terminate()
+
+
+def ask(port: int, body: Any, method: str = "POST", path: str = "/generate", **headers: str) -> Any:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    sent = {"Content-Type": "application/json"}
+    sent |= {name.replace("_", "-"): value for name, value in headers.items()}
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request(method, path, data, sent)
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    return answer.status, text, answer
+
+
+def lines(port: int, **changes: Any) -> list[dict[str, Any]]:
+    status, text, _ = ask(port, ASK | changes)
+    assert status == 200, text
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def joined(found: list[dict[str, Any]]) -> str:
+    return "".join(line["text"] for line in found)
+
+
+def test_states_go_on_and_fork(port: int):
+    whole = lines(port, max_new_tokens=48)
+    assert len(joined(whole)) == 48
+    shape, pixels = whole[0]["picture"]["shape"], base64.b64decode(whole[0]["picture"]["pixels"])
+    assert shape == [6, 8, 64]
+    assert len(pixels) == 6 * 8 * 64
+    assert len(set(pixels)) > 100
+    first = lines(port, max_new_tokens=24)
+    forks = [
+        joined(lines(port, prompt="", state=first[-1]["state"], max_new_tokens=24, seed=seed))
+        for seed in (0, 0, 1)
+    ]
+    assert joined(first) + forks[0] == joined(whole)
+    assert forks[0] == forks[1] != forks[2]
+    assert first[-1]["position"] == 6 + 24
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "x" * 4097}, "at most 4096 characters"),
+        ({"prompt": ""}, "The prompt is empty"),
+        ({"prompt": 3}, "must be text"),
+        ({"prompt": "\ud800"}, "surrogates"),
+        ({"max_new_tokens": 1025}, "within 1..1024"),
+        ({"max_new_tokens": True}, "within 1..1024"),
+        ({"seed": -1}, "`seed`"),
+        ({"temperature": 0}, "`temperature`"),
+        ({"temperature": float("nan")}, "`temperature`"),
+        ({"state": "nonsense"}, "no such state"),
+        ({"state": ["x"]}, "no such state"),
+    ],
+    ids=str,
+)
+def test_what_is_out_of_bounds_is_refused(changes: Any, message: str, port: int):
+    status, text, _ = ask(port, ASK | changes)
+    assert status == 400
+    assert message in text
+
+
+def test_others_are_refused(port: int):
+    assert ask(port, ASK, Host="evil.example")[0] == 403
+    assert ask(port, ASK, Host=f"evil.example:{port}")[0] == 403
+    assert ask(port, b"", "GET", "/", Host="evil.example")[0] == 403
+    assert ask(port, ASK, Origin="http://evil.example")[0] == 403
+    assert ask(port, ASK, Origin="null")[0] == 403
+    assert ask(port, ASK, Content_Type="text/plain")[0] == 400
+    assert ask(port, b"[]")[0] == 400
+    assert ask(port, b"x" * 2**16)[0] == 413
+    assert ask(port, ASK, Origin=f"http://localhost:{port}", Host=f"localhost:{port}")[0] == 200
+
+
+def test_the_page_loads_nothing_from_elsewhere(port: int):
+    status, text, answer = ask(port, b"", "GET", "/")
+    assert status == 200
+    policy = answer.getheader("Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+    nonce = re.search("'nonce-([^']+)'", policy)
+    assert nonce is not None
+    assert text.count(f'nonce="{nonce[1]}"') == 2
+    assert not re.search("(src|href)=|https?:|innerHTML", text)
+
+
+def test_too_many_at_a_time_are_refused(port: int):
+    answers: list[int] = []
+    body = ASK | {"max_new_tokens": 1024}
+    threads = [
+        threading.Thread(target=lambda: answers.append(ask(port, body)[0])) for _ in range(5)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(answers) == {200, 503}
+    assert answers.count(200) >= 2
+    assert ask(port, ASK)[0] == 200
+
+
+async def drive(browser: str, url: str, profile: Path, picture: Path | None) -> dict[str, Any]:
+    """Starts, goes on and forks by the buttons of the page, and says what it shows."""
+    options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+    options += " --disable-background-networking --disable-component-update"
+    options += f" --remote-debugging-port=0 --user-data-dir={profile} --window-size=1200,760"
+    process = subprocess.Popen(
+        [browser, *options.split(), "about:blank"], stderr=subprocess.DEVNULL
+    )
+    try:
+        file = profile / "DevToolsActivePort"
+        for _ in range(300):
+            if file.exists() and file.read_text().count("\n") == 1:
+                break
+            await asyncio.sleep(0.1)
+        debugger = f"http://127.0.0.1:{file.read_text().split()[0]}/json"
+        async with aiohttp.ClientSession() as session:
+            async with session.get(debugger) as answer:
+                pages = await answer.json()
+            page = next(page for page in pages if page["type"] == "page")
+            async with session.ws_connect(page["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+                count = 0
+
+                async def call(method: str, **params: Any) -> Any:
+                    nonlocal count
+                    count += 1
+                    await socket.send_json({"id": count, "method": method, "params": params})
+                    while True:
+                        message = await socket.receive_json(timeout=60)
+                        if message.get("id") == count:
+                            assert "error" not in message, message
+                            return message["result"]
+
+                async def look(expression: str) -> Any:
+                    found = await call(
+                        "Runtime.evaluate", expression=expression, returnByValue=True
+                    )
+                    return found["result"].get("value")
+
+                async def wait(expression: str) -> None:
+                    end = time.monotonic() + 60
+                    while not await look(expression):
+                        assert time.monotonic() < end, await look("document.body.innerText")
+                        await asyncio.sleep(0.1)
+
+                await call("Page.navigate", url=url)
+                await wait("!!document.getElementById('start')")
+                buttons = "document.querySelectorAll('article button')"
+                ready = f"{buttons}.length == %d && ![...{buttons}].some(b => b.disabled)"
+                await look("document.getElementById('start').click()")
+                await wait(ready % 2)
+                await look(f"{buttons}[0].click()")
+                await wait(ready % 2)
+                await look(f"{buttons}[1].click()")
+                await wait(ready % 4)
+                if picture is not None:
+                    image = await call("Page.captureScreenshot", format="png")
+                    picture.write_bytes(base64.b64decode(image["data"]))
+                texts = "[...document.querySelectorAll('pre')].map(p => p.textContent)"
+                colours = (
+                    "[...document.querySelectorAll('canvas')].map(c => new Set(c.getContext('2d')"
+                    ".getImageData(0, 0, c.width, c.height).data).size)"
+                )
+                return {
+                    "texts": await look(texts),
+                    "colours": await look(colours),
+                    "error": await look("document.getElementById('error').textContent"),
+                    "position": await look("document.getElementById('position').textContent"),
+                }
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_the_page_in_a_browser(port: int, tmp_path: Path):
+    """With `SCREENSHOT=file.png` it also takes the picture of the docs."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"needs a browser, one of {', '.join(BROWSERS)}")
+    picture = os.environ.get("SCREENSHOT")
+    found = asyncio.run(
+        drive(
+            browser,
+            f"http://127.0.0.1:{port}/",
+            tmp_path,
+            None if picture is None else Path(picture),
+        )
+    )
+    assert found["error"] == ""
+    fork, trunk = found["texts"]
+    assert trunk.startswith("ROMEO:")
+    assert len(trunk) == 6 + 2 * 160
+    # They share what was before the fork.
+    assert fork[: len(trunk)] == trunk
+    assert len(fork) == len(trunk) + 160
+    assert found["position"] == f"After {len(fork)} tokens."
+    assert len(found["colours"]) == 6
+    assert min(found["colours"]) > 30
