@@ -1,0 +1,216 @@
+"""What `generate` costs beyond the model: sampling, penalties, stop strings, streaming; and what
+speculative decoding gains, or loses. Random float32 weights in mamba-130m's shape.
+
+    python benchmarks/generate.py [--quick] [--no-peers]
+
+How fast the bare loop is beside other libraries: `decode.py`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from _common import (
+    Competitors,
+    arguments,
+    medians,
+    model_130m,
+    once,
+    print_facts,
+    print_table,
+    print_verdict,
+    random_tokens,
+    small_model,
+)
+from _peers import available, transformers_model
+
+import mamba_eqx as mbx
+
+
+class Numbers:
+    """A tokenizer for any vocabulary: each token is a word, its number."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: Any) -> str:
+        return "".join(f" {i}" for i in ids)
+
+    def decoder(self) -> Any:
+        raise NotImplementedError
+
+    def token_bytes(self, token: int) -> bytes:
+        return f" {token}".encode()
+
+
+SAMPLING: dict[str, Any] = {"temperature": 0.8, "key": jr.key(0)}
+PENALTIES = mbx.Penalties(repetition=1.1, presence=0.1, frequency=0.1)
+
+
+def options(model: mbx.LanguageModel) -> dict[str, dict[str, Any]]:
+    # None of them comes up: all rows are of one length.
+    stops = {"stop_strings": ["the end", "###"], "tokenizer": Numbers(model.vocab_size)}
+    everything = SAMPLING | stops | {"top_k": 40, "top_p": 0.95, "penalties": PENALTIES}
+    return {
+        "temperature": SAMPLING,
+        "top-k": SAMPLING | {"top_k": 40},
+        "top-p": SAMPLING | {"top_p": 0.95},
+        "min-p": SAMPLING | {"min_p": 0.05},
+        "typical": SAMPLING | {"typical_p": 0.9},
+        "penalties": {"penalties": PENALTIES},
+        "stop strings": stops,
+        "top-k, top-p, penalties, stop strings": everything,
+    }
+
+
+def bare(model: mbx.LanguageModel, start: mbx.DecodingState, new: int) -> Callable[[], Any]:
+    """Nothing but steps and the largest logit, in one compiled loop."""
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def loop(model: Any, start: Any, new: int) -> Any:
+        def body(carry: Any, _: None) -> Any:
+            token, layers = carry
+            step = model.step if token.ndim == 0 else jax.vmap(model.step)
+            logits, layers = step(token, layers)
+            token = jnp.argmax(logits[..., : model.vocab_size], axis=-1).astype(jnp.int32)
+            return (token, layers), token
+
+        return jax.lax.scan(body, (start.token, start.layers), length=new)[1]
+
+    return lambda: loop(model, start, new)
+
+
+def overheads(model: mbx.LanguageModel, new: int, repeats: int) -> None:
+    """From a state, so that no prompt is read."""
+    worst = 0.0
+    for batch in (1, 8):
+        prompts = np.array(random_tokens(model, batch, 4))
+        start = mbx.prefill(model, prompts if batch > 1 else prompts[0])
+        runs: Competitors = {"the bare loop": bare(model, start, new)}
+
+        def run(chosen: dict[str, Any], start: Any = start) -> Any:
+            return mbx.generate(model, None, new, state=start, **chosen).tokens
+
+        runs["generate, greedy"] = functools.partial(run, {})
+        for name, chosen in options(model).items():
+            runs[f"generate, {name}"] = functools.partial(run, chosen)
+        if batch == 1:
+            stream = lambda start=start: list(mbx.stream(model, None, new, state=start))  # noqa: E731
+            runs["stream, greedy"] = stream
+        seconds = medians(runs, repeats=repeats, budget=60.0)
+        base = seconds["the bare loop"]
+        rows = []
+        for name, value in seconds.items():
+            more = value / base - 1
+            worst = max(worst, more)
+            rows.append((batch, name, 1e3 * value / new, f"{more:+.1%}"))
+        print_table(("batch", "", "ms per token", "more than the bare loop"), rows)
+    print_verdict("the most that options add to the time per token", worst, 0.05, at_most=True)
+    print()
+
+
+def draft_of(model: mbx.LanguageModel, layers: int) -> mbx.LanguageModel:
+    """The first layers of the model: with random weights it is wrong nearly always."""
+    blocks = model.layers.unstack()[:layers]
+    return mbx.LanguageModel(
+        mbx.Unrolled(blocks),
+        vocab_size=model.vocab_size,
+        padded_vocab_size=model.padded_vocab_size,
+        key=jr.key(0),
+    )
+
+
+def speculation(
+    model: mbx.LanguageModel, new: int, repeats: int, lookaheads: tuple[int, ...]
+) -> None:
+    """The two ends: drafts that are always right, and drafts that never are. Between them the
+    speed-up goes with the number of tokens that are accepted."""
+    prompt = np.array(random_tokens(model, 32))
+    # What a model of random weights says is soon a cycle: lookup is right about that, and about a
+    # sampled text never.
+    cases: dict[str, tuple[Any, dict[str, Any]]] = {
+        "itself, greedy": (model, {}),
+        "itself, sampling": (model, SAMPLING),
+        "its first 2 layers, greedy": (draft_of(model, 2), {}),
+        "its first 2 layers, sampling": (draft_of(model, 2), SAMPLING),
+        "prompt lookup, greedy": (mbx.PromptLookup(), {}),
+        "prompt lookup, sampling": (mbx.PromptLookup(), SAMPLING | {"temperature": 2.0}),
+    }
+    rows = []
+    for name, (draft, chosen) in cases.items():
+        plain = functools.partial(mbx.generate, model, prompt, new, **chosen)
+        for lookahead in lookaheads:
+            fast = functools.partial(
+                mbx.speculate, model, draft, prompt, new, lookahead=lookahead, **chosen
+            )
+            seconds = medians({"plain": plain, "fast": fast}, repeats=repeats, budget=30.0)
+            out = fast()
+            accepted = int(out.accepted) / int(out.proposed)
+            ratio = seconds["plain"] / seconds["fast"]
+            rows.append((name, lookahead, f"{accepted:.0%}", 1e3 * seconds["fast"] / new, ratio))
+    header = ("draft", "lookahead", "accepted", "ms per token", "times the speed of `generate`")
+    print_table(header, rows)
+
+
+def peer(model: mbx.LanguageModel, new: int) -> None:
+    """Sampling in transformers costs more than the model does in some of its warpers."""
+    import torch
+
+    theirs = transformers_model(model)
+    rows = []
+    for batch in (1, 8):
+        prompts = np.array(random_tokens(model, batch, 4))
+        tokens = torch.from_numpy(prompts.astype(np.int64))
+        chosen = {"top_k": 40, "top_p": 0.95}
+
+        def run(tokens: Any = tokens, chosen: Any = chosen) -> Any:
+            with torch.inference_mode():
+                return theirs.generate(
+                    tokens,
+                    max_new_tokens=new,
+                    min_new_tokens=new,
+                    do_sample=True,
+                    temperature=0.8,
+                    repetition_penalty=1.1,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                    **chosen,
+                )
+
+        ours = functools.partial(
+            mbx.generate,
+            model,
+            prompts if batch > 1 else prompts[0],
+            new,
+            penalties=mbx.Penalties(repetition=1.1),
+            **SAMPLING,
+            **chosen,
+        )
+        jax.block_until_ready(ours())
+        mine = np.median([once(ours) for _ in range(5)])
+        other = np.median([once(run) for _ in range(3)])
+        rows.append((batch, batch * new / mine, batch * new / other, other / mine))
+    print("Sampling with temperature, top-k, top-p and a penalty on repetition, from 4 tokens:\n")
+    print_table(("batch", "tokens/s", "tokens/s of transformers", "faster by"), rows)
+
+
+def main() -> None:
+    args = arguments(__doc__)
+    print_facts("Generation", quick=args.quick)
+    model = small_model("mamba1") if args.quick else model_130m("mamba1")
+    new, repeats = (16, 3) if args.quick else (64, 9)
+    overheads(model, new, repeats)
+    speculation(model, new, repeats, (3,) if args.quick else (2, 4, 8))
+    if not args.no_peers and available("torch") and available("transformers"):
+        peer(model, 8 if args.quick else 16)
+
+
+if __name__ == "__main__":
+    main()
