@@ -9,7 +9,7 @@ from ._text import ByteTokenizer
 from ._tokenizers import TextTokenizer
 from .pretrained import CheckpointError
 from .pretrained._checkpoint import CONFIGS, find_files
-from .pretrained._files import CONFIG, Find, read_json
+from .pretrained._files import CONFIG, Find, read_config
 from .pretrained._hub import Hub
 
 
@@ -22,6 +22,7 @@ _BYTES = {"tokenizer_class": "ByteTokenizer"}
 _NEOX = "EleutherAI/gpt-neox-20b"
 _NEOX_VOCABULARY = 50277
 _MAX_BYTES = 2**28
+_MAX_CONFIG = 2**22  # Some list a thousand added tokens.
 
 
 def load_tokenizer(
@@ -67,7 +68,7 @@ def _load(name_or_path: str | os.PathLike[str], hub: Hub) -> TextTokenizer | Byt
 def read_tokenizer(find: Find, where: str, hub: Hub) -> TextTokenizer | ByteTokenizer:
     """The tokenizer among the files that `find` finds; `hub` is where another one would be."""
     config_path = find(TOKENIZER_CONFIG)
-    config = {} if config_path is None else read_json(config_path)
+    config = {} if config_path is None else read_config(config_path, _MAX_CONFIG)
     if not isinstance(config, dict):
         raise CheckpointError(f"{config_path}: it must be a JSON object.")
     path = find(TOKENIZER)
@@ -140,7 +141,7 @@ def _read_text(path: Path) -> str:
 
 def _is_original(find: Find) -> bool:
     path = find(CONFIG)
-    values = None if path is None else read_json(path)
+    values = None if path is None else read_config(path)
     return (
         isinstance(values, dict)
         and "model_type" not in values

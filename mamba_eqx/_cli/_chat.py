@@ -14,7 +14,7 @@ from .._score import prefill
 from .._state_file import load_state, save_state
 from .._tokenizers import TextTokenizer
 from ..pretrained import CheckpointError
-from ..pretrained._files import read_json
+from ..pretrained._files import read_config
 from ._common import Commands, end_line, write
 from ._generate import until
 from ._model import Opened, add_model, add_sampling, check_sampling, open_model, stream_of
@@ -27,6 +27,7 @@ _HELP = """\
 /quit       end the chat, as Ctrl-D does; Ctrl-C ends an answer
 """
 _PLAIN_STOP = "\n\n"
+_MAX_HISTORY = 2**26
 
 
 def add_chat(commands: Commands) -> None:
@@ -209,7 +210,7 @@ class _Templated:
                 f"There is no {_beside(path)}, which /save writes beside the state: what was said "
                 "before is not known. --plain goes on without it."
             )
-        found: Any = read_json(_beside(path))
+        found: Any = read_config(_beside(path), _MAX_HISTORY)
         fits = isinstance(found, dict) and found.keys() == {"messages", "tokens"}
         if not fits or not all(isinstance(value, list) for value in found.values()):
             raise CheckpointError(f"{_beside(path)} is not what /save writes beside a state.")

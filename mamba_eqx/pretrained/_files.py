@@ -34,13 +34,17 @@ Find = Callable[[str], Path | None]
 """Where the file of that name is, or `None` if the checkpoint has none."""
 
 
-def read_config(path: Path) -> Any:
+def read_config(path: Path, max_size: int = _MAX_CONFIG) -> Any:
     """Parses a config, infinity in either spelling included.
+
+    **Arguments:**
+
+    - `max_size`: the most bytes that it may have.
 
     **Raises:** `CheckpointError` for NaN, a key that occurs twice, and all that is not JSON.
     """
     try:
-        return decode_numbers(_read_json(path, _MAX_CONFIG))
+        return decode_numbers(_read_json(path, max_size))
     except RecursionError:
         raise CheckpointError(f"{path}: it is nested too deeply: download it again.") from None
     except CheckpointError as error:
