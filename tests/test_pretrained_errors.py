@@ -158,7 +158,7 @@ def test_untied_needs_its_head(saved):
         (
             "state-spaces",
             {"ssm_cfg": {"layer": "Mamba4"}},
-            X,
+            "`layer` of `ssm_cfg`.*only as 'Mamba1' or 'Mamba2'",
         ),
         ("state-spaces", {"ssm_cfg": {"headdim": 64}}, "`ssm_cfg` has fields.*'headdim'"),
         ("state-spaces", {"ssm_cfg": []}, "`ssm_cfg` must be a JSON object"),
