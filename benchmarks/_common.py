@@ -25,7 +25,7 @@ Competitors = dict[str, Callable[[], Any]]
 
 
 # What `--mixer` chooses from.
-MIXERS = {config.kind: config for config in (mbx.Mamba1Config, mbx.Mamba2Config)}
+MIXERS = {config.kind: config for config in (mbx.Mamba1Config, mbx.Mamba2Config, mbx.Mamba3Config)}
 
 
 def arguments(description: str | None, *, mixers: bool = False) -> argparse.Namespace:

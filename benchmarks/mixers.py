@@ -1,0 +1,71 @@
+"""One layer of each kind, side by side: time per token for a sequence, forward and with gradients,
+and for a step.
+
+    python benchmarks/mixers.py [--quick]
+
+All are 768 wide, with upstream's default sizes, in float32; attention has 12 heads of 64.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from _common import Competitors, arguments, compiled, medians, print_facts, print_table
+from jax import lax
+
+import mamba_eqx as mbx
+
+
+STEPS = 64
+
+
+def both(mixer: Any, x: jax.Array) -> Any:
+    return jax.value_and_grad(lambda mixer, x: jnp.sum(jnp.sin(mixer(x))), argnums=(0, 1))(mixer, x)
+
+
+def steps(mixer: Any, x: jax.Array, state: Any) -> Any:
+    return lax.scan(lambda state, x: mixer.step(x, state)[::-1], state, x)
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    quick = options.quick
+    print_facts("Mixers", quick=quick)
+    seq, d_model = (64, 128) if quick else (2048, 768)
+    configs: dict[str, Any] = {
+        "Mamba-1": mbx.Mamba1Config(d_model),
+        "Mamba-2": mbx.Mamba2Config(d_model),
+        "Mamba-3, SISO": mbx.Mamba3Config(d_model),
+        "Mamba-3, MIMO, rank 4": mbx.Mamba3Config(d_model, mimo_rank=4),
+        "attention": mbx.AttentionConfig(d_model, nheads=d_model // 64, rotary_emb_dim=64),
+    }
+    forwards: Competitors = {}
+    boths: Competitors = {}
+    decodes: Competitors = {}
+    x = jr.normal(jr.key(1), (seq, d_model))
+    for name, config in configs.items():
+        mixer = config.build(key=jr.key(0))
+        # As after the sequence: what a step of attention costs depends on that.
+        state = eqx.filter_jit(mixer.scan)(x, mixer.init_state(max_len=seq + STEPS))[1]
+        forwards[name] = compiled(lambda mixer, x: mixer(x), mixer, x)[0]
+        boths[name] = compiled(both, mixer, x)[0]
+        decodes[name] = compiled(steps, mixer, x[:STEPS], state)[0]
+    times = [medians(runs) for runs in (forwards, boths, decodes)]
+    per_token = (1e6 / seq, 1e6 / seq, 1e6 / STEPS)
+    rows = [
+        (
+            name,
+            *(found[name] * scale for found, scale in zip(times, per_token, strict=True)),
+            *(found[name] / found["Mamba-2"] for found in times),
+        )
+        for name in configs
+    ]
+    print(f"Microseconds per token, {seq} tokens (a step: after {seq} tokens):\n")
+    names = ("forward", "both", "step")
+    print_table(("", *names, *(f"{name} / Mamba-2" for name in names)), rows)
+
+
+if __name__ == "__main__":
+    main()
