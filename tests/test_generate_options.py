@@ -17,6 +17,8 @@ from mamba_eqx._stop_strings import stop_table
 from .test_generate import FORWARD, KEY, MODEL, PROMPT, VOCAB, row
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 PENALTIES = mbx.Penalties(repetition=1.7, presence=0.4, frequency=0.3, window=5)
 
 
@@ -166,7 +168,7 @@ def test_stop_strings_are_found_wherever_they_lie(strings, tokens):
         assert (state == len(table) - 1) == any(s.encode() in text for s in strings)
 
 
-@given(PROMPT, st.integers(1, 30), STRINGS)
+@given(PROMPT, st.integers(1, 16), STRINGS)
 def test_a_row_ends_with_a_stop_string(prompt, n, strings):
     out = mbx.generate(MODEL, prompt, n, stop_tokens=[9], stop_strings=strings, tokenizer=Letters())
     free, text, want = row(mbx.generate(MODEL, prompt, n)), b"", []
