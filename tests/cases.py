@@ -75,7 +75,9 @@ def plans(draw: st.DrawFn, name: str, dtype: str = "float32") -> Plan:
         seq = draw(st.integers(1, 80))
         cut = draw(st.integers(0, seq))
     else:
-        cut, rest = draw(st.sampled_from(CUTS if name in MIXERS else CUTS[:2]))
+        # Several chunks in one size; the other sizes are about the sizes.
+        several = CUTS if name in MIXERS else CUTS[:2]
+        cut, rest = draw(st.sampled_from(several if sizes == SIZES[0] else CUTS[:1]))
         seq = cut + rest
     resets = draw(st.frozensets(st.integers(0, seq - 1), max_size=4))
     return Plan(sizes, draw(st.integers(0, 2)), seq, cut, resets, draw(st.booleans()))

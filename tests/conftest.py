@@ -43,6 +43,14 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+@pytest.fixture(scope="module")
+def compile_fast() -> Iterator[None]:
+    """For what compiles much and runs little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is held for one layer runs in one process, which then compiles it once."""
     for item in items:

@@ -3,7 +3,6 @@
 import re
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -45,14 +44,6 @@ def test_code_runs(path: Path, tmp_path, monkeypatch, as_users_run, compile_fast
         code = compile("\n" * lines + block["code"], str(path), "exec")
         with jax.numpy_dtype_promotion("standard"):
             exec(code, module.__dict__)
-
-
-@pytest.fixture
-def compile_fast() -> Iterator[None]:
-    """What is written for readers compiles much and runs little."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @page

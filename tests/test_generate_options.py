@@ -17,7 +17,11 @@ from mamba_eqx._stop_strings import stop_table
 from .test_generate import FORWARD, KEY, MODEL, PROMPT, VOCAB, row
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 PENALTIES = mbx.Penalties(repetition=1.7, presence=0.4, frequency=0.3, window=5)
+# Nothing is said that is among the last three tokens: whoever counts them wrongly says another.
+NO_REPEATS = mbx.Penalties(presence=1e4, window=3)
 
 
 def penalised(logits, tokens, penalties=PENALTIES):
@@ -32,15 +36,16 @@ def penalised(logits, tokens, penalties=PENALTIES):
     return logits
 
 
-@given(PROMPT, st.integers(1, 12), st.integers(0, VOCAB - 1))
-def test_penalties_and_bias_change_the_greedy_choice(prompt, n, banned):
+@pytest.mark.parametrize("penalties", [PENALTIES, NO_REPEATS], ids=["all", "window"])
+@given(prompt=PROMPT, n=st.integers(1, 12), banned=st.integers(0, VOCAB - 1))
+def test_penalties_and_bias_change_the_greedy_choice(penalties, prompt, n, banned):
     bias = {banned: -math.inf, 1: 2.5}
     bias = bias if banned != 1 else {1: -math.inf}
-    out = mbx.generate(MODEL, prompt, n, penalties=PENALTIES, logit_bias=bias)
+    out = mbx.generate(MODEL, prompt, n, penalties=penalties, logit_bias=bias)
     tokens = list(prompt)
     for _ in range(n):
         padded = jnp.asarray((tokens + [0] * 64)[:64])
-        logits = penalised(FORWARD(MODEL, padded)[len(tokens) - 1, :VOCAB], tokens)
+        logits = penalised(FORWARD(MODEL, padded)[len(tokens) - 1, :VOCAB], tokens, penalties)
         for token, value in bias.items():
             logits[token] += value
         tokens.append(int(np.argmax(logits)))
@@ -48,8 +53,8 @@ def test_penalties_and_bias_change_the_greedy_choice(prompt, n, banned):
     assert banned not in row(out)
     # As an array, and going on from a state, which has kept the last tokens.
     dense = jnp.zeros(VOCAB).at[jnp.array(list(bias))].set(jnp.array(list(bias.values())))
-    first = mbx.generate(MODEL, prompt, 1, penalties=PENALTIES, logit_bias=dense)
-    rest = mbx.generate(MODEL, None, n, penalties=PENALTIES, logit_bias=dense, state=first.state)
+    first = mbx.generate(MODEL, prompt, 1, penalties=penalties, logit_bias=dense)
+    rest = mbx.generate(MODEL, None, n, penalties=penalties, logit_bias=dense, state=first.state)
     assert (row(first) + row(rest))[:n] == row(out)
 
 
@@ -169,7 +174,7 @@ def test_stop_strings_are_found_wherever_they_lie(strings, tokens):
         assert (state == len(table) - 1) == any(s.encode() in text for s in strings)
 
 
-@given(PROMPT, st.integers(1, 30), STRINGS)
+@given(PROMPT, st.integers(1, 16), STRINGS)
 def test_a_row_ends_with_a_stop_string(prompt, n, strings):
     out = mbx.generate(MODEL, prompt, n, stop_tokens=[9], stop_strings=strings, tokenizer=Letters())
     free, text, want = row(mbx.generate(MODEL, prompt, n)), b"", []
@@ -189,6 +194,24 @@ def test_a_row_ends_with_a_stop_string(prompt, n, strings):
         MODEL, prompt, n, stop_tokens=[9], stop_strings=strings, tokenizer=Letters(), block=4
     )
     assert list(streamed) == want
+
+
+class Alphabet(Letters):
+    TEXTS = tuple(bytes([97 + token]) for token in range(VOCAB))
+
+
+def test_a_stop_string_may_lie_across_the_blocks_of_a_stream():
+    options: dict[str, Any] = {"temperature": 1.3, "key": KEY}
+    free = row(mbx.generate(MODEL, [1, 2], 16, **options))
+    text = b"".join(map(Alphabet().token_bytes, free)).decode()
+    for at in range(14):
+        stop = text[at : at + 3]
+        end = text.find(stop) + 3
+        tokens = mbx.stream(
+            MODEL, [1, 2], 16, stop_strings=[stop], tokenizer=Alphabet(), block=4, **options
+        )
+        assert list(tokens) == free[:end]
+        assert tokens.finish == mbx.FinishReason.STOP_STRING
 
 
 @pytest.mark.usefixtures("as_users_run")

@@ -20,6 +20,7 @@ import mamba_eqx as mbx
 
 from .cases import (
     DTYPES,
+    THOROUGH,
     assert_close,
     fold,
     fold_in_jax,
@@ -56,6 +57,15 @@ mixers_in_all_dtypes = pytest.mark.parametrize(
         if name in MIXERS or dtype == DTYPES[0]
     ],
 )
+# Where `test_recurrence` holds in all dtypes, one of them is enough for what follows from it.
+sharply = (
+    mixers_in_all_dtypes
+    if THOROUGH
+    else pytest.mark.parametrize(
+        ("name", "dtype"),
+        [(name, "float64" if name in MIXERS else "float32") for name in EVERYTHING],
+    )
+)
 
 
 @mixers_in_all_dtypes
@@ -69,7 +79,7 @@ def test_recurrence(name: str, dtype: str, data: Any):
         )
 
 
-@mixers_in_all_dtypes
+@sharply
 @given(data=st.data())
 def test_splitting(name: str, dtype: str, data: Any):
     """Scanning two pieces, the state handed over, is scanning them joined."""
@@ -95,7 +105,7 @@ def test_causality(name: str, data: Any):
     np.testing.assert_array_equal(y[: case.cut], changed[: case.cut])
 
 
-@mixers_in_all_dtypes
+@sharply
 @given(data=st.data())
 def test_reset(name: str, dtype: str, data: Any):
     """`scan` with `reset` is the segments run apart; the state survives until the first reset."""
@@ -117,7 +127,7 @@ def test_a_reset_forgets_even_what_is_not_a_number(name: str):
     assert_close(scan(layer, x, state, reset), scan(layer, x, empty, reset), "float32")
 
 
-@mixers_in_all_dtypes
+@sharply
 @given(data=st.data())
 def test_length(name: str, dtype: str, data: Any):
     """Padding is as if it were not there, whatever it holds and even if it asks for a reset."""

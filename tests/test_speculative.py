@@ -15,6 +15,8 @@ import mamba_eqx as mbx
 from .test_generate import FORWARD, KEY, MODEL, PROMPT, VOCAB, make, row
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 DRAFTS: dict[str, Any] = {
     "itself": MODEL,
     "another": make(scale=20.0),
@@ -23,7 +25,7 @@ DRAFTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
-@given(PROMPT, st.integers(1, 20), st.booleans())
+@given(PROMPT, st.integers(1, 16), st.booleans())
 def test_greedily_it_is_generate(draft, prompt, n, penalised):
     options: dict[str, Any] = {"stop_tokens": [0]}
     if penalised:
@@ -54,7 +56,7 @@ def test_it_goes_on_from_a_state():
 def test_the_distribution_is_that_of_the_model():
     """The frequencies of all pairs of first tokens, within four standard deviations."""
     options: dict[str, Any] = {"temperature": 1.4, "top_k": 4}
-    prompt, count = [1, 2, 1], 1500
+    prompt, count = [1, 2, 1], 4000
     logits = FORWARD(MODEL, jnp.asarray(prompt + [0] * 61))[2, :VOCAB]
     distribution = lambda x: jax.nn.softmax(mbx.top_k(mbx.temperature(x, 1.4), 4))  # noqa: E731
     first = np.asarray(distribution(logits), np.float64)
@@ -68,8 +70,8 @@ def test_the_distribution_is_that_of_the_model():
         out = mbx.speculate(MODEL, DRAFTS["another"], prompt, 2, lookahead=2, key=key, **options)
         return out.tokens
 
-    for key in jr.split(KEY, count):
-        found[tuple(np.asarray(run(key)))] += 1
+    # (Over keys a speculation can be mapped: all else is the same.)
+    np.add.at(found, tuple(np.asarray(jax.vmap(run)(jr.split(KEY, count))).T), 1)
     deviation = np.sqrt(count * joint * (1 - joint))
     assert (np.abs(found - count * joint) <= 4 * deviation + 1e-9).all()
 
@@ -124,7 +126,7 @@ def test_beam_search_is_brute_force(alpha):
 
 
 @settings(max_examples=5)
-@given(PROMPT, st.integers(1, 9))
+@given(PROMPT, st.sampled_from([1, 7]))
 def test_one_beam_is_greedy(prompt, n):
     out = mbx.beam_search(MODEL, prompt, n, num_beams=1)
     assert out.tokens[0].tolist() == row(mbx.generate(MODEL, prompt, n))

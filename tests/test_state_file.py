@@ -12,6 +12,9 @@ from mamba_eqx._state_file import fingerprint
 from .test_generate import MODEL, make, row
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("prompts", [[1, 2, 3], [[1], [2, 3]]], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
