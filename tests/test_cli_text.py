@@ -20,6 +20,9 @@ from mamba_eqx.pretrained import from_pretrained, save_pretrained
 from .test_cli import byte_model, spawn
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "bytes"
