@@ -51,13 +51,19 @@ def compile_fast() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+# First, so that marks are there when tests are chosen by them.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is held for one layer runs in one process, which then compiles it once."""
+    from .registry import VARIANTS  # Not before the hook above.
+
     for item in items:
         callspec = getattr(item, "callspec", None)
         name = None if callspec is None else callspec.params.get("name")
         if item.path.name == "test_laws.py" and name is not None:
             item.add_marker(pytest.mark.xdist_group(str(name)))
+            if name in VARIANTS:
+                item.add_marker(pytest.mark.slow)
 
 
 # A Hub on this machine.

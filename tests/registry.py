@@ -228,6 +228,20 @@ LANGUAGE_MODELS["hybrid"] = language_model(
 )
 
 LAYERS = MIXERS | COMPOSITES
+
+# Left out of the quick run, where others stand for them.
+VARIANTS = {
+    "mamba1_normed",
+    "mamba2_without_norm",
+    "mamba3_mimo",
+    "attention_window",
+    "block_mamba2",
+    "block_mamba3",
+    "block_layernorm",
+    "unrolled_remat",
+    "stacked",
+    "language_model_untied",
+}
 EVERYTHING = LAYERS | LANGUAGE_MODELS
 
 CONFIGS: dict[str, mbx.LanguageModelConfig] = {

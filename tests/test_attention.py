@@ -18,6 +18,9 @@ from .cases import quick
 from .test_generate import naive, row
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
 def inputs(seq, nheads=6, nheads_kv=2, headdim=3, seed=0):
     rng = np.random.default_rng(seed)
     sizes = (nheads, nheads_kv, nheads_kv)

@@ -17,6 +17,9 @@ from .cases import assert_close, quick
 from .registry import SIZES, make_inputs, make_layer
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
 SEQ = 9
 S = SIZES[0]
 names = pytest.mark.parametrize("name", ["conv", "mamba2", "unrolled"])

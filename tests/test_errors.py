@@ -12,7 +12,7 @@ import mamba_eqx as mbx
 from mamba_eqx import ops
 
 
-pytestmark = pytest.mark.usefixtures("as_users_run")
+pytestmark = pytest.mark.usefixtures("as_users_run", "compile_fast")
 key = jr.key(0)
 
 

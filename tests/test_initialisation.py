@@ -11,6 +11,9 @@ import pytest
 import mamba_eqx as mbx
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
 N_LAYER = 9
 
 

@@ -77,9 +77,9 @@ def test_opening_does_not_read_the_tensors(large):
         assert len(tensors) > 100
         assert path.stat().st_size > 10 * MATRIX
         assert peak < MATRIX
-        began = time.process_time()
+        began = time.thread_time()
         open_file(path)
-        assert time.process_time() - began < 0.5
+        assert time.thread_time() - began < 0.5
 
 
 # Damage.
@@ -140,10 +140,10 @@ def test_what_comes_in_place_of_a_file(name, damaged):
         (b"null", "."),
         (json.dumps([1]).encode(), "."),
     ]:
-        began = time.process_time()
+        began = time.thread_time()
         with pytest.raises(CheckpointError, match=f"{name}.*({word})"):
             load(name, data)
-        assert time.process_time() - began < 1
+        assert time.thread_time() - began < 1
 
 
 @pytest.mark.usefixtures("as_users_run")
@@ -158,10 +158,10 @@ def test_large_json(kind, damaged):
             # All different but for the last, which takes quadratic time if looked for plainly.
             text = b"{" + b"".join(b'"%x":0,' % i for i in range(limit // 11)) + b'"1":0}'
         for size, word in ((limit, "JSON object|weight_map|occurs twice"), (limit + 1, "at most")):
-            began = time.process_time()
+            began = time.thread_time()
             with pytest.raises(CheckpointError, match=f"{name}.*({word})"):
                 load(name, text.ljust(size), others)
-            assert time.process_time() - began < 2
+            assert time.thread_time() - began < 2
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

@@ -17,6 +17,9 @@ from .cases import quick
 from .test_ops import close, shapes_in
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
 METHODS: list[Any] = ["chunked", "sequential"]
 NAMES = ["x", "dt", "A", "B", "C", "D", "trap", "angles", "B_bias", "C_bias", "mimo_x"]
 OF_ALL_TOKENS = {"D", "B_bias", "C_bias", "mimo_x"}
@@ -176,6 +179,7 @@ def test_methods(
         assert np.isfinite(leaf).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [None, 2])
 def test_derivatives(rank: int | None):
     """Both modes, against finite differences; and second derivatives."""

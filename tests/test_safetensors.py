@@ -249,10 +249,10 @@ REFUSED = {
 
 @pytest.mark.parametrize(("data", "word"), REFUSED.values(), ids=REFUSED)
 def test_refused(opened, data, word):
-    began = time.process_time()
+    began = time.thread_time()
     with pytest.raises(CheckpointError, match=rf"model\.safetensors: .*{word}") as caught:
         opened(data)
-    assert time.process_time() - began < 1
+    assert time.thread_time() - began < 1
     assert len(str(caught.value)) < 1000
     assert str(caught.value).isprintable()
 

@@ -53,6 +53,7 @@ def test_it_goes_on_from_a_state():
         assert second.tokens.tolist() == row(mbx.generate(MODEL, whole, 6))
 
 
+@pytest.mark.slow
 def test_the_distribution_is_that_of_the_model():
     """The frequencies of all pairs of first tokens, within four standard deviations."""
     options: dict[str, Any] = {"temperature": 1.4, "top_k": 4}

@@ -16,6 +16,9 @@ from mamba_eqx import ops
 from .test_ops import GOLDEN, close, shapes_in
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
 METHODS: list[Any] = ["chunked", "sequential"]
 
 
@@ -160,6 +163,7 @@ def test_gradients_are_derivatives(method: Any):
     jax.test_util.check_grads(run, inputs(5), order=1, modes=["fwd", "rev"])
 
 
+@pytest.mark.slow
 def test_second_derivatives():
     *arrays, state = inputs(5)
 
@@ -274,6 +278,7 @@ def test_nothing_of_the_full_size_exists():
     assert largest("sequential") >= seq * heads * headdim * d_state  # the test can tell
 
 
+@pytest.mark.slow
 def test_memory_of_the_reverse_pass():
     """A further token adds its share of the state that each chunk leaves behind (and its inputs and
     gradients): neither its own state nor its row of the attention, both of 1024 numbers here."""
