@@ -89,6 +89,59 @@ CODESTRAL = {
 }
 
 
+FALCON = {
+    "architectures": ["FalconMambaForCausalLM"],
+    "model_type": "falcon_mamba",
+    "vocab_size": 65024,
+    "hidden_size": 4096,
+    "num_hidden_layers": 64,
+    "expand": 16,  # and not what counts
+    "intermediate_size": 8192,
+    "state_size": 16,
+    "conv_kernel": 4,
+    "time_step_rank": 256,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "hidden_act": "silu",
+    "layer_norm_epsilon": 1e-5,
+    "residual_in_fp32": True,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 11,
+    "pad_token_id": 11,
+    "torch_dtype": "bfloat16",
+}
+MAMBA2_ATTENTION = MAMBA2 | {
+    "attn_layer_idx": [9, 18, 27, 36, 45, 56],
+    "attn_cfg": {
+        "causal": True,
+        "d_conv": 4,
+        "head_dim": 128,
+        "num_heads": 30,
+        "out_proj_bias": False,
+        "qkv_proj_bias": False,
+        "rotary_emb_dim": 64,
+    },
+}
+
+
+def mamba3(n_layer: int, d_model: int, d_intermediate: int, **ssm_cfg: object) -> dict:
+    cfg = {
+        "layer": "Mamba3",
+        "d_state": 128,
+        "expand": 2,
+        "headdim": 64,
+        "ngroups": 1,
+        "rope_fraction": 0.5,
+        "chunk_size": 64,
+        "is_mimo": False,
+        "mimo_rank": 4,
+        "is_outproj_norm": False,
+    }
+    fields = {"vocab_size": 128256, "d_intermediate": d_intermediate, "ssm_cfg": cfg | ssm_cfg}
+    return official(MAMBA2, n_layer, d_model) | fields
+
+
 def official(base: dict, n_layer: int, d_model: int) -> dict:
     return base | {"n_layer": n_layer, "d_model": d_model}
 
@@ -112,6 +165,14 @@ CHECKPOINTS = {
     "state-spaces/mamba2-780m": (official(MAMBA2, 48, 1536), 780_161_280),
     "state-spaces/mamba2-1.3b": (official(MAMBA2, 48, 2048), 1_343_757_312),
     "state-spaces/mamba2-2.7b": (official(MAMBA2, 64, 2560), 2_702_599_680),
+    "state-spaces/mamba2attn-2.7b": (official(MAMBA2_ATTENTION, 64, 2560), 2_697_590_880),
+    "state-spaces/mamba3-siso-187m": (mamba3(12, 768, 1536), 186_849_600),
+    # The width in the weights is rounded up to 1280.
+    "state-spaces/mamba3-mimo-187m": (
+        mamba3(12, 768, 1264, is_mimo=True, chunk_size=16),
+        187_291_968,
+    ),
+    "tiiuae/falcon-mamba-7b": (FALCON, 7_272_665_088),
     "mistralai/Mamba-Codestral-7B-v0.1": (CODESTRAL, 7_285_403_648),
 }
 
