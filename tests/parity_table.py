@@ -16,8 +16,11 @@ from safetensors.numpy import load_file
 
 import mamba_eqx as mbx
 
-from . import test_parity as parity
+from . import test_parity as parity, test_parity_hybrid as hybrid, test_parity_mamba3 as mamba3
 from .test_pretrained import make
+
+
+CASES = parity.CASES | hybrid.CASES | dict.fromkeys(mamba3.MODELS, "state-spaces")
 
 
 def errors(pairs):
@@ -30,8 +33,20 @@ def errors(pairs):
     return worst
 
 
+def of_state(i, state, golden):
+    """Pairs of what is left in a state and what should be."""
+    if isinstance(state, mbx.Mamba3State):
+        angle = golden[f"state.{i}.angle"]
+        got = {"ssm": state.ssm, "k": state.k, "v": state.v}
+        turned = [(mamba3.whole_turns(state.angle, angle), angle)]
+        return turned + [(array, golden[f"state.{i}.{name}"]) for name, array in got.items()]
+    pairs = [(array, golden[name]) for name, array in hybrid.of_state(i, state).items()]
+    # The oldest input of a convolution is of no use to what follows.
+    return [(a, b if a.shape == b.shape else b[:, 1:]) for a, b in pairs]
+
+
 def golden_rows():
-    for case, layout in parity.CASES.items():
+    for case, layout in CASES.items():
         folder = parity.GOLDEN / case
         golden = load_file(folder / "golden.safetensors")
         for dtype in (jnp.float64, jnp.float32):
@@ -45,10 +60,7 @@ def golden_rows():
                 "logits": [(logits, golden["logits"])],
                 "hidden states": [(hidden[i], golden[f"hidden_states.{i}"]) for i, _ in layers]
                 + [(hidden[-1], golden["hidden_states.norm_f"])],
-                "final states": [
-                    (jnp.moveaxis(s.ssm, 0, -1), golden[f"state.{i}.ssm"]) for i, s in layers
-                ]
-                + [(s.conv.T, golden[f"state.{i}.conv"][:, 1:]) for i, s in layers],
+                "final states": [pair for i, s in layers for pair in of_state(i, s, golden)],
                 "gradients": [(grad, golden[f"grad.{name}"]) for name, grad in named.items()],
             }
             for what, pairs in groups.items():
