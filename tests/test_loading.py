@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 import tracemalloc
 
 import jax
@@ -18,6 +17,7 @@ from mamba_eqx.pretrained._safetensors import open_safetensors, write_safetensor
 from mamba_eqx.pretrained._torch_pickle import open_torch
 
 from . import torch_files as tf
+from .bounded import bounded
 from .test_pretrained import BOTH, assert_same, config, make
 
 
@@ -77,9 +77,8 @@ def test_opening_does_not_read_the_tensors(large):
         assert len(tensors) > 100
         assert path.stat().st_size > 10 * MATRIX
         assert peak < MATRIX
-        began = time.thread_time()
-        open_file(path)
-        assert time.thread_time() - began < 0.5
+        with bounded():
+            open_file(path)
 
 
 # Damage.
@@ -140,10 +139,8 @@ def test_what_comes_in_place_of_a_file(name, damaged):
         (b"null", "."),
         (json.dumps([1]).encode(), "."),
     ]:
-        began = time.thread_time()
-        with pytest.raises(CheckpointError, match=f"{name}.*({word})"):
+        with bounded(), pytest.raises(CheckpointError, match=f"{name}.*({word})"):
             load(name, data)
-        assert time.thread_time() - began < 1
 
 
 @pytest.mark.usefixtures("as_users_run")
@@ -158,10 +155,8 @@ def test_large_json(kind, damaged):
             # All different but for the last, which takes quadratic time if looked for plainly.
             text = b"{" + b"".join(b'"%x":0,' % i for i in range(limit // 11)) + b'"1":0}'
         for size, word in ((limit, "JSON object|weight_map|occurs twice"), (limit + 1, "at most")):
-            began = time.thread_time()
-            with pytest.raises(CheckpointError, match=f"{name}.*({word})"):
+            with bounded(), pytest.raises(CheckpointError, match=f"{name}.*({word})"):
                 load(name, text.ljust(size), others)
-            assert time.thread_time() - began < 2
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

@@ -1,7 +1,6 @@
 """What `from_pretrained` and its siblings refuse, and that they do so before anything is loaded."""
 
 import json
-import time
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from mamba_eqx.pretrained import (
 )
 from mamba_eqx.pretrained._safetensors import open_safetensors, write_safetensors
 
+from .bounded import bounded
 from .test_pretrained import BOTH, config, make
 
 
@@ -200,10 +200,8 @@ def test_config_is_refused(layout, fields, message, saved):
 )
 def test_absurd_sizes_are_refused_quickly(layout, fields, saved):
     folder = saved(layout, fields=fields)
-    start = time.thread_time()
-    with pytest.raises(CheckpointError):
+    with bounded(), pytest.raises(CheckpointError):
         from_pretrained(folder)
-    assert time.thread_time() - start < 2
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import json
 import os
 import struct
-import time
 import tracemalloc
 from collections.abc import Callable
 
@@ -18,6 +17,7 @@ from mamba_eqx.pretrained._safetensors import open_safetensors, write_safetensor
 from mamba_eqx.pretrained._stored import CheckpointError, StoredTensor
 
 from . import torch_files as tf
+from .bounded import bounded
 
 
 ARRAYS = {
@@ -249,10 +249,11 @@ REFUSED = {
 
 @pytest.mark.parametrize(("data", "word"), REFUSED.values(), ids=REFUSED)
 def test_refused(opened, data, word):
-    began = time.thread_time()
-    with pytest.raises(CheckpointError, match=rf"model\.safetensors: .*{word}") as caught:
+    with (
+        bounded(),
+        pytest.raises(CheckpointError, match=rf"model\.safetensors: .*{word}") as caught,
+    ):
         opened(data)
-    assert time.thread_time() - began < 1
     assert len(str(caught.value)) < 1000
     assert str(caught.value).isprintable()
 

@@ -2,7 +2,6 @@
 
 import collections
 import io
-import time
 import tracemalloc
 from collections.abc import Callable
 
@@ -15,6 +14,7 @@ from mamba_eqx.pretrained._stored import CheckpointError, StoredTensor
 from mamba_eqx.pretrained._torch_pickle import open_torch
 
 from . import torch_files as tf
+from .bounded import bounded
 from .torch_attacks import (
     ARCHIVES,
     ITEMS,
@@ -163,10 +163,11 @@ ATTACKS = [
 
 @pytest.mark.parametrize(("data", "word"), ATTACKS)
 def test_refused(opened, data, word):
-    began = time.thread_time()
-    with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin: .*{word}") as caught:
+    with (
+        bounded(),
+        pytest.raises(CheckpointError, match=rf"pytorch_model\.bin: .*{word}") as caught,
+    ):
         opened(data)
-    assert time.thread_time() - began < 1
     assert len(str(caught.value)) < 1000
     assert str(caught.value).isprintable()
 
@@ -220,10 +221,8 @@ def test_one_large_dict_under_many_names(opened):
     items = b"(" + b"".join(tf.text(str(i)) + b"h\0" for i in range(4900)) + b"u"
     large = b"}q\1(" + tf.text("t") + ITEMS["w"] + b"q\0u" + items * 10 + tf.text("z") + b"Ns"
     names = b"(" + b"".join(tf.text(f"m{i}") + b"h\1" for i in range(4900)) + b"u"
-    began = time.thread_time()
-    with pytest.raises(CheckpointError, match="a dict under 'm'"):
+    with bounded(), pytest.raises(CheckpointError, match="a dict under 'm'"):
         opened(small(tf.program(b"}" + tf.text("m") + large + b"s" + names)))
-    assert time.thread_time() - began < 5
 
 
 # Damage of every kind.
