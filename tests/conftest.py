@@ -51,6 +51,18 @@ def compile_fast() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+# What compiles much, and is about single features: left to CI, which runs everything.
+SLOW_FILES = {
+    "test_bidirectional.py",
+    "test_cli_text.py",
+    "test_generate_options.py",
+    "test_mamba3.py",
+    "test_parity_hybrid.py",
+    "test_speculative.py",
+    "test_state_file.py",
+}
+
+
 # First, so that marks are there when tests are chosen by them.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,6 +76,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(str(name)))
             if name in VARIANTS:
                 item.add_marker(pytest.mark.slow)
+        if item.path.name in SLOW_FILES or item.name.startswith("test_code_runs[docs/"):
+            item.add_marker(pytest.mark.slow)
 
 
 # A Hub on this machine.
