@@ -83,9 +83,7 @@ def read_tokenizer(find: Find, where: str, hub: Hub) -> TextTokenizer | ByteToke
     if _is_original(find):
         other = Hub(None, hub.token, hub.cache_dir, hub.local_files_only, endpoint=hub.endpoint)
         try:
-            return read_tokenizer(
-                *find_files(_NEOX, other, settled_by=(*CONFIGS, TOKENIZER)), other
-            )
+            return _load(_NEOX, other)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{where} has no {TOKENIZER}; its model was trained with that of {_NEOX}, which "

@@ -197,12 +197,12 @@ class Attention(AbstractSequenceLayer[KVCache]):
         """
         check_sequence("Attention", self.d_model, x, reset, length)
         conv = cache = None
-        positions = ops.document_positions(x.shape[0], reset=reset, length=length)
+        start = 0
         if state is not None:
             state = self._checked(state)
             start = self._with_room_for(state, x.shape[0], reset, length)
-            positions = ops.document_positions(x.shape[0], start=start, reset=reset, length=length)
             conv, cache = state.conv, (state.k, state.v, start)
+        positions = ops.document_positions(x.shape[0], start=start, reset=reset, length=length)
         qkv = self.in_proj(x.astype(self.in_proj.weight.dtype))
         if self.conv1d is not None:
             qkv, conv = self.conv1d.scan(qkv, conv, reset=reset, length=length)

@@ -7,8 +7,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ._chunks import only
+from ._groups import check_groups
 from ._mamba3_chunked import chunked
-from ._mamba3_step import Parameters, State, Tokens, advance, check_groups, in_one_dtype, map_state
+from ._mamba3_step import Parameters, State, Tokens, advance, in_one_dtype, map_state
 from ._recurrence import freeze, mask_resets, real_tokens
 
 

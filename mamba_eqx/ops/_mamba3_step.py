@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._angle import cos_sin, wrap
+from ._groups import check_groups
 from ._precision import at_least_float32
 from ._rotary import rotate
 
@@ -100,14 +101,6 @@ def advance(
 def map_state(f: Callable[[Array], Array], state: State) -> State:
     angle, h, k, x = state
     return f(angle), f(h), f(k), f(x)
-
-
-def check_groups(nheads: int, ngroups: int) -> None:
-    if nheads % ngroups:
-        raise ValueError(
-            "The groups of `B` and `C` must divide the heads of `x`, but got "
-            f"ngroups={ngroups} and nheads={nheads}."
-        )
 
 
 def turned(

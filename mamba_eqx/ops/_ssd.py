@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ._chunks import decays, documents, only
+from ._groups import check_groups
 from ._precision import at_least_float32
 from ._recurrence import cut_into_chunks, expand, freeze, mask_resets, real_tokens
 
@@ -78,7 +79,7 @@ def ssd(
     The outputs, in the dtype of `x`, and the state after the last real token, in float32 (float64
     if any input is).
     """
-    _check_groups(A.shape[0], B.shape[1])
+    check_groups(A.shape[0], B.shape[1])
     seq = x.shape[0]
     dtype = at_least_float32(x, dt, A, B, C, state)
     u, dt, A, B, C = (t.astype(dtype) for t in (x, dt, A, B, C))
@@ -111,7 +112,7 @@ def ssd_step(
 ) -> tuple[Float[Array, "nheads headdim"], Float[Array, "d_state nheads headdim"]]:
     """One token of [`mamba_eqx.ops.ssd`][]: the same arguments, for one token."""
     ngroups = B.shape[0]
-    _check_groups(A.shape[0], ngroups)
+    check_groups(A.shape[0], ngroups)
     dtype = at_least_float32(x, dt, A, B, C, state)
     u, dt, A, B, C, h = (t.astype(dtype) for t in (x, dt, A, B, C, state))
     written = (dt[:, None] * u).reshape(1, ngroups, -1)
@@ -119,14 +120,6 @@ def ssd_step(
     # A product of matrices, since a sum over `d_state` becomes scalar code (docs/speed.md).
     y = jnp.einsum("gn,ngx->gx", C, h.reshape(-1, *written.shape[1:]))
     return _skip(D, u, y.reshape(u.shape)).astype(x.dtype), h
-
-
-def _check_groups(nheads: int, ngroups: int) -> None:
-    if nheads % ngroups:
-        raise ValueError(
-            "The groups of `B` and `C` must divide the heads of `x`, but got "
-            f"ngroups={ngroups} and nheads={nheads}."
-        )
 
 
 def _skip(

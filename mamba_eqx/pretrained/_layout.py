@@ -1,6 +1,5 @@
 """What a checkpoint layout is, and strict matching of a model with it, by name."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -146,7 +145,7 @@ def skeleton_of(config: LanguageModelConfig) -> LanguageModel:
     """A model of that config, of shapes in place of arrays."""
     # Layers that are alike are made once: tracing takes milliseconds for each.
     distinct = tuple(dict.fromkeys(config.layers))
-    few = dataclasses.replace(config, layers=distinct)
+    few = replace(config, layers=distinct)
     model = eqx.filter_eval_shape(lambda: few.build(key=jr.key(0)))
     made = dict(zip(distinct, model.layers.unstack(), strict=True))
     layers = Unrolled([made[layer] for layer in config.layers])

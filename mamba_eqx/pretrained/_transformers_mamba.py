@@ -1,7 +1,7 @@
 """transformers' model types `mamba` and `falcon_mamba`, which differ in three norms."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from .._config import BlockConfig, LanguageModelConfig
 from .._mixer_configs import Mamba1Config
@@ -20,7 +20,7 @@ _MAMBA_OFFICIAL = frozenset(
 
 def read_mamba(fields: Fields) -> LanguageModelConfig:
     fields.ignore(_MAMBA_OFFICIAL)
-    return _read(fields)
+    return _read(fields, select_norm=None, select_norm_eps=1e-6)
 
 
 def read_falcon_mamba(fields: Fields) -> LanguageModelConfig:
@@ -30,7 +30,9 @@ def read_falcon_mamba(fields: Fields) -> LanguageModelConfig:
     return _read(fields, select_norm="weightless", select_norm_eps=eps)
 
 
-def _read(fields: Fields, **norms: Any) -> LanguageModelConfig:
+def _read(
+    fields: Fields, *, select_norm: Literal["weightless"] | None, select_norm_eps: float
+) -> LanguageModelConfig:
     # The defaults are those of transformers' `MambaConfig` and `FalconMambaConfig` alike.
     d_model = fields.size("hidden_size", 768)
     expanded = fields.multiple_of(d_model, "expand", 2)
@@ -50,7 +52,8 @@ def _read(fields: Fields, **norms: Any) -> LanguageModelConfig:
         ),
         bias=fields.flag("use_bias", False),
         conv_bias=fields.flag("use_conv_bias", True),
-        **norms,
+        select_norm=select_norm,
+        select_norm_eps=select_norm_eps,
     )
     padded = fields.size("vocab_size", 50280)
     config = LanguageModelConfig(
