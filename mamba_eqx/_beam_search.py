@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ._decoding import FinishReason, start
 from ._generate import check_count
 from ._language_model import LanguageModel
-from ._prompts import DecodingState, Prompt, check_tokens, read_prompts
+from ._prompts import DecodingState, Prompt, check_tokens, read_prompt
 from ._score import fork
 
 
@@ -68,12 +68,10 @@ def beam_search(
         raise ValueError(
             f"`length_penalty` must be at least 0 and finite, but got {length_penalty}."
         )
-    rows, batched = read_prompts(model.vocab_size, prompt, None, state)
-    if batched:
-        raise ValueError(f"`beam_search` takes one prompt, but got {len(rows)}.")
+    row = read_prompt(model.vocab_size, "beam_search", prompt, state)
     stop = jnp.zeros(model.vocab_size, bool)
     stop = stop.at[check_tokens(model.vocab_size, "stop_tokens", stop_tokens)].set(True)
-    begin = start(model, rows, False, state, room=max_new_tokens)
+    begin = start(model, [row], False, state, room=max_new_tokens)
     alpha = jnp.asarray(length_penalty, jnp.float32)
     return _search(model, fork(begin, num_beams), stop, alpha, max_new_tokens)
 

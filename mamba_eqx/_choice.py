@@ -31,9 +31,7 @@ class Choice(eqx.Module):
     top_p: Float[Array, "*batch"] | None
     min_p: Float[Array, "*batch"] | None
     typical_p: Float[Array, "*batch"] | None
-    repetition: Float[Array, "*batch"] | None
-    presence: Float[Array, "*batch"] | None
-    frequency: Float[Array, "*batch"] | None
+    penalties: tuple[Float[Array, "*batch"], Float[Array, "*batch"], Float[Array, "*batch"]] | None
     bias: Float[Array, "*batch vocab"] | None
     stop_tokens: Int[Array, "*batch stop"]
     window: int = eqx.field(static=True)
@@ -43,12 +41,12 @@ class Choice(eqx.Module):
         self, logits: Float[Array, " vocab"], recent: Int[Array, " window"]
     ) -> Float[Array, " vocab"]:
         """After penalties and bias, on which greedy decoding depends as well."""
-        if self.repetition is not None and self.presence is not None:
+        if self.penalties is not None:
             recent = recent[-self.window :]
-            logits = repetition_penalty(logits, recent, self.repetition)
-            logits = presence_penalty(logits, recent, self.presence)
-        if self.frequency is not None:
-            logits = frequency_penalty(logits, recent[-self.window :], self.frequency)
+            repetition, presence, frequency = self.penalties
+            logits = repetition_penalty(logits, recent, repetition)
+            logits = presence_penalty(logits, recent, presence)
+            logits = frequency_penalty(logits, recent, frequency)
         return logits if self.bias is None else logits + self.bias.astype(logits.dtype)
 
     def distribution(
@@ -125,12 +123,12 @@ def read_choice(
     if (heat == 0).all():
         heat, filters = None, (None, None, None, None)
     k, *shares = filters
-    if penalties is None:
-        repetition = presence = frequency = None
-    else:
-        repetition, presence, frequency = (
-            value(name, getattr(penalties, name), None, np.float32)
-            for name in ("repetition", "presence", "frequency")
+    against = None
+    if penalties is not None:
+        against = (
+            value("repetition", penalties.repetition, None, np.float32),
+            value("presence", penalties.presence, None, np.float32),
+            value("frequency", penalties.frequency, None, np.float32),
         )
     if bias is not None and rows is not None:
         bias = np.broadcast_to(bias, (rows, len(bias)))
@@ -140,9 +138,7 @@ def read_choice(
             heat,
             None if k is None else np.minimum(k, model.vocab_size).astype(np.int32),
             *shares,
-            repetition,
-            presence,
-            frequency,
+            against,
             bias,
             _read_stop_tokens(model.vocab_size, rows, stop_tokens),
         ),

@@ -1,6 +1,7 @@
 """The compiled loop behind generation: a token chosen, fed to the model, and so on."""
 
 import enum
+from typing import TypeVar
 
 import equinox as eqx
 import jax
@@ -230,6 +231,15 @@ def run(
         layers, shaped(last), shaped(position + lengths), shaped(np.array(recent, np.int32))
     )
     return state, scored
+
+
+_Buffers = TypeVar("_Buffers", bound=PyTree)
+
+
+def cut(out: _Buffers, size: int) -> _Buffers:
+    """What a loop returned, its buffers cut from the size that was compiled to the one wanted."""
+    where = lambda out: (out.tokens, out.log_probs)  # noqa: E731
+    return eqx.tree_at(where, out, replace_fn=lambda buffer: buffer[..., :size])
 
 
 def bucket(size: int) -> int:

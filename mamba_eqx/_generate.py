@@ -1,7 +1,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -9,10 +8,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from ._choice import read_choice
-from ._decoding import Generation, bucket, decode, start
+from ._decoding import Generation, bucket, cut, decode, start
 from ._language_model import LanguageModel
 from ._penalties import Penalties
-from ._prompts import DecodingState, Prompt, read_prompts
+from ._prompts import DecodingState, Prompt, read_prompt, read_prompts
 from ._stop_strings import stop_table
 from ._stream import Stream
 from ._text import Tokenizer
@@ -104,10 +103,7 @@ def generate(
         key = jax.vmap(lambda i: jr.fold_in(key, i))(jnp.arange(len(rows)))  # pyright: ignore
     limit, size = jnp.asarray(max_new_tokens, jnp.int32), bucket(max_new_tokens)
     out, _ = decode(model, now, choice, table, jnp.zeros_like(now.token), key, limit, size)
-    cut = lambda buffer: buffer[..., :max_new_tokens]  # noqa: E731
-    return eqx.tree_at(
-        lambda out: (out.tokens, out.log_probs), out, (cut(out.tokens), cut(out.log_probs))
-    )
+    return cut(out, max_new_tokens)
 
 
 def stream(
@@ -147,11 +143,7 @@ def stream(
     """
     check_count("max_new_tokens", max_new_tokens)
     check_count("block", block)
-    rows, batched = read_prompts(model.vocab_size, prompt, None, state)
-    if batched:
-        raise ValueError(
-            f"`stream` takes one prompt, but got {len(rows)}. Use `generate` for several."
-        )
+    row = read_prompt(model.vocab_size, "stream", prompt, state)
     choice = read_choice(
         model,
         None,
@@ -170,10 +162,9 @@ def stream(
         key = None
 
     def blocks() -> Iterator[Generation]:
-        now = start(model, rows, False, state, room=max_new_tokens, window=choice.window)
-        matched = jnp.zeros_like(now.token)
-        none = jnp.zeros(0)
-        yield Generation(none.astype(jnp.int32), matched, none, matched, now)
+        now = start(model, [row], False, state, room=max_new_tokens, window=choice.window)
+        matched = zero = jnp.zeros_like(now.token)
+        yield Generation(jnp.zeros(0, jnp.int32), zero, jnp.zeros(0), zero, now)
         left, size = max_new_tokens, 1
         while left > 0:
             size = min(size, left, block)

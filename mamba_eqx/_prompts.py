@@ -75,6 +75,16 @@ def read_prompts(
     return rows, batched
 
 
+def read_prompt(vocab_size: int, name: str, prompt: Any, state: DecodingState | None) -> np.ndarray:
+    """The one prompt that the function `name` takes."""
+    rows, batched = read_prompts(vocab_size, prompt, None, state)
+    if batched:
+        raise ValueError(
+            f"`{name}` takes one prompt, but got {len(rows)}. Use `generate` for several."
+        )
+    return rows[0]
+
+
 def _without_padding(prompts: Any, mask: Any) -> list[np.ndarray]:
     tokens, real = np.asarray(prompts), np.asarray(mask)
     if tokens.ndim != 2 or real.shape != tokens.shape or not np.isin(real, (0, 1)).all():

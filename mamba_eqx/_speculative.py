@@ -13,11 +13,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ._choice import Choice, read_choice
-from ._decoding import FinishReason, bucket, start
+from ._decoding import FinishReason, bucket, cut, start
 from ._generate import check_count
 from ._language_model import LanguageModel
 from ._penalties import Penalties
-from ._prompts import DecodingState, Prompt, read_prompts
+from ._prompts import DecodingState, Prompt, read_prompt
 from ._sampling import draw
 
 
@@ -106,9 +106,7 @@ def speculate(
             "The draft and the model must have the same tokens, but got vocab_size="
             f"{draft.vocab_size} and vocab_size={model.vocab_size}."
         )
-    rows, batched = read_prompts(model.vocab_size, prompt, None, state)
-    if batched:
-        raise ValueError(f"`speculate` takes one prompt, but got {len(rows)}.")
+    row = read_prompt(model.vocab_size, "speculate", prompt, state)
     choice = read_choice(
         model,
         None,
@@ -124,14 +122,14 @@ def speculate(
     )
     # What is proposed is written into a cache before it is known whether it stays.
     room = max_new_tokens + 2 * lookahead + 1
-    now = start(model, rows, False, state, room=room, window=choice.window)
+    now = start(model, [row], False, state, room=room, window=choice.window)
     if isinstance(draft, LanguageModel):
-        seen = rows if state is None else [np.append(np.asarray(state.token), rows[0])]
+        seen = row if state is None else np.append(np.asarray(state.token), row)
         drafter = _ModelDraft(draft)
-        memory = start(draft, seen, False, None, room=room).layers
+        memory = start(draft, [seen], False, None, room=room).layers
     else:
         drafter = _LookupDraft(draft.ngram, model.vocab_size)
-        past = rows[0] if state is None else np.append(np.asarray(state.recent), rows[0])
+        past = row if state is None else np.append(np.asarray(state.recent), row)
         memory = _History.of(past, room)
     key = jr.key(0) if key is None else key
     out = _speculate(
@@ -145,10 +143,7 @@ def speculate(
         bucket(max_new_tokens),
         lookahead,
     )
-    cut = lambda buffer: buffer[:max_new_tokens]  # noqa: E731
-    return eqx.tree_at(
-        lambda out: (out.tokens, out.log_probs), out, (cut(out.tokens), cut(out.log_probs))
-    )
+    return cut(out, max_new_tokens)
 
 
 class _Past(eqx.Module):
