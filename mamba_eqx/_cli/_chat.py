@@ -17,7 +17,7 @@ from ..pretrained import CheckpointError
 from ..pretrained._files import read_config
 from ._common import Commands, end_line, write
 from ._generate import until
-from ._model import Opened, add_model, add_sampling, check_sampling, open_model, stream_of
+from ._model import Opened, add_model, add_sampling, check_sampling, open_model, stream_of, text_of
 
 
 _HELP = """\
@@ -148,7 +148,7 @@ class _Plain:
             ids = opened.encode_piece(text)
         tokens = stream_of(opened, ids, self._args, state=self._state, stop_strings=self._stop)
         try:
-            yield from until(self._stop, _pieces(opened, tokens))
+            yield from until(self._stop, text_of(opened, tokens))
         finally:
             self._state = tokens.state
 
@@ -190,7 +190,7 @@ class _Templated:
         tokens = stream_of(opened, [], self._args, state=before, stop_strings=self._args.stop)
         given: list[int] = []
         try:
-            yield from until(self._args.stop, _pieces(opened, tokens, given))
+            yield from until(self._args.stop, text_of(opened, _noted(tokens, given)))
         finally:
             answer = self._tokenizer.decode(given)
             if tokens.finish == FinishReason.STOP_STRING:
@@ -223,14 +223,11 @@ def _begins(ids: Sequence[int], beginning: Sequence[int]) -> bool:
     return list(ids[: len(beginning)]) == list(beginning)
 
 
-def _pieces(opened: Opened, tokens: Iterator[int], given: list[int] | None = None) -> Iterator[str]:
-    """The text of tokens as they come; they themselves are appended to `given`."""
-    decoder = opened.tokenizer.decoder()
+def _noted(tokens: Iterator[int], given: list[int]) -> Iterator[int]:
+    """The tokens as they come, which are appended to `given`."""
     for token in tokens:
-        if given is not None:
-            given.append(token)
-        yield decoder.feed([token])
-    yield decoder.end()
+        given.append(token)
+        yield token
 
 
 def _save(path: Path, state: DecodingState | None, opened: Opened) -> None:

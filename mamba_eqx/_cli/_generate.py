@@ -10,7 +10,7 @@ from pathlib import Path
 from .._decoding import FinishReason
 from .._stream import Stream
 from ._common import Commands, read_text, write
-from ._model import Opened, add_model, add_sampling, check_sampling, open_model, stream_of
+from ._model import Opened, add_model, add_sampling, check_sampling, open_model, stream_of, text_of
 
 
 def add_generate(commands: Commands) -> None:
@@ -57,17 +57,10 @@ def _run(args: argparse.Namespace) -> None:
         _write_json(args, opened, prompt, ids, tokens, clock, began)
         return
     write(prompt)
-    for piece in until(args.stop, _text(opened, clock)):
+    for piece in until(args.stop, text_of(opened, clock)):
         write(piece)
     write("\n")
     print(clock.report(began), file=sys.stderr)
-
-
-def _text(opened: Opened, clock: "_Clock") -> Iterator[str]:
-    decoder = opened.tokenizer.decoder()
-    for token in clock:
-        yield decoder.feed([token])
-    yield decoder.end()
 
 
 def _write_json(
@@ -81,7 +74,7 @@ def _write_json(
 ) -> None:
     text, interrupted = "", False
     try:
-        for piece in until(args.stop, _text(opened, clock)):
+        for piece in until(args.stop, text_of(opened, clock)):
             text += piece
     except KeyboardInterrupt:
         interrupted = True

@@ -3,7 +3,7 @@
 import argparse
 import importlib.resources
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,6 +159,14 @@ def stream_of(
         state=state,
         key=jr.key(args.seed),
     )
+
+
+def text_of(opened: Opened, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens, as they come."""
+    decoder = opened.tokenizer.decoder()
+    for token in tokens:
+        yield decoder.feed([token])
+    yield decoder.end()
 
 
 def _shipped_model() -> Path:

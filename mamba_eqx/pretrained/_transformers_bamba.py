@@ -6,7 +6,7 @@ from typing import Any
 from .._config import BlockConfig, LanguageModelConfig
 from .._mixer_configs import AttentionConfig, Mamba2Config
 from ._fields import Fields, limit_to_json
-from ._transformers_common import UNPADDED, inexpressible
+from ._transformers_common import inexpressible, read_model
 from ._transformers_hybrid import (
     HYBRID_IGNORED,
     RESIDUAL,
@@ -35,14 +35,13 @@ def read_bamba(fields: Fields) -> LanguageModelConfig:
     blocks = {
         kind: BlockConfig(kind, d_intermediate=width, norm_eps=eps) for kind in (attention, mamba)
     }
-    padded = fields.size("vocab_size", 128000)
-    config = LanguageModelConfig(
-        vocab_size=fields.size(UNPADDED, padded),
-        padded_vocab_size=padded,
-        layers=tuple(blocks[attention if i in chosen else mamba] for i in range(n_layer)),
-        tie_embeddings=fields.flag("tie_word_embeddings", False),
+    config = read_model(
+        fields,
+        (blocks[attention if i in chosen else mamba] for i in range(n_layer)),
+        vocab_size=128000,
         norm_eps=eps,
-        residual_in_fp32=fields.flag(RESIDUAL, False),
+        tie_embeddings=False,
+        residual_in_fp32=False,
     )
     # How large the chunks of an implementation are, and a term of a loss.
     fields.ignore(HYBRID_IGNORED | {"mamba_chunk_size", "z_loss_coefficient"})

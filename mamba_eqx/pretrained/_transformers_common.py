@@ -1,5 +1,9 @@
 """What the model types of transformers share."""
 
+from collections.abc import Iterable
+
+from .._config import BlockConfig, LanguageModelConfig
+from ._fields import Fields
 from ._stored import CheckpointError
 
 
@@ -13,6 +17,27 @@ MAMBA_IGNORED = frozenset(
     time_step_init_scheme time_step_floor use_mambapy use_associative_scan
     """.split()  # noqa: SIM905
 )
+
+
+def read_model(
+    fields: Fields,
+    layers: Iterable[BlockConfig],
+    *,
+    vocab_size: int,
+    norm_eps: float,
+    tie_embeddings: bool,
+    residual_in_fp32: bool,
+) -> LanguageModelConfig:
+    """A model of these layers; the others are what its type has where the config says nothing."""
+    padded = fields.size("vocab_size", vocab_size)
+    return LanguageModelConfig(
+        vocab_size=fields.size(UNPADDED, padded),
+        padded_vocab_size=padded,
+        layers=tuple(layers),
+        tie_embeddings=fields.flag("tie_word_embeddings", tie_embeddings),
+        norm_eps=norm_eps,
+        residual_in_fp32=fields.flag("residual_in_fp32", residual_in_fp32),
+    )
 
 
 def inexpressible(what: str, value: str) -> CheckpointError:

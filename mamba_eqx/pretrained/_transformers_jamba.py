@@ -7,7 +7,7 @@ from typing import Any
 from .._config import BlockConfig, LanguageModelConfig
 from .._mixer_configs import AttentionConfig, Mamba1Config
 from ._fields import Fields
-from ._transformers_common import UNPADDED, inexpressible
+from ._transformers_common import inexpressible, read_model
 from ._transformers_hybrid import (
     HYBRID_IGNORED,
     RESIDUAL,
@@ -57,17 +57,16 @@ def read_jamba(fields: Fields) -> LanguageModelConfig:
     blocks = {
         kind: BlockConfig(kind, d_intermediate=width, norm_eps=eps) for kind in (attention, mamba)
     }
-    padded = fields.size("vocab_size", 65536)
-    config = LanguageModelConfig(
-        vocab_size=fields.size(UNPADDED, padded),
-        padded_vocab_size=padded,
-        layers=tuple(
+    config = read_model(
+        fields,
+        (
             blocks[attention if i % period == offset else mamba]
             for i in range(fields.layers("num_hidden_layers", 32))
         ),
-        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        vocab_size=65536,
         norm_eps=eps,
-        residual_in_fp32=fields.flag(RESIDUAL, False),
+        tie_embeddings=False,
+        residual_in_fp32=False,
     )
     fields.ignore(_IGNORED)
     return config

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from .._config import BlockConfig, LanguageModelConfig
 from .._mixer_configs import Mamba1Config
 from ._fields import Fields
-from ._transformers_common import MAMBA_IGNORED, UNPADDED, inexpressible
+from ._transformers_common import MAMBA_IGNORED, inexpressible, read_model
 
 
 # What the `-hf` conversions kept of the official config. transformers reads none of it, and
@@ -55,14 +55,13 @@ def _read(
         select_norm=select_norm,
         select_norm_eps=select_norm_eps,
     )
-    padded = fields.size("vocab_size", 50280)
-    config = LanguageModelConfig(
-        vocab_size=fields.size(UNPADDED, padded),
-        padded_vocab_size=padded,
-        layers=(BlockConfig(mixer, norm_eps=eps),) * fields.layers("num_hidden_layers", 32),
-        tie_embeddings=fields.flag("tie_word_embeddings", True),
+    config = read_model(
+        fields,
+        (BlockConfig(mixer, norm_eps=eps),) * fields.layers("num_hidden_layers", 32),
+        vocab_size=50280,
         norm_eps=eps,
-        residual_in_fp32=fields.flag("residual_in_fp32", True),
+        tie_embeddings=True,
+        residual_in_fp32=True,
     )
     fields.ignore(MAMBA_IGNORED)
     return config

@@ -6,7 +6,7 @@ from typing import Any
 from .._config import BlockConfig, LanguageModelConfig
 from .._mixer_configs import Mamba2Config
 from ._fields import Fields, limit_to_json
-from ._transformers_common import MAMBA_IGNORED, UNPADDED, inexpressible
+from ._transformers_common import MAMBA_IGNORED, inexpressible, read_model
 
 
 # The chunks of an implementation do not matter, and transformers computes the size
@@ -46,14 +46,13 @@ def read_mamba2(fields: Fields) -> LanguageModelConfig:
         conv_bias=fields.flag("use_conv_bias", True),
         norm_eps=eps,
     )
-    padded = fields.size("vocab_size", 32768)
-    config = LanguageModelConfig(
-        vocab_size=fields.size(UNPADDED, padded),
-        padded_vocab_size=padded,
-        layers=(BlockConfig(mixer, norm_eps=eps),) * fields.layers("num_hidden_layers", 64),
-        tie_embeddings=fields.flag("tie_word_embeddings", False),
+    config = read_model(
+        fields,
+        (BlockConfig(mixer, norm_eps=eps),) * fields.layers("num_hidden_layers", 64),
+        vocab_size=32768,
         norm_eps=eps,
-        residual_in_fp32=fields.flag("residual_in_fp32", True),
+        tie_embeddings=False,
+        residual_in_fp32=True,
     )
     fields.ignore(_MAMBA2_IGNORED)
     return config
