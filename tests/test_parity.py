@@ -127,11 +127,12 @@ def torch():
     return pytest.importorskip("torch")
 
 
-def their_model(torch, fields):
+def their_model(torch, fields, model_type="mamba"):
     import transformers  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(0)
-    model = transformers.MambaForCausalLM(transformers.MambaConfig(**fields)).eval()
+    config = transformers.AutoConfig.for_model(model_type, **fields)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -153,18 +154,44 @@ def load_theirs(folder, architecture="MambaForCausalLM"):
     return model.eval()
 
 
-@pytest.mark.parity
-@pytest.mark.parametrize("max_shard_size", [None, 2000])
-@pytest.mark.parametrize("name", OURS)
-def test_transformers_loads_ours(name, max_shard_size, torch, tmp_path):
-    model = jax.tree.map(lambda leaf: 0.5 * leaf, make(OURS[name]))
-    save_pretrained(model, tmp_path, max_shard_size=max_shard_size)
-    theirs = load_theirs(tmp_path)
-    tokens = np.arange(25) * 7 % 13
+def check_they_load(torch, model, folder, architecture, *, seq=25, max_shard_size=2000):
+    """transformers loads what we save, bit by bit, and computes the same."""
+    model = jax.tree.map(lambda leaf: 0.5 * leaf, model)
+    save_pretrained(model, folder, max_shard_size=max_shard_size)
+    theirs = load_theirs(folder, architecture)
+    tokens = np.arange(seq) * 7 % 13
     logits = eqx.filter_jit(model)(jnp.asarray(tokens))
     assert difference(logits, their_logits(torch, theirs, tokens)) < 1e-5
     for key, tensor in state_dict(model).items():
         assert np.array_equal(theirs.state_dict()[key].numpy(), tensor)
+
+
+# What transformers' configs say of how texts end, and where the model was.
+OF_OURS = {"_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+def check_we_load(torch, theirs, folder, of_ours, *, seq=25, max_shard_size="3KB"):
+    """We load what transformers saves, and it what we save of that: the logits before and after,
+    the config the same but for the fields `of_ours`."""
+    theirs.save_pretrained(folder / "theirs", max_shard_size=max_shard_size)
+    model = from_pretrained(folder / "theirs")
+    tokens = np.arange(seq) * 11 % 29
+    want = their_logits(torch, theirs, tokens)
+    assert difference(eqx.filter_jit(model)(jnp.asarray(tokens)), want) < 1e-5
+
+    save_pretrained(model, folder / "ours")
+    back = load_theirs(folder / "ours", type(theirs).__name__)
+    there, here = theirs.config.to_dict(), back.config.to_dict()
+    assert {k for k in there if there[k] != here.get(k)} <= OF_OURS | of_ours
+    return want, their_logits(torch, back, tokens)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("max_shard_size", [None, 2000])
+@pytest.mark.parametrize("name", OURS)
+def test_transformers_loads_ours(name, max_shard_size, torch, tmp_path):
+    model = make(OURS[name])
+    check_they_load(torch, model, tmp_path, "MambaForCausalLM", max_shard_size=max_shard_size)
 
 
 @pytest.mark.parity
@@ -172,22 +199,13 @@ def test_transformers_loads_ours(name, max_shard_size, torch, tmp_path):
 @pytest.mark.parametrize("name", THEIRS)
 def test_ours_loads_transformers(name, max_shard_size, torch, tmp_path):
     theirs = their_model(torch, THEIRS[name])
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=max_shard_size)
-    model = from_pretrained(tmp_path / "theirs")
-    tokens = np.arange(25) * 11 % 29
-    want = their_logits(torch, theirs, tokens)
-    assert difference(eqx.filter_jit(model)(jnp.asarray(tokens)), want) < 1e-5
-
-    save_pretrained(model, tmp_path / "ours")
-    back = load_theirs(tmp_path / "ours")
-    assert np.array_equal(their_logits(torch, back, tokens), want)
-    there, here = theirs.config.to_dict(), back.config.to_dict()
-    of_ours = {"_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id"} | {
+    of_ours = {
         "expand",  # in contradiction with `intermediate_size`, which wins
         "initializer_range",
         "time_step_floor",
     }
-    assert {k for k in there if there[k] != here.get(k)} <= of_ours
+    want, again = check_we_load(torch, theirs, tmp_path, of_ours, max_shard_size=max_shard_size)
+    assert np.array_equal(again, want)
 
 
 @pytest.mark.parity

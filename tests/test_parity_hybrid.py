@@ -11,9 +11,16 @@ import pytest
 from safetensors.numpy import load_file
 
 import mamba_eqx as mbx
-from mamba_eqx.pretrained import from_pretrained, save_pretrained, state_dict
+from mamba_eqx.pretrained import from_pretrained, state_dict
 
-from .test_parity import difference, load_theirs, run, their_logits, torch as torch
+from .test_parity import (
+    check_they_load,
+    check_we_load,
+    difference,
+    run,
+    their_model,
+    torch as torch,
+)
 from .test_pretrained import make
 from .test_pretrained_hybrid import MODELS
 
@@ -99,35 +106,13 @@ THEIRS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", OURS)
 def test_transformers_loads_ours(name, torch, tmp_path):
-    model = jax.tree.map(lambda leaf: 0.5 * leaf, make(MODELS["transformers"][name]))
-    save_pretrained(model, tmp_path, max_shard_size=1000)
-    theirs = load_theirs(tmp_path, ARCHITECTURES[name.split("_")[0]])
-    tokens = np.arange(25) * 7 % 13
-    logits = eqx.filter_jit(model)(jnp.asarray(tokens))
-    assert difference(logits, their_logits(torch, theirs, tokens)) < 1e-5
-    for key, tensor in state_dict(model).items():
-        assert np.array_equal(theirs.state_dict()[key].numpy(), tensor)
+    architecture = ARCHITECTURES[name.split("_")[0]]
+    model = make(MODELS["transformers"][name])
+    check_they_load(torch, model, tmp_path, architecture, max_shard_size=1000)
 
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_ours_loads_transformers(name, torch, tmp_path):
-    import transformers  # pyright: ignore[reportMissingImports]
-
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(name, **THEIRS[name])
-    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="3KB")
-    model = from_pretrained(tmp_path / "theirs")
-    tokens = np.arange(25) * 11 % 29
-    want = their_logits(torch, theirs, tokens)
-    assert difference(eqx.filter_jit(model)(jnp.asarray(tokens)), want) < 1e-5
-
-    save_pretrained(model, tmp_path / "ours")
-    back = load_theirs(tmp_path / "ours", ARCHITECTURES[name])
-    there, here = theirs.config.to_dict(), back.config.to_dict()
-    of_ours = {"_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id"}
-    assert {k for k in there if there[k] != here.get(k)} <= of_ours
-    assert np.array_equal(their_logits(torch, back, tokens), want)
+    theirs = their_model(torch, THEIRS[name], name)
+    want, again = check_we_load(torch, theirs, tmp_path, set())
+    assert np.array_equal(again, want)

@@ -2,16 +2,17 @@
 
 import math
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import mamba_eqx as mbx
-from mamba_eqx.pretrained import from_pretrained, save_pretrained, state_dict
 
-from .test_parity import difference, load_theirs, their_logits, torch as torch
+from .test_parity import (
+    check_they_load,
+    check_we_load,
+    difference,
+    their_model,
+    torch as torch,
+)
 from .test_pretrained import config, make
 
 
@@ -85,39 +86,13 @@ THEIRS = {
 
 @pytest.mark.parametrize("name", OURS)
 def test_transformers_loads_ours(name, torch, tmp_path):
-    model = jax.tree.map(lambda leaf: 0.5 * leaf, make(OURS[name]))
-    save_pretrained(model, tmp_path, max_shard_size=2000)
-    theirs = load_theirs(tmp_path, "Mamba2ForCausalLM")
-    tokens = np.arange(45) * 7 % 13
-    logits = eqx.filter_jit(model)(jnp.asarray(tokens))
-    assert difference(logits, their_logits(torch, theirs, tokens)) < 1e-5
-    for key, tensor in state_dict(model).items():
-        assert np.array_equal(theirs.state_dict()[key].numpy(), tensor)
+    check_they_load(torch, make(OURS[name]), tmp_path, "Mamba2ForCausalLM", seq=45)
 
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_ours_loads_transformers(name, torch, tmp_path):
-    import transformers  # pyright: ignore[reportMissingImports]
-
-    torch.manual_seed(0)
-    theirs = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**THEIRS[name])).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="3KB")
-    model = from_pretrained(tmp_path / "theirs")
-    tokens = np.arange(45) * 11 % 29
-    want = their_logits(torch, theirs, tokens)
-    assert difference(eqx.filter_jit(model)(jnp.asarray(tokens)), want) < 1e-5
-
-    save_pretrained(model, tmp_path / "ours")
-    back = load_theirs(tmp_path / "ours", "Mamba2ForCausalLM")
-    there, here = theirs.config.to_dict(), back.config.to_dict()
-    # How to initialise, which chunks to make, and what ends a text.
-    of_ours = {"_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id"} | {
-        "chunk_size",
-        "initializer_range",
-    }
-    assert {k for k in there if there[k] != here.get(k)} <= of_ours
-    again = their_logits(torch, back, tokens)
+    theirs = their_model(torch, THEIRS[name], "mamba2")
+    # How to initialise, and which chunks to make.
+    of_ours = {"chunk_size", "initializer_range"}
+    want, again = check_we_load(torch, theirs, tmp_path, of_ours, seq=45)
     assert difference(again, want) < 1e-5  # In other chunks.
