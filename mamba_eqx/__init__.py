@@ -1,6 +1,6 @@
 """The Mamba family of state-space models as Equinox modules."""
 
-from . import ops as ops
+from . import ops as ops, training as training
 from ._beam_search import Beams as Beams, beam_search as beam_search
 from ._bidirectional import Bidirectional as Bidirectional
 from ._block import Block as Block

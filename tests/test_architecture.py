@@ -28,7 +28,7 @@ LEVELS = [
     ["_stream"],
     ["_generate"],
     ["_score"],
-    ["_beam_search", "_speculative"],
+    ["_beam_search", "_speculative", "training"],
     ["_cli"],
     ["__main__"],
     ["__init__"],
