@@ -61,7 +61,7 @@ def test_cross_entropy_is_its_equation(seed, chunk, smoothing, z_loss):
             model,
             features,
             jnp.where(batch.mask, batch.targets, -7),  # what does not count may be no token
-            batch.mask,
+            jnp.asarray(batch.mask),
             label_smoothing=smoothing,
             z_loss=z_loss,
             chunk=chunk,
@@ -128,8 +128,8 @@ def test_next_token_loss_is_a_mean_over_rows_run_apart(rows):
         right = log_probs[jnp.arange(SEQ), batch.targets[row]]
         total -= float(jnp.sum(jnp.where(batch.mask[row], right, 0.0)))
         close(jax.tree.map(lambda leaf, row=row: leaf[row], aux.carry), state)
-    assert int(aux.count) == int(batch.mask.sum())
-    np.testing.assert_allclose(float(loss) * int(aux.count), total, rtol=1e-5)
+    assert int(aux.weight) == int(batch.mask.sum())
+    np.testing.assert_allclose(float(loss) * int(aux.weight), total, rtol=1e-5)
 
 
 def test_without_targets_that_count_the_loss_is_zero():

@@ -31,7 +31,7 @@ def gradient_of(batch, carry=None):
 
 def after(step, *batches, rows=None):
     state = step.init(model(), rows=rows, key=jr.key(0))
-    metrics = None
+    metrics = {}
     for batch in batches:
         state, metrics = step(state, batch)
     return state, metrics
@@ -51,7 +51,7 @@ def test_a_step_goes_down_the_gradient():
 def test_accumulated_gradients_are_those_of_the_whole_batch(rows):
     batch = batch_of(1, rows=4)
     # Targets are counted unevenly in the two groups.
-    batch = batch._replace(mask=batch.mask.at[:2].set(False).at[0, 3].set(True))
+    batch = batch._replace(mask=jnp.asarray(batch.mask).at[:2].set(False).at[0, 3].set(True))
     whole, metrics = after(training.TrainStep(SGD), batch, batch, rows=rows)
     parts, others = after(training.TrainStep(SGD, accumulate=2), batch, batch, rows=rows)
     close((parts.model, parts.carry, others), (whole.model, whole.carry, metrics))
@@ -74,7 +74,8 @@ def test_gradients_within_the_window_are_the_full_ones():
     """If only the second piece counts, and nothing before it: as without a first one."""
     long = batch_of(2, seq=2 * SEQ)
     cut = long._replace(
-        mask=long.mask.at[:, :SEQ].set(False), reset=long.reset.at[:, SEQ].set(True)
+        mask=jnp.asarray(long.mask).at[:, :SEQ].set(False),
+        reset=jnp.asarray(long.reset).at[:, SEQ].set(True),
     )
     second = training.Batch(*(a[:, SEQ:] for a in cut))
     _, aux = jax.jit(training.next_token_loss)(model(), long)
@@ -205,7 +206,7 @@ def test_matrices_are_decayed(name, stacked, embeddings):
 
 def test_the_recipe_decays_and_warms_up():
     optimiser = training.recipe(model(), learning_rate=0.1, steps=100, warmup=10, final=0.01)
-    state = optimiser.init(model())
+    state = optimiser.init(model())  # pyright: ignore[reportArgumentType]
     zero = jax.tree.map(jnp.zeros_like, model())
     update = jax.jit(optimiser.update)
     sizes = []

@@ -13,8 +13,8 @@ from ._batch import Batch
 class LossAux(NamedTuple):
     """What a loss returns beside its value."""
 
-    count: Float[Array, ""] | Int[Array, ""]
-    """Over how many targets the loss is a mean: its weight among the losses of other rows."""
+    weight: Float[Array, ""] | Int[Array, ""]
+    """Over how many targets the loss is a mean: what it weighs among the losses of other rows."""
 
     carry: PyTree
     """The state after the batch, one for each row."""
@@ -48,25 +48,27 @@ def next_token_loss(
     **Returns:** the loss, 0 if no target counts, and a [`mamba_eqx.training.LossAux`][].
     """
 
+    tokens, targets, reset, mask = (jnp.asarray(array) for array in batch)
+
     def row(tokens: Array, reset: Array, carry: PyTree) -> tuple[Array, PyTree]:
         return model.backbone(tokens, carry, reset=reset)
 
-    if len(batch.tokens) == 1:
+    if len(tokens) == 1:
         # `vmap` over one row is slower than the row alone.
-        first = jax.tree.map(lambda leaf: leaf[0], (batch.tokens, batch.reset, carry))
+        first = jax.tree.map(lambda leaf: leaf[0], (tokens, reset, carry))
         features, carry = jax.tree.map(lambda leaf: leaf[None], row(*first))
     else:
-        features, carry = jax.vmap(row)(batch.tokens, batch.reset, carry)
+        features, carry = jax.vmap(row)(tokens, reset, carry)
     loss = cross_entropy(
         model,
         features,
-        batch.targets,
-        batch.mask,
+        targets,
+        mask,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         chunk=chunk,
     )
-    return loss, LossAux(jnp.sum(batch.mask), carry)
+    return loss, LossAux(jnp.sum(mask), carry)
 
 
 def cross_entropy(

@@ -38,8 +38,7 @@ def decay_mask(model: PyTree, *, embeddings: bool = True) -> PyTree[bool]:
     def decays(path: tuple[Any, ...], node: Any) -> PyTree[bool]:
         if is_exempt(node):
             return jax.tree.map(lambda _: False, node)
-        last = path[-1] if path else None
-        name = last.name if isinstance(last, jax.tree_util.GetAttrKey) else ""
+        name = jax.tree_util.keystr(path[-1:])
         return eqx.is_inexact_array(node) and node.ndim > 1 and not name.endswith("bias")
 
     mask = jax.tree_util.tree_map_with_path(decays, model, is_leaf=is_exempt)
