@@ -1,3 +1,17 @@
 """Training: losses, the papers' recipe, data, and a trainer that survives."""
 
 from ._batch import Batch as Batch
+from ._checkpoints import (
+    Checkpoints as Checkpoints,
+    CheckpointWriteError as CheckpointWriteError,
+)
+from ._data import Packed as Packed, Streams as Streams
+from ._metrics import plot_metrics as plot_metrics, read_metrics as read_metrics
+from ._tokens import (
+    document_starts as document_starts,
+    hold_out_documents as hold_out_documents,
+    hold_out_end as hold_out_end,
+    read_tokens as read_tokens,
+    write_tokens as write_tokens,
+)
+from ._trainer import Data as Data, Fit as Fit, fit as fit
