@@ -129,6 +129,7 @@ def fit(
                 bar.set_postfix({k: f"{v:.4g}" for k, v in numbers[-1].items()}, refresh=False)
                 bar.update(len(numbers) * bar.tokens)
             unread.clear()
+            metrics.flush()
 
         def save() -> None:
             metrics.flush()
