@@ -161,24 +161,34 @@ def test_it_trains_and_goes_on(tmp_path):
         run(tmp_path, config={"seed": 2})
 
 
+@pytest.fixture
+def handlers():
+    """The usual ones: a shell may have its background jobs ignore Ctrl-C."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield usual
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_with_a_checkpoint(tmp_path, number, capfd):
+def test_a_signal_ends_it_with_a_checkpoint(tmp_path, number, handlers, capfd):
     def step(state, x):
         if x == 8:
             os.kill(os.getpid(), number)
         return jitted(state, x)
 
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     out = run(tmp_path, step=step)
     assert (out.step, out.interrupted) == (9, True)
     assert steps_of(tmp_path) == [6, 9]
     assert logged(tmp_path) == list(range(1, 10))
     assert "This step is the last" in capfd.readouterr().err
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert {n: signal.getsignal(n) for n in handlers} == handlers
     assert float(run(tmp_path).state["sum"]) == sum(range(20))
     assert logged(tmp_path) == list(range(1, 21))
 
 
+@pytest.mark.usefixtures("handlers")
 def test_a_second_signal_ends_it_at_once(tmp_path):
     def step(state, x):
         if x == 8:
