@@ -4,6 +4,7 @@ import errno
 import json
 import resource
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -56,6 +57,12 @@ def assert_same(got, want):
         assert eqx.tree_equal(a, b)
 
 
+def restore(checkpoints, like: Any, step=None) -> Any:
+    found = checkpoints.restore(like, step=step)
+    assert found is not None
+    return found
+
+
 def names(folder):
     return sorted(path.name for path in Path(folder).iterdir())
 
@@ -66,8 +73,8 @@ def test_a_state_comes_back_as_it_was(tmp_path, impl):
     assert checkpoints.restore(make(impl=impl)) is None
     state = make(7, impl=impl)
     checkpoints.save(12, state)
-    got, step = Checkpoints(tmp_path / "a/b", config={"lr": 0.1, "layers": [1, 2]}).restore(
-        make(impl=impl)
+    got, step = restore(
+        Checkpoints(tmp_path / "a/b", config={"lr": 0.1, "layers": [1, 2]}), make(impl=impl)
     )
     assert step == 12
     assert_same(got, state)
@@ -77,7 +84,7 @@ def test_a_state_comes_back_as_it_was(tmp_path, impl):
     arrays = {name: state[name] for name in ("carry", "keys", "scalar")}
     checkpoints.save(13, arrays)
     skeleton = jax.eval_shape(lambda: arrays)
-    got, _ = checkpoints.restore(skeleton)
+    got, _ = restore(checkpoints, skeleton)
     (checkpoints.path(13) / "state.safetensors").write_bytes(bytes(1000))
     assert_same(got, {**arrays, "scalar": jnp.float32(7)})
     record = json.loads((checkpoints.path(12) / "checkpoint.json").read_text())
@@ -90,7 +97,7 @@ def test_an_array_goes_where_it_was(tmp_path):
     checkpoints.save(1, jnp.arange(3))
     placed = jax.device_put(jnp.zeros(3, jnp.int32), jax.devices()[0])
     for like in (placed, jnp.zeros(3, jnp.int32)):
-        got, _ = checkpoints.restore(like)
+        got, _ = restore(checkpoints, like)
         assert got.tolist() == [0, 1, 2]
         assert got.committed == like.committed
 
@@ -102,13 +109,13 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         checkpoints.save(step, jnp.full(2, step), score=score)
     assert checkpoints.steps == [20, 40, 50]
     assert checkpoints.best == 20
-    assert checkpoints.restore(jnp.zeros(2, jnp.int32), step=checkpoints.best)[0][0] == 20
+    assert restore(checkpoints, jnp.zeros(2, jnp.int32), step=checkpoints.best)[0][0] == 20
     checkpoints.save(60, jnp.full(2, 60), score=0.5)
     assert checkpoints.steps == [50, 60]
     assert names(tmp_path) == ["step-000000050", "step-000000060"]
     # The same step once more.
     checkpoints.save(60, jnp.full(2, 61))
-    got, step = checkpoints.restore(jnp.zeros(2, jnp.int32))
+    got, step = restore(checkpoints, jnp.zeros(2, jnp.int32))
     assert (got[0], step) == (61, 60)
     assert names(tmp_path) == ["step-000000050", "step-000000060"]
 
@@ -121,7 +128,7 @@ def test_what_a_kill_left_is_removed(tmp_path):
     (leftover / "state.safetensors").write_bytes(b"half")
     (tmp_path / "notes.txt").write_text("mine")
     assert checkpoints.steps == [1]
-    assert checkpoints.restore(jnp.zeros(2))[1] == 1
+    assert restore(checkpoints, jnp.zeros(2))[1] == 1
     assert names(tmp_path) == ["notes.txt", "step-000000001"]
 
 
@@ -144,18 +151,18 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, damage):
     else:
         record.write_text("{}" if damage == "empty record" else record.read_text()[:-9])
     with pytest.warns(UserWarning, match="step-000000002 is damaged .* the one before it"):
-        got, step = checkpoints.restore(jnp.zeros(4))
+        got, step = restore(checkpoints, jnp.zeros(4))
     assert (float(got[0]), step) == (1.0, 1)
     # It is no longer counted, so that the good one stays until there is a better one.
     assert checkpoints.steps == [1]
     checkpoints.save(2, jnp.full(4, 2.5))
-    assert checkpoints.restore(jnp.zeros(4))[0][0] == 2.5
+    assert restore(checkpoints, jnp.zeros(4))[0][0] == 2.5
     (checkpoints.path(2) / "state.safetensors").write_bytes(b"x")
     with (
         pytest.warns(UserWarning, match="is damaged"),
         pytest.raises(mbx.CheckpointError, match=r"None of the 1 checkpoints .* is whole"),
     ):
-        checkpoints.restore(jnp.zeros(4))
+        restore(checkpoints, jnp.zeros(4))
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
@@ -180,7 +187,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         (r"keys in .* is a key<fry>, but in this state a key<rbg>", make(impl="rbg")),
     ]:
         with pytest.raises(mbx.CheckpointError, match=message):
-            checkpoints.restore(like)
+            restore(checkpoints, like)
     for message, changed in {
         r"with lr=0.1, but this one has lr=0.2": config | {"lr": 0.2},
         r"with model.width=3, but this one has model.width=5": config
@@ -193,7 +200,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         with pytest.raises(mbx.CheckpointError, match=message):
             Checkpoints(tmp_path, config=changed).restore(make())
     # Nothing was touched.
-    assert checkpoints.restore(make())[1] == 5
+    assert restore(checkpoints, make())[1] == 5
 
 
 def test_a_full_disk_costs_no_checkpoint(tmp_path):
@@ -211,7 +218,7 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path):
     assert "The checkpoint of step 2 was not written; the last good one is" in message
     assert message.count("step-000000001") == 1
     assert names(tmp_path) == ["step-000000001"]
-    assert checkpoints.restore(jnp.zeros(10))[1] == 1
+    assert restore(checkpoints, jnp.zeros(10))[1] == 1
 
 
 @pytest.mark.parametrize("function", ["write_safetensors", "_to_disk", "os.rename"])
