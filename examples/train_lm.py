@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder of the run")
     parser.add_argument("--preset", choices=PRESETS, default="shipped")
     parser.add_argument("--prompt", default="ROMEO:", help="of the sample")
+    parser.add_argument("--every", type=int, default=500, help="steps between checkpoints")
     for field in dataclasses.fields(Settings):
         name, kind = field.name.replace("_", "-"), type(field.default)
         parser.add_argument(f"--{name}", type=kind, help=HELP.get(field.name))
@@ -155,6 +156,8 @@ def main() -> None:
     model = config_of(settings).build(key=jr.key(settings.seed))
     size = sum(leaf.size for leaf in jax.tree.leaves(model))
     print(f"{size:,} parameters, {len(train):,} bytes to train on, {len(held_out):,} held out")
+    earlier = training.Checkpoints(args.out / "checkpoints").steps
+    print(f"going on from step {earlier[-1]}" if earlier else "from the beginning")
     optimiser = make_optimiser(model, s.lr, s.steps)
     state = {
         "model": model,
@@ -168,6 +171,8 @@ def main() -> None:
         steps=s.steps,
         folder=args.out,
         config=record,
+        checkpoint_every=args.every,
+        evaluate_every=args.every,
         evaluate=lambda state: {"held_out_bits": bits_per_byte(state["model"], held_out, rows=16)},
     )
     if fitted.interrupted:

@@ -211,16 +211,17 @@ def test_in_another_thread_signals_are_left_alone(tmp_path):
 
 
 def test_evaluation_and_the_best(tmp_path):
-    scores = {5: 3.0, 10: 1.0, 15: float("nan"), 20: 2.0, 22: 1.0}
+    scores = {5: 3.0, 10: 1.0, 15: float("nan"), 20: 1.0, 22: 2.0}
     calls = []
 
     def evaluate(state):
         calls.append(float(state["sum"]))
         return {"score": jnp.float32(scores[len(calls) * 5 if len(calls) < 5 else 22])}
 
-    run(tmp_path, steps=22, evaluate=evaluate, evaluate_every=5, best="score", keep=1)
+    options = {"checkpoint_every": 100, "keep": 10}
+    run(tmp_path, steps=22, evaluate=evaluate, evaluate_every=5, best="score", **options)
     assert calls == [sum(range(step)) for step in scores]
-    assert steps_of(tmp_path) == [10, 22]
+    assert steps_of(tmp_path) == [5, 10, 22]
     kept = training.Checkpoints(tmp_path / "checkpoints")
     assert kept.best == 10
     steps, values = training.read_metrics(tmp_path)["score"]
@@ -389,3 +390,6 @@ def test_errors(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(training.CheckpointWriteError, match="No checkpoints can be written"):
         run(tmp_path / "file")
+    (tmp_path / "full" / ".lock").mkdir(parents=True)
+    with pytest.raises(training.CheckpointWriteError, match=r"Nothing can be written to .*full"):
+        run(tmp_path / "full")

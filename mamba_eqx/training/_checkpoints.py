@@ -80,7 +80,7 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _write_error(error, f"No checkpoints can be written to {self.folder}") from error
+            raise write_error(error, f"No checkpoints can be written to {self.folder}") from error
 
     @property
     def steps(self) -> list[int]:
@@ -142,7 +142,7 @@ class Checkpoints:
                 self._remove(self.path(old))
         except (OSError, SafetensorError) as error:
             good = self.path(self.steps[-1]) if self.steps else "none"
-            raise _write_error(
+            raise write_error(
                 error, f"The checkpoint of step {step} was not written; the last good one is {good}"
             ) from error
         finally:
@@ -210,7 +210,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_error(error: Exception, what: str) -> CheckpointWriteError:
+def write_error(error: Exception, what: str) -> CheckpointWriteError:
     if isinstance(error, OSError):
         code = error.errno
     else:  # the safetensors package has errors of its own, with the system's number in the text

@@ -16,7 +16,7 @@ import jax
 from tqdm import tqdm
 
 from ._batch import Batch
-from ._checkpoints import Checkpoints, CheckpointWriteError
+from ._checkpoints import Checkpoints, CheckpointWriteError, write_error
 from ._metrics import MetricsFile
 
 
@@ -253,7 +253,11 @@ def _alone(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    with open(folder / ".lock", "w") as file:
+    try:
+        file = open(folder / ".lock", "w")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise write_error(error, f"Nothing can be written to {folder}") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
