@@ -4,6 +4,12 @@
 
 The shape is mamba2-130m's, 24 heads of 64 channels, one group, d_state 128, in float32. "both" is a
 forward and a backward pass, with gradients for all inputs.
+
+Older releases of transformers have no function for this alone, and go through tensors of (chunk,
+chunk, heads, d_state) instead of products of matrices. With one of these installed the whole mixer
+is measured beside ours, between projections so narrow that they take no time:
+
+    pip install "transformers==4.57.1" && python benchmarks/ssd.py
 """
 
 from collections.abc import Callable
@@ -72,11 +78,8 @@ def ours(args: Inputs, chunks: list[int]) -> tuple[dict[str, tuple[Any, Any]], d
 def peers(args: Inputs, chunks: list[int]) -> dict[str, tuple[Any, Any]]:
     """What transformers' `Mamba2Mixer` runs without kernels, on the same numbers."""
     import torch
-    import transformers
     from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
-    torch.set_num_threads(cores())
-    transformers.logging.set_verbosity_error()
     x, dt, A, B, C, D, y_bar = (torch.from_numpy(np.array(t)) for t in args)
     tensors = [x[None], dt[None], A, B[None], C[None], D]
     for t in tensors:
@@ -95,15 +98,78 @@ def peers(args: Inputs, chunks: list[int]) -> dict[str, tuple[Any, Any]]:
     return {f"transformers, chunks of {size}": pair(size) for size in chunks}
 
 
+def narrow_mixers(seq: int, chunks: list[int], *, quick: bool) -> dict[str, tuple[Any, Any]]:
+    """Forward and backward passes of mixers with `d_model` 8, and everything else as before."""
+    import torch
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Config, Mamba2Mixer
+
+    config = mbx.Mamba2Config(8, d_inner=256 if quick else 1536, headdim=64, d_state=128)
+    mixer = config.build(key=jr.key(0))
+    x = jr.normal(jr.key(1), (seq, 8))
+
+    def loss(mixer: mbx.Mamba2, x: jax.Array) -> jax.Array:
+        return jnp.sum(mixer(x))
+
+    both = jax.grad(loss, argnums=(0, 1))
+    runs = {"mamba_eqx": (compiled(loss, mixer, x)[0], compiled(both, mixer, x)[0])}
+    numbers = torch.from_numpy(np.array(x))[None].requires_grad_()
+    for size in chunks:
+        theirs = Mamba2Mixer(
+            Mamba2Config(
+                hidden_size=8,
+                expand=config.d_inner // 8,
+                num_heads=config.d_ssm // 64,
+                head_dim=64,
+                state_size=128,
+                n_groups=1,
+                chunk_size=size,
+            ),
+            0,
+        )
+        wanted = [numbers, *theirs.parameters()]
+
+        def forward(theirs: Any = theirs) -> Any:
+            with torch.no_grad():
+                return theirs.torch_forward(numbers)
+
+        def backward(theirs: Any = theirs, wanted: Any = wanted) -> Any:
+            return torch.autograd.grad(theirs.torch_forward(numbers).sum(), wanted)
+
+        runs[f"transformers, chunks of {size}"] = forward, backward
+    return runs
+
+
+def compare_narrow_mixers(seq: int, *, quick: bool) -> None:
+    runs = narrow_mixers(seq, [16] if quick else [64, 256], quick=quick)
+    f_seconds = medians({name: f for name, (f, _) in runs.items()}, repeats=5)
+    fb_seconds = medians({name: fb for name, (_, fb) in runs.items()}, repeats=5)
+    f_ours, fb_ours = f_seconds["mamba_eqx"], fb_seconds["mamba_eqx"]
+    rows = [
+        (name, 1e3 * f, 1e3 * fb_seconds[name], f / f_ours, fb_seconds[name] / fb_ours)
+        for name, f in f_seconds.items()
+    ]
+    print(f"\nMilliseconds of one mixer with narrow projections, {seq} tokens:\n")
+    print_table(("", "forward", "both", "forward / ours", "both / ours"), rows)
+
+
 def main() -> None:
     options = arguments(__doc__)
     quick = options.quick
     print_facts("State-space duality", quick=quick)
+    has_peer, has_function = False, False
+    if not options.no_peers and available("torch") and available("transformers"):
+        import torch
+        import transformers
+        from transformers.models.mamba2 import modeling_mamba2
+
+        torch.set_num_threads(cores())
+        transformers.logging.set_verbosity_error()
+        has_peer, has_function = True, hasattr(modeling_mamba2, "mamba2_chunk_scan")
     seq = 64 if quick else 2048
     mixer = mbx.Mamba2Config(128 if quick else 768)
     args = inputs(mixer, seq)
     runs, used = ours(args, [16, 32] if quick else [16, 32, 64, 128, 256])
-    if not options.no_peers and available("torch") and available("transformers"):
+    if has_function:
         found = peers(args, [16] if quick else [64, 256])
         for name, (run, _) in found.items():
             check_agrees(name, run()[0], forward()(*args))
@@ -127,6 +193,8 @@ def main() -> None:
     print(f"Microseconds per token and layer, {seq} tokens, d_inner {mixer.d_inner}:\n")
     header = ("", "forward", "both", f"forward / {usual}", f"both / {usual}", "memory of both, MiB")
     print_table(header, rows)
+    if has_peer and not has_function:
+        compare_narrow_mixers(seq, quick=quick)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,13 @@ transformers lacks) with its tokenizer, curves of the training, and a record of 
 
 import argparse
 import dataclasses
-import functools
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import optax
 
 import mamba_eqx as mbx
 from mamba_eqx import training
@@ -78,57 +75,21 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return training.hold_out_end(tokens, 0.05)
 
 
-def make_optimiser(model: mbx.LanguageModel, lr: float, steps: int) -> optax.GradientTransformation:
-    """The recipe of the papers: AdamW, warm-up, cosine to nothing, no decay of recurrences."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, max(1, steps // 30), steps, lr / 100)
-    recurrence = mbx.recurrence_mask(model)
-    decay = jax.tree.map(lambda leaf, r: leaf.ndim > 1 and not r, model, recurrence)
-    adamw = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.1, mask=decay)
-    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
-
-
-def losses(model: mbx.LanguageModel, batch: training.Batch, carry: Any) -> tuple[Any, Any]:
-    """The loss of every byte of one row in nats, and the state after the last."""
-    logits, carry = model.scan(batch.tokens, carry, reset=batch.reset)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
-    return jnp.where(batch.mask, loss, 0.0), carry
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def train_step(optimiser: Any, state: Any, batch: training.Batch) -> tuple[Any, Any]:
-    def mean_loss(model: mbx.LanguageModel) -> tuple[Any, Any]:
-        loss, carry = jax.vmap(losses, in_axes=(None, 0, 0))(model, batch, state["carry"])
-        return loss.sum() / batch.mask.sum(), carry
-
-    (loss, carry), grads = jax.value_and_grad(mean_loss, has_aux=True)(state["model"])
-    updates, moments = optimiser.update(grads, state["optimiser"], state["model"])
-    model = optax.apply_updates(state["model"], updates)
-    return {"model": model, "optimiser": moments, "carry": carry}, {"bits": loss / np.log(2)}
+score = jax.jit(training.next_token_loss)
 
 
 def bits_per_byte(model: mbx.LanguageModel, text: np.ndarray, rows: int, piece: int = 512) -> float:
     """The text as `rows` sequences side by side, by pieces, the state handed over."""
     length = (len(text) - 1) // rows
     starts = np.arange(rows)[:, None] * length
-    carry = batched(model.init_state(), rows)
-    total = 0.0
+    carry, total = training.empty_carry(model, rows), 0.0
     for begin in range(0, length, piece):
         at = starts + np.arange(begin, min(begin + piece, length))
         tokens, targets = text[at].astype(np.int32), text[at + 1].astype(np.int32)
         batch = training.Batch(tokens, targets, tokens == 0, np.ones_like(tokens, np.bool_))
-        loss, carry = score(model, batch, carry)
-        total += float(loss)
+        loss, (weight, carry) = score(model, batch, carry)
+        total += float(loss) * int(weight)
     return total / (rows * length) / np.log(2)
-
-
-@jax.jit
-def score(model: mbx.LanguageModel, batch: training.Batch, carry: Any) -> tuple[Any, Any]:
-    loss, carry = jax.vmap(losses, in_axes=(None, 0, 0))(model, batch, carry)
-    return loss.sum(), carry
-
-
-def batched(state: Any, rows: int) -> Any:
-    return jax.tree.map(lambda leaf: jnp.stack([leaf] * rows), state)
 
 
 def main() -> None:
@@ -143,44 +104,41 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=kind, help=HELP.get(field.name))
     args = parser.parse_args()
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)}
-    settings = dataclasses.replace(
+    s = dataclasses.replace(
         PRESETS[args.preset], **{name: value for name, value in given.items() if value is not None}
     )
-    record = {"text": args.text.name} | dataclasses.asdict(settings)
+    record = {"text": args.text.name} | dataclasses.asdict(s)
 
     train, held_out = read(args.text)
-    s = settings
     data = training.Streams(
         train, batch=s.batch, length=s.length, stretch=s.stretch, separator=0, seed=s.seed
     )
-    model = config_of(settings).build(key=jr.key(settings.seed))
+    model = config_of(s).build(key=jr.key(s.seed))
     size = sum(leaf.size for leaf in jax.tree.leaves(model))
     print(f"{size:,} parameters, {len(train):,} bytes to train on, {len(held_out):,} held out")
     earlier = training.Checkpoints(args.out / "checkpoints").steps
     print(f"going on from step {earlier[-1]}" if earlier else "from the beginning")
-    optimiser = make_optimiser(model, s.lr, s.steps)
-    state = {
-        "model": model,
-        "optimiser": optimiser.init(model),
-        "carry": batched(model.init_state(), s.batch),
-    }
+    warmup = max(1, s.steps // 30)
+    train_step = training.TrainStep(
+        training.recipe(model, learning_rate=s.lr, steps=s.steps, warmup=warmup, final=s.lr / 100)
+    )
     fitted = training.fit(
-        functools.partial(train_step, optimiser),
-        state,
+        train_step,
+        train_step.init(model, rows=s.batch, key=jr.key(s.seed + 1)),
         data,
         steps=s.steps,
         folder=args.out,
         config=record,
         checkpoint_every=args.every,
         evaluate_every=args.every,
-        evaluate=lambda state: {"held_out_bits": bits_per_byte(state["model"], held_out, rows=16)},
+        evaluate=lambda state: {"held_out_bits": bits_per_byte(state.model, held_out, rows=16)},
     )
     if fitted.interrupted:
         print(f"stopped after step {fitted.step}; the same command goes on from there")
         return
 
-    shipped = mbx.cast(fitted.state["model"], jnp.bfloat16)
-    layout = "state-spaces" if settings.mixer == "mamba3" else "transformers"
+    shipped = mbx.cast(fitted.state.model, jnp.bfloat16)
+    layout = "state-spaces" if s.mixer == "mamba3" else "transformers"
     mbx.save_pretrained(shipped, args.out, layout=layout)
     mbx.save_tokenizer(mbx.ByteTokenizer(), args.out)
     model = mbx.cast(shipped, jnp.float32)

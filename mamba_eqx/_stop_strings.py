@@ -1,7 +1,8 @@
 """Strings that end a generation, found within the compiled loop: wherever they begin and end
 within tokens."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -22,7 +23,8 @@ def stop_table(tokenizer: Tokenizer, strings: Sequence[str]) -> Int[np.ndarray, 
 
     **Arguments:**
 
-    - `tokenizer`: whose tokens they are.
+    - `tokenizer`: whose tokens they are. The table is kept for the next call with the same one and
+        the same strings: it takes a large vocabulary as long as several tokens to make.
     - `strings`: not empty.
 
     **Raises:** `ValueError` for an empty string.
@@ -31,6 +33,12 @@ def stop_table(tokenizer: Tokenizer, strings: Sequence[str]) -> Int[np.ndarray, 
         raise ValueError(
             f"`stop_strings` must be strings that are not empty, in a list, but got {strings!r}."
         )
+    make = _table if isinstance(tokenizer, Hashable) else _table.__wrapped__
+    return make(tokenizer, tuple(strings))
+
+
+@functools.lru_cache(maxsize=16)
+def _table(tokenizer: Tokenizer, strings: tuple[str, ...]) -> Int[np.ndarray, "states vocab"]:
     words = [s.encode("utf-8") for s in strings]
     prefixes = sorted({word[:n] for word in words for n in range(len(word))}, key=len)
     number = {prefix: i for i, prefix in enumerate(prefixes)}
@@ -54,4 +62,6 @@ def stop_table(tokenizer: Tokenizer, strings: Sequence[str]) -> Int[np.ndarray, 
     table = np.broadcast_to(np.arange(end + 1)[:, None], (end + 1, len(pieces)))
     for at in range(padded.shape[1]):
         table = np.where(at < lengths, by_byte[table, padded[:, at]], table)
-    return table.astype(np.int32)
+    table = table.astype(np.int32)
+    table.flags.writeable = False  # one and the same for all who ask
+    return table

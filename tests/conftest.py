@@ -60,6 +60,7 @@ SLOW_FILES = {
     "test_parity_hybrid.py",
     "test_speculative.py",
     "test_state_file.py",
+    "test_training_step.py",
 }
 
 

@@ -174,6 +174,15 @@ def test_stop_strings_are_found_wherever_they_lie(strings, tokens):
         assert (state == len(table) - 1) == any(s.encode() in text for s in strings)
 
 
+def test_the_table_of_stop_strings_is_made_once_for_each_tokenizer():
+    letters = Letters()
+    table = stop_table(letters, ["ab", "c"])
+    assert stop_table(letters, ["ab", "c"]) is table
+    assert (stop_table(letters, ["ab"]) != table).any()
+    with pytest.raises(ValueError, match="read-only"):
+        table[0, 0] = 1
+
+
 @given(PROMPT, st.integers(1, 16), STRINGS)
 def test_a_row_ends_with_a_stop_string(prompt, n, strings):
     out = mbx.generate(MODEL, prompt, n, stop_tokens=[9], stop_strings=strings, tokenizer=Letters())

@@ -16,6 +16,8 @@ import mamba_eqx as mbx
 # Few distinct values, so that ties are common; zeros of both signs are a tie too.
 VALUES = st.sampled_from([-30.0, -2.0, -0.5, -0.0, 0.0, 0.25, 1.0, 3.0])
 LOGITS = hnp.arrays(np.float32, st.sampled_from([(1,), (2,), (5,), (3, 4)]), elements=VALUES)
+# So many that thresholds lie beyond the largest few, among which they are looked for first.
+MANY = hnp.arrays(np.float32, st.sampled_from([(600,), (2, 513)]), elements=VALUES, fill=VALUES)
 EXCLUDED = -np.inf
 
 
@@ -29,13 +31,13 @@ def by_row(keep, logits):
     return np.reshape(rows, logits.shape)
 
 
-@given(LOGITS, st.integers(1, 7))
+@given(LOGITS | MANY, st.integers(1, 7) | st.integers(250, 610))
 def test_top_k_keeps_whatever_fewer_than_k_tokens_beat(logits, k):
     expected = by_row(lambda row: np.array([(row > x).sum() < k for x in row]), logits)
     np.testing.assert_array_equal(mbx.top_k(jnp.asarray(logits), k), expected)
 
 
-@given(LOGITS, st.floats(0.01, 0.99))
+@given(LOGITS | MANY, st.floats(0.01, 0.99))
 def test_top_p_keeps_the_smallest_set_of_at_least_p(logits, p):
     def keep(row):
         probs = softmax(row)
@@ -136,6 +138,16 @@ def test_no_excluded_token_of_a_large_vocabulary_is_drawn(survivors):
     logits = jnp.full(70_001, -jnp.inf).at[jnp.asarray(survivors)].set(0.0)
     tokens = {int(mbx.sample(logits, key)) for key in jr.split(jr.key(1), 30)}
     assert tokens == set(survivors)
+
+
+def test_a_large_vocabulary_is_drawn_from_by_its_probabilities():
+    expected = np.zeros(1300)
+    expected[[0, 511, 512, 1024, 1299]] = 0.3, 0.2, 0.1, 0.05, 0.35
+    with np.errstate(divide="ignore"):
+        got = draw(np.log(expected).astype(np.float32))
+    np.testing.assert_array_less(
+        np.abs(got - expected), 5 * np.sqrt(expected * (1 - expected) / N) + 1e-9
+    )
 
 
 def test_batches_of_logits_are_drawn_independently():

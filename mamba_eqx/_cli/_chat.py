@@ -114,15 +114,15 @@ def _command(talk: "_Plain | _Templated", line: str) -> bool:
 
 
 def _answer(talk: "_Plain | _Templated", line: str) -> None:
-    began, said = time.perf_counter(), 0
+    began = time.perf_counter()
     try:
         for piece in talk.turn(line):
             write(piece)
-            said += 1
     except KeyboardInterrupt:
         pass  # Ends the answer, and not the chat.
     write("\n")
     if sys.stdin.isatty():
+        said = len(talk.given)
         rate = said / (time.perf_counter() - began)
         print(f"[{said} tokens, {rate:.0f} tokens/s]", file=sys.stderr)
 
@@ -137,6 +137,7 @@ class _Plain:
 
     def reset(self) -> None:
         self._state: DecodingState | None = None
+        self.given: list[int] = []  # the tokens of the last answer
 
     def turn(self, line: str) -> Iterator[str]:
         opened = self._opened
@@ -147,8 +148,9 @@ class _Plain:
         else:
             ids = opened.encode_piece(text)
         tokens = stream_of(opened, ids, self._args, state=self._state, stop_strings=self._stop)
+        self.given = []
         try:
-            yield from until(self._stop, text_of(opened, tokens))
+            yield from until(self._stop, text_of(opened, _noted(tokens, self.given)))
         finally:
             self._state = tokens.state
 
@@ -177,6 +179,7 @@ class _Templated:
         system = self._args.system
         self._messages = [] if system is None else [{"role": "system", "content": system}]
         self._read: list[tuple[list[int], DecodingState]] = []
+        self.given: list[int] = []  # the tokens of the last answer
 
     def turn(self, line: str) -> Iterator[str]:
         opened = self._opened
@@ -188,15 +191,15 @@ class _Templated:
             opened.model, ids[len(seen) :], state=state, room=self._args.max_new_tokens
         )
         tokens = stream_of(opened, [], self._args, state=before, stop_strings=self._args.stop)
-        given: list[int] = []
+        self.given = []
         try:
-            yield from until(self._args.stop, text_of(opened, _noted(tokens, given)))
+            yield from until(self._args.stop, text_of(opened, _noted(tokens, self.given)))
         finally:
-            answer = self._tokenizer.decode(given)
+            answer = self._tokenizer.decode(self.given)
             if tokens.finish == FinishReason.STOP_STRING:
                 answer = "".join(until(self._args.stop, iter([answer])))
             self._messages = [*messages, {"role": "assistant", "content": answer}]
-            self._read = [(ids, before), (ids + given, tokens.state)]
+            self._read = [(ids, before), (ids + self.given, tokens.state)]
 
     def save(self, path: Path) -> None:
         _save(path, self._read[-1][1] if self._read else None, self._opened)

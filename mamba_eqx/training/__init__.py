@@ -6,7 +6,15 @@ from ._checkpoints import (
     CheckpointWriteError as CheckpointWriteError,
 )
 from ._data import Packed as Packed, Streams as Streams
+from ._loss import (
+    LossAux as LossAux,
+    cross_entropy as cross_entropy,
+    empty_carry as empty_carry,
+    next_token_loss as next_token_loss,
+)
 from ._metrics import plot_metrics as plot_metrics, read_metrics as read_metrics
+from ._recipe import decay_mask as decay_mask, recipe as recipe
+from ._step import Loss as Loss, TrainState as TrainState, TrainStep as TrainStep
 from ._tokens import (
     document_starts as document_starts,
     hold_out_documents as hold_out_documents,

@@ -1,0 +1,155 @@
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from .._language_model import LanguageModel
+from ._batch import Batch
+
+
+class LossAux(NamedTuple):
+    """What a loss returns beside its value."""
+
+    weight: Float[Array, ""] | Int[Array, ""]
+    """Over how many targets the loss is a mean: what it weighs among the losses of other rows."""
+
+    carry: PyTree
+    """The state after the batch, one for each row."""
+
+
+def next_token_loss(
+    model: LanguageModel,
+    batch: Batch,
+    carry: PyTree | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk: int = 1024,
+) -> tuple[Float[Array, ""], LossAux]:
+    r"""The mean cross-entropy of the next token, in nats, over the targets that count:
+
+    $$\frac{1}{\sum_i m_i} \sum_i m_i \left[ (1 - \epsilon)\, (-\log p_i) - \frac{\epsilon}{V}
+      \sum_v \log p_{iv} + \zeta \log^2 Z_i \right],
+      \qquad p_{iv} = e^{l_{iv}} / Z_i.$$
+
+    See [`mamba_eqx.training.cross_entropy`][] for its terms.
+
+    **Arguments:**
+
+    - `model`: the model. Gradients are with respect to this argument.
+    - `batch`: what it reads and is to say. Documents in one row are kept apart by `batch.reset`.
+    - `carry`: the state of each row before the batch, for truncated backpropagation through time;
+        `None` for the empty past. No gradient goes back through it unless it is differentiated.
+    - `label_smoothing`, `z_loss`, `chunk`: see [`mamba_eqx.training.cross_entropy`][].
+
+    **Returns:** the loss, 0 if no target counts, and a [`mamba_eqx.training.LossAux`][].
+    """
+
+    tokens, targets, reset, mask = (jnp.asarray(array) for array in batch)
+
+    def row(tokens: Array, reset: Array, carry: PyTree) -> tuple[Array, PyTree]:
+        return model.backbone(tokens, carry, reset=reset)
+
+    if len(tokens) == 1:
+        # `vmap` over one row is slower than the row alone.
+        first = jax.tree.map(lambda leaf: leaf[0], (tokens, reset, carry))
+        features, carry = jax.tree.map(lambda leaf: leaf[None], row(*first))
+    else:
+        features, carry = jax.vmap(row)(tokens, reset, carry)
+    loss = cross_entropy(
+        model,
+        features,
+        targets,
+        mask,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        chunk=chunk,
+    )
+    return loss, LossAux(jnp.sum(mask), carry)
+
+
+def cross_entropy(
+    model: LanguageModel,
+    features: Float[Array, "*batch d_model"],
+    targets: Int[Array, "*batch"],
+    mask: Bool[Array, "*batch"],
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk: int = 1024,
+) -> Float[Array, ""]:
+    r"""The mean cross-entropy of targets under the head of a model, by pieces.
+
+    The logits of a long batch are the largest array of a training step. Here they exist for
+    `chunk` tokens at a time, also in the reverse pass, which computes them again.
+
+    Rows of the embedding beyond `model.vocab_size` are no tokens: they take no part in the
+    softmax, as in `generate` and `score`. (transformers counts them as tokens, which are never
+    right. For its own checkpoints there is no difference: their `vocab_size` has them all.)
+
+    **Arguments:**
+
+    - `model`: whose `logits` are the head.
+    - `features`: from [`mamba_eqx.LanguageModel.backbone`][].
+    - `targets`: the tokens to be said; anything where they do not count.
+    - `mask`: which of them count.
+    - `label_smoothing`: $\epsilon$, within `0 <= epsilon < 1`: how much of the probability is to be
+        spread over all tokens. As `label_smoothing` of torch's `cross_entropy`; Szegedy et al.,
+        *Rethinking the Inception Architecture* (2016), section 7.
+    - `z_loss`: $\zeta$, at least 0: keeps $\log Z$ near 0, so that logits do not drift in
+        bfloat16. Chowdhery et al., *PaLM* (2022), section 5, where it is `1e-4`.
+    - `chunk`: how many tokens have logits at once.
+
+    **Returns:** the mean over the targets that count, in float32 at least; 0 if there are none.
+
+    **Raises:** `ValueError` for an option out of range.
+    """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(
+            "`label_smoothing` must be within 0 <= label_smoothing < 1, but got "
+            f"label_smoothing={label_smoothing}."
+        )
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"`z_loss` must be finite and at least 0, but got z_loss={z_loss}.")
+    if not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"`chunk` must be an integer of at least 1, but got chunk={chunk!r}.")
+
+    def piece_loss(features: Array, targets: Array, mask: Array) -> Array:
+        logits = model.logits(features)[..., : model.vocab_size]
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        right = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        loss = log_z - (1 - label_smoothing) * right
+        if label_smoothing:
+            loss = loss - label_smoothing * jnp.mean(logits, axis=-1)
+        if z_loss:
+            loss = loss + z_loss * log_z**2
+        return jnp.sum(jnp.where(mask, loss, jnp.zeros_like(loss)))
+
+    rows = features.reshape(-1, features.shape[-1])
+    # What does not count may be anything, also no token.
+    targets, mask = jnp.where(mask, targets, 0).reshape(-1), mask.reshape(-1)
+    size = min(chunk, len(rows))
+    missing = -len(rows) % size
+    pieces = jax.tree.map(
+        lambda leaf: jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1)).reshape(
+            -1, size, *leaf.shape[1:]
+        ),
+        (rows, targets, mask),
+    )
+
+    def body(total: Array, piece: Any) -> tuple[Array, None]:
+        return total + jax.checkpoint(piece_loss)(*piece), None
+
+    dtype = jax.eval_shape(piece_loss, *jax.tree.map(lambda leaf: leaf[0], pieces)).dtype
+    total, _ = lax.scan(body, jnp.zeros((), dtype), pieces)
+    return total / jnp.maximum(jnp.sum(mask), 1).astype(dtype)
+
+
+def empty_carry(model: Any, rows: int) -> PyTree:
+    """The empty past of `rows` rows, for `carry`: `model.init_state()`, so many times."""
+    return jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (rows, *leaf.shape)), eqx.filter_jit(model.init_state)()
+    )

@@ -1,0 +1,237 @@
+"""The compiled step: what it computes, and what it does when something is not finite."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+import mamba_eqx as mbx
+from mamba_eqx import training
+
+from .registry import CONFIGS
+from .test_training_loss import ROWS, SEQ, batch_of, close, model
+
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+SGD = optax.sgd(1.0)  # the new parameters are the old ones less the gradient
+
+
+def gradient_of(batch, carry=None):
+    grads, _ = eqx.filter_jit(eqx.filter_grad(training.next_token_loss, has_aux=True))(
+        model(), batch, carry
+    )
+    return grads
+
+
+def after(step, *batches, rows=None):
+    state = step.init(model(), rows=rows, key=jr.key(0))
+    metrics = {}
+    for batch in batches:
+        state, metrics = step(state, batch)
+    return state, metrics
+
+
+def test_a_step_goes_down_the_gradient():
+    batch = batch_of(0)
+    state, metrics = after(training.TrainStep(SGD), batch)
+    grads = gradient_of(batch)
+    close(state.model, jax.tree.map(jnp.subtract, model(), grads))
+    close(metrics["gradient_norm"], optax.tree.norm(grads))
+    assert int(metrics["tokens"]) == int(batch.mask.sum())
+    assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+def test_accumulated_gradients_are_those_of_the_whole_batch(rows):
+    batch = batch_of(1, rows=4)
+    # Targets are counted unevenly in the two groups.
+    batch = batch._replace(mask=jnp.asarray(batch.mask).at[:2].set(False).at[0, 3].set(True))
+    whole, metrics = after(training.TrainStep(SGD), batch, batch, rows=rows)
+    parts, others = after(training.TrainStep(SGD, accumulate=2), batch, batch, rows=rows)
+    close((parts.model, parts.carry, others), (whole.model, whole.carry, metrics))
+
+
+def test_a_carry_is_handed_from_batch_to_batch():
+    """Two pieces of a text, one after the other, without changing the model between them."""
+    long = batch_of(2, seq=2 * SEQ)
+    pieces = [training.Batch(*(a[:, at : at + SEQ] for a in long)) for at in (0, SEQ)]
+    still = training.TrainStep(optax.set_to_zero())
+    state, metrics = after(still, *pieces, rows=ROWS)
+    _, aux = jax.jit(training.next_token_loss)(model(), long)
+    close(state.carry, aux.carry)
+    # The gradient is that of the second piece from where the first has led.
+    _, first = jax.jit(training.next_token_loss)(model(), pieces[0])
+    close(metrics["gradient_norm"], optax.tree.norm(gradient_of(pieces[1], first.carry)))
+
+
+def test_gradients_within_the_window_are_the_full_ones():
+    """If only the second piece counts, and nothing before it: as without a first one."""
+    long = batch_of(2, seq=2 * SEQ)
+    cut = long._replace(
+        mask=jnp.asarray(long.mask).at[:, :SEQ].set(False),
+        reset=jnp.asarray(long.reset).at[:, SEQ].set(True),
+    )
+    second = training.Batch(*(a[:, SEQ:] for a in cut))
+    _, aux = jax.jit(training.next_token_loss)(model(), long)
+    close(gradient_of(second, aux.carry), gradient_of(cut))
+
+
+def test_bfloat16_computes_and_float32_remembers():
+    batch = batch_of(3)
+    half = training.TrainStep(SGD, compute_dtype=jnp.bfloat16)
+    state, _ = after(half, batch, rows=ROWS)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.model)} == {jnp.dtype(jnp.float32)}
+    grads = jax.tree.map(jnp.subtract, model(), state.model)
+    wanted = gradient_of(batch)
+    error = optax.tree.norm(jax.tree.map(jnp.subtract, grads, wanted))
+    # Unlike those in float32, but as like as bfloat16, with its 8 bits, lets them be.
+    assert 1e-4 < error / optax.tree.norm(wanted) < 0.05
+    empty = training.empty_carry(mbx.cast(model(), jnp.bfloat16), ROWS)
+    assert jax.tree.map(lambda a: a.dtype, state.carry) == jax.tree.map(lambda a: a.dtype, empty)
+
+
+def test_the_average_is_a_moving_one():
+    batch = batch_of(4)
+    state, _ = after(training.TrainStep(SGD, average_decay=0.75), batch, batch)
+    once, _ = after(training.TrainStep(SGD), batch)
+    twice, _ = after(training.TrainStep(SGD), batch, batch)
+    mix = lambda a, b, c: 0.75**2 * a + 0.75 * 0.25 * b + 0.25 * c  # noqa: E731
+    close(state.average, jax.tree.map(mix, model(), once.model, twice.model))
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+
+    def loss(model, batch, carry, key):
+        value, aux = training.next_token_loss(model, batch.tokens, carry)
+        return jnp.where(batch.bad[0], jnp.nan, 1.0) * value, aux
+
+    class Marked(eqx.Module):
+        tokens: training.Batch
+        bad: jax.Array
+
+    good = Marked(batch_of(5), jnp.zeros(ROWS, jnp.bool_))
+    bad = Marked(batch_of(6), jnp.ones(ROWS, jnp.bool_))
+    step = training.TrainStep(optax.adam(0.1), loss, average_decay=0.5)
+    state, _ = after(step, good, rows=ROWS)
+    before = jax.tree.map(np.array, (state.model, state.opt_state, state.carry, state.average))
+    state, metrics = step(state, bad)
+    assert int(state.skipped) == int(metrics["skipped"]) == 1
+    assert int(state.step) == 2
+    assert not np.isfinite(metrics["loss"])
+    parts = lambda state: (state.model, state.opt_state, state.carry, state.average)  # noqa: E731
+    for a, b in zip(*map(jax.tree.leaves, (parts(state), before)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    state, metrics = step(state, good)
+    assert int(state.skipped) == 1
+    assert np.isfinite(metrics["loss"])
+    assert (state.model.embedding.weight != before[0].embedding.weight).any()
+
+
+def test_any_equinox_model_is_trained_with_a_loss_of_ones_own():
+    mlp = eqx.nn.MLP(3, 1, 8, 1, key=jr.key(0))  # it holds functions as leaves
+    x = jr.normal(jr.key(1), (16, 3))
+    seen = []
+
+    def loss(model, batch, carry, key):
+        seen.append(key)
+        y = jax.vmap(model)(batch)[:, 0]
+        return jnp.mean((y - batch[:, 0]) ** 2), training.LossAux(jnp.asarray(16), carry)
+
+    step = training.TrainStep(optax.adam(1e-2), loss, accumulate=2)
+    state = step.init(mlp, key=jr.key(2))
+    losses = []
+    for _ in range(20):
+        state, metrics = step(state, x)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] / 2
+    assert seen
+    mlp(x[0])  # the state held a copy
+
+
+def test_steps_may_be_repeated_from_a_state():
+    """Bit for bit, from the same state; the key of each step is another one."""
+    drawn = []
+
+    def loss(model, batch, carry, key):
+        value, aux = training.next_token_loss(model, batch, carry)
+        noise = jr.uniform(key)
+        jax.debug.callback(lambda u: drawn.append(float(u)), noise)
+        return value * (1.0 + noise), aux
+
+    step = training.TrainStep(optax.adam(0.1), loss)
+    ends = [after(step, batch_of(0), batch_of(1))[0] for _ in range(2)]
+    jax.effects_barrier()
+    assert eqx.tree_equal(ends[0].model, ends[1].model)
+    assert len(set(drawn)) == 2
+
+
+def names(mask):
+    found = jax.tree_util.tree_leaves_with_path(mask)
+    return {
+        str(path[-1].name) if str(path[-1].name) != "weight" else f"{path[-2].name}.weight"
+        for path, decayed in found
+        if decayed
+    }
+
+
+MATRICES = {"in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "fc1", "fc2", "lm_head"}
+DECAYED = {f"{name}.weight" for name in MATRICES} | {"mimo_x", "mimo_z", "mimo_o"}
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_matrices_are_decayed(name, stacked, embeddings):
+    shape = functools.partial(CONFIGS[name].build, stacked=stacked, key=jr.key(0))
+    try:
+        skeleton = eqx.filter_eval_shape(shape)
+    except ValueError:
+        pytest.skip("layers of several kinds are not stacked")
+    model = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), skeleton)
+    mask = training.decay_mask(model, embeddings=embeddings)
+    decayed = names(mask)
+    assert "in_proj.weight" in decayed
+    assert decayed - {"embedding.weight"} <= DECAYED
+    assert ("embedding.weight" in decayed) == embeddings
+    # And all of them are.
+    there = names(jax.tree.map(lambda _: True, model))
+    assert there & DECAYED == decayed & DECAYED
+
+
+def test_the_recipe_decays_and_warms_up():
+    optimiser = training.recipe(model(), learning_rate=0.1, steps=100, warmup=10, final=0.01)
+    state = optimiser.init(model())  # pyright: ignore[reportArgumentType]
+    zero = jax.tree.map(jnp.zeros_like, model())
+    update = jax.jit(optimiser.update)
+    sizes = []
+    with jax.numpy_dtype_promotion("standard"):  # as optax's schedules want it
+        for _ in range(101):
+            updates, state = update(zero, state, model())
+            assert (updates.layers.layers[0].mixer.A_log == 0).all()
+            ratio = updates.embedding.weight / model().embedding.weight
+            sizes.append(-float(jnp.median(ratio)) / 0.1)  # the learning rate
+    np.testing.assert_allclose(sizes[:11], np.linspace(0, 0.1, 11), atol=1e-6)
+    np.testing.assert_allclose(sizes[55], (0.1 + 0.01) / 2, rtol=1e-4)
+    np.testing.assert_allclose(sizes[100], 0.01, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: training.recipe(model(), learning_rate=1.0, steps=5, warmup=5), "`warmup` must"),
+        (lambda: training.recipe(model(), learning_rate=1e-6, steps=5), "`final` must"),
+        (lambda: training.TrainStep(SGD, accumulate=0), "`accumulate` must be an integer"),
+        (lambda: training.TrainStep(SGD, average_decay=1.0), "`average_decay` must"),
+        (lambda: after(training.TrainStep(SGD, accumulate=2), batch_of(0)), "got accumulate=2 and"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
