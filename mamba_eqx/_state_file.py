@@ -28,7 +28,7 @@ def save_state(path: str | os.PathLike[str], state: DecodingState, model: Langua
     - `state`: of one sequence, or of a batch.
     - `model`: whose state it is: a fingerprint of its parameters goes into the file.
     """
-    tensors = {name: np.asarray(leaf) for name, leaf in _named(state).items()}
+    tensors = {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
     tensors[_FINGERPRINT] = fingerprint(model)
     write_safetensors(path, tensors, {"format": "mamba_eqx.DecodingState"})
 
@@ -61,7 +61,7 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> DecodingSt
     # A cache may be of any length: its axis is the one on which these two differ.
     like, longer = (_like(model, max_len) for max_len in (16, 32))
     rows = stored["token"].shape if "token" in stored else ()
-    names = _named(like)
+    names = named_leaves(like)
     if stored.keys() != names.keys() or len(rows) > 1:
         raise CheckpointError(
             f"{os.fspath(path)} does not hold the state of this model: missing "
@@ -69,7 +69,7 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> DecodingSt
             f"{sorted(stored.keys() - names.keys())}."
         )
     leaves = []
-    for (name, one), other in zip(names.items(), _named(longer).values(), strict=True):
+    for (name, one), other in zip(names.items(), named_leaves(longer).values(), strict=True):
         tensor = stored[name]
         free = [a != b for a, b in zip(one.shape, other.shape, strict=True)]
         if name == "recent":
@@ -93,7 +93,8 @@ def _like(model: LanguageModel, max_len: int) -> PyTree:
     return jax.eval_shape(make)
 
 
-def _named(state: PyTree) -> dict[str, Any]:
+def named_leaves(state: PyTree) -> dict[str, Any]:
+    """The leaves by the names that they have in a file: the path to each, with dots."""
     paths = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
 

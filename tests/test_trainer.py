@@ -1,0 +1,395 @@
+"""A training that is killed, at any moment, ends as one that was not; little else loses work."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import mamba_eqx as mbx
+from mamba_eqx import training
+
+from . import killed_training
+
+
+ROOT = Path(__file__).parents[1]
+STEPS = killed_training.STEPS
+
+
+def start(folder, *options):
+    command = [sys.executable, "-m", "tests.killed_training", str(folder), *options]
+    # What one has compiled, the next need not.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | cache)
+
+
+def wait_until(process, condition):
+    """Fails rather than waits for ever, and says whether the process is still there."""
+    limit = time.monotonic() + 120
+    while process.poll() is None:
+        if condition():
+            return True
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+    return False
+
+
+def kill(process):
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def checkpoints(folder):
+    return sorted((folder / "checkpoints").glob("step-*"))
+
+
+def leftovers(folder):
+    return list((folder / "checkpoints").glob(".*.tmp"))
+
+
+def content(folder):
+    """All that a training leaves behind, without the lock."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def assert_ended_alike(folder, reference):
+    got, want = content(folder), content(reference)
+    assert got.keys() == want.keys()
+    assert [name for name in want if got[name] != want[name]] == []
+    assert f"checkpoints/step-{STEPS:09}/state.safetensors" in want
+    lines = [json.loads(line) for line in want["metrics.jsonl"].splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines if "size" in line] == [10, 20, 30, 40, 50]
+
+
+def test_a_killed_training_ends_as_one_that_was_not(tmp_path):
+    folder = tmp_path / "killed"
+    # At some moment after it has a checkpoint.
+    process = start(folder)
+    assert wait_until(process, lambda: checkpoints(folder))
+    time.sleep(random.uniform(0, 0.1))
+    kill(process)
+    # In the middle of the next one.
+    before = checkpoints(folder)
+    known = set(leftovers(folder))
+    process = start(folder, "slow")
+    assert wait_until(process, lambda: set(leftovers(folder)) - known)
+    kill(process)
+    assert leftovers(folder)
+    assert checkpoints(folder) == before
+    assert start(folder).wait() == 0
+    killed_training.main(str(tmp_path / "reference"))
+    assert_ended_alike(folder, tmp_path / "reference")
+
+
+@pytest.mark.slow
+def test_many_kills(tmp_path):
+    folder = tmp_path / "killed"
+    ends = []
+    for i in range(7):
+        # In the first checkpoint of all first, so that there is none.
+        process = start(folder, *["slow"] * (i % 3 == 0))
+        known = set(leftovers(folder))
+        wait_until(process, lambda known=known: set(leftovers(folder)) - known)
+        time.sleep(random.uniform(0, 0.1))
+        kill(process)
+        ends.append(checkpoints(folder)[-1:])
+    assert ends[0] == []
+    assert len({str(end) for end in ends}) > 2
+    assert start(folder).wait() == 0
+    killed_training.main(str(tmp_path / "reference"))
+    assert_ended_alike(folder, tmp_path / "reference")
+
+
+# The rest happens in this process, with the smallest of trainings.
+
+DATA = [np.float32(i) for i in range(100)]
+
+
+@jax.jit
+def jitted(state, x):
+    return {"sum": state["sum"] + x, "key": jr.split(state["key"])[0]}, {"x": x}
+
+
+def make():
+    return {"sum": jnp.float32(0), "key": jr.key(0)}
+
+
+def run(folder, *, step: Any = jitted, data: Any = DATA, steps=20, **options):
+    options = {"checkpoint_every": 6, "log_every": 4, "progress": False} | options
+    return training.fit(step, make(), data, steps=steps, folder=folder, **options)
+
+
+def steps_of(folder):
+    return [int(path.name.removeprefix("step-")) for path in checkpoints(folder)]
+
+
+def logged(folder, name="x"):
+    return training.read_metrics(folder)[name][0].tolist()
+
+
+def test_it_trains_and_goes_on(tmp_path):
+    out = run(tmp_path)
+    assert (out.step, out.interrupted) == (20, False)
+    assert float(out.state["sum"]) == sum(range(20))
+    assert steps_of(tmp_path) == [18, 20]
+    steps, values = training.read_metrics(tmp_path)["x"]
+    assert steps.tolist() == list(range(1, 21))
+    assert values.tolist() == list(range(20))
+    # It is there already; then some more.
+    again = run(tmp_path, step=fail_at(0))
+    assert (again.step, float(again.state["sum"])) == (20, sum(range(20)))
+    assert float(run(tmp_path, steps=33).state["sum"]) == sum(range(33))
+    assert logged(tmp_path) == list(range(1, 34))
+    with pytest.raises(mbx.CheckpointError, match="with seed=None, but this one has seed=2"):
+        run(tmp_path, config={"seed": 2})
+
+
+@pytest.fixture
+def handlers():
+    """The usual ones: a shell may have its background jobs ignore Ctrl-C."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield usual
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_a_checkpoint(tmp_path, number, handlers, capfd):
+    def step(state, x):
+        if x == 8:
+            os.kill(os.getpid(), number)
+        return jitted(state, x)
+
+    out = run(tmp_path, step=step)
+    assert (out.step, out.interrupted) == (9, True)
+    assert steps_of(tmp_path) == [6, 9]
+    assert logged(tmp_path) == list(range(1, 10))
+    assert "This step is the last" in capfd.readouterr().err
+    assert {n: signal.getsignal(n) for n in handlers} == handlers
+    assert float(run(tmp_path).state["sum"]) == sum(range(20))
+    assert logged(tmp_path) == list(range(1, 21))
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    def step(state, x):
+        if x == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return jitted(state, x)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, step=step)
+    assert steps_of(tmp_path) == [6]
+
+
+def test_in_another_thread_signals_are_left_alone(tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run(tmp_path)))
+    thread.start()
+    thread.join()
+    assert results[0].step == 20
+
+
+def test_evaluation_and_the_best(tmp_path):
+    scores = {5: 3.0, 10: 1.0, 15: float("nan"), 20: 1.0, 22: 2.0}
+    calls = []
+
+    def evaluate(state):
+        calls.append(float(state["sum"]))
+        return {"score": jnp.float32(scores[len(calls) * 5 if len(calls) < 5 else 22])}
+
+    options = {"checkpoint_every": 100, "keep": 10}
+    run(tmp_path, steps=22, evaluate=evaluate, evaluate_every=5, best="score", **options)
+    assert calls == [sum(range(step)) for step in scores]
+    assert steps_of(tmp_path) == [5, 10, 22]
+    kept = training.Checkpoints(tmp_path / "checkpoints")
+    assert kept.best == 10
+    steps, values = training.read_metrics(tmp_path)["score"]
+    assert steps.tolist() == list(scores)
+    np.testing.assert_array_equal(values, list(scores.values()))
+    # Without a name it is called all the same.
+    run(tmp_path / "plain", steps=3, evaluate=lambda _: {"score": 1.0})
+    assert logged(tmp_path / "plain", "score") == [3]
+
+
+def fail_at(step_that_fails):
+    def step(state, x):
+        if x == step_that_fails:
+            raise RuntimeError("broken")
+        return jitted(state, x)
+
+    return step
+
+
+class Broken:
+    def __getitem__(self, i):
+        return DATA[i] if i != 8 else 1 / 0
+
+
+def test_an_error_outside_the_step_costs_nothing(tmp_path):
+    def evaluate(state):
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        run(tmp_path / "a", evaluate=evaluate, evaluate_every=8)
+    assert steps_of(tmp_path / "a") == [6, 8]
+    assert logged(tmp_path / "a") == list(range(1, 9))
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "b", data=Broken())
+    assert steps_of(tmp_path / "b") == [6, 8]
+    # What a failed step was given may no longer be there.
+    with pytest.raises(RuntimeError, match="broken"):
+        run(tmp_path / "c", step=fail_at(8))
+    assert steps_of(tmp_path / "c") == [6]
+    assert float(run(tmp_path / "c").state["sum"]) == sum(range(20))
+    assert logged(tmp_path / "c") == list(range(1, 21))
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    """Warnings while it trains, an error with the state at the end; then it goes on."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def step(state, x):
+        if x == 7:
+            patch.setattr("mamba_eqx.training._checkpoints.write_safetensors", full)
+            patch.setattr("os.fsync", full)
+        return jitted(state, x)
+
+    with (
+        monkeypatch.context() as patch,
+        warnings.catch_warnings(record=True) as warned,
+    ):
+        warnings.simplefilter("always")
+        with pytest.raises(training.CheckpointWriteError, match="step 20 was not") as caught:
+            run(tmp_path, step=step)
+    messages = [str(warning.message) for warning in warned]
+    assert [m for m in messages if "Metrics wait to be written" in m]
+    for step_lost in (12, 18):
+        (message,) = [m for m in messages if f"step {step_lost} was not written" in m]
+        assert "the last good one is" in message
+        assert "step-000000006" in message
+    assert steps_of(tmp_path) == [6]
+    assert caught.value.step == 20
+    assert caught.value.errno == errno.ENOSPC
+    assert float(caught.value.state["sum"]) == sum(range(20))
+    assert logged(tmp_path) == list(range(1, 7))
+    # Full for a while only: nothing is missing afterwards.
+    free = iter([False, True, True])
+    write = mbx.training._checkpoints.write_safetensors
+    monkeypatch.setattr(
+        "mamba_eqx.training._checkpoints.write_safetensors",
+        lambda *args: write(*args) if next(free) else full(),
+    )
+    with pytest.warns(UserWarning, match=r"step 12 was not written.*The training goes on"):
+        assert float(run(tmp_path).state["sum"]) == sum(range(20))
+    assert logged(tmp_path) == list(range(1, 21))
+    assert steps_of(tmp_path) == [18, 20]
+
+
+def test_the_device_is_not_waited_for(tmp_path, monkeypatch):
+    """Numbers are fetched together, and seldom."""
+    fetched = []
+    get = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(len(tree)) or get(tree))
+    run(tmp_path, steps=20, checkpoint_every=100, log_every=8)
+    assert fetched[:3] == [8, 8, 4]
+
+
+def test_metrics_are_cut_back(tmp_path):
+    run(tmp_path, steps=6)
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    for rest in (b'{"step": 7, "x": 1}\n{"step": 8, "x', b'{"st', b'{"step": 7, "x": 1}'):
+        (tmp_path / "metrics.jsonl").write_bytes(whole + rest)
+        training.read_metrics(tmp_path)
+        run(tmp_path, steps=6)
+        assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+    # Without a checkpoint it begins anew.
+    for path in checkpoints(tmp_path):
+        path.rename(path.with_name("elsewhere-" + path.name))
+    run(tmp_path, steps=6)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+
+
+def test_one_training_to_a_folder(tmp_path):
+    def step(state, x):
+        with pytest.raises(ValueError, match="Another process is training in"):
+            run(tmp_path)
+        return jitted(state, x)
+
+    run(tmp_path, step=step, steps=1)
+    run(tmp_path, steps=2)
+
+
+def test_the_bar_counts_tokens(tmp_path, capfd):
+    tokens = np.zeros(100, np.uint8)
+    data = training.Streams(tokens, batch=2, length=5)
+
+    def step(state, batch):
+        return state, {"loss": jnp.float32(batch.tokens.sum() + 0.25)}
+
+    run(tmp_path, step=step, data=data, steps=20, progress=True)
+    err = capfd.readouterr().err
+    assert "200/200" in err
+    assert "tok/s" in err
+    assert "loss=0.25" in err
+    run(tmp_path / "plain", progress=True)
+    assert "20.0/20.0" in capfd.readouterr().err
+
+
+def test_curves(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    run(tmp_path, steps=5, evaluate=lambda _: {"score": float("inf")})
+    assert training.plot_metrics(tmp_path).read_bytes().startswith(b"\x89PNG")
+    lines = "".join(f'{{"step": {i}, "x": {i / 7}}}\n' for i in range(1, 502))
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    assert training.plot_metrics(tmp_path) == tmp_path / "metrics.png"
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="There are no metrics in"):
+        training.plot_metrics(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'mamba_eqx\[plot\]'"):
+        training.plot_metrics(tmp_path)
+
+
+def test_errors(tmp_path):
+    for name in ("steps", "checkpoint_every", "evaluate_every", "log_every"):
+        with pytest.raises(ValueError, match=f"`{name}` must be at least 1, but got 0"):
+            run(tmp_path, **{name: 0})
+    with pytest.raises(ValueError, match="`best` is 'score', but there is no `evaluate`"):
+        run(tmp_path, best="score")
+    for message, results in {
+        "`evaluate` and `step` both return x": {"x": 1.0},
+        r"`best` is 'score', but `evaluate` returns only \['y'\]": {"y": 1.0},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / message, steps=3, evaluate=lambda _, r=results: r, best="score")
+    with pytest.raises(ValueError, match=r"The metric x must be one number, but has shape \(2,\)"):
+        run(tmp_path / "a", step=lambda state, x: (state, {"x": jnp.zeros(2)}))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(training.CheckpointWriteError, match="No checkpoints can be written"):
+        run(tmp_path / "file")
+    (tmp_path / "full" / ".lock").mkdir(parents=True)
+    with pytest.raises(training.CheckpointWriteError, match=r"Nothing can be written to .*full"):
+        run(tmp_path / "full")
