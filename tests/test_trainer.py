@@ -13,10 +13,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 import pytest
 
 import mamba_eqx as mbx
@@ -315,6 +317,32 @@ def test_the_device_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(len(tree)) or get(tree))
     run(tmp_path, steps=20, checkpoint_every=100, log_every=8)
     assert fetched[:3] == [8, 8, 4]
+
+
+def test_any_equinox_model_with_the_step_of_the_package(tmp_path):
+    """Its state is used up by the next step, before the numbers of this one are read."""
+
+    def loss(model, batch, carry, key):
+        x, y = batch
+        noise = 0.1 * jr.normal(key, x.shape)
+        error = jax.vmap(model)(x + noise) - y
+        return jnp.mean(error**2), training.LossAux(jnp.float32(1), carry)
+
+    rng = np.random.default_rng(0)
+    data = [tuple(rng.standard_normal((2, 4, 3)).astype(np.float32)) for _ in range(12)]
+    step = training.TrainStep(optax.adam(1e-2), loss)
+    new = step.init(eqx.nn.Linear(3, 3, key=jr.key(0)), key=jr.key(1))
+    options: Any = {"log_every": 5, "progress": False}
+    ends = []
+    for name, parts in {"once": [12], "twice": [7, 12]}.items():
+        for steps in parts:
+            copy = jax.tree.map(jnp.copy, new)
+            out = training.fit(step, copy, data, steps=steps, folder=tmp_path / name, **options)
+        ends.append((jr.key_data(out.state.key), eqx.tree_at(lambda s: s.key, out.state, 0)))
+    assert eqx.tree_equal(*ends)
+    once, twice = (content(tmp_path / name)["metrics.jsonl"] for name in ("once", "twice"))
+    assert once == twice
+    assert logged(tmp_path / "once", "loss") == list(range(1, 13))
 
 
 def test_metrics_are_cut_back(tmp_path):
