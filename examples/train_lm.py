@@ -35,7 +35,7 @@ class Settings:
     mixer: str = "mamba1"
     d_model: int = 192
     layers: int = 6
-    d_state: int = 8
+    d_state: int = 0
     steps: int = 5500
     batch: int = 16
     length: int = 128
@@ -45,11 +45,12 @@ class Settings:
 
 
 HELP = {
-    "mixer": "mamba1, mamba2 or mamba3",
+    "d_state": "by default 8 for mamba1, 32 for the others",
     "length": "bytes a step and row",
     "stretch": "steps before a row moves on",
     "lr": "the peak learning rate",
 }
+D_STATE = {"mamba1": 8, "mamba2": 32, "mamba3": 32}
 PRESETS = {
     "shipped": Settings(),
     "small": Settings(d_model=64, layers=2, steps=1000, batch=8),
@@ -80,6 +81,7 @@ score = jax.jit(training.next_token_loss)
 
 def bits_per_byte(model: mbx.LanguageModel, text: np.ndarray, rows: int, piece: int = 512) -> float:
     """The text as `rows` sequences side by side, by pieces, the state handed over."""
+    rows = min(rows, len(text) - 1)
     length = (len(text) - 1) // rows
     starts = np.arange(rows)[:, None] * length
     carry, total = training.empty_carry(model, rows), 0.0
@@ -101,12 +103,14 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=500, help="steps between checkpoints")
     for field in dataclasses.fields(Settings):
         name, kind = field.name.replace("_", "-"), type(field.default)
-        parser.add_argument(f"--{name}", type=kind, help=HELP.get(field.name))
+        choices = D_STATE if field.name == "mixer" else None
+        parser.add_argument(f"--{name}", type=kind, choices=choices, help=HELP.get(field.name))
     args = parser.parse_args()
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)}
     s = dataclasses.replace(
         PRESETS[args.preset], **{name: value for name, value in given.items() if value is not None}
     )
+    s = s if s.d_state else dataclasses.replace(s, d_state=D_STATE[s.mixer])
     record = {"text": args.text.name} | dataclasses.asdict(s)
 
     train, held_out = read(args.text)
@@ -118,10 +122,10 @@ def main() -> None:
     print(f"{size:,} parameters, {len(train):,} bytes to train on, {len(held_out):,} held out")
     earlier = training.Checkpoints(args.out / "checkpoints").steps
     print(f"going on from step {earlier[-1]}" if earlier else "from the beginning")
-    warmup = max(1, s.steps // 30)
-    train_step = training.TrainStep(
-        training.recipe(model, learning_rate=s.lr, steps=s.steps, warmup=warmup, final=s.lr / 100)
+    optimiser = training.recipe(
+        model, learning_rate=s.lr, steps=s.steps, warmup=s.steps // 30, final=s.lr / 100
     )
+    train_step = training.TrainStep(optimiser)
     fitted = training.fit(
         train_step,
         train_step.init(model, rows=s.batch, key=jr.key(s.seed + 1)),

@@ -1,4 +1,4 @@
-"""A training that is to be killed: `killed_training.py FOLDER [slow]`, run by test_trainer.py.
+"""A training for test_killed_training.py to kill: `killed_training.py FOLDER [slow]`.
 
 If it is slow it stays for a minute in the middle of writing each checkpoint, so that it can be
 killed there.

@@ -1,0 +1,107 @@
+"""A training that is killed, at any moment, ends as one that was not."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from . import killed_training
+
+
+ROOT = Path(__file__).parents[1]
+STEPS = killed_training.STEPS
+
+
+def start(folder, *options):
+    command = [sys.executable, "-m", "tests.killed_training", str(folder), *options]
+    # What one has compiled, the next need not.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | cache)
+
+
+def wait_until(process, condition):
+    """Fails rather than waits for ever, and says whether the process is still there."""
+    limit = time.monotonic() + 120
+    while process.poll() is None:
+        if condition():
+            return True
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+    return False
+
+
+def kill(process):
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def checkpoints(folder):
+    return sorted((folder / "checkpoints").glob("step-*"))
+
+
+def leftovers(folder):
+    return list((folder / "checkpoints").glob(".*.tmp"))
+
+
+def content(folder):
+    """All that a training leaves behind, without the lock."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def assert_ended_alike(folder, reference):
+    got, want = content(folder), content(reference)
+    assert got.keys() == want.keys()
+    assert [name for name in want if got[name] != want[name]] == []
+    assert f"checkpoints/step-{STEPS:09}/state.safetensors" in want
+    lines = [json.loads(line) for line in want["metrics.jsonl"].splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines if "size" in line] == [10, 20, 30, 40, 50]
+
+
+def test_a_killed_training_ends_as_one_that_was_not(tmp_path):
+    folder = tmp_path / "killed"
+    # At some moment after it has a checkpoint.
+    process = start(folder)
+    assert wait_until(process, lambda: checkpoints(folder))
+    time.sleep(random.uniform(0, 0.1))
+    kill(process)
+    # In the middle of the next one.
+    before = checkpoints(folder)
+    known = set(leftovers(folder))
+    process = start(folder, "slow")
+    assert wait_until(process, lambda: set(leftovers(folder)) - known)
+    kill(process)
+    assert leftovers(folder)
+    assert checkpoints(folder) == before
+    assert start(folder).wait() == 0
+    killed_training.main(str(tmp_path / "reference"))
+    assert_ended_alike(folder, tmp_path / "reference")
+
+
+@pytest.mark.slow
+def test_many_kills(tmp_path):
+    folder = tmp_path / "killed"
+    ends = []
+    for i in range(7):
+        # In the first checkpoint of all first, so that there is none.
+        process = start(folder, *["slow"] * (i % 3 == 0))
+        known = set(leftovers(folder))
+        wait_until(process, lambda known=known: set(leftovers(folder)) - known)
+        time.sleep(random.uniform(0, 0.1))
+        kill(process)
+        ends.append(checkpoints(folder)[-1:])
+    assert ends[0] == []
+    assert len({str(end) for end in ends}) > 2
+    assert start(folder).wait() == 0
+    killed_training.main(str(tmp_path / "reference"))
+    assert_ended_alike(folder, tmp_path / "reference")
