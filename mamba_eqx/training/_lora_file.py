@@ -47,9 +47,12 @@ def save_lora(
 ) -> None:
     """Saves the pairs so that `load_lora` loads them, and that PEFT does.
 
-    PEFT refuses every `out_proj` in transformers' models `mamba`, `mamba2` and `falcon_mamba`,
-    whose CUDA code goes past it: leave it out of `targets` if PEFT is to read the result. (For a model
-    that is no `LanguageModel` there is `equinox.tree_serialise_leaves`.)
+    In transformers' models `mamba`, `mamba2` and `falcon_mamba` PEFT (0.21) refuses every
+    `out_proj`. On `dt_proj`, whose weight transformers (5.24) reads past PEFT's wrapper, it has no
+    effect until its `merge_and_unload`. For PEFT leave both out of `targets`.
+
+    (A model that is no `LanguageModel` has no names there: save the pairs for it by
+    `equinox.tree_serialise_leaves`.)
 
     **Arguments:**
 
