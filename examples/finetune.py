@@ -1,8 +1,8 @@
 """Adapts the model that ships, or another one over bytes, to a text: in three ways.
 
-    python examples/finetune.py --method lora --out runs/lora       # a low-rank change of its weights
-    python examples/finetune.py --method state --out runs/state     # the initial state alone
-    python examples/finetune.py --method freeze --out runs/freeze   # some of its weights, by their names
+    python examples/finetune.py --method lora --out runs/lora      # a low-rank change of weights
+    python examples/finetune.py --method state --out runs/state    # the initial state alone
+    python examples/finetune.py --method freeze --out runs/freeze  # some parameters, by name
 
 All three train a part and leave the rest exactly as it is. The last tenth of the text is held out.
 By default the text is this package's documentation, which is not what Shakespeare wrote.
