@@ -117,14 +117,18 @@ def main() -> None:
     print(f"{args.method}: {size:,} numbers are trained, the model has {whole:,}")
     print(f"{len(train):,} bytes to train on, {check.size - len(check):,} held out")
     before = float(score(part))
-    opt_state, rng, start = optimiser.init(part), np.random.default_rng(args.seed), time.time()
+    opt_state, rng, start = (
+        optimiser.init(part),
+        np.random.default_rng(args.seed),
+        time.process_time(),
+    )
     for i in range(1, args.steps + 1):
         starts = rng.integers(len(train) - args.length, size=args.batch)
         part, opt_state, loss = step(part, opt_state, rows_of(train, starts, args.length))
         if i % 100 == 0:
             print(f"step {i}: {float(loss) / np.log(2):.3f} bits per byte", flush=True)
     print(f"held out: {before:.3f} bits per byte before, {float(score(part)):.3f} after", end="")
-    print(f" ({args.steps} steps, {time.time() - start:.0f} s)")
+    print(f" ({args.steps} steps, {time.process_time() - start:.0f} s of processor time)")
 
     tuned, state = use(part)
     prefix = begin(tuned, state, FIRST)
