@@ -11,7 +11,6 @@ By default the text is this package's documentation, which is not what Shakespea
 import argparse
 import importlib.resources
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,6 @@ SHIPPED = Path(str(importlib.resources.files("mamba_eqx"))) / "models" / "shakes
 TOKENIZER = mbx.ByteTokenizer()
 FIRST = ord("\n")  # every row begins with it, in training as in use
 
-# What is trained, to the model and the initial state of its layers.
-Use = Callable[[Any], tuple[mbx.LanguageModel, Any]]
-
 
 def read(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     """The bytes to train on, and the held-out ones."""
@@ -42,24 +38,26 @@ def read(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     return text[:cut], text[cut:]
 
 
-def with_lora(model: mbx.LanguageModel, rank: int, key: jax.Array) -> tuple[Any, Use]:
-    lora = LoRA.init(model, rank=rank, alpha=2 * rank, key=key)
-    return lora, lambda lora: (lora.merge(model), model.init_state())
-
-
-def with_state(model: mbx.LanguageModel) -> tuple[Any, Use]:
-    return model.init_state(), lambda state: (model, state)
-
-
-def with_frozen(model: mbx.LanguageModel, names: list[str]) -> tuple[Any, Use]:
-    """Trains the parameters that have one of these names in their path: Equinox's `partition`."""
+def split(method: str, model: mbx.LanguageModel, args: argparse.Namespace) -> tuple[Any, Any]:
+    """What is trained, and what stays as it is."""
+    if method == "lora":
+        lora = LoRA.init(model, rank=args.rank, alpha=2 * args.rank, key=jr.key(args.seed))
+        return lora, model
+    if method == "state":
+        return model.init_state(), model
 
     def is_trained(path: Any, _: Any) -> bool:
-        return any(f".{name}" in jax.tree_util.keystr(path) for name in names)
+        return any(f".{name}" in jax.tree_util.keystr(path) for name in args.train)
 
-    mask = jax.tree_util.tree_map_with_path(is_trained, model)
-    trained, frozen = eqx.partition(model, mask)
-    return trained, lambda trained: (eqx.combine(trained, frozen), model.init_state())
+    return eqx.partition(model, jax.tree_util.tree_map_with_path(is_trained, model))
+
+
+def join(method: str, part: Any, rest: Any) -> tuple[mbx.LanguageModel, Any]:
+    """The model that the two make, and the state that a text begins from."""
+    if method == "state":
+        return rest, part
+    model = part.merge(rest) if method == "lora" else eqx.combine(part, rest)
+    return model, model.init_state()
 
 
 def rows_of(text: np.ndarray, starts: np.ndarray, length: int) -> jax.Array:
@@ -68,10 +66,21 @@ def rows_of(text: np.ndarray, starts: np.ndarray, length: int) -> jax.Array:
     return jnp.asarray(np.pad(rows, ((0, 0), (1, 0)), constant_values=FIRST), jnp.int32)
 
 
-def nats(use: Use, part: Any, rows: jax.Array) -> jax.Array:
-    model, state = use(part)
+@eqx.filter_jit
+def nats(method: str, part: Any, rest: Any, rows: jax.Array) -> jax.Array:
+    model, state = join(method, part, rest)
     logits = jax.vmap(lambda row: model.scan(row[:-1], state)[0])(rows)
     return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
+
+
+# The rest is an argument too: what a compiled function closes over becomes a constant in its code.
+@eqx.filter_jit
+def train_step(
+    optimiser: Any, method: str, part: Any, opt_state: Any, rest: Any, rows: jax.Array
+) -> tuple[Any, Any, jax.Array]:
+    loss, grads = jax.value_and_grad(lambda part: nats(method, part, rest, rows))(part)
+    updates, opt_state = optimiser.update(grads, opt_state, part)
+    return optax.apply_updates(part, updates), opt_state, loss
 
 
 def main() -> None:
@@ -85,7 +94,7 @@ def main() -> None:
         "--train", nargs="+", default=["norm", "A_log", "D", "dt_bias", "conv1d"],
         help="with freeze: parts of the names of the parameters to train",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128, help="bytes of a row")
     parser.add_argument("--lr", type=float, help="the peak (default: by the method)")
@@ -94,29 +103,19 @@ def main() -> None:
 
     model = mbx.from_pretrained(args.model, dtype=jnp.float32)
     train, held_out = read(args.text or sorted((ROOT / "docs").rglob("*.md")))
-    part, use = {
-        "lora": lambda: with_lora(model, args.rank, jr.key(args.seed)),
-        "state": lambda: with_state(model),
-        "freeze": lambda: with_frozen(model, args.train),
-    }[args.method]()
+    part, rest = split(args.method, model, args)
     lr = args.lr or {"lora": 5e-3, "state": 5e-2, "freeze": 1e-2}[args.method]
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(lr, args.steps))
     )
 
-    @jax.jit
-    def step(part: Any, opt_state: Any, rows: jax.Array) -> tuple[Any, Any, jax.Array]:
-        loss, grads = jax.value_and_grad(lambda part: nats(use, part, rows))(part)
-        updates, opt_state = optimiser.update(grads, opt_state, part)
-        return optax.apply_updates(part, updates), opt_state, loss
-
-    check = rows_of(held_out, np.arange(0, len(held_out) - args.length, args.length), args.length)
-    score = jax.jit(lambda part: nats(use, part, check) / np.log(2))
+    places = np.arange(0, len(held_out) - args.length, args.length)
+    check = rows_of(held_out, places, args.length)
     size = sum(leaf.size for leaf in jax.tree.leaves(part))
     whole = sum(leaf.size for leaf in jax.tree.leaves(model))
     print(f"{args.method}: {size:,} numbers are trained, the model has {whole:,}")
     print(f"{len(train):,} bytes to train on, {check.size - len(check):,} held out")
-    before = float(score(part))
+    before = float(nats(args.method, part, rest, check)) / np.log(2)
     opt_state, rng, start = (
         optimiser.init(part),
         np.random.default_rng(args.seed),
@@ -124,13 +123,15 @@ def main() -> None:
     )
     for i in range(1, args.steps + 1):
         starts = rng.integers(len(train) - args.length, size=args.batch)
-        part, opt_state, loss = step(part, opt_state, rows_of(train, starts, args.length))
-        if i % 100 == 0:
+        rows = rows_of(train, starts, args.length)
+        part, opt_state, loss = train_step(optimiser, args.method, part, opt_state, rest, rows)
+        if i % 50 == 0:
             print(f"step {i}: {float(loss) / np.log(2):.3f} bits per byte", flush=True)
-    print(f"held out: {before:.3f} bits per byte before, {float(score(part)):.3f} after", end="")
-    print(f" ({args.steps} steps, {time.process_time() - start:.0f} s of processor time)")
+    after = float(nats(args.method, part, rest, check)) / np.log(2)
+    print(f"held out: {before:.3f} bits per byte before, {after:.3f} after")
+    print(f"{args.steps} steps, {time.process_time() - start:.0f} s of processor time")
 
-    tuned, state = use(part)
+    tuned, state = join(args.method, part, rest)
     prefix = begin(tuned, state, FIRST)
     prompt = TOKENIZER.encode("The ")
     out = mbx.generate(tuned, prompt, 120, temperature=0.7, key=jr.key(args.seed), state=prefix)
