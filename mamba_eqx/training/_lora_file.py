@@ -62,8 +62,10 @@ def save_lora(
     - `layout`: whose names they get; see [`mamba_eqx.save_pretrained`][].
     - `base_model`: the name or the folder of the model, from which PEFT loads it.
 
-    **Raises:** [`mamba_eqx.CheckpointError`][] if the layout has no name for one of them.
+    **Raises:** [`mamba_eqx.CheckpointError`][] if the layout cannot hold the model; `ValueError` if
+    the pairs were made for another one.
     """
+    table = _table(model, layout)
     jax.eval_shape(lora.merge, model)  # Its errors are ours.
     pairs = lora.pairs
     if isinstance(model.layers, Stacked):
@@ -72,7 +74,7 @@ def save_lora(
     rank = max(pair.a.shape[-2] for pair in pairs.values())
     tensors: dict[str, np.ndarray] = {}
     modules: list[str] = []
-    for path_here, (_, parts) in _table(model, layout).items():
+    for path_here, (_, parts) in table.items():
         if path_here not in pairs:
             continue
         pair = pairs[path_here]
