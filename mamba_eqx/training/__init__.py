@@ -6,6 +6,8 @@ from ._checkpoints import (
     CheckpointWriteError as CheckpointWriteError,
 )
 from ._data import Packed as Packed, Streams as Streams
+from ._lora import LoRA as LoRA, LoRAPair as LoRAPair
+from ._lora_file import load_lora as load_lora, save_lora as save_lora
 from ._loss import (
     LossAux as LossAux,
     cross_entropy as cross_entropy,
@@ -14,6 +16,7 @@ from ._loss import (
 )
 from ._metrics import plot_metrics as plot_metrics, read_metrics as read_metrics
 from ._recipe import decay_mask as decay_mask, recipe as recipe
+from ._state_tuning import begin as begin
 from ._step import Loss as Loss, TrainState as TrainState, TrainStep as TrainStep
 from ._tokens import (
     document_starts as document_starts,

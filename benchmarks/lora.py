@@ -1,0 +1,98 @@
+"""The gradient of LoRA by merging, as the package has it, and by wrappers around every layer.
+
+    python benchmarks/lora.py [--quick]
+
+Both train the same pairs in the model that ships; `all weights` is training without LoRA. The
+larger size has the width of mamba-130m, with four layers and a vocabulary of bytes.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from _common import (
+    MIB,
+    arguments,
+    byte_model,
+    compiled,
+    medians,
+    print_facts,
+    print_table,
+    random_tokens,
+)
+
+import mamba_eqx as mbx
+from mamba_eqx.training import LoRA
+
+
+class Wrapper(eqx.Module):
+    """The usual design: `W x + b (a x)`."""
+
+    inner: mbx.Linear
+    a: jax.Array
+    b: jax.Array
+
+    @property
+    def weight(self) -> jax.Array:
+        return self.inner.weight
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.inner(x) + x @ self.a.T @ self.b.T
+
+
+def wrapped(model: Any, lora: LoRA) -> Any:
+    def wrap(path: Any, node: Any) -> Any:
+        pair = lora.pairs.get(jax.tree_util.keystr(path, simple=True, separator="."))
+        return node if pair is None else Wrapper(node, pair.a, lora.scale * pair.b)
+
+    is_linear = lambda node: isinstance(node, mbx.Linear)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(wrap, model, is_leaf=is_linear)
+
+
+def loss_of(model: Any, tokens: jax.Array) -> jax.Array:
+    logits = jax.vmap(model)(tokens[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def wide_model() -> mbx.LanguageModel:
+    return mbx.LanguageModelConfig(256, (mbx.BlockConfig(mbx.Mamba1Config(768)),) * 4).build(
+        key=jr.key(0)
+    )
+
+
+def main() -> None:
+    args = arguments(__doc__)
+    print_facts("LoRA, rank 8", quick=args.quick)
+    rows = []
+    sizes = [(byte_model(), 16, 128)]
+    sizes = [(sizes[0][0], 1, 16)] if args.quick else [*sizes, (wide_model(), 4, 512)]
+    for model, batch, seq in sizes:
+        lora = LoRA.init(model, rank=8, key=jr.key(1))
+        lora = jax.tree.map(lambda leaf: leaf + 0.01, lora)
+        tokens = random_tokens(model, batch, seq + 1)
+        ways = {
+            "all weights": (lambda m, lora, t: jax.value_and_grad(loss_of)(m, t)),
+            "merged": (
+                lambda m, lora, t: jax.value_and_grad(lambda p: loss_of(p.merge(m), t))(lora)
+            ),
+            "wrapped": (
+                lambda m, lora, t: jax.value_and_grad(lambda p: loss_of(wrapped(m, p), t))(lora)
+            ),
+        }
+        found = {name: compiled(way, model, lora, tokens) for name, way in ways.items()}
+        one, other = (jax.tree.leaves(found[name][0]()[1]) for name in ("merged", "wrapped"))
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-3 * float(jnp.abs(b).max()))
+        seconds = medians({name: run for name, (run, _) in found.items()}, repeats=9, budget=60)
+        for name, (_, executable) in found.items():
+            used = executable.memory_analysis().temp_size_in_bytes / MIB
+            rows.append((model.d_model, batch, seq, name, 1e3 * seconds[name], used))
+    print_table(("d_model", "batch", "seq", "", "milliseconds", "temporary memory, MiB"), rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Adapts the model that ships, or another one over bytes, to a text: in three ways.
+
+    python examples/finetune.py --method lora --out runs/lora      # a low-rank change of weights
+    python examples/finetune.py --method state --out runs/state    # the initial state alone
+    python examples/finetune.py --method freeze --out runs/freeze  # some parameters, by name
+
+All three train a part and leave the rest exactly as it is. The last tenth of the text is held out.
+By default the text is this package's documentation, which is not what Shakespeare wrote.
+"""
+
+import argparse
+import importlib.resources
+import time
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+
+import mamba_eqx as mbx
+from mamba_eqx.training import LoRA, begin, load_lora, save_lora
+
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = Path(str(importlib.resources.files("mamba_eqx"))) / "models" / "shakespeare"
+TOKENIZER = mbx.ByteTokenizer()
+FIRST = ord("\n")  # every row begins with it, in training as in use
+
+
+def read(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes to train on, and the held-out ones."""
+    text = np.frombuffer(b"\n".join(path.read_bytes() for path in paths), np.uint8)
+    cut = len(text) - len(text) // 10
+    return text[:cut], text[cut:]
+
+
+def split(method: str, model: mbx.LanguageModel, args: argparse.Namespace) -> tuple[Any, Any]:
+    """What is trained, and what stays as it is."""
+    if method == "lora":
+        lora = LoRA.init(model, rank=args.rank, alpha=2 * args.rank, key=jr.key(args.seed))
+        return lora, model
+    if method == "state":
+        return model.init_state(), model
+
+    def is_trained(path: Any, _: Any) -> bool:
+        return any(f".{name}" in jax.tree_util.keystr(path) for name in args.train)
+
+    return eqx.partition(model, jax.tree_util.tree_map_with_path(is_trained, model))
+
+
+def join(method: str, part: Any, rest: Any) -> tuple[mbx.LanguageModel, Any]:
+    """The model that the two make, and the state that a text begins from."""
+    if method == "state":
+        return rest, part
+    model = part.merge(rest) if method == "lora" else eqx.combine(part, rest)
+    return model, model.init_state()
+
+
+def rows_of(text: np.ndarray, starts: np.ndarray, length: int) -> jax.Array:
+    """Rows of `length + 1` bytes, each with a newline in front."""
+    rows = text[starts[:, None] + np.arange(length)]
+    return jnp.asarray(np.pad(rows, ((0, 0), (1, 0)), constant_values=FIRST), jnp.int32)
+
+
+@eqx.filter_jit
+def nats(method: str, part: Any, rest: Any, rows: jax.Array) -> jax.Array:
+    model, state = join(method, part, rest)
+    logits = jax.vmap(lambda row: model.scan(row[:-1], state)[0])(rows)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
+
+
+# The rest is an argument too: what a compiled function closes over becomes a constant in its code.
+@eqx.filter_jit
+def train_step(
+    optimiser: Any, method: str, part: Any, opt_state: Any, rest: Any, rows: jax.Array
+) -> tuple[Any, Any, jax.Array]:
+    loss, grads = jax.value_and_grad(lambda part: nats(method, part, rest, rows))(part)
+    updates, opt_state = optimiser.update(grads, opt_state, part)
+    return optax.apply_updates(part, updates), opt_state, loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--method", choices=("lora", "state", "freeze"), default="lora")
+    parser.add_argument("--model", type=Path, default=SHIPPED, help="the folder of a checkpoint")
+    parser.add_argument("--text", type=Path, nargs="+", help="files (default: the documentation)")
+    parser.add_argument("--out", type=Path, required=True, help="a folder for the result")
+    parser.add_argument("--rank", type=int, default=8, help="of LoRA")
+    parser.add_argument(
+        "--train", nargs="+", default=["norm", "A_log", "D", "dt_bias", "conv1d"],
+        help="with freeze: parts of the names of the parameters to train",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128, help="bytes of a row")
+    parser.add_argument("--lr", type=float, help="the peak (default: by the method)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    model = mbx.from_pretrained(args.model, dtype=jnp.float32)
+    train, held_out = read(args.text or sorted((ROOT / "docs").rglob("*.md")))
+    part, rest = split(args.method, model, args)
+    lr = args.lr or {"lora": 5e-3, "state": 5e-2, "freeze": 1e-2}[args.method]
+    optimiser = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(lr, args.steps))
+    )
+
+    places = np.arange(0, len(held_out) - args.length, args.length)
+    check = rows_of(held_out, places, args.length)
+    size = sum(leaf.size for leaf in jax.tree.leaves(part))
+    whole = sum(leaf.size for leaf in jax.tree.leaves(model))
+    print(f"{args.method}: {size:,} numbers are trained, the model has {whole:,}")
+    print(f"{len(train):,} bytes to train on, {check.size - len(check):,} held out")
+    before = float(nats(args.method, part, rest, check)) / np.log(2)
+    opt_state, rng, start = (
+        optimiser.init(part),
+        np.random.default_rng(args.seed),
+        time.process_time(),
+    )
+    for i in range(1, args.steps + 1):
+        starts = rng.integers(len(train) - args.length, size=args.batch)
+        rows = rows_of(train, starts, args.length)
+        part, opt_state, loss = train_step(optimiser, args.method, part, opt_state, rest, rows)
+        if i % 50 == 0:
+            print(f"step {i}: {float(loss) / np.log(2):.3f} bits per byte", flush=True)
+    after = float(nats(args.method, part, rest, check)) / np.log(2)
+    print(f"held out: {before:.3f} bits per byte before, {after:.3f} after")
+    print(f"{args.steps} steps, {time.process_time() - start:.0f} s of processor time")
+
+    tuned, state = join(args.method, part, rest)
+    prefix = begin(tuned, state, FIRST)
+    prompt = TOKENIZER.encode("The ")
+    out = mbx.generate(tuned, prompt, 120, temperature=0.7, key=jr.key(args.seed), state=prefix)
+    print(repr("The " + TOKENIZER.decode(out.tokens.tolist())))
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.method == "lora":
+        save_lora(part, model, args.out, base_model=str(args.model))
+        assert eqx.tree_equal(load_lora(args.out, model), part)
+    elif args.method == "state":
+        mbx.save_state(args.out / "prefix.safetensors", prefix, model)
+    else:
+        mbx.save_pretrained(tuned, args.out)
+        mbx.save_tokenizer(TOKENIZER, args.out)
+    print(f"saved in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Hybrids of Mamba and attention, on a task of recall that a small state cannot hold.
+
+    python examples/hybrid.py
+
+A sequence lists pairs of a key and a value, all keys different, and then asks for keys; the model
+answers with the value of each. Attention looks the pair up, while a recurrent state must have kept
+all of them. Three models of two layers and about the same size are compared:
+
+- Mamba alone;
+- a hybrid as the library writes it: a tuple of the configs of mixers;
+- a hybrid of one's own: an ordinary Equinox module around a `Block` and an
+  `equinox.nn.MultiheadAttention`.
+"""
+
+import argparse
+import time
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+
+import mamba_eqx as mbx
+
+
+class Own(eqx.Module):
+    """The block comes first: its convolution puts a key and its value into one place, so that one
+    layer of attention is enough. There are no other positions."""
+
+    embedding: eqx.nn.Embedding
+    block: mbx.Block
+    norm: eqx.nn.RMSNorm
+    attention: eqx.nn.MultiheadAttention
+    head: eqx.nn.Linear
+
+    def __init__(self, vocab: int, d_model: int, d_state: int, *, key: jax.Array):
+        keys = jr.split(key, 4)
+        self.embedding = eqx.nn.Embedding(vocab, d_model, key=keys[0])
+        self.block = mbx.Block(mbx.Mamba1(d_model, d_state=d_state, key=keys[1]))
+        self.norm = eqx.nn.RMSNorm(d_model)
+        self.attention = eqx.nn.MultiheadAttention(2, d_model, key=keys[2])
+        self.head = eqx.nn.Linear(d_model, vocab, key=keys[3])
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.block(jax.vmap(self.embedding)(tokens))
+        y = jax.vmap(self.norm)(x)
+        causal = jnp.tri(len(tokens), dtype=bool)
+        return jax.vmap(self.head)(x + self.attention(y, y, y, mask=causal))
+
+
+def make_models(vocab: int, d_model: int, d_state: int, key: jax.Array) -> dict[str, Any]:
+    def of(*mixers: mbx.AbstractMixerConfig) -> mbx.LanguageModel:
+        blocks = tuple(mbx.BlockConfig(mixer) for mixer in mixers)
+        return mbx.LanguageModelConfig(vocab, blocks, tie_embeddings=False).build(key=key)
+
+    mamba = mbx.Mamba1Config(d_model, d_state=d_state)
+    attention = mbx.AttentionConfig(d_model, nheads=2)
+    return {
+        "Mamba, Mamba": of(mamba, mamba),
+        "Mamba, attention": of(mamba, attention),
+        "a module of one's own": Own(vocab, d_model, d_state, key=key),
+    }
+
+
+def make_recall(
+    rng: np.random.Generator, count: int, keys: int, pairs: int
+) -> tuple[np.ndarray, ...]:
+    """Tokens, what is to follow each, and at which of them something is asked.
+
+    Keys are the tokens below `keys`, values those from there on.
+    """
+    chosen = np.argsort(rng.random((count, keys)), axis=1)[:, :pairs]
+    values = keys + rng.integers(keys, size=(count, pairs))
+    order = np.argsort(rng.random((count, pairs)), axis=1)
+    asked = np.take_along_axis(chosen, order, axis=1)
+    answers = np.take_along_axis(values, order, axis=1)
+    listed = np.stack([chosen, values], axis=2).reshape(count, -1)
+    tokens = np.concatenate([listed, asked], axis=1)
+    targets = np.concatenate([np.zeros_like(listed), answers], axis=1)
+    return tokens.astype(np.int32), targets.astype(np.int32), np.arange(3 * pairs) >= 2 * pairs
+
+
+def loss_of(model: Any, tokens: Any, targets: Any, asked: Any) -> jax.Array:
+    losses = optax.softmax_cross_entropy_with_integer_labels(jax.vmap(model)(tokens), targets)
+    return jnp.mean(losses, where=asked)
+
+
+@eqx.filter_jit
+def train_step(
+    optimiser: optax.GradientTransformation, model: Any, opt_state: Any, batch: Any
+) -> tuple[Any, Any, jax.Array]:
+    loss, grads = eqx.filter_value_and_grad(loss_of)(model, *batch)
+    updates, opt_state = optimiser.update(grads, opt_state, model)
+    return eqx.apply_updates(model, updates), opt_state, loss
+
+
+@eqx.filter_jit
+def predict(model: Any, tokens: Any) -> jax.Array:
+    return jnp.argmax(jax.vmap(model)(tokens), axis=-1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--keys", type=int, default=16, help="how many there are to choose from")
+    parser.add_argument("--pairs", type=int, default=8, help="in a sequence")
+    parser.add_argument("--d-model", type=int, default=32)
+    parser.add_argument("--d-state", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.pairs > args.keys:
+        parser.error(f"--pairs must be at most --keys, but got {args.pairs} and {args.keys}")
+
+    print(f"{args.pairs} pairs of {args.keys} keys and values; chance is {1 / args.keys:.1%}")
+    start = time.process_time()
+    models = make_models(2 * args.keys, args.d_model, args.d_state, jr.key(args.seed))
+    for name, model in models.items():
+        schedule = optax.warmup_cosine_decay_schedule(0, args.lr, args.steps // 10, args.steps)
+        optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+        opt_state, rng = optimiser.init(eqx.filter(model, eqx.is_array)), np.random.default_rng(0)
+        for _ in range(args.steps):
+            batch = make_recall(rng, args.batch, args.keys, args.pairs)
+            model, opt_state, _ = train_step(optimiser, model, opt_state, batch)
+        tokens, targets, asked = make_recall(
+            np.random.default_rng(args.seed + 1), 256, args.keys, args.pairs
+        )
+        found = predict(model, tokens)
+        size = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_array)))
+        right = np.mean((found == targets)[:, asked])
+        print(f"{name}: {size:,} parameters, {right:.1%} recalled", flush=True)
+    print(f"{time.process_time() - start:.0f} s of processor time")
+
+
+if __name__ == "__main__":
+    main()

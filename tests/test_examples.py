@@ -1,0 +1,172 @@
+"""The examples run at small sizes, and what they claim to be equal is."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mamba_eqx as mbx
+
+
+pytestmark = pytest.mark.usefixtures("compile_fast", "as_users_run", "promoting")
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def promoting():
+    with jax.numpy_dtype_promotion("standard"):  # as users run
+        yield
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs an example and returns what it has printed."""
+
+    def run_example(name: str, *args: str) -> str:
+        module = load(name, monkeypatch)
+        monkeypatch.setattr(sys, "argv", [name, *args])
+        module.main()
+        return capsys.readouterr().out
+
+    return run_example
+
+
+def number(pattern: str, text: str) -> float:
+    found = re.search(pattern, text)
+    assert found is not None, text
+    return float(found[1])
+
+
+@pytest.mark.slow
+def test_classify_series(run):
+    out = run(
+        "classify_series", "--steps", "2", "--batch", "2", "--d-model", "8", "--longest", "32"
+    )
+    assert 0 <= number(r"accuracy on 256 new series: ([\d.]+)%", out) <= 100
+    assert number(r"logits differ by at most (\S+)", out) < 1e-4
+
+
+def test_the_class_of_a_series_is_the_order_of_its_patterns(monkeypatch):
+    module = load("classify_series", monkeypatch)
+    rng = np.random.default_rng(0)
+    series, lengths, labels = module.make_series(rng, 50, 64)
+    for row, length, label in zip(series[..., 0], lengths, labels, strict=True):
+        assert np.all(row[length:] == 100)
+        assert np.abs(row[:length]).max() < 10
+        # Each pattern is most like the series where it was put.
+        windows = np.lib.stride_tricks.sliding_window_view(row[:length], module.WIDTH)
+        unit = module.PATTERNS / np.linalg.norm(module.PATTERNS, axis=1, keepdims=True)
+        norms = np.linalg.norm(windows, axis=1, keepdims=True)
+        places = np.argmax(windows @ unit.T * (norms > 1), axis=0)
+        if len(set(places)) == 3 and np.diff(np.sort(places)).min() >= module.WIDTH:
+            assert tuple(np.argsort(places)) == module.ORDERS[label]
+
+
+@pytest.mark.slow
+def test_encoder(run):
+    out = run("encoder", "--steps", "2", "--batch", "2", "--d-model", "8", "--longest", "16")
+    sizes = [found.replace(",", "") for found in re.findall(r"([\d,]+) parameters", out)]
+    assert len(sizes) == 2
+    assert sizes[0] == sizes[1]  # The comparison is a fair one.
+
+
+def test_the_tags_of_letters(monkeypatch):
+    module = load("encoder", monkeypatch)
+    letters, lengths, tags = module.make_sequences(np.random.default_rng(0), 20, 24)
+    for row, length, found in zip(letters, lengths, tags, strict=True):
+        text = row[:length].tolist()
+        for i, letter in enumerate(text):
+            tag = 1 * (letter not in text[:i]) + 2 * (letter not in text[i + 1 :])
+            assert found[i] == tag
+
+
+@pytest.mark.slow
+def test_hybrid(run):
+    out = run(
+        "hybrid", "--steps", "2", "--batch", "2", "--d-model", "8", "--keys", "6", "--pairs", "3"
+    )
+    assert len(re.findall(r"([\d.]+)% recalled", out)) == 3
+
+
+def test_what_is_asked_was_told(monkeypatch):
+    module = load("hybrid", monkeypatch)
+    tokens, targets, asked = module.make_recall(np.random.default_rng(0), 20, 8, 5)
+    for row, answers in zip(tokens, targets, strict=True):
+        told = dict(row[:10].reshape(5, 2).tolist())
+        assert len(told) == 5
+        assert sorted(row[asked]) == sorted(told)
+        assert [told[key] for key in row[asked]] == answers[asked].tolist()
+        assert min(told.values()) >= 8 > max(told)
+
+
+@pytest.mark.slow
+def test_policy(run):
+    out = run(
+        "policy", "--updates", "2", "--agents", "3", "--steps", "30", "--longest", "5",
+        "--d-model", "8",
+    )  # fmt: skip
+    assert number(r"log-probabilities differ by at most (\S+)", out) < 1e-4
+
+
+def test_a_corridor(monkeypatch):
+    """Turning to the side of the colour is right; the next one follows at once."""
+    module = load("policy", monkeypatch)
+    env = module.begin(jax.random.key(0), 5)
+    seen, keys = [], jax.random.split(jax.random.key(1), 6)
+    for key in keys[: int(env.length)]:
+        seen.append(int(jnp.argmax(module.observe(env))))
+        env, reward, done = module.act(env, 1 - env.colour, key, 5)
+        assert not done
+        assert reward == 0
+    assert seen == [int(env.colour)] + [2] * (int(env.length) - 1)
+    assert int(jnp.argmax(module.observe(env))) == 3
+    for action, want in [(env.colour, 1), (1 - env.colour, -1)]:
+        after, reward, done = module.act(env, action, keys[5], 5)
+        assert done
+        assert (reward, after.at) == (want, 0)
+    rewards = jnp.asarray([0.0, 0.0, 1.0, 0.0, -1.0, 0.0])
+    want = [0.25, 0.5, 1.0, -0.5, -1.0, 0.0]
+    assert module.returns_of(rewards).tolist() == want
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "state", "freeze"])
+def test_finetune(run, tmp_path, method):
+    block = mbx.BlockConfig(mbx.Mamba1Config(8, d_state=4))
+    model = mbx.LanguageModelConfig(256, (block,)).build(key=jax.random.key(0))
+    mbx.save_pretrained(model, tmp_path / "base")
+    (tmp_path / "text").write_bytes(b"A text of some length, again and again. " * 20)
+    out = run(
+        "finetune", "--method", method, "--model", str(tmp_path / "base"),
+        "--text", str(tmp_path / "text"), "--out", str(tmp_path / "tuned"),
+        "--steps", "20", "--batch", "2", "--length", "16", "--train", "conv1d", "A_log",
+    )  # fmt: skip
+    before, after = (
+        number(rf"([\d.]+)(?: bits per byte)? {when}", out) for when in ("before", "after")
+    )
+    assert after < before
+    if method == "state":
+        mbx.load_state(tmp_path / "tuned" / "prefix.safetensors", model)
+    if method == "freeze":
+        tuned = mbx.from_pretrained(tmp_path / "tuned")
+        pairs = zip(jax.tree.leaves_with_path(model), jax.tree.leaves(tuned), strict=True)
+        for (path, old), new in pairs:
+            trained = any(part in jax.tree_util.keystr(path) for part in ("conv1d", "A_log"))
+            assert bool(jnp.array_equal(old, new)) is not trained

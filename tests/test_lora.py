@@ -1,0 +1,302 @@
+"""LoRA: what it changes, what it leaves, and that PEFT reads and writes the same files."""
+
+import json
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+import mamba_eqx as mbx
+from mamba_eqx.training import LoRA, LoRAPair, load_lora, save_lora
+
+from .cases import quick
+
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+VOCAB = 11
+TOKENS = jnp.asarray([3, 1, 4, 1, 5, 9, 2, 6])
+MAMBA = mbx.BlockConfig(mbx.Mamba1Config(8, d_state=4))
+# As transformers' Jamba has it: fewer heads of keys, an MLP in every layer.
+JAMBA = mbx.LanguageModelConfig(
+    VOCAB,
+    (
+        mbx.BlockConfig(
+            mbx.Mamba1Config(8, d_state=4, select_norm="weighted"), d_intermediate=6, norm_eps=1e-6
+        ),
+        mbx.BlockConfig(
+            mbx.AttentionConfig(8, nheads=2, nheads_kv=1), d_intermediate=6, norm_eps=1e-6
+        ),
+    ),
+    tie_embeddings=False,
+    norm_eps=1e-6,
+)
+NAMES = {
+    "mamba1": (MAMBA.mixer, {"in_proj", "x_proj", "dt_proj", "out_proj"}),
+    "mamba2": (mbx.Mamba2Config(8, d_state=4, headdim=4), {"in_proj", "out_proj"}),
+    "mamba3": (mbx.Mamba3Config(8, d_state=4, headdim=4), {"in_proj", "out_proj"}),
+    "attention": (mbx.AttentionConfig(8, nheads=2), {"in_proj", "out_proj"}),
+}
+
+
+def make(*, stacked=False, layers=(MAMBA,) * 2, tied=False):
+    config = mbx.LanguageModelConfig(VOCAB, layers, tie_embeddings=tied)
+    return config.build(stacked=stacked, key=jr.key(0))
+
+
+def noisy(lora, seed=1):
+    """The same with values everywhere, as if it had been trained."""
+    leaves, structure = jax.tree.flatten(lora)
+    keys = jr.split(jr.key(seed), len(leaves))
+    new = [0.3 * jr.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, new)
+
+
+@quick
+def logits(model, lora=None):
+    return (model if lora is None else lora.merge(model))(TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stacked", "dtype"),
+    [
+        ("mamba1", False, "float32"),
+        ("mamba1", True, "bfloat16"),
+        ("mamba2", False, "bfloat16"),
+        ("mamba3", True, "float32"),
+        ("attention", False, "float32"),
+    ],
+)
+def test_every_linear_map_is_changed_and_nothing_else(kind, stacked, dtype):
+    mixer, names = NAMES[kind]
+    block = mbx.BlockConfig(mixer, d_intermediate=6)
+    model = mbx.cast(make(stacked=stacked, layers=(block,) * 2), jnp.dtype(dtype))
+    lora = LoRA.init(model, rank=3, alpha=6, key=jr.key(2))
+    within = {f"mixer.{name}" for name in names} | {"mlp.fc1", "mlp.fc2"}
+    prefixes = ["layers.layers"] if stacked else ["layers.layers.0", "layers.layers.1"]
+    assert lora.pairs.keys() == {f"{p}.{n}" for p in prefixes for n in within} | {"lm_head"}
+    assert lora.scale == 2
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(lora)} == {"float32"}
+    assert eqx.tree_equal(lora.merge(model), model)  # It starts as the model.
+
+    lora = noisy(lora)
+    before = jax.tree.leaves_with_path(model)
+    for (path, old), new in zip(before, jax.tree.leaves(lora.merge(model)), strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        pair = lora.pairs.get(name.removesuffix(".weight"))
+        if pair is None:
+            assert eqx.tree_equal(old, new)
+        else:
+            want = np.asarray(old, np.float32) + 2 * np.asarray(pair.b) @ np.asarray(pair.a)
+            assert new.dtype == old.dtype
+            tolerance = 1e-5 if dtype == "float32" else 2e-2
+            np.testing.assert_allclose(np.asarray(new, np.float32), want, atol=tolerance)
+
+
+def test_a_model_of_ones_own():
+    """`equinox.nn.Linear`, alone, in attention, and in an ensemble."""
+    keys = jr.split(jr.key(0), 5)
+    model = {
+        "encoder": eqx.nn.Linear(3, 8, key=keys[0]),
+        "block": mbx.Block(mbx.Mamba1(8, key=keys[1])),
+        "attention": eqx.nn.MultiheadAttention(2, 8, key=keys[2]),
+        "heads": eqx.filter_vmap(lambda key: eqx.nn.Linear(8, 2, key=key))(jr.split(keys[3], 4)),
+    }
+    lora = noisy(LoRA.init(model, rank=2, targets=lambda path: "block" not in path, key=keys[4]))
+    attention = {f"attention.{name}_proj" for name in ("query", "key", "value", "output")}
+    assert lora.pairs.keys() == {"encoder", "heads"} | attention
+    assert lora.pairs["heads"].b.shape == (4, 2, 2)
+    merged = lora.merge(model)
+    x = jr.normal(jr.key(1), (3,))
+    pair = lora.pairs["encoder"]
+    want = model["encoder"](x) + pair.b @ (pair.a @ x)
+    np.testing.assert_allclose(merged["encoder"](x), want, atol=1e-5)
+    assert eqx.tree_equal(merged["block"], model["block"])
+    assert not jnp.allclose(merged["heads"].weight, model["heads"].weight)
+
+
+def test_it_learns():
+    """The model is stored in bfloat16, and cast inside the loss."""
+    model = mbx.cast(make(), jnp.bfloat16)
+    lora = LoRA.init(model, rank=2, key=jr.key(1))
+    optimiser = optax.adam(0.03)
+
+    @quick
+    def step(lora, opt_state, model):
+        def loss(lora):
+            merged = lora.merge(mbx.cast(model, jnp.float32))
+            out = merged(TOKENS[:-1])
+            return optax.softmax_cross_entropy_with_integer_labels(out, TOKENS[1:]).mean()
+
+        value, grads = jax.value_and_grad(loss)(lora)
+        updates, opt_state = optimiser.update(grads, opt_state, lora)
+        return optax.apply_updates(lora, updates), opt_state, value
+
+    opt_state, losses = optimiser.init(lora), []
+    with jax.numpy_dtype_promotion("standard"):  # optax wants it.
+        for _ in range(60):
+            lora, opt_state, value = step(lora, opt_state, model)
+            losses.append(float(value))
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(bool(jnp.any(pair.b != 0)) for pair in lora.pairs.values())
+    assert eqx.tree_equal(model, mbx.cast(make(), jnp.bfloat16))
+
+
+def test_targets():
+    model = make()
+
+    def chosen(targets):
+        return set(LoRA.init(model, rank=1, targets=targets, key=jr.key(0)).pairs)
+
+    both = {f"layers.layers.{i}.mixer.in_proj" for i in range(2)}
+    assert chosen(["in_proj"]) == both
+    assert chosen(["0.mixer.in_proj", "lm_head"]) == {"layers.layers.0.mixer.in_proj", "lm_head"}
+    assert chosen(lambda path: path.endswith("in_proj")) == both
+    for targets, message in [
+        (["in_proj", "proj"], "names 'proj', but no linear map"),
+        ("in_proj", "a list of names, but got 'in_proj' alone"),
+        (lambda path: False, "No linear map was chosen. The model has layers.layers.0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            chosen(targets)
+
+
+def test_errors(as_users_run):
+    model = make()
+    with pytest.raises(ValueError, match="rank"):
+        LoRA.init(model, rank=0, key=jr.key(0))
+    with pytest.raises(ValueError, match="`alpha` must be positive, but got alpha=0"):
+        LoRA.init(model, rank=1, alpha=0, key=jr.key(0))
+    lora = LoRA.init(model, rank=2, key=jr.key(0))
+    with pytest.raises(ValueError, match=r"no linear map at layers\.layers\.0\.mixer\.dt_proj"):
+        lora.merge(make(stacked=True))
+    wide = make(layers=(mbx.BlockConfig(mbx.Mamba1Config(16, d_state=4)),) * 2)
+    with pytest.raises(ValueError, match=r"shape \(64, 16\), but this LoRA .* \(32, 8\)"):
+        lora.merge(wide)
+
+
+def test_a_file_is_for_stacked_and_unrolled_models(tmp_path):
+    layout = "state-spaces"
+    one, other = make(), make(stacked=True)
+    lora = noisy(LoRA.init(one, rank=2, alpha=3, key=jr.key(1)))
+    save_lora(lora, one, tmp_path, layout=layout, base_model="of/mine")
+    assert eqx.tree_equal(load_lora(tmp_path, one, layout=layout), lora)
+    stacked = load_lora(tmp_path, other, layout=layout)
+    assert stacked.pairs["layers.layers.mixer.in_proj"].a.shape == (2, 2, 8)
+    np.testing.assert_allclose(logits(other, stacked), logits(one, lora), atol=1e-4)
+    save_lora(stacked, other, tmp_path / "again", layout=layout)
+    assert eqx.tree_equal(load_lora(tmp_path / "again", one, layout=layout), lora)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "of/mine"
+    assert (config["r"], config["lora_alpha"]) == (2, 3)
+
+
+def test_layers_that_differ_do_not_stack(tmp_path):
+    model = make()
+    lora = LoRA.init(model, rank=2, targets=["0.mixer.in_proj"], key=jr.key(1))
+    save_lora(lora, model, tmp_path)
+    with pytest.raises(mbx.CheckpointError, match=r"mixer.in_proj .* layers \[0\]"):
+        load_lora(tmp_path, make(stacked=True))
+
+
+def edit(folder, **fields):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_what_is_not_plain_lora_is_refused(tmp_path):
+    model = make()
+    save_lora(noisy(LoRA.init(model, rank=2, key=jr.key(1))), model, tmp_path)
+    text = (tmp_path / "adapter_config.json").read_text()
+    for fields, message in [
+        ({"use_dora": True}, "unknown meaning.*use_dora"),
+        ({"rank_pattern": {"in_proj": 4}}, "unknown meaning.*rank_pattern"),
+        ({"bias": "all"}, "`bias` of adapter_config.json is supported only as 'none'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"peft_type": "IA3"}, "peft_type"),
+        ({"r": 3}, r"in_proj.lora_A.weight is \(2, 8\) and should be \(3, 8\)"),
+    ]:
+        edit(tmp_path, **fields)
+        with pytest.raises(mbx.CheckpointError, match=message):
+            load_lora(tmp_path, model)
+        (tmp_path / "adapter_config.json").write_text(text)
+    edit(tmp_path, use_rslora=True, rank_pattern={}, layer_replication=None)
+    assert load_lora(tmp_path, model).scale == pytest.approx(2 / 2**0.5)
+    with pytest.raises(mbx.CheckpointError, match=r"lm_head.lora_A.weight has no place"):
+        load_lora(tmp_path, make(tied=True))
+
+
+def test_projections_that_are_several_in_the_file(tmp_path):
+    """One pair here is three there, and three that differ are one here; one may be missing."""
+    from mamba_eqx.pretrained._safetensors import open_safetensors, write_safetensors
+
+    model = JAMBA.build(key=jr.key(0))
+    lora = noisy(LoRA.init(model, rank=2, key=jr.key(1)))
+    save_lora(lora, model, tmp_path)
+    assert eqx.tree_equal(load_lora(tmp_path, model), lora)
+
+    tensors = {n: np.array(t.read()) for n, t in open_safetensors(tmp_path / WEIGHTS).items()}
+    attention = "base_model.model.model.layers.1.self_attn"
+    tensors[f"{attention}.q_proj.lora_A.weight"] *= 2
+    for which in "AB":
+        del tensors[f"{attention}.k_proj.lora_{which}.weight"]
+    write_safetensors(tmp_path / WEIGHTS, tensors, {"format": "pt"})
+    joined = load_lora(tmp_path, model)
+    pair, old = (of.pairs["layers.layers.1.mixer.in_proj"] for of in (joined, lora))
+    assert pair.a.shape == (4, 8)
+    change = np.asarray(old.b @ old.a) * np.repeat([2, 0, 1], [8, 4, 4])[:, None]
+    np.testing.assert_allclose(pair.b @ pair.a, change, atol=1e-5)
+    # And so it goes to a file again, the others filled up with zeros.
+    save_lora(joined, model, tmp_path / "again")
+    again = load_lora(tmp_path / "again", model)
+    np.testing.assert_allclose(logits(model, again), logits(model, joined), atol=1e-4)
+
+    del tensors[f"{attention}.v_proj.lora_B.weight"]
+    write_safetensors(tmp_path / WEIGHTS, tensors, {"format": "pt"})
+    with pytest.raises(mbx.CheckpointError, match=r"v_proj.lora_B.weight is missing"):
+        load_lora(tmp_path, model)
+
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")  # Of packages that are not ours.
+def test_peft_reads_ours_and_writes_what_we_read(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    model = make()
+    mbx.save_pretrained(model, tmp_path / "base")
+    # PEFT refuses `out_proj`. The change of `dt_proj`, whose weight transformers reads past PEFT's
+    # wrapper, has an effect there only once it is merged.
+    targets = ["in_proj", "x_proj", "dt_proj", "lm_head"]
+    lora = noisy(LoRA.init(model, rank=2, alpha=3, targets=targets, key=jr.key(1)))
+    save_lora(lora, model, tmp_path / "ours", base_model=str(tmp_path / "base"))
+
+    def theirs():
+        return transformers.MambaForCausalLM.from_pretrained(tmp_path / "base")
+
+    def run(of):
+        with torch.no_grad():
+            return of(torch.tensor(np.asarray(TOKENS))[None].long(), use_cache=False).logits[0]
+
+    wrapped = peft.PeftModel.from_pretrained(theirs(), str(tmp_path / "ours"))
+    got = run(wrapped.merge_and_unload()).numpy()
+    assert np.abs(got - np.asarray(logits(model))).max() > 0.1
+    np.testing.assert_allclose(got, logits(model, lora), atol=1e-4)
+
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, use_rslora=True, target_modules=targets[:2], init_lora_weights=False
+    )
+    torch.manual_seed(0)
+    other = peft.get_peft_model(theirs(), config)
+    other.save_pretrained(str(tmp_path / "theirs"))
+    read = load_lora(tmp_path / "theirs", model)
+    assert len(read.pairs) == 4
+    assert all(isinstance(pair, LoRAPair) for pair in read.pairs.values())
+    np.testing.assert_allclose(run(other).numpy(), logits(model, read), atol=1e-4)
