@@ -56,13 +56,15 @@ def size(model: mbx.LanguageModel) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
-def make_optimiser(model: mbx.LanguageModel, lr: float, steps: int) -> optax.GradientTransformation:
+def make_optimiser(
+    model: mbx.LanguageModel, lr: float, steps: int, weight_decay: float
+) -> optax.GradientTransformation:
     """AdamW, warm-up, cosine; the recurrence and the norms are not decayed."""
     warm = max(1, steps // 20)
     schedule = optax.warmup_cosine_decay_schedule(0.0, lr, warm, max(steps, warm + 1), lr / 20)
     recurrence = mbx.recurrence_mask(model)
     decay = jax.tree.map(lambda leaf, r: leaf.ndim > 1 and not r, model, recurrence)
-    adamw = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.1, mask=decay)
+    adamw = optax.adamw(schedule, b1=0.9, b2=0.95, eps=1e-12, weight_decay=weight_decay, mask=decay)
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 
@@ -82,6 +84,7 @@ def train(
     lr: float,
     batch: int,
     key: PRNGKeyArray,
+    weight_decay: float = 0.1,
     per_call: int = 100,
     label: str = "",
 ) -> tuple[mbx.LanguageModel, list[dict[str, float]], float]:
@@ -90,7 +93,7 @@ def train(
     **Returns:** the model, a curve of means over `per_call` steps, and the minutes it took.
     """
     steps = sum(n for _, n in stages)
-    optimiser = make_optimiser(model, lr, steps)
+    optimiser = make_optimiser(model, lr, steps, weight_decay)
     opt_state = optimiser.init(model)  # pyright: ignore[reportArgumentType]
     curve, done, start = [], 0, time.perf_counter()
     for sample, stage_steps in stages:
@@ -157,6 +160,8 @@ def arguments(doc: str, **defaults: Any) -> argparse.Namespace:
             help="by default " + (" ".join(map(str, value)) if several else str(value)),
         )
     args = parser.parse_args()
+    if args.smoke:  # nearly all of its time goes into compilation
+        jax.config.update("jax_disable_most_optimizations", True)
     args.out.mkdir(parents=True, exist_ok=True)
     return args
 

@@ -128,6 +128,7 @@ def main() -> None:
         d_state=16,
         batch=16,
         lr=3e-3,
+        weight_decay=0.0,
         max_power=20,
         power_stride=1,
         step_powers=[10, 20],
@@ -150,11 +151,17 @@ def main() -> None:
         stages = [(task(n), steps) for n, steps in zip(args.lengths, args.steps, strict=True)]
         label = f"{kind}, seed {seed}"
         model, curve, minutes = train(
-            model, stages, lr=args.lr, batch=args.batch, key=data_key, label=label
+            model,
+            stages,
+            lr=args.lr,
+            batch=args.batch,
+            key=data_key,
+            weight_decay=args.weight_decay,
+            label=label,
         )
         run = {"model": kind, "seed": seed, "parameters": size(model), "minutes": minutes}
         run |= {name: getattr(args, name) for name in ("lengths", "steps", "d_model", "d_state")}
-        run |= {"batch": args.batch, "lr": args.lr}
+        run |= {"batch": args.batch, "lr": args.lr, "weight_decay": args.weight_decay}
         run |= {"results": evaluate(model, args, test_key), "curve": curve[::5]}
         record(path, run, same=("model", "seed"))
     plot(load(path), path.with_suffix(".png"))

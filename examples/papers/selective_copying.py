@@ -20,7 +20,6 @@ from _common import (
     Sample,
     accuracy_of,
     arguments,
-    build,
     load,
     mixer_config,
     record,
@@ -126,19 +125,17 @@ def task(length: int, data: int) -> Sample:
 
 def make(name: str, d_model: int, d_state: int, key: PRNGKeyArray) -> mbx.LanguageModel:
     kind, *without = name.split(" -")
-    model = build(mixer_config(kind, d_model, d_state), VOCAB, 2, key)
-    if not without:
-        return model
-    flags = {"selective": "selection" not in without, "gated": "gate" not in without}
 
-    def mixers(model: Any) -> list[Any]:
-        return [block.mixer for block in model.layers.layers]
+    def mixer(key: PRNGKeyArray) -> mbx.AbstractSequenceLayer[Any]:
+        mixer = mixer_config(kind, d_model, d_state).build(key=key)
+        if not without:
+            return mixer
+        selective, gated = "selection" not in without, "gate" not in without
+        return Ablated(mixer, selective, gated, jr.fold_in(key, 1))
 
-    ablated = [
-        Ablated(mamba, **flags, key=k)
-        for mamba, k in zip(mixers(model), jr.split(jr.fold_in(key, 1)), strict=True)
-    ]
-    return eqx.tree_at(mixers, model, ablated)
+    model_key, *keys = jr.split(key, 3)
+    layers = mbx.Unrolled([mbx.Block(mixer(k)) for k in keys])
+    return mbx.LanguageModel(layers, vocab_size=VOCAB, key=model_key)
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:

@@ -15,7 +15,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from _common import Example, Sample, arguments, build, load, record, size, train
+from _common import Example, Sample, arguments, load, record, size, train
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import mamba_eqx as mbx
@@ -73,22 +73,20 @@ def task(length: int, modulus: int) -> Sample:
 
 
 def make(name: str, args: Any, modulus: int, key: PRNGKeyArray) -> mbx.LanguageModel:
-    kind, *without = name.split(" -")
-    sizes = {"d_state": args.d_state}
-    if kind == "mamba1":
-        mixer = mbx.Mamba1Config(args.d_model, **sizes)
-    elif kind == "mamba2":
-        mixer = mbx.Mamba2Config(args.d_model, headdim=16, **sizes)
-    else:  # the rate of decay is the paper's
-        mixer = mbx.Mamba3Config(args.d_model, headdim=16, A_activation="softplus", **sizes)
-    model = build(mixer, modulus, args.layers, key)
-    if not without:
-        return model
+    sizes = {"d_state": args.d_state, "dt_min": args.dt_min, "dt_max": args.dt_max}
 
-    def mixers(model: Any) -> list[Any]:
-        return [block.mixer for block in model.layers.layers]
+    def mixer(key: PRNGKeyArray) -> mbx.AbstractSequenceLayer[Any]:
+        if name == "mamba1":
+            return mbx.Mamba1(args.d_model, key=key, **sizes)
+        if name == "mamba2":
+            return mbx.Mamba2(args.d_model, headdim=16, key=key, **sizes)
+        # The rate of decay is the paper's.
+        mamba = mbx.Mamba3(args.d_model, headdim=16, A_activation="softplus", key=key, **sizes)
+        return mamba if name == "mamba3" else WithoutRotation(mamba)
 
-    return eqx.tree_at(mixers, model, [WithoutRotation(m) for m in mixers(model)])
+    model_key, *keys = jr.split(key, 1 + args.layers)
+    layers = mbx.Unrolled([mbx.Block(mixer(k)) for k in keys])
+    return mbx.LanguageModel(layers, vocab_size=modulus, key=model_key)
 
 
 def accuracies(model: mbx.LanguageModel, args: Any, modulus: int, key: PRNGKeyArray) -> list[float]:
@@ -124,14 +122,16 @@ def main() -> None:
         tasks=list(MODULUS),
         models=list(NAMES),
         seeds=[0],
-        lengths=[10, 20, 40],
-        steps=[1000, 1000, 2000],
-        tests=[10, 20, 40, 80, 128, 256, 512, 1024],
+        lengths=[8, 40, 160],
+        steps=[200, 500, 1000],
+        tests=[40, 80, 160, 256, 384, 512, 1024],
         count=256,
         layers=1,
-        d_model=64,
+        d_model=32,
         d_state=16,
-        batch=32,
+        dt_min=0.1,
+        dt_max=1.0,
+        batch=16,
         lr=3e-3,
     )
     if args.smoke:
@@ -148,12 +148,28 @@ def main() -> None:
         ]
         label = f"{name}, {kind}, seed {seed}"
         model, curve, minutes = train(
-            model, stages, lr=args.lr, batch=args.batch, key=data_key, label=label
+            model,
+            stages,
+            lr=args.lr,
+            batch=args.batch,
+            key=data_key,
+            weight_decay=0.0,
+            label=label,
         )
         run = {"task": name, "model": kind, "seed": seed, "parameters": size(model)}
         run |= {"tests": args.tests, "accuracies": accuracies(model, args, modulus, test_key)}
         print(f"{label}: {dict(zip(args.tests, run['accuracies'], strict=True))}", flush=True)
-        for option in ("lengths", "steps", "layers", "d_model", "d_state", "batch", "lr"):
+        for option in (
+            "lengths",
+            "steps",
+            "layers",
+            "d_model",
+            "d_state",
+            "dt_min",
+            "dt_max",
+            "batch",
+            "lr",
+        ):
             run[option] = getattr(args, option)
         run |= {"minutes": minutes, "curve": curve[::2]}
         record(path, run, same=("task", "model", "seed"))
