@@ -142,7 +142,7 @@ def accuracy_of(
     return round(float(run(model, jr.split(key, batches))), 4)
 
 
-def arguments(doc: str, **defaults: Any) -> argparse.Namespace:
+def arguments(doc: str | None, **defaults: Any) -> argparse.Namespace:
     """The options of a script: `--out`, `--smoke`, and one for each default."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -65,7 +65,7 @@ def guess_by_scan(model: mbx.LanguageModel, key: PRNGKeyArray, length: int, chun
 def guess_by_step(model: mbx.LanguageModel, key: PRNGKeyArray, length: int) -> Any:
     """The model's answer, token by token."""
 
-    def read(index: int, carry: Any) -> Any:
+    def read(index: Any, carry: Any) -> Any:
         return model.backbone_step(token_at(key, length, index), carry[1])
 
     features, _ = jax.lax.fori_loop(0, length, read, (jnp.zeros(model.d_model), model.init_state()))
@@ -122,20 +122,20 @@ def main() -> None:
         __doc__,
         models=["mamba1", "mamba2", "mamba3"],
         seeds=[0],
-        lengths=[16, 64, 256],
-        steps=[1000, 1000, 4000],
+        lengths=[16, 256],
+        steps=[1000, 4000],
         d_model=64,
         d_state=16,
-        batch=16,
-        lr=3e-3,
+        batch=8,
+        lr=1e-2,
         weight_decay=0.0,
         max_power=20,
-        power_stride=1,
+        power_stride=2,
         step_powers=[10, 20],
         step_count=4,
-        count=256,
+        count=64,
         least=8,
-        tokens=2**21,
+        tokens=2**20,
         chunk=4096,
     )
     if args.smoke:

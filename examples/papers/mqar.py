@@ -77,12 +77,12 @@ def main() -> None:
         models=list(NAMES),
         states=[4, 16, 64],
         seeds=[0],
-        pairs=[4, 16],
-        length=96,
+        pairs=[8],
+        length=64,
         keys=32,
         d_model=32,
-        steps=[500, 1500],
-        batch=32,
+        steps=[1200],
+        batch=16,
         lr=3e-3,
     )
     if args.smoke:
@@ -107,7 +107,7 @@ def main() -> None:
         model, curve, minutes = train(
             model, stages, lr=args.lr, batch=args.batch, key=data_key, label=label
         )
-        accuracy = accuracy_of(model, stages[-1][0], batch=32, batches=args.batch, key=test_key)
+        accuracy = accuracy_of(model, stages[-1][0], batch=args.batch, batches=32, key=test_key)
         print(f"{label}: {accuracy:.4f} on fresh sequences", flush=True)
         run = {"model": kind, "d_state": d_state, "seed": seed, "accuracy": accuracy}
         run |= {"parameters": size(model), "minutes": minutes}

@@ -65,8 +65,9 @@ def bits_per_byte(model: mbx.LanguageModel, data: np.ndarray, length: int) -> fl
 
     @jax.jit
     def run(model: mbx.LanguageModel, tokens: Any, targets: Any) -> Any:
-        def score(piece: Any) -> Any:
-            return loss_and_accuracy(model, Example(*piece, jnp.ones((1, length))))[0]
+        def score(piece: tuple[Any, Any]) -> Any:
+            examples = Example(piece[0], piece[1], jnp.ones((1, length)))
+            return loss_and_accuracy(model, examples)[0]
 
         return jnp.mean(jax.lax.map(score, (tokens, targets)))
 

@@ -163,8 +163,8 @@ def main() -> None:
         data=8,
         d_model=64,
         d_state=16,
-        steps=2000,
-        batch=16,
+        steps=1500,
+        batch=8,
         lr=3e-3,
     )
     if args.smoke:
@@ -179,7 +179,7 @@ def main() -> None:
         model, curve, minutes = train(
             model, [(sample, args.steps)], lr=args.lr, batch=args.batch, key=data_key, label=name
         )
-        accuracy = accuracy_of(model, sample, batch=16, batches=args.batch, key=test_key)
+        accuracy = accuracy_of(model, sample, batch=args.batch, batches=32, key=test_key)
         print(f"{name}, seed {seed}: {accuracy:.4f} of the tokens of fresh sequences", flush=True)
         run = {"model": name, "seed": seed, "accuracy": accuracy, "parameters": size(model)}
         for option in ("length", "data", "d_model", "d_state", "steps", "batch", "lr"):
