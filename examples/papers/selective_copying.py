@@ -159,13 +159,13 @@ def main() -> None:
         __doc__,
         models=list(NAMES),
         seeds=[0],
-        length=128,
-        data=8,
+        length=64,
+        data=4,
         d_model=64,
         d_state=16,
         steps=1500,
-        batch=8,
-        lr=3e-3,
+        batch=16,
+        lr=5e-3,
     )
     if args.smoke:
         args.models, args.length, args.data = ["mamba1 -selection -gate"], 8, 2
