@@ -100,18 +100,19 @@ def accuracies(model: mbx.LanguageModel, args: Any, modulus: int, key: PRNGKeyAr
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
-    for axis, (name, modulus) in zip(axes, MODULUS.items(), strict=True):
-        for i, (model, label) in enumerate(NAMES.items()):
-            for n, run in enumerate(r for r in runs if r["task"] == name and r["model"] == model):
-                axis.plot(run["tests"], run["accuracies"], "-o", color=f"C{i}", markersize=3,
-                          label=None if n else label)  # fmt: skip
-        axis.axhline(1 / modulus, color="grey", linewidth=0.8, linestyle=":")
-        axis.axvline(max(runs[0]["lengths"]), color="grey", linewidth=0.8)
+    tasks = [name for name in MODULUS if any(run["task"] == name for run in runs)]
+    figsize = (4 * len(tasks) + 1, 3.2)
+    figure, axes = plt.subplots(1, len(tasks), figsize=figsize, sharey=True, squeeze=False)
+    for axis, name in zip(axes[0], tasks, strict=True):
+        mine = [run for run in runs if run["task"] == name]
+        for run in sorted(mine, key=lambda run: list(NAMES).index(run["model"])):
+            label = f"{NAMES[run['model']]}, seed {run['seed']}"
+            axis.plot(run["tests"], run["accuracies"], "-o", markersize=3, label=label)
+            axis.axvline(max(run["lengths"]), color="grey", linewidth=0.8)
+        axis.axhline(1 / MODULUS[name], color="grey", linewidth=0.8, linestyle=":")
         axis.set_xscale("log", base=2)
-        axis.set(title=name, xlabel="tokens so far", ylim=(-0.03, 1.03))
-    axes[0].set(ylabel="accuracy")
-    axes[1].legend(fontsize=8)
+        axis.set(title=name, xlabel="tokens so far", ylabel="accuracy", ylim=(-0.03, 1.03))
+        axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
