@@ -124,7 +124,7 @@ def main() -> None:
         models=list(NAMES),
         seeds=[0],
         lengths=[8, 40, 160],
-        steps=[200, 500, 1000],
+        steps=[200, 500, 2000],
         tests=[40, 80, 160, 256, 384, 512, 1024],
         count=256,
         layers=1,
