@@ -140,8 +140,8 @@ def main() -> None:
     )
     if args.smoke:
         args.lengths, args.steps, args.d_model, args.batch = [8], [2], 16, 2
-        args.models, args.max_power, args.count, args.chunk = ["mamba1"], 7, 2, 32
-        args.step_powers = [7]
+        args.models, args.max_power, args.count, args.chunk = ["mamba1"], 6, 2, 32
+        args.step_powers = [6]
     path = args.out / "induction_heads.jsonl"
     runs = [] if args.plot_only else [(kind, s) for kind in args.models for s in args.seeds]
     for kind, seed in runs:
