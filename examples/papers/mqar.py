@@ -1,0 +1,122 @@
+"""Multi-query associative recall, from the Mamba-2 paper: figure 8.
+
+    python examples/papers/mqar.py
+
+First come pairs of a key and a value, then the keys again, in another order and with gaps between
+them; after each the model has to say its value. All pairs have to be in the state at once, so that
+its size matters: every kind of layer is trained with several.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import jax.random as jr
+from _common import (
+    Example,
+    Sample,
+    accuracy_of,
+    arguments,
+    build,
+    load,
+    mixer_config,
+    record,
+    size,
+    train,
+)
+from jaxtyping import PRNGKeyArray
+
+
+NAMES = {"mamba1": "Mamba-1", "mamba2": "Mamba-2", "mamba3": "Mamba-3", "attention": "attention"}
+
+
+def task(pairs: int, length: int, keys: int) -> Sample:
+    """Token 0 is the gap, then come `keys` keys, and as many values."""
+
+    def sample(key: PRNGKeyArray) -> Example:
+        k_key, v_key, order_key, place_key = jr.split(key, 4)
+        k = 1 + jr.choice(k_key, keys, (pairs,), replace=False)
+        v = 1 + keys + jr.randint(v_key, (pairs,), 0, keys)
+        order = jr.permutation(order_key, pairs)
+        room = length - 2 * pairs
+        places = jr.choice(place_key, room, (pairs,), replace=False)
+        asked = jnp.zeros(room, jnp.int32).at[places].set(k[order])
+        answers = jnp.zeros(room, jnp.int32).at[places].set(v[order])
+        tokens = jnp.concatenate([jnp.stack([k, v], axis=1).reshape(-1), asked])
+        targets = jnp.concatenate([jnp.zeros(2 * pairs, jnp.int32), answers])
+        return Example(tokens, targets, (targets > 0).astype(jnp.float32))
+
+    return sample
+
+
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 3.2))
+    for i, (kind, label) in enumerate(NAMES.items()):
+        mine = sorted((r for r in runs if r["model"] == kind), key=lambda r: r["d_state"])
+        if kind == "attention":
+            for run in mine:
+                axes.axhline(run["accuracy"], color="grey", linestyle="--", label=label)
+        elif mine:
+            seeds = sorted({r["seed"] for r in mine})
+            for seed in seeds:
+                points = [(r["d_state"], r["accuracy"]) for r in mine if r["seed"] == seed]
+                x, y = zip(*points, strict=True)
+                axes.plot(x, y, "-o", color=f"C{i}", label=label if seed == seeds[0] else None)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="d_state", ylabel="accuracy", ylim=(-0.03, 1.03))
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    args = arguments(
+        __doc__,
+        models=list(NAMES),
+        states=[4, 16, 64],
+        seeds=[0],
+        pairs=[8],
+        length=64,
+        keys=32,
+        d_model=32,
+        steps=[1200],
+        batch=16,
+        lr=3e-3,
+    )
+    if args.smoke:
+        args.models, args.states, args.pairs, args.length = ["mamba2"], [4], [2], 8
+        args.keys, args.d_model, args.steps, args.batch = 4, 16, [2], 2
+    path = args.out / "mqar.jsonl"
+    runs = [
+        (kind, d_state, seed)
+        for seed in args.seeds
+        for kind in args.models
+        for d_state in (args.states if kind != "attention" else [0])
+    ]
+    for kind, d_state, seed in [] if args.plot_only else runs:
+        model_key, data_key, test_key = jr.split(jr.key(seed), 3)
+        mixer = mixer_config(kind, args.d_model, d_state)
+        model = build(mixer, 1 + 2 * args.keys, 2, model_key)
+        stages = [
+            (task(pairs, args.length, args.keys), steps)
+            for pairs, steps in zip(args.pairs, args.steps, strict=True)
+        ]
+        label = f"{kind}, d_state {d_state}, seed {seed}"
+        model, curve, minutes = train(
+            model, stages, lr=args.lr, batch=args.batch, key=data_key, label=label
+        )
+        accuracy = accuracy_of(model, stages[-1][0], batch=args.batch, batches=32, key=test_key)
+        print(f"{label}: {accuracy:.4f} on fresh sequences", flush=True)
+        run = {"model": kind, "d_state": d_state, "seed": seed, "accuracy": accuracy}
+        run |= {"parameters": size(model), "minutes": minutes}
+        for option in ("pairs", "length", "keys", "d_model", "steps", "batch", "lr"):
+            run[option] = getattr(args, option)
+        record(path, run | {"curve": curve[::2]}, same=("model", "d_state", "seed"))
+    plot(load(path), path.with_suffix(".png"))
+    print(f"{path} and {path.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main()

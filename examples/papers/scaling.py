@@ -1,0 +1,140 @@
+"""Loss against parameters, the kind of figure that each of the Mamba papers has.
+
+    python examples/papers/scaling.py
+
+Models of three sizes read the same million bytes of Shakespeare; *Twelfth Night* is held out, as
+for the model that ships. The attention model is a transformer: rotary attention and a gated MLP in
+every block. This is a very small corner of the papers' figures.
+"""
+
+import lzma
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from _common import (
+    Example,
+    Sample,
+    arguments,
+    build,
+    load,
+    loss_and_accuracy,
+    mixer_config,
+    record,
+    size,
+    train,
+)
+from jaxtyping import PRNGKeyArray
+
+import mamba_eqx as mbx
+
+
+CORPUS = Path(__file__).parents[1] / "data" / "shakespeare.txt.xz"
+HELD_OUT = b"TWELFTH NIGHT"  # as in train_lm.py
+NAMES = {"mamba1": "Mamba-1", "mamba2": "Mamba-2", "mamba3": "Mamba-3", "attention": "attention"}
+
+
+def read() -> tuple[np.ndarray, np.ndarray]:
+    """The bytes to train on, and the held-out ones."""
+    documents = lzma.decompress(CORPUS.read_bytes()).split(b"\0")
+    parts = ([d for d in documents if d.startswith(HELD_OUT) is held] for held in (False, True))
+    train, held_out = (np.frombuffer(b"\0" + b"\0".join(part), np.uint8) for part in parts)
+    return train, held_out
+
+
+def task(data: np.ndarray, length: int) -> Sample:
+    """A piece from anywhere in the text. Few of them have the end of a play in them."""
+    text = jnp.asarray(data)
+
+    def sample(key: PRNGKeyArray) -> Example:
+        start = jr.randint(key, (), 0, len(data) - length)
+        piece = jax.lax.dynamic_slice(text, (start,), (length + 1,)).astype(jnp.int32)
+        return Example(piece[:-1], piece[1:], jnp.ones(length))
+
+    return sample
+
+
+def bits_per_byte(model: mbx.LanguageModel, data: np.ndarray, length: int) -> float:
+    """Piece by piece, each from an empty state, since that is what attention was trained for."""
+    pieces = (len(data) - 1) // length
+    tokens = data[: pieces * length].reshape(pieces, 1, length).astype(np.int32)
+    targets = data[1 : pieces * length + 1].reshape(pieces, 1, length).astype(np.int32)
+
+    @jax.jit
+    def run(model: mbx.LanguageModel, tokens: Any, targets: Any) -> Any:
+        def score(piece: tuple[Any, Any]) -> Any:
+            examples = Example(piece[0], piece[1], jnp.ones((1, length)))
+            return loss_and_accuracy(model, examples)[0]
+
+        return jnp.mean(jax.lax.map(score, (tokens, targets)))
+
+    return round(float(run(model, tokens, targets)) / np.log(2), 4)
+
+
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    figure, axes = plt.subplots(figsize=(5, 3.4))
+    for i, (kind, label) in enumerate(NAMES.items()):
+        points = sorted((r["parameters"], r["bits_per_byte"]) for r in runs if r["model"] == kind)
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, "-o", color=f"C{i}", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="held-out bits per byte")
+    ticks = np.arange(1.0, 8.0, 0.2)
+    low, high = axes.get_ylim()
+    axes.set_yticks(ticks[(ticks >= low) & (ticks <= high)])
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    args = arguments(
+        __doc__,
+        models=list(NAMES),
+        d_model=[32, 64, 112],
+        layers=[4, 4, 5],
+        seeds=[0],
+        d_state=16,
+        length=128,
+        batch=8,
+        steps=1000,
+        lr=3e-3,
+    )
+    train_data, held_out = read()
+    if args.smoke:
+        args.models, args.d_model, args.layers = ["attention"], [16], [2]
+        args.length, args.batch, args.steps, held_out = 16, 2, 2, held_out[:100]
+    path = args.out / "scaling.jsonl"
+    sizes = list(zip(args.d_model, args.layers, strict=True))
+    runs = [(d, n, kind, seed) for d, n in sizes for kind in args.models for seed in args.seeds]
+    for d_model, layers, kind, seed in [] if args.plot_only else runs:
+        model_key, data_key = jr.split(jr.key(seed))
+        # A block with an MLP has more parameters than one without, so there is one less.
+        count = layers - 1 if kind == "attention" else layers
+        model = build(mixer_config(kind, d_model, args.d_state), 256, count, model_key)
+        label = f"{kind}, {size(model):,} parameters, seed {seed}"
+        sample = task(train_data, args.length)
+        model, curve, minutes = train(
+            model, [(sample, args.steps)], lr=args.lr, batch=args.batch, key=data_key, label=label
+        )
+        score = bits_per_byte(model, held_out, args.length)
+        print(f"{label}: {score:.4f} bits per byte", flush=True)
+        run = {"model": kind, "seed": seed, "parameters": size(model), "bits_per_byte": score}
+        run |= {"d_model": d_model, "layers": count, "minutes": minutes}
+        for option in ("d_state", "length", "batch", "steps", "lr"):
+            run[option] = getattr(args, option)
+        record(path, run | {"curve": curve}, same=("model", "seed", "d_model"))
+    plot(load(path), path.with_suffix(".png"))
+    print(f"{path} and {path.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main()
