@@ -136,7 +136,8 @@ def test_it_learns():
         updates, opt_state = optimiser.update(grads, opt_state, lora)
         return optax.apply_updates(lora, updates), opt_state, value
 
-    opt_state, losses = optimiser.init(lora), []
+    opt_state = optimiser.init(lora)  # pyright: ignore[reportArgumentType]
+    losses = []
     with jax.numpy_dtype_promotion("standard"):  # optax wants it.
         for _ in range(60):
             lora, opt_state, value = step(lora, opt_state, model)
