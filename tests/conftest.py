@@ -55,11 +55,16 @@ def compile_fast() -> Iterator[None]:
 SLOW_FILES = {
     "test_bidirectional.py",
     "test_cli_text.py",
+    "test_examples.py",
     "test_generate_options.py",
+    "test_killed_training.py",
+    "test_lora.py",
     "test_mamba3.py",
     "test_parity_hybrid.py",
     "test_speculative.py",
     "test_state_file.py",
+    "test_state_tuning.py",
+    "test_trainer.py",
     "test_training_step.py",
 }
 
