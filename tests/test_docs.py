@@ -64,7 +64,8 @@ def test_the_api_is_documented():
         for name in re.findall(r"^::: (\S+)$", path.read_text("utf-8"), re.MULTILINE)
     }
     public = {f"mamba_eqx.{name}" for name in vars(mbx) if is_public(mbx, name)}
-    public |= {f"mamba_eqx.ops.{name}" for name in vars(mbx.ops) if is_public(mbx.ops, name)}
+    for part in (mbx.ops, mbx.training):
+        public |= {f"{part.__name__}.{name}" for name in vars(part) if is_public(part, name)}
     assert documented == public
 
 
