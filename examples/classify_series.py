@@ -47,7 +47,8 @@ class Classifier(eqx.Module):
 
 def make_series(rng: np.random.Generator, count: int, longest: int) -> tuple[np.ndarray, ...]:
     """Padded series, their lengths and their classes."""
-    lengths = rng.integers(longest // 2, longest + 1, size=count)
+    shortest = max(longest // 2, 3 * WIDTH)
+    lengths = rng.integers(shortest, longest + 1, size=count)
     labels = rng.integers(len(ORDERS), size=count)
     # The padding is large, so that it would be noticed if it were read.
     series = np.full((count, longest, 1), 100.0, np.float32)
@@ -89,6 +90,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.longest < 3 * WIDTH:
+        parser.error(f"--longest must have room for {3 * WIDTH} steps, but got {args.longest}")
 
     model = Classifier(args.d_model, args.layers, key=jr.key(args.seed))
     schedule = optax.cosine_decay_schedule(args.lr, args.steps)

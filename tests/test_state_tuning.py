@@ -61,6 +61,7 @@ def naive(prompt, state, n):
 def test_generation_begins_from_it(learned, tmp_path):
     prefix = begin(MODEL, learned, 3)
     want = naive([3, 1], learned, 6)
+    assert prefix.recent.tolist() == [-1] * 63 + [3]
     assert want != naive([3, 1], MODEL.init_state(), 6)
     assert mbx.generate(MODEL, [1], 6, state=prefix).tokens.tolist() == want
     assert mbx.generate(MODEL, None, 6, state=prefix).tokens.tolist() == naive([3], learned, 6)
