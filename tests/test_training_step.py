@@ -230,7 +230,7 @@ def test_the_recipe_decays_and_warms_up():
         (lambda: training.TrainStep(SGD, average_decay=1.0), "`average_decay` must"),
         (lambda: after(training.TrainStep(SGD, accumulate=2), batch_of(0)), "got accumulate=2 and"),
     ],
-    ids=str,
+    ids=["warmup", "final", "accumulate", "average", "rows"],
 )
 def test_options_out_of_range_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
