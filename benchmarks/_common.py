@@ -160,7 +160,7 @@ def model_130m(mixer: str, *, stacked: bool = False) -> mbx.LanguageModel:
     return config.build(stacked=stacked, key=jr.key(0))
 
 
-def small_model(mixer: str, *, stacked: bool = False, remat: bool = False) -> mbx.LanguageModel:
+def small_model(mixer: str, *, stacked: bool = False, remat: Any = False) -> mbx.LanguageModel:
     """The one that is trained."""
     block = mbx.BlockConfig(MIXERS[mixer](d_model=256))
     config = mbx.LanguageModelConfig(256, (block,) * 8)

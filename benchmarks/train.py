@@ -4,6 +4,10 @@
 
 The loss is the mean cross-entropy of the next token. The optimizer's update, the same for all, is
 left out.
+
+The share of the limit is that of products of matrices: how many operations those of the model with
+its weights are, over how many the machine can do in the time. What else a step does, scans and
+what `remat` computes again, takes its time and counts as nothing.
 """
 
 from functools import partial
@@ -35,6 +39,20 @@ def loss(model: mbx.LanguageModel, tokens: jax.Array) -> jax.Array:
     logits = model(tokens) if tokens.ndim == 1 else jax.vmap(model)(tokens)
     log_probs = jax.nn.log_softmax(logits[..., :-1, :])
     return -jnp.mean(jnp.take_along_axis(log_probs, tokens[..., 1:, None], axis=-1))
+
+
+def operations(model: mbx.LanguageModel) -> int:
+    """Of a token in products with weights: a multiplication and an addition for each weight, going
+    forward; as many for the gradient of the inputs, and for that of the weights."""
+
+    def is_linear(node: Any) -> bool:
+        return isinstance(node, mbx.Linear)
+
+    linears = filter(is_linear, jax.tree.leaves(model, is_leaf=is_linear))
+    weights = sum(linear.weight.size for linear in linears)
+    if model.lm_head is None:
+        weights += model.embedding.weight.size
+    return 3 * 2 * weights
 
 
 def torch_peers(model: mbx.LanguageModel, mixer: str, tokens: jax.Array) -> dict[str, Any]:
@@ -71,14 +89,19 @@ def main() -> None:
     args = arguments(__doc__, mixers=True)
     quick, with_peers = args.quick, not args.no_peers and available("torch")
     make = partial(small_model, args.mixer)
-    print_facts(f"Training step, {args.mixer}", quick=quick)
+    _, limit = print_facts(f"Training step, {args.mixer}", quick=quick)
     sizes = [(1, 32), (2, 16)] if quick else [(1, 512), (4, 256)]
     models = {
         "unrolled": make(),
         "unrolled, remat": make(remat=True),
         "stacked": make(stacked=True),
         "stacked, remat": make(stacked=True, remat=True),
+        "stacked, remat but products": make(
+            stacked=True, remat=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        ),
     }
+    per_token = operations(models["unrolled"])
+    print(f"{per_token / 1e6:.1f} million operations per token in products with weights.\n")
     speed = {}
     for batch, seq in sizes:
         rows = []
@@ -105,10 +128,10 @@ def main() -> None:
         for name, time in seconds.items():
             speed[name, batch] = batch * seq / time
             ratio = time / seconds["unrolled"]
-            rows.append((batch, seq, name, batch * seq / time, ratio, used.get(name)))
-        print_table(
-            ("batch", "seq", "", "tokens/s", "unrolled is faster by", "temporary memory, MiB"), rows
-        )
+            share = f"{batch * seq * per_token / time / limit:.0%}"
+            rows.append((batch, seq, name, batch * seq / time, share, ratio, used.get(name)))
+        header = ("batch", "seq", "", "tokens/s", "of the limit", "unrolled is faster by")
+        print_table((*header, "temporary memory, MiB"), rows)
     if quick or args.mixer != "mamba1":
         return
     for name, wanted in (("transformers", 25), ("mamba.py", 2)):

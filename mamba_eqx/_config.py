@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -135,7 +136,7 @@ class LanguageModelConfig:
         self,
         *,
         stacked: bool = False,
-        remat: bool = False,
+        remat: bool | Callable[..., Any] = False,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ) -> LanguageModel:

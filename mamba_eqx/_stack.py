@@ -47,15 +47,26 @@ class Unrolled(AbstractStack[tuple[Any, ...]]):
     """
 
     layers: tuple[AbstractSequenceLayer[Any], ...]
-    remat: bool = eqx.field(static=True)
+    remat: bool | Callable[..., Any] = eqx.field(static=True)
 
-    def __init__(self, layers: Sequence[AbstractSequenceLayer[Any]], *, remat: bool = False):
+    def __init__(
+        self,
+        layers: Sequence[AbstractSequenceLayer[Any]],
+        *,
+        remat: bool | Callable[..., Any] = False,
+    ):
         """**Arguments:**
 
         - `layers`: at least one, all of the same `d_model`.
-        - `remat`: whether the reverse pass recomputes what happens inside a layer instead of
-            keeping it: less memory, about a third more time.
+        - `remat`: whether the reverse pass computes again what happens inside a layer instead of
+            keeping it: less memory, more time. Or what it is to keep, as one of
+            `jax.checkpoint_policies`: `dots_with_no_batch_dims_saveable` keeps the results of
+            products with weights (docs/training.md has the numbers).
+
+        **Raises:** `ValueError` if there is no layer, or they differ in `d_model`, or `remat` is
+        neither a bool nor a function.
         """
+        _check_remat("Unrolled", remat)
         self.layers = _check_layers("Unrolled", layers)
         self.remat = remat
 
@@ -143,16 +154,23 @@ class Stacked(AbstractStack[PyTree]):
 
     layers: AbstractSequenceLayer[Any]
     n_layer: int = eqx.field(static=True)
-    remat: bool = eqx.field(static=True)
+    remat: bool | Callable[..., Any] = eqx.field(static=True)
 
-    def __init__(self, layers: Sequence[AbstractSequenceLayer[Any]], *, remat: bool = False):
+    def __init__(
+        self,
+        layers: Sequence[AbstractSequenceLayer[Any]],
+        *,
+        remat: bool | Callable[..., Any] = False,
+    ):
         """**Arguments:**
 
         - `layers`: at least one, all of the same structure and shapes.
         - `remat`: as for [`mamba_eqx.Unrolled`][].
 
-        **Raises:** `ValueError` if two layers differ in structure, shapes or dtypes.
+        **Raises:** `ValueError` as for [`mamba_eqx.Unrolled`][], and if two layers differ in
+        structure, shapes or dtypes.
         """
+        _check_remat("Stacked", remat)
         layers = _check_layers("Stacked", layers)
         for i, layer in enumerate(layers):
             if _signature(layer) != _signature(layers[0]):
@@ -240,13 +258,23 @@ class Stacked(AbstractStack[PyTree]):
         return lax.scan(body, x, (arrays, state))
 
 
-def _scan_layer(remat: bool) -> Callable[..., tuple[Array, Any]]:
+def _scan_layer(remat: bool | Callable[..., Any]) -> Callable[..., tuple[Array, Any]]:
     def scan(
         layer: AbstractSequenceLayer[Any], x: Array, state: Any, reset: Array | None, length: Any
     ) -> tuple[Array, Any]:
         return layer.scan(x, state, reset=reset, length=length)
 
-    return eqx.filter_checkpoint(scan) if remat else scan
+    if remat is False:
+        return scan
+    return eqx.filter_checkpoint(scan, policy=None if remat is True else remat)
+
+
+def _check_remat(name: str, remat: Any) -> None:
+    if not isinstance(remat, bool) and not callable(remat):
+        raise ValueError(
+            f"`remat` of `{name}` must be True, False, or one of `jax.checkpoint_policies`, but "
+            f"got {remat!r}."
+        )
 
 
 def _check_layers(

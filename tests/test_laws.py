@@ -308,8 +308,11 @@ def test_forward_mode(name: str):
         np.testing.assert_allclose(forward, sum(np.vdot(a, b) for a, b in pairs))
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_stack(remat: bool):
+PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+
+@pytest.mark.parametrize("remat", [False, PRODUCTS], ids=str)
+def test_stack(remat: Any):
     """`Stacked` is `Unrolled`, on the same parameters; so are their gradients."""
     name, s = "block_mlp", SIZES[0]
     layers = [make_layer(name, s, "float32", seed) for seed in range(3)]
@@ -332,6 +335,17 @@ def test_stack(remat: bool):
 
     gradient = quick(jax.grad(lambda stack: jnp.sum(jnp.sin(stack(jnp.asarray(x))))))
     assert_close(gradient(stacked).unstack(), gradient(unrolled).unstack(), "float32")
+
+
+@pytest.mark.parametrize("kind", [mbx.Unrolled, mbx.Stacked])
+def test_remat_computes_again_what_is_not_kept(kind: Any):
+    layer, x = simple("block_mlp", 5)
+
+    def products(remat: Any) -> int:
+        gradient = jax.grad(lambda stack, x: jnp.sum(stack(x)))
+        return str(jax.make_jaxpr(gradient)(kind([layer], remat=remat), x)).count("dot_general")
+
+    assert products(False) == products(PRODUCTS) < products(True)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -3,6 +3,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -32,8 +33,8 @@ def next_token_loss(
     r"""The mean cross-entropy of the next token, in nats, over the targets that count:
 
     $$\frac{1}{\sum_i m_i} \sum_i m_i \left[ (1 - \epsilon)\, (-\log p_i) - \frac{\epsilon}{V}
-      \sum_v \log p_{iv} + \zeta \log^2 Z_i \right],
-      \qquad p_{iv} = e^{l_{iv}} / Z_i.$$
+      \sum_{v < V} \log p_{iv} + \zeta \log^2 Z_i \right],
+      \qquad p_{iv} = e^{l_{iv}} / Z_i, \quad Z_i = \sum_v e^{l_{iv}}.$$
 
     See [`mamba_eqx.training.cross_entropy`][] for its terms.
 
@@ -74,8 +75,8 @@ def next_token_loss(
 def cross_entropy(
     model: LanguageModel,
     features: Float[Array, "*batch d_model"],
-    targets: Int[Array, "*batch"],
-    mask: Bool[Array, "*batch"],
+    targets: Int[Array | np.ndarray, "*batch"],
+    mask: Bool[Array | np.ndarray, "*batch"],
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -86,9 +87,11 @@ def cross_entropy(
     The logits of a long batch are the largest array of a training step. Here they exist for
     `chunk` tokens at a time, also in the reverse pass, which computes them again.
 
-    Rows of the embedding beyond `model.vocab_size` are no tokens: they take no part in the
-    softmax, as in `generate` and `score`. (transformers counts them as tokens, which are never
-    right. For its own checkpoints there is no difference: their `vocab_size` has them all.)
+    Rows of the embedding beyond `model.vocab_size` are in the softmax, as tokens that are never
+    right, as in transformers, whose loss goes over all columns of the logits (and those of the
+    official models have them all, too). Training then makes them improbable; were they left out,
+    their logits would stay what they happened to be, and whoever samples from all columns could
+    say them. Label smoothing gives them nothing.
 
     **Arguments:**
 
@@ -97,8 +100,8 @@ def cross_entropy(
     - `targets`: the tokens to be said; anything where they do not count.
     - `mask`: which of them count.
     - `label_smoothing`: $\epsilon$, within `0 <= epsilon < 1`: how much of the probability is to be
-        spread over all tokens. As `label_smoothing` of torch's `cross_entropy`; Szegedy et al.,
-        *Rethinking the Inception Architecture* (2016), section 7.
+        spread over the `vocab_size` tokens. As `label_smoothing` of torch's `cross_entropy`;
+        Szegedy et al., *Rethinking the Inception Architecture* (2016), section 7.
     - `z_loss`: $\zeta$, at least 0: keeps $\log Z$ near 0, so that logits do not drift in
         bfloat16. Chowdhery et al., *PaLM* (2022), section 5, where it is `1e-4`.
     - `chunk`: how many tokens have logits at once.
@@ -118,12 +121,12 @@ def cross_entropy(
         raise ValueError(f"`chunk` must be an integer of at least 1, but got chunk={chunk!r}.")
 
     def piece_loss(features: Array, targets: Array, mask: Array) -> Array:
-        logits = model.logits(features)[..., : model.vocab_size]
+        logits = model.logits(features)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         right = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         loss = log_z - (1 - label_smoothing) * right
         if label_smoothing:
-            loss = loss - label_smoothing * jnp.mean(logits, axis=-1)
+            loss = loss - label_smoothing * jnp.mean(logits[..., : model.vocab_size], axis=-1)
         if z_loss:
             loss = loss + z_loss * log_z**2
         return jnp.sum(jnp.where(mask, loss, jnp.zeros_like(loss)))

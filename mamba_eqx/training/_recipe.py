@@ -1,3 +1,4 @@
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +15,12 @@ _NORMS = (eqx.nn.RMSNorm, eqx.nn.LayerNorm, eqx.nn.GroupNorm, GatedRMSNorm)
 
 
 def decay_mask(model: PyTree, *, embeddings: bool = True) -> PyTree[bool]:
-    """Which leaves of a model get weight decay: the matrices.
+    """Which leaves of a model get weight decay: the matrices, and the weights of convolutions.
 
-    Not the parameters of recurrences (`A_log`, `D`, `dt_bias`), which set time scales and which
-    the official code exempts; and not norms and biases, whatever the number of their axes:
-    Mamba-3's `B_bias` has three, and in a [`mamba_eqx.Stacked`][] everything has one more.
+    Not the parameters of recurrences (`A_log`, `D`, `dt_bias`), which set time scales. They are
+    all that the official code marks with `_no_weight_decay`. And not norms and biases, as usual,
+    whatever the number of their axes: Mamba-3's `B_bias` has three, and in a
+    [`mamba_eqx.Stacked`][] everything has one more.
 
     **Arguments:**
 
@@ -90,5 +92,9 @@ def recipe(
             f"learning_rate={learning_rate}."
         )
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps, final)
-    adamw = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=weight_decay, mask=decay(model))
+    # So that the state tells the learning rate. All else is no hyperparameter that changes.
+    others = set(inspect.signature(optax.adamw).parameters) - {"learning_rate"}
+    adamw = optax.inject_hyperparams(optax.adamw, static_args=others)(
+        schedule, b1=0.9, b2=0.95, weight_decay=weight_decay, mask=decay(model)
+    )
     return optax.chain(optax.clip_by_global_norm(clip), adamw)

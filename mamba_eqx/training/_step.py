@@ -120,9 +120,11 @@ class TrainStep:
         """
         copy = lambda leaf: jnp.copy(leaf) if eqx.is_array(leaf) else leaf  # noqa: E731
         model = jax.tree.map(copy, model)
+        with jax.numpy_dtype_promotion("standard"):  # optax's own code relies on it
+            opt_state = self.optimiser.init(eqx.filter(model, eqx.is_inexact_array))
         return TrainState(
             model=model,
-            opt_state=self.optimiser.init(eqx.filter(model, eqx.is_inexact_array)),
+            opt_state=opt_state,
             carry=None if rows is None else empty_carry(self._computing(model), rows),
             average=None if self.average_decay is None else jax.tree.map(copy, model),
             step=jnp.zeros((), jnp.int32),
@@ -140,7 +142,9 @@ class TrainStep:
         **Returns:**
 
         The new state, and the metrics: `loss`, `gradient_norm` (before it is clipped), `tokens`
-        (how many targets counted) and `skipped` (steps so far).
+        (how many targets counted) and `skipped` (steps so far); and `learning_rate`, if the state
+        of the optimiser has one, as that of [`mamba_eqx.training.recipe`][] and of whatever
+        `optax.inject_hyperparams` makes.
 
         **Raises:** `ValueError` if `accumulate` does not divide the rows of the batch.
         """
@@ -160,7 +164,7 @@ class TrainStep:
         key = jr.fold_in(state.key, state.step)
         loss, grads, count, carry = self._gradient(params, static, batch, state.carry, key)
         norm = optax.tree.norm(grads)
-        with jax.numpy_dtype_promotion("standard"):  # optax's own code relies on it
+        with jax.numpy_dtype_promotion("standard"):  # as above
             updates, opt_state = self.optimiser.update(grads, state.opt_state, params)
         model = eqx.combine(optax.apply_updates(params, updates), static)
         average = state.average
@@ -181,6 +185,9 @@ class TrainStep:
         skipped = state.skipped + (~finite).astype(jnp.int32)
         new_state = TrainState(model, opt_state, carry, average, state.step + 1, skipped, state.key)
         metrics = {"loss": loss, "gradient_norm": norm, "tokens": count, "skipped": skipped}
+        rates = optax.tree.get_all_with_path(opt_state, "learning_rate", _is_hyperparameter)
+        if len(rates) == 1:
+            metrics["learning_rate"] = rates[0][1]
         return new_state, metrics
 
     def _gradient(
@@ -211,7 +218,7 @@ class TrainStep:
         zero = jax.tree.map(jnp.zeros_like, (loss_shape, params, count_shape))
         keys = jr.split(key, self.accumulate)
         (loss, grads, count), carry = jax.lax.scan(group, zero, (*groups, keys))
-        weight = jnp.maximum(count, 1)
+        weight = jnp.where(count == 0, jnp.ones_like(count), count)
         loss, grads = jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), (loss, grads))
         join = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
         return loss, grads, count, jax.tree.map(join, carry)
@@ -225,3 +232,8 @@ def _next_token_loss(
 
 def _first(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+def _is_hyperparameter(path: tuple[Any, ...], _: Any) -> bool:
+    """Whether it is in a state of `optax.inject_hyperparams`, and not in a model's moments."""
+    return any(getattr(key, "name", None) == "hyperparams" for key in path)
