@@ -195,7 +195,7 @@ def test_sizes_of_a_model(layer: mbx.Mamba1):
         mbx.Block(layer, norm_eps=float("nan"))
     for kind in (mbx.Unrolled, mbx.Stacked):
         with pytest.raises(ValueError, match=r"`remat` of .* must be True, False, or one of"):
-            kind([layer], remat="products")
+            kind([layer], remat="products")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="at least one layer"):
         mbx.Unrolled([])
     with pytest.raises(ValueError, match="layer 0 has d_model=6 and layer 1 has d_model=7"):

@@ -246,6 +246,7 @@ def test_projections_that_are_several_in_the_file(tmp_path):
     attention = "base_model.model.model.layers.1.self_attn"
     old = lora.pairs["layers.layers.1.mixer.in_proj"]
     change = np.asarray(old.b @ old.a) * np.repeat([2, 0, 1], [8, 4, 4])[:, None]
+    tensors, joined = {}, lora
     for which in "BA":  # With one and the same A for the two that are left, and with two.
         tensors = {name: np.array(tensor.read()) for name, tensor in stored.items()}
         tensors[f"{attention}.q_proj.lora_{which}.weight"] *= 2

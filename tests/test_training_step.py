@@ -235,7 +235,8 @@ def test_the_recipe_is_that_of_the_papers():
             m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
             adam = m / (1 - 0.9 ** (i + 1)) / (np.sqrt(v / (1 - 0.95 ** (i + 1))) + 1e-8)
             want = -rate * (adam + 0.1 * w["w"])
-            np.testing.assert_allclose(updates["w"], want, rtol=1e-4, atol=1e-7)
+            (update,) = jax.tree.leaves(updates)
+            np.testing.assert_allclose(update, want, rtol=1e-4, atol=1e-7)
 
 
 def test_the_learning_rate_is_told_if_it_is_known():
