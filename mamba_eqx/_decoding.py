@@ -13,13 +13,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ._choice import Choice
 from ._language_model import LanguageModel
-from ._prompts import DecodingState
-from ._protocol import with_room
+from ._prompts import WINDOW, DecodingState
+from ._protocol import repeated, with_room
 
 
 _CHUNK = 512  # the most tokens of a prompt that are run at once; a power of two
 _BUCKET = 16  # the smallest size that is compiled, for prompts and for outputs
-_WINDOW = 64  # the fewest last tokens that a state keeps
 _HEADS = 64  # the most tokens whose logits are held at once while scoring
 
 
@@ -60,9 +59,7 @@ class Generation(eqx.Module):
 @eqx.filter_jit
 def _empty(model: LanguageModel, rows: int | None, max_len: int) -> PyTree:
     layers = model.init_state(max_len=max_len)
-    if rows is None:
-        return layers
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *leaf.shape)), layers)
+    return layers if rows is None else repeated(layers, rows)
 
 
 @eqx.filter_jit
@@ -189,7 +186,7 @@ def run(
         longest = max(map(len, rows)) + room
         layers = _empty(model, count if batched else None, bucket(longest))
         position = np.zeros(count, np.int32)
-        before = [np.full(max(window, _WINDOW), -1, np.int32)] * count
+        before = [np.full(max(window, WINDOW), -1, np.int32)] * count
     else:
         position = np.asarray(state.position).reshape(-1)
         pending = np.asarray(state.token).reshape(-1, 1)

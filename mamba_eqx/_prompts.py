@@ -9,6 +9,8 @@ from jaxtyping import Array, Int, Integer, PyTree
 Prompt = Sequence[int] | Integer[Array, " _"] | Integer[np.ndarray, " _"]
 """One sequence of tokens. (Of any length, also beside another one: hence the `_`.)"""
 
+WINDOW = 64  # the fewest last tokens that a state keeps
+
 
 class DecodingState(eqx.Module):
     """Where a generation has come to: everything that it takes to go on.

@@ -199,6 +199,16 @@ def cast(tree: PyTree, dtype: Any) -> PyTree:
     return jax.tree.map(cast_leaf, tree, recurrence_mask(tree))
 
 
+def path_name(path: tuple[Any, ...]) -> str:
+    """The path to a leaf or a node as users read and write it: `layers.layers.3.mixer.A_log`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def repeated(state: PyTree, rows: int) -> PyTree:
+    """The state of one sequence as that of a batch: `rows` times the same past."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *leaf.shape)), state)
+
+
 # What every layer checks before it runs. Shapes and dtypes are known while tracing, so that none
 # of this is left in compiled code.
 

@@ -239,8 +239,9 @@ def draw(logits: Float[Array, "*batch vocab"], key: PRNGKeyArray) -> Int[Array, 
     # of one over the whole vocabulary.
     sums = jnp.sum(tiles, axis=-1)
     cumulative = jnp.cumsum(sums, axis=-1)
-    tile = _first_above(cumulative, sums, u * _max(cumulative))
-    rest = u * _max(cumulative) - jnp.take_along_axis(cumulative - sums, tile, axis=-1)
+    value = u * _max(cumulative)
+    tile = _first_above(cumulative, sums, value)
+    rest = value - jnp.take_along_axis(cumulative - sums, tile, axis=-1)
     probs = jnp.take_along_axis(tiles, tile[..., None], axis=-2)[..., 0, :]
     lane = _first_above(jnp.cumsum(probs, axis=-1), probs, rest)
     return (tile * _LANES + lane)[..., 0].astype(jnp.int32)

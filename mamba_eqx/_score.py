@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from ._decoding import run, start
 from ._language_model import LanguageModel
 from ._prompts import DecodingState, Prompt, read_prompts
+from ._protocol import repeated
 
 
 Prompts = Prompt | Sequence[Prompt] | Integer[np.ndarray, "_ _"] | Integer[Array, "_ _"]
@@ -110,7 +110,7 @@ def fork(state: DecodingState, rows: int) -> DecodingState:
         raise ValueError(
             f"`fork` takes the state of one sequence, but got one of {state.token.shape[0]} rows."
         )
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *leaf.shape)), state)
+    return repeated(state, rows)
 
 
 def embed(

@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree, UInt32
 
 from ._language_model import LanguageModel
 from ._prompts import DecodingState
+from ._protocol import path_name
 from .pretrained import CheckpointError
 from .pretrained._safetensors import open_safetensors, write_safetensors
 
@@ -96,7 +97,7 @@ def _like(model: LanguageModel, max_len: int) -> PyTree:
 def named_leaves(state: PyTree) -> dict[str, Any]:
     """The leaves by the names that they have in a file: the path to each, with dots."""
     paths = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
+    return {path_name(path): leaf for path, leaf in paths}
 
 
 def fingerprint(model: LanguageModel) -> np.ndarray:

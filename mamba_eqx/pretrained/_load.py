@@ -11,7 +11,7 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from .._language_model import LanguageModel
-from .._protocol import recurrence_mask
+from .._protocol import path_name, recurrence_mask
 from ._checkpoint import Checkpoint, open_checkpoint
 from ._hub import Hub
 from ._layout import Slot, by_leaf, match, skeleton_of
@@ -136,7 +136,7 @@ def _sharding(
     """The sharding of one parameter, if it can be one of that shape."""
     if sharding is None:
         return None
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    name = path_name(path)
     chosen = sharding
     if not isinstance(chosen, Sharding):
         chosen = chosen(name, jax.ShapeDtypeStruct(shape, dtype))

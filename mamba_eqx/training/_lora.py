@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._initialisers import check_positive
 from .._linear import Linear
+from .._protocol import path_name
 from ..ops._precision import at_least_float32
 
 
@@ -116,8 +117,8 @@ class LoRA(eqx.Module):
             )
 
         def merged(path: Any, node: Any) -> Any:
-            pair = self.pairs.get(path_name(path))
-            return node if pair is None else self._merged(path_name(path), node, pair)
+            name = path_name(path)
+            return self._merged(name, node, self.pairs[name]) if name in self.pairs else node
 
         return jax.tree_util.tree_map_with_path(merged, model, is_leaf=_is_linear)
 
@@ -141,10 +142,6 @@ def linear_maps(model: PyTree) -> dict[str, Any]:
 
 def _is_linear(node: Any) -> bool:
     return isinstance(node, Linear | eqx.nn.Linear)
-
-
-def path_name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _chosen(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._language_model import LanguageModel
+from .._protocol import path_name
 from .._stack import Stacked
 from ..ops._precision import at_least_float32
 from ..pretrained import CheckpointError
@@ -19,7 +20,7 @@ from ..pretrained._layout import Slot, by_leaf, config_of, listing, skeleton_of,
 from ..pretrained._safetensors import open_safetensors, write_safetensors
 from ..pretrained._state_dict import layout_named
 from ..pretrained._stored import StoredTensor
-from ._lora import LoRA, LoRAPair, linear_maps, path_name
+from ._lora import LoRA, LoRAPair, linear_maps
 
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -82,7 +83,7 @@ def save_lora(
         a = np.pad(np.asarray(pair.a), ((0, more), (0, 0)))
         b = np.pad(np.asarray(pair.b), ((0, 0), (0, more)))
         for slot in parts:
-            modules.append(slot.entry.name.removesuffix(".weight"))
+            modules.append(_module(slot))
             tensors[_tensor(slot, "A")] = a
             tensors[_tensor(slot, "B")] = slot.to_file(b)
     alpha = lora.scale * rank
@@ -211,9 +212,12 @@ def _table(model: LanguageModel, layout: str) -> dict[str, tuple[Any, list[Slot]
     }
 
 
+def _module(slot: Slot) -> str:
+    return slot.entry.name.removesuffix(".weight")
+
+
 def _tensor(slot: Slot, which: str) -> str:
-    module = slot.entry.name.removesuffix(".weight")
-    return f"base_model.model.{module}.lora_{which}.weight"
+    return f"base_model.model.{_module(slot)}.lora_{which}.weight"
 
 
 def _unstacked(pairs: dict[str, LoRAPair], n_layer: int) -> dict[str, LoRAPair]:

@@ -7,7 +7,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .._initialisers import check_positive
 from .._language_model import LanguageModel
+from .._protocol import repeated
 from ._batch import Batch
 
 
@@ -117,8 +119,7 @@ def cross_entropy(
         )
     if not 0 <= z_loss < float("inf"):
         raise ValueError(f"`z_loss` must be finite and at least 0, but got z_loss={z_loss}.")
-    if not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"`chunk` must be an integer of at least 1, but got chunk={chunk!r}.")
+    check_positive("chunk", chunk)
 
     def piece_loss(features: Array, targets: Array, mask: Array) -> Array:
         logits = model.logits(features)
@@ -153,6 +154,4 @@ def cross_entropy(
 
 def empty_carry(model: Any, rows: int) -> PyTree:
     """The empty past of `rows` rows, for `carry`: `model.init_state()`, so many times."""
-    return jax.tree.map(
-        lambda leaf: jnp.broadcast_to(leaf, (rows, *leaf.shape)), eqx.filter_jit(model.init_state)()
-    )
+    return repeated(eqx.filter_jit(model.init_state)(), rows)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from .._language_model import LanguageModel
-from .._prompts import DecodingState
+from .._prompts import WINDOW, DecodingState
 from .._protocol import checked_state
 
 
@@ -43,8 +43,5 @@ def begin(model: LanguageModel, state: PyTree, token: Int[Array, ""] | int) -> D
         layers=checked_state(model.layers, state),
         token=token,
         position=jnp.zeros((), jnp.int32),
-        recent=jnp.full(_WINDOW, -1, jnp.int32).at[-1].set(token),
+        recent=jnp.full(WINDOW, -1, jnp.int32).at[-1].set(token),
     )
-
-
-_WINDOW = 64  # of penalties, as `generate` keeps it

@@ -9,6 +9,7 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from .._initialisers import check_positive
 from .._protocol import cast
 from ._loss import LossAux, empty_carry, next_token_loss
 
@@ -93,10 +94,7 @@ class TrainStep:
 
         **Raises:** `ValueError` for a value out of range.
         """
-        if not isinstance(accumulate, int) or accumulate < 1:
-            raise ValueError(
-                f"`accumulate` must be an integer of at least 1, but got {accumulate!r}."
-            )
+        check_positive("accumulate", accumulate)
         if average_decay is not None and not 0 <= average_decay < 1:
             raise ValueError(
                 f"`average_decay` must be within 0 <= average_decay < 1, but got {average_decay}."
@@ -129,7 +127,7 @@ class TrainStep:
             average=None if self.average_decay is None else jax.tree.map(copy, model),
             step=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
-            key=jr.clone(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jnp.copy(key),
+            key=jnp.copy(key),
         )
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
@@ -213,7 +211,8 @@ class TrainStep:
             return jax.tree.map(jnp.add, total, (*weighted, count)), carry
 
         groups = jax.tree.map(split, (batch, carry))
-        shapes = jax.eval_shape(value_and_grad, params, *_first(groups), key)
+        first = jax.tree.map(lambda leaf: leaf[0], groups)
+        shapes = jax.eval_shape(value_and_grad, params, *first, key)
         (loss_shape, (count_shape, _)), _ = shapes
         zero = jax.tree.map(jnp.zeros_like, (loss_shape, params, count_shape))
         keys = jr.split(key, self.accumulate)
@@ -228,10 +227,6 @@ def _next_token_loss(
     model: Any, batch: Any, carry: PyTree | None, key: PRNGKeyArray
 ) -> tuple[Array, LossAux]:
     return next_token_loss(model, batch, carry)
-
-
-def _first(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf[0], tree)
 
 
 def _is_hyperparameter(path: tuple[Any, ...], _: Any) -> bool:
