@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import mamba_eqx as mbx
+from mamba_eqx import training
 
 
 RUNS = Path("runs/papers")  # where results go by default
@@ -59,11 +60,10 @@ def size(model: mbx.LanguageModel) -> int:
 def make_optimiser(
     model: mbx.LanguageModel, lr: float, steps: int, weight_decay: float
 ) -> optax.GradientTransformation:
-    """AdamW, warm-up, cosine; the recurrence and the norms are not decayed."""
+    """AdamW, warm-up, cosine; the recurrence, norms and biases are not decayed."""
     warm = max(1, steps // 20)
     schedule = optax.warmup_cosine_decay_schedule(0.0, lr, warm, max(steps, warm + 1), lr / 20)
-    recurrence = mbx.recurrence_mask(model)
-    decay = jax.tree.map(lambda leaf, r: leaf.ndim > 1 and not r, model, recurrence)
+    decay = training.decay_mask(model)
     adamw = optax.adamw(schedule, b1=0.9, b2=0.95, eps=1e-12, weight_decay=weight_decay, mask=decay)
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
@@ -166,6 +166,11 @@ def arguments(doc: str | None, **defaults: Any) -> argparse.Namespace:
     return args
 
 
+def options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of a script that belong in its results."""
+    return {name: getattr(args, name) for name in names}
+
+
 def load(path: Path) -> list[dict[str, Any]]:
     """The runs of a file of results, one a line."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -175,3 +180,14 @@ def record(path: Path, run: dict[str, Any], *, same: tuple[str, ...]) -> None:
     """Adds a run to a file of results, in place of the one with the `same` entries."""
     runs = [r for r in load(path) if any(r[name] != run[name] for name in same)]
     path.write_text("".join(json.dumps(r) + "\n" for r in [*runs, run]))
+
+
+def report(path: Path, plot: Callable[[list[dict[str, Any]]], Any]) -> None:
+    """Draws all runs of a file of results, and says where both are."""
+    picture = path.with_suffix(".png")
+    figure = plot(load(path))
+    for axes in figure.axes:
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    print(f"{path} and {picture.name}")

@@ -9,13 +9,23 @@ over from one to the next, and once more token by token with `step`. Memory is t
 """
 
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from _common import Example, Sample, arguments, build, load, mixer_config, record, size, train
+from _common import (
+    Example,
+    Sample,
+    arguments,
+    build,
+    mixer_config,
+    options,
+    record,
+    report,
+    size,
+    train,
+)
 from jaxtyping import Array, Int, PRNGKeyArray
 
 import mamba_eqx as mbx
@@ -96,7 +106,7 @@ def evaluate(model: mbx.LanguageModel, args: Any, key: PRNGKeyArray) -> list[dic
     return rows
 
 
-def plot(runs: list[dict[str, Any]], path: Path) -> None:
+def plot(runs: list[dict[str, Any]]) -> Any:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.4))
@@ -112,9 +122,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     axes.axvline(256, color="grey", linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="length of the test (trained at 256)", ylabel="accuracy", ylim=(-0.03, 1.03))
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def main() -> None:
@@ -160,12 +168,12 @@ def main() -> None:
             label=label,
         )
         run = {"model": kind, "seed": seed, "parameters": size(model), "minutes": minutes}
-        run |= {name: getattr(args, name) for name in ("lengths", "steps", "d_model", "d_state")}
-        run |= {"batch": args.batch, "lr": args.lr, "weight_decay": args.weight_decay}
+        run |= options(
+            args, "lengths", "steps", "d_model", "d_state", "batch", "lr", "weight_decay"
+        )
         run |= {"results": evaluate(model, args, test_key), "curve": curve[::5]}
         record(path, run, same=("model", "seed"))
-    plot(load(path), path.with_suffix(".png"))
-    print(f"{path} and {path.with_suffix('.png').name}")
+    report(path, plot)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ them; after each the model has to say its value. All pairs have to be in the sta
 its size matters: every kind of layer is trained with several.
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,9 +17,10 @@ from _common import (
     accuracy_of,
     arguments,
     build,
-    load,
     mixer_config,
+    options,
     record,
+    report,
     size,
     train,
 )
@@ -49,7 +49,7 @@ def task(pairs: int, length: int, keys: int) -> Sample:
     return sample
 
 
-def plot(runs: list[dict[str, Any]], path: Path) -> None:
+def plot(runs: list[dict[str, Any]]) -> Any:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5, 3.2))
@@ -66,9 +66,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
                 axes.plot(x, y, "-o", color=f"C{i}", label=label if seed == seeds[0] else None)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="d_state", ylabel="accuracy", ylim=(-0.03, 1.03))
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def main() -> None:
@@ -111,11 +109,9 @@ def main() -> None:
         print(f"{label}: {accuracy:.4f} on fresh sequences", flush=True)
         run = {"model": kind, "d_state": d_state, "seed": seed, "accuracy": accuracy}
         run |= {"parameters": size(model), "minutes": minutes}
-        for option in ("pairs", "length", "keys", "d_model", "steps", "batch", "lr"):
-            run[option] = getattr(args, option)
+        run |= options(args, "pairs", "length", "keys", "d_model", "steps", "batch", "lr")
         record(path, run | {"curve": curve[::2]}, same=("model", "d_state", "seed"))
-    plot(load(path), path.with_suffix(".png"))
-    print(f"{path} and {path.with_suffix('.png').name}")
+    report(path, plot)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ for the model that ships. The attention model is a transformer: rotary attention
 every block. This is a very small corner of the papers' figures.
 """
 
-import lzma
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +19,23 @@ from _common import (
     Sample,
     arguments,
     build,
-    load,
     loss_and_accuracy,
     mixer_config,
+    options,
     record,
+    report,
     size,
     train,
 )
 from jaxtyping import PRNGKeyArray
 
 import mamba_eqx as mbx
+from mamba_eqx import training
 
 
 CORPUS = Path(__file__).parents[1] / "data" / "shakespeare.txt.xz"
 HELD_OUT = b"TWELFTH NIGHT"  # as in train_lm.py
 NAMES = {"mamba1": "Mamba-1", "mamba2": "Mamba-2", "mamba3": "Mamba-3", "attention": "attention"}
-
-
-def read() -> tuple[np.ndarray, np.ndarray]:
-    """The bytes to train on, and the held-out ones."""
-    documents = lzma.decompress(CORPUS.read_bytes()).split(b"\0")
-    parts = ([d for d in documents if d.startswith(HELD_OUT) is held] for held in (False, True))
-    train, held_out = (np.frombuffer(b"\0" + b"\0".join(part), np.uint8) for part in parts)
-    return train, held_out
 
 
 def task(data: np.ndarray, length: int) -> Sample:
@@ -74,7 +67,7 @@ def bits_per_byte(model: mbx.LanguageModel, data: np.ndarray, length: int) -> fl
     return round(float(run(model, tokens, targets)) / np.log(2), 4)
 
 
-def plot(runs: list[dict[str, Any]], path: Path) -> None:
+def plot(runs: list[dict[str, Any]]) -> Any:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
@@ -90,9 +83,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     axes.set_yticks(ticks[(ticks >= low) & (ticks <= high)])
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def main() -> None:
@@ -108,7 +99,9 @@ def main() -> None:
         steps=1000,
         lr=3e-3,
     )
-    train_data, held_out = read()
+    train_data, held_out = training.hold_out_documents(
+        training.read_tokens(CORPUS), [HELD_OUT], separator=0
+    )
     if args.smoke:
         args.models, args.d_model, args.layers = ["attention"], [16], [2]
         args.length, args.batch, args.steps, held_out = 16, 2, 2, held_out[:100]
@@ -129,11 +122,9 @@ def main() -> None:
         print(f"{label}: {score:.4f} bits per byte", flush=True)
         run = {"model": kind, "seed": seed, "parameters": size(model), "bits_per_byte": score}
         run |= {"d_model": d_model, "layers": count, "minutes": minutes}
-        for option in ("d_state", "length", "batch", "steps", "lr"):
-            run[option] = getattr(args, option)
+        run |= options(args, "d_state", "length", "batch", "steps", "lr")
         record(path, run | {"curve": curve}, same=("model", "seed", "d_model"))
-    plot(load(path), path.with_suffix(".png"))
-    print(f"{path} and {path.with_suffix('.png').name}")
+    report(path, plot)
 
 
 if __name__ == "__main__":

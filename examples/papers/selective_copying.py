@@ -8,7 +8,6 @@ that selects can. So the Mamba-1 layer is trained as it is, with its selection s
 and dt are learned, and do not depend on the input), and both ways without its gate.
 """
 
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -20,9 +19,10 @@ from _common import (
     Sample,
     accuracy_of,
     arguments,
-    load,
     mixer_config,
+    options,
     record,
+    report,
     size,
     train,
 )
@@ -138,7 +138,7 @@ def make(name: str, d_model: int, d_state: int, key: PRNGKeyArray) -> mbx.Langua
     return mbx.LanguageModel(layers, vocab_size=VOCAB, key=model_key)
 
 
-def plot(runs: list[dict[str, Any]], path: Path) -> None:
+def plot(runs: list[dict[str, Any]]) -> Any:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.2))
@@ -149,9 +149,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
             )
             axes.plot(steps, accuracies, color=f"C{i}", label=None if n else label)
     axes.set(xlabel="training step", ylabel="accuracy of a token", ylim=(-0.03, 1.03))
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def main() -> None:
@@ -182,12 +180,10 @@ def main() -> None:
         accuracy = accuracy_of(model, sample, batch=args.batch, batches=32, key=test_key)
         print(f"{name}, seed {seed}: {accuracy:.4f} of the tokens of fresh sequences", flush=True)
         run = {"model": name, "seed": seed, "accuracy": accuracy, "parameters": size(model)}
-        for option in ("length", "data", "d_model", "d_state", "steps", "batch", "lr"):
-            run[option] = getattr(args, option)
+        run |= options(args, "length", "data", "d_model", "d_state", "steps", "batch", "lr")
         run |= {"minutes": minutes, "curve": curve}
         record(path, run, same=("model", "seed"))
-    plot(load(path), path.with_suffix(".png"))
-    print(f"{path} and {path.with_suffix('.png').name}")
+    report(path, plot)
 
 
 if __name__ == "__main__":

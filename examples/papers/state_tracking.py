@@ -8,14 +8,13 @@ Mamba-2, and Mamba-3 whose rotation is held at zero) can count by no rule that g
 state that turns by an angle which depends on the token can.
 """
 
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from _common import Example, Sample, arguments, load, record, size, train
+from _common import Example, Sample, arguments, options, record, report, size, train
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import mamba_eqx as mbx
@@ -97,7 +96,7 @@ def accuracies(model: mbx.LanguageModel, args: Any, modulus: int, key: PRNGKeyAr
     return [round(float(right[n - 1]), 4) for n in args.tests]
 
 
-def plot(runs: list[dict[str, Any]], path: Path) -> None:
+def plot(runs: list[dict[str, Any]]) -> Any:
     import matplotlib.pyplot as plt
 
     tasks = [name for name in MODULUS if any(run["task"] == name for run in runs)]
@@ -112,9 +111,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
         axis.axhline(1 / MODULUS[name], color="grey", linewidth=0.8, linestyle=":")
         axis.set_xscale("log", base=2)
         axis.set(title=name, xlabel="tokens so far", ylabel="accuracy", ylim=(-0.03, 1.03))
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def main() -> None:
@@ -160,22 +157,11 @@ def main() -> None:
         run = {"task": name, "model": kind, "seed": seed, "parameters": size(model)}
         run |= {"tests": args.tests, "accuracies": accuracies(model, args, modulus, test_key)}
         print(f"{label}: {dict(zip(args.tests, run['accuracies'], strict=True))}", flush=True)
-        for option in (
-            "lengths",
-            "steps",
-            "layers",
-            "d_model",
-            "d_state",
-            "dt_min",
-            "dt_max",
-            "batch",
-            "lr",
-        ):
-            run[option] = getattr(args, option)
+        run |= options(args, "lengths", "steps", "layers", "d_model", "d_state")
+        run |= options(args, "dt_min", "dt_max", "batch", "lr")
         run |= {"minutes": minutes, "curve": curve[::2]}
         record(path, run, same=("task", "model", "seed"))
-    plot(load(path), path.with_suffix(".png"))
-    print(f"{path} and {path.with_suffix('.png').name}")
+    report(path, plot)
 
 
 if __name__ == "__main__":
