@@ -55,7 +55,6 @@ def compile_fast() -> Iterator[None]:
 SLOW_FILES = {
     "test_bidirectional.py",
     "test_cli_text.py",
-    "test_examples.py",
     "test_generate_options.py",
     "test_killed_training.py",
     "test_lora.py",

@@ -9,8 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from . import killed_training
 
 
@@ -88,7 +86,6 @@ def test_a_killed_training_ends_as_one_that_was_not(tmp_path):
     assert_ended_alike(folder, tmp_path / "reference")
 
 
-@pytest.mark.slow
 def test_many_kills(tmp_path):
     folder = tmp_path / "killed"
     ends = []
