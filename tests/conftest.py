@@ -51,6 +51,19 @@ def compile_fast() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+_MAPPINGS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_let_go() -> Iterator[None]:
+    """A compiled program has memory mappings of its own. Linux allows a process 65,530 of them, and
+    where there are no more XLA crashes, as it did towards the end of all tests."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MAPPINGS:
+        jax.clear_caches()
+
+
 # What compiles much, and is about single features: left to CI, which runs everything.
 SLOW_FILES = {
     "test_bidirectional.py",
