@@ -1,4 +1,6 @@
+import gc
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +34,14 @@ def as_users_run() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+# None of the million objects that JAX keeps is garbage; looking for it took a tenth of the time.
+gc.set_threshold(50_000, 20, 100)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rest", action="store_true", help="leave out what passed in the last run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,9 +91,25 @@ SLOW_FILES = {
 }
 
 
+# What passed, for `--rest`.
+PASSED = "mamba_eqx/passed"
+passed: set[str] = set()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and report.passed:
+        passed.add(re.sub(r"@[^\]]*$", "", report.nodeid))  # xdist appends the group
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    cache = getattr(session.config, "cache", None)
+    if cache is not None and not hasattr(session.config, "workerinput"):
+        cache.set(PASSED, sorted(passed))
+
+
 # First, so that marks are there when tests are chosen by them.
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What is held for one layer runs in one process, which then compiles it once."""
     from .registry import VARIANTS  # Not before the hook above.
 
@@ -96,6 +122,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.slow)
         if item.path.name in SLOW_FILES or item.name.startswith("test_code_runs[docs/"):
             item.add_marker(pytest.mark.slow)
+    cache = getattr(config, "cache", None)
+    if config.getoption("--rest") and cache is not None:
+        done = set(cache.get(PASSED, []))
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+        items[:] = [item for item in items if item.nodeid not in done]
 
 
 # A Hub on this machine.

@@ -30,7 +30,7 @@ def next_token_loss(
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    chunk: int = 1024,
+    chunk: int = 256,
 ) -> tuple[Float[Array, ""], LossAux]:
     r"""The mean cross-entropy of the next token, in nats, over the targets that count:
 
@@ -82,7 +82,7 @@ def cross_entropy(
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    chunk: int = 1024,
+    chunk: int = 256,
 ) -> Float[Array, ""]:
     r"""The mean cross-entropy of targets under the head of a model, by pieces.
 
