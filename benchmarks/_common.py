@@ -28,7 +28,9 @@ Competitors = dict[str, Callable[[], Any]]
 MIXERS = {config.kind: config for config in (mbx.Mamba1Config, mbx.Mamba2Config, mbx.Mamba3Config)}
 
 
-def arguments(description: str | None, *, mixers: bool = False) -> argparse.Namespace:
+def arguments(
+    description: str | None, *, mixers: bool = False, tokens: list[int] | None = None
+) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,6 +38,9 @@ def arguments(description: str | None, *, mixers: bool = False) -> argparse.Name
     parser.add_argument("--no-peers", action="store_true", help="measure mamba_eqx alone")
     if mixers:
         parser.add_argument("--mixer", choices=MIXERS, default="mamba1", help="of all layers")
+    if tokens is not None:
+        help = "lengths of the prompts"
+        parser.add_argument("--tokens", type=int, nargs="+", default=tokens, help=help)
     return parser.parse_args()
 
 

@@ -1,6 +1,6 @@
 """Running prompts through mamba-130m's shape, random float32 weights: tokens per second.
 
-python benchmarks/model.py [--mixer mamba2] [--quick] [--no-peers]
+python benchmarks/model.py [--mixer mamba2] [--tokens 512] [--quick] [--no-peers]
 """
 
 from collections.abc import Callable
@@ -76,16 +76,16 @@ def torch_peers(model: mbx.LanguageModel, mixer: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    args = arguments(__doc__, mixers=True)
+    args = arguments(__doc__, mixers=True, tokens=[64, 512, 2048])
     quick, with_peers, mixer = args.quick, not args.no_peers, args.mixer
     print_facts(f"Prefill, {mixer}", quick=quick)
     make = partial(small_model if quick else model_130m, mixer)
-    lengths = [16, 64] if quick else [64, 512, 2048]
+    lengths = [16, 64] if quick else args.tokens
     unrolled, stacked = make(), make(stacked=True)
     peers = torch_peers(unrolled, mixer) if with_peers and available("torch") else {}
     llama = None
     if with_peers and has_llama() and has("llama_cpp", mixer):
-        llama = Llama(unrolled, seq=lengths[-1])
+        llama = Llama(unrolled, seq=max(lengths))
     if llama is not None:
         peers["llama.cpp"] = lambda tokens, all_logits: llama.run(tokens, all_logits=all_logits)
 
@@ -137,7 +137,7 @@ def main() -> None:
 
     if quick or mixer != "mamba1":
         return
-    for seq in lengths[1:]:
+    for seq in [seq for seq in lengths if seq >= 512]:
         for name, wanted in (("transformers", 3.5), ("llama.cpp", 1.6)):
             theirs = speed.get(((ALL, name), seq))
             ratio = None if theirs is None else speed[(ALL, "unrolled"), seq] / theirs

@@ -107,47 +107,58 @@ def decode(
     """At most `limit` tokens, in buffers of `size`; with a batch, a key for each row. `matched` is
     the state of the automaton of `stop_table`."""
 
-    def go_on(carry: tuple[Generation, Array]) -> Bool[Array, ""]:
+    def go_on(carry: tuple[Generation, Array]) -> Bool[Array, "*batch"]:
         out, _ = carry
         return (out.lengths < limit) & (out.finish == FinishReason.LENGTH)
 
-    def row(
-        state: DecodingState, choice: Choice, matched: Array, key: PRNGKeyArray | None
-    ) -> tuple[Generation, Array]:
-        def body(carry: tuple[Generation, Array]) -> tuple[Generation, Array]:
-            out, matched = carry
-            now, i = out.state, out.lengths
-            logits, layers = model.step(now.token, now.layers)
-            logits = logits[: model.vocab_size]
-            token_key = None if key is None else jr.fold_in(key, now.position)
-            token = choice.choose(logits, now.recent, token_key)
-            log_prob = logits[token] - jax.nn.logsumexp(logits)
-            finish = jnp.where(jnp.any(token == choice.stop_tokens), FinishReason.STOP_TOKEN, 0)
-            if stop_table is not None:
-                matched = stop_table[matched, token]
-                ended = matched == len(stop_table) - 1
-                finish = jnp.where((finish == 0) & ended, FinishReason.STOP_STRING, finish)
-            recent = jnp.concatenate([now.recent[1:], token[None]])
-            out = Generation(
-                tokens=out.tokens.at[i].set(token),
-                lengths=i + 1,
-                log_probs=out.log_probs.at[i].set(log_prob.astype(jnp.float32)),
-                finish=finish.astype(jnp.int32),
-                state=DecodingState(layers, token, now.position + 1, recent),
-            )
-            return out, matched
-
-        out = Generation(
+    def begin(state: DecodingState) -> Generation:
+        return Generation(
             tokens=jnp.full(size, -1, jnp.int32),
             lengths=jnp.zeros((), jnp.int32),
             log_probs=jnp.zeros(size, jnp.float32),
             finish=jnp.zeros((), jnp.int32),
             state=state,
         )
-        return lax.while_loop(go_on, body, (out, matched))
 
-    # Under `vmap` the loop runs until every row has ended, and rows that have keep their value.
-    return (row if state.token.ndim == 0 else jax.vmap(row))(state, choice, matched, key)
+    def row(
+        carry: tuple[Generation, Array], choice: Choice, key: PRNGKeyArray | None
+    ) -> tuple[Generation, Array]:
+        out, matched = carry
+        now, i = out.state, out.lengths
+        logits, layers = model.step(now.token, now.layers)
+        logits = logits[: model.vocab_size]
+        token_key = None if key is None else jr.fold_in(key, now.position)
+        token = choice.choose(logits, now.recent, token_key)
+        log_prob = logits[token] - jax.nn.logsumexp(logits)
+        finish = jnp.where(jnp.any(token == choice.stop_tokens), FinishReason.STOP_TOKEN, 0)
+        if stop_table is not None:
+            matched = stop_table[matched, token]
+            ended = matched == len(stop_table) - 1
+            finish = jnp.where((finish == 0) & ended, FinishReason.STOP_STRING, finish)
+        recent = jnp.concatenate([now.recent[1:], token[None]])
+        out = Generation(
+            tokens=out.tokens.at[i].set(token),
+            lengths=i + 1,
+            log_probs=out.log_probs.at[i].set(log_prob.astype(jnp.float32)),
+            finish=finish.astype(jnp.int32),
+            state=DecodingState(layers, token, now.position + 1, recent),
+        )
+        return out, matched
+
+    def rows(carry: tuple[Generation, Array]) -> tuple[Generation, Array]:
+        going = go_on(carry)
+
+        def keep_ended(new: PyTree, old: PyTree) -> PyTree:
+            return jax.tree.map(lambda a, b: jax.vmap(jnp.where)(going, a, b), new, old)
+
+        new = jax.vmap(row)(carry, choice, key)
+        return lax.cond(jnp.all(going), lambda new, _: new, keep_ended, new, carry)
+
+    if state.token.ndim == 0:
+        return lax.while_loop(go_on, lambda carry: row(carry, choice, key), (begin(state), matched))
+    # Not `vmap` of the loop, which would copy the states of all rows after every token.
+    first = (jax.vmap(begin)(state), matched)
+    return lax.while_loop(lambda carry: jnp.any(go_on(carry)), rows, first)
 
 
 def start(
