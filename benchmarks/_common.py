@@ -86,6 +86,26 @@ def medians(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def beside(
+    base: Callable[[], Any], runs: Competitors, *, repeats: int
+) -> dict[str, tuple[float, float]]:
+    """The median seconds of each run, and the median of its time over that of `base`, which runs
+    before and after it: so a slow minute of the machine is no one's cost."""
+    for run in (base, *runs.values()):
+        jax.block_until_ready(run())
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        before = once(base)
+        for name, run in runs.items():
+            seconds, after = once(run), once(base)
+            found[name].append((seconds, 2 * seconds / (before + after)))
+            before = after
+    return {
+        name: (statistics.median(s for s, _ in pairs), statistics.median(r for _, r in pairs))
+        for name, pairs in found.items()
+    }
+
+
 def once(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(run())

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from _common import (
+    Competitors,
     arguments,
+    beside,
     medians,
     model_130m,
     once,
@@ -86,30 +88,13 @@ def bare(model: mbx.LanguageModel, start: mbx.DecodingState, new: int) -> Callab
     return lambda: loop(model, start, new)
 
 
-def beside(
-    base: Callable[[], Any], runs: dict[str, Callable[[], Any]], repeats: int
-) -> dict[str, tuple[float, float]]:
-    """The median seconds of each run, and the median of its time over that of `base`, which runs
-    before and after it: so a slow minute of the machine is no one's cost."""
-    for run in (base, *runs.values()):
-        jax.block_until_ready(run())
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        before = once(base)
-        for name, run in runs.items():
-            seconds, after = once(run), once(base)
-            found[name].append((seconds, 2 * seconds / (before + after)))
-            before = after
-    return {name: tuple(np.median(pairs, axis=0)) for name, pairs in found.items()}
-
-
 def overheads(model: mbx.LanguageModel, new: int, repeats: int) -> None:
     """From a state, so that no prompt is read."""
     worst = 0.0
     for batch in (1, 8):
         prompts = np.array(random_tokens(model, batch, 4))
         start = mbx.prefill(model, prompts if batch > 1 else prompts[0])
-        runs = {}
+        runs: Competitors = {}
 
         def run(chosen: dict[str, Any], start: Any = start) -> Any:
             return mbx.generate(model, None, new, state=start, **chosen).tokens
@@ -121,7 +106,8 @@ def overheads(model: mbx.LanguageModel, new: int, repeats: int) -> None:
             stream = lambda start=start: list(mbx.stream(model, None, new, state=start))  # noqa: E731
             runs["stream, greedy"] = stream
         rows = []
-        for name, (seconds, ratio) in beside(bare(model, start, new), runs, repeats).items():
+        found = beside(bare(model, start, new), runs, repeats=repeats)
+        for name, (seconds, ratio) in found.items():
             worst = max(worst, ratio - 1)
             rows.append((batch, name, 1e3 * seconds / new, f"{ratio - 1:+.1%}"))
         print_table(("batch", "", "ms per token", "more than the bare loop"), rows)
