@@ -336,18 +336,23 @@ def _most_likely(
     found = jnp.any(enough, axis=-1, keepdims=True)
     first = jnp.argmax(enough, axis=-1, keepdims=True)
     t = jnp.take_along_axis(largest, first, axis=-1)
-    # A loop of no rounds rather than a `cond`, which `vmap` turns into both of its branches.
-    order, t_order = _search(logits, weight, target, ~jnp.all(found))
-    return jnp.where(found, logits >= t, order >= t_order)
+
+    def look_everywhere(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        # The barrier keeps XLA from taking the search out of the loop, since nothing in it changes.
+        within, (t, done) = lax.optimization_barrier(((logits, weight), carry))
+        return jnp.where(found, t, _search(*within, target)), jnp.ones_like(done)
+
+    # A loop of one round or none rather than a `cond`, which `vmap` turns into both its branches.
+    t, _ = lax.while_loop(lambda carry: ~carry[1], look_everywhere, (t, jnp.all(found)))
+    return logits >= t
 
 
 def _search(
     logits: Float[Array, "*batch vocab"],
     weight: Float[Array, "*batch vocab"] | Int[Array, "*batch vocab"],
     target: Float[Array, ""] | Int[Array, ""],
-    wanted: Bool[Array, ""],
-) -> tuple[Array, Array]:
-    """`t` among all logits, as integers; 0 unless it is wanted.
+) -> Float[Array, "*batch 1"]:
+    """The largest `t` such that `{i : l_i >= t}` weighs at least `target`; `-inf` if none does.
 
     As integers, floating-point numbers are ordered like the numbers they stand for, so that `t`
     is found bit by bit, exactly.
@@ -371,8 +376,10 @@ def _search(
         weighs = jnp.sum(jnp.sum(counted, axis=-1), axis=-1, keepdims=True)
         return jnp.where(weighs >= target, higher, t)
 
-    rounds = jnp.where(wanted, bits, 0)
-    return order, lax.fori_loop(0, rounds, body, jnp.zeros((*logits.shape[:-1], 1), unsigned))
+    t = lax.fori_loop(0, bits, body, jnp.zeros((*logits.shape[:-1], 1), unsigned))
+    value = lax.bitcast_convert_type(jnp.where(t < sign, ~t, t ^ sign), logits.dtype)
+    # 0, which nothing reached, stands for no number.
+    return jnp.where(t > 0, value, jnp.full_like(value, -jnp.inf))
 
 
 def _tiles(values: Shaped[Array, "*batch vocab"]) -> Shaped[Array, "*batch tile lane"]:

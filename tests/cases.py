@@ -35,8 +35,8 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
-# Compiling costs far more than running here. Without the fusion emitters it takes a third of the
-# time; `test_jit` and the tests of the ops compile as users do.
+# Compiling costs far more than running here. (`conftest.py` leaves the fusion emitters out only
+# where there are several processes.)
 quick = functools.partial(
     jax.jit,
     compiler_options=_known(

@@ -1,6 +1,8 @@
 import gc
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,8 +46,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rest", action="store_true", help="leave out what passed in the last run")
 
 
+# Compiling is half of the work, and takes half the time without XLA's fusion emitters.
+FAST = "--xla_cpu_use_fusion_emitters=false"
+
+
+def _xla_knows(flags: str) -> bool:
+    """XLA ends the process at a flag that it does not know, and they come and go."""
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    env = os.environ | {"XLA_FLAGS": flags}
+    return subprocess.run(command, env=env, capture_output=True).returncode == 0
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """What one process has compiled, the others need not, nor does the next run."""
+    """The processes that run the tests inherit XLA's flags; `XLA_FLAGS= pytest` compiles as users
+    do. What one of them has compiled, the others need not, nor does the next run."""
+    runs_tests = hasattr(config, "workerinput") or not config.getoption("numprocesses", None)
+    if not runs_tests and "XLA_FLAGS" not in os.environ and _xla_knows(FAST):
+        os.environ["XLA_FLAGS"] = FAST
     cache = getattr(config, "cache", None)
     if cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("xla")))
@@ -77,12 +94,16 @@ def programs_are_let_go() -> Iterator[None]:
 # What compiles much, and is about single features: left to CI, which runs everything.
 SLOW_FILES = {
     "test_bidirectional.py",
+    "test_cli_checkpoints.py",
     "test_cli_text.py",
+    "test_files_of_others.py",
     "test_generate_options.py",
     "test_killed_training.py",
     "test_lora.py",
     "test_mamba3.py",
     "test_parity_hybrid.py",
+    "test_parity_mamba3.py",
+    "test_pretrained_hybrid.py",
     "test_speculative.py",
     "test_state_file.py",
     "test_state_tuning.py",

@@ -232,6 +232,7 @@ LAYERS = MIXERS | COMPOSITES
 # Left out of the quick run, where others stand for them.
 VARIANTS = {
     "mamba1_normed",
+    "mamba2_options",
     "mamba2_without_norm",
     "mamba3_mimo",
     "attention_window",
@@ -240,6 +241,7 @@ VARIANTS = {
     "block_layernorm",
     "unrolled_remat",
     "stacked",
+    "stacked_attention",
     "language_model_untied",
 }
 EVERYTHING = LAYERS | LANGUAGE_MODELS

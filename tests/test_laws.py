@@ -377,7 +377,7 @@ def test_jit(name: str):
     y_t, end = layer.step(x[0], end)  # without `jit`
     want = (scan(layer, x, None)[0], y[:5], y_t, end)
     other = make_layer(name, SIZES[0], "float32", 1)
-    jax.config.update("jax_disable_most_optimizations", False)  # as users compile
+    jax.config.update("jax_disable_most_optimizations", False)
     try:
         assert_close(run(layer, x, state, reset, length), want, "float32")
         run(other, 1 - x, end, ~reset, length + 1)
