@@ -207,7 +207,7 @@ def main() -> None:
     args = arguments(__doc__)
     print_facts("Generation", quick=args.quick)
     model = small_model("mamba1") if args.quick else model_130m("mamba1")
-    new, repeats = (16, 3) if args.quick else (32, 9)
+    new, repeats = (16, 3) if args.quick else (32, 7)
     overheads(model, new, repeats)
     speculation(model, new, repeats, (3,) if args.quick else (2, 4, 8))
     if not args.no_peers and available("torch") and available("transformers"):

@@ -1,5 +1,6 @@
 """The compiled loop behind generation: a token chosen, fed to the model, and so on."""
 
+import dataclasses
 import enum
 from typing import TypeVar
 
@@ -145,20 +146,41 @@ def decode(
         )
         return out, matched
 
-    def rows(carry: tuple[Generation, Array]) -> tuple[Generation, Array]:
-        going = go_on(carry)
-
-        def keep_ended(new: PyTree, old: PyTree) -> PyTree:
-            return jax.tree.map(lambda a, b: jax.vmap(jnp.where)(going, a, b), new, old)
-
-        new = jax.vmap(row)(carry, choice, key)
-        return lax.cond(jnp.all(going), lambda new, _: new, keep_ended, new, carry)
-
     if state.token.ndim == 0:
         return lax.while_loop(go_on, lambda carry: row(carry, choice, key), (begin(state), matched))
-    # Not `vmap` of the loop, which would copy the states of all rows after every token.
+
+    # Of a batch. A `vmap` of the loop, or any choice between a row's new and old state after every
+    # token, would copy all states every time. So the states of ended rows are put aside when they
+    # end, and what becomes of them then is of no interest.
+
+    def where(rows: Bool[Array, " batch"], new: PyTree, old: PyTree) -> PyTree:
+        return jax.tree.map(lambda a, b: jax.vmap(jnp.where)(rows, a, b), new, old)
+
+    def all_rows(carry: tuple[Generation, Array]) -> tuple[Generation, Array]:
+        out, matched = jax.vmap(row)(carry, choice, key)
+        layers = out.state.layers
+        new, old = _with_layers(out, None), _with_layers(carry[0], None)
+        out, matched = where(go_on(carry), (new, matched), (old, carry[1]))
+        return _with_layers(out, layers), matched
+
+    def until_one_ends(
+        carry: tuple[tuple[Generation, Array], PyTree],
+    ) -> tuple[tuple[Generation, Array], PyTree]:
+        inner, ended_layers = carry
+        going = go_on(inner)
+        inner = lax.while_loop(lambda inner: jnp.all(go_on(inner) == going), all_rows, inner)
+        ended = going & ~go_on(inner)
+        return inner, where(ended, inner[0].state.layers, ended_layers)
+
     first = (jax.vmap(begin)(state), matched)
-    return lax.while_loop(lambda carry: jnp.any(go_on(carry)), rows, first)
+    (out, matched), layers = lax.while_loop(
+        lambda carry: jnp.any(go_on(carry[0])), until_one_ends, (first, state.layers)
+    )
+    return _with_layers(out, layers), matched
+
+
+def _with_layers(out: Generation, layers: PyTree) -> Generation:
+    return dataclasses.replace(out, state=dataclasses.replace(out.state, layers=layers))
 
 
 def start(
