@@ -135,19 +135,21 @@ def speculation(
 ) -> None:
     """The two ends: drafts that are always right, and drafts that never are. Between them the
     speed-up goes with the number of tokens that are accepted."""
-    prompt = np.array(random_tokens(model, 32))
-    # What a model of random weights says is soon a cycle: lookup is right about that, and about a
-    # sampled text never.
-    cases: dict[str, tuple[Any, dict[str, Any]]] = {
-        "itself, greedy": (model, {}),
-        "itself, sampling": (model, SAMPLING),
-        "its first 2 layers, greedy": (draft_of(model, 2), {}),
-        "its first 2 layers, sampling": (draft_of(model, 2), SAMPLING),
-        "prompt lookup, greedy": (mbx.PromptLookup(), {}),
-        "prompt lookup, sampling": (mbx.PromptLookup(), SAMPLING | {"temperature": 2.0}),
+    first = np.array(random_tokens(model, 32))
+    # What a model of random weights says is in the end a cycle: lookup is right about that, and
+    # about a sampled text never.
+    cycle = np.concatenate([first, mbx.generate(model, first, 16 if new < 32 else 256).tokens])
+    cases: dict[str, tuple[Any, np.ndarray, dict[str, Any]]] = {
+        "itself, greedy": (model, first, {}),
+        "itself, sampling": (model, first, SAMPLING),
+        "its first 2 layers, greedy": (draft_of(model, 2), first, {}),
+        "its first 2 layers, sampling": (draft_of(model, 2), first, SAMPLING),
+        "prompt lookup, greedy": (mbx.PromptLookup(), first, {}),
+        "prompt lookup, greedy, later": (mbx.PromptLookup(), cycle, {}),
+        "prompt lookup, sampling": (mbx.PromptLookup(), first, SAMPLING | {"temperature": 2.0}),
     }
     rows = []
-    for name, (draft, chosen) in cases.items():
+    for name, (draft, prompt, chosen) in cases.items():
         plain = functools.partial(mbx.generate, model, prompt, new, **chosen)
         for lookahead in lookaheads:
             fast = functools.partial(

@@ -23,7 +23,8 @@ from ._sampling import draw
 
 class PromptLookup(eqx.Module):
     """Drafts by looking up how the text went on the last time that it said the same: for texts that
-    repeat what is in the prompt, such as summaries or edited code. It costs nothing.
+    repeat what is in the prompt, such as summaries or edited code. It costs nothing. Where what was
+    found ends with the text, it is taken to be repeated.
 
     Reference: Saxena, *Prompt Lookup Decoding* (2023).
     """
@@ -213,7 +214,9 @@ class _LookupDraft(_AbstractDraft):
         for i in range(self.ngram):
             same = same & (jnp.roll(tokens, -i) == tokens[count - self.ngram + i])
         found = jnp.max(jnp.where(same, at, 0)) + self.ngram
-        proposed = jnp.maximum(lax.dynamic_slice(tokens, (found,), (lookahead,)), 0)
+        # From there to the end of the text, and the same again.
+        ahead = jnp.arange(lookahead) % jnp.maximum(count - found, 1)
+        proposed = jnp.maximum(tokens[found + ahead], 0)
         q = jnp.where(jax.nn.one_hot(proposed, self.vocab_size, dtype=bool), 0.0, -jnp.inf)
         return proposed, q, _History(tokens, count)
 

@@ -45,6 +45,24 @@ def test_greedily_it_is_generate(draft, prompt, n, penalised):
         assert int(out.proposed) == 3 * -(-length // 4)
 
 
+@pytest.mark.parametrize("period", [1, 2, 3])
+def test_lookup_goes_on_with_a_cycle(period):
+    """Not only to the end of what has been said so far."""
+    cycle = [1, 2, 3][:period]
+    others = mbx.Penalties(presence=500.0, window=period - 1) if period > 1 else None
+    out = mbx.speculate(
+        MODEL,
+        DRAFTS["lookup"],
+        2 * cycle,
+        12,
+        lookahead=3,
+        logit_bias=dict.fromkeys(cycle, 1000.0),
+        penalties=others,
+    )
+    assert out.tokens.tolist() == (12 * cycle)[:12]
+    assert int(out.accepted) == int(out.proposed) == 9
+
+
 def test_it_goes_on_from_a_state():
     first = mbx.speculate(MODEL, DRAFTS["another"], [1, 2], 5)
     for draft in DRAFTS.values():
