@@ -69,7 +69,7 @@ def bits_per_byte(model: mbx.LanguageModel, data: np.ndarray, length: int) -> fl
 
 def plot(runs: list[dict[str, Any]]) -> Any:
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
     figure, axes = plt.subplots(figsize=(5, 3.4))
     for i, (kind, label) in enumerate(NAMES.items()):
@@ -83,6 +83,9 @@ def plot(runs: list[dict[str, Any]]) -> Any:
     axes.set_yticks(ticks[(ticks >= low) & (ticks <= high)])
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     return figure
 
 
