@@ -339,8 +339,9 @@ def _most_likely(
 
     def look_everywhere(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         # The barrier keeps XLA from taking the search out of the loop, since nothing in it changes.
-        within, (t, done) = lax.optimization_barrier(((logits, weight), carry))
-        return jnp.where(found, t, _search(*within, target)), jnp.ones_like(done)
+        same_logits, same_weight, (t, done) = lax.optimization_barrier((logits, weight, carry))
+        t = jnp.where(found, t, _search(same_logits, same_weight, target))
+        return t, jnp.ones_like(done)
 
     # A loop of one round or none rather than a `cond`, which `vmap` turns into both its branches.
     t, _ = lax.while_loop(lambda carry: ~carry[1], look_everywhere, (t, jnp.all(found)))
