@@ -75,13 +75,13 @@ def main() -> None:
         models=list(NAMES),
         states=[4, 16, 64],
         seeds=[0],
-        pairs=[8],
-        length=64,
-        keys=32,
-        d_model=32,
-        steps=[1200],
-        batch=16,
-        lr=3e-3,
+        pairs=[4, 8],
+        length=32,
+        keys=16,
+        d_model=64,
+        steps=[1200, 800],
+        batch=64,
+        lr=5e-3,
     )
     if args.smoke:
         args.models, args.states, args.pairs, args.length = ["mamba2"], [4], [2], 8
