@@ -132,7 +132,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What is held for one layer runs in one process, which then compiles it once."""
-    from .registry import COMPOSITES, VARIANTS  # Not before the hook above.
+    from .registry import MIXERS, VARIANTS  # Not before the hook above.
 
     for item in items:
         callspec = getattr(item, "callspec", None)
@@ -140,7 +140,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.path.name == "test_laws.py" and name is not None:
             item.add_marker(pytest.mark.xdist_group(str(name)))
             # `test_jit` compiles with all optimisations.
-            if name in VARIANTS or (name in COMPOSITES and "test_jit[" in item.name):
+            if name in VARIANTS or (name not in MIXERS and "test_jit[" in item.name):
                 item.add_marker(pytest.mark.slow)
         if item.path.name in SLOW_FILES or item.name.startswith("test_code_runs[docs/"):
             item.add_marker(pytest.mark.slow)

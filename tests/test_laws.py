@@ -311,6 +311,7 @@ def test_forward_mode(name: str):
 PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, PRODUCTS], ids=["everything", "products"])
 def test_stack(remat: Any):
     """`Stacked` is `Unrolled`, on the same parameters; so are their gradients."""
