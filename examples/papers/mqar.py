@@ -53,17 +53,19 @@ def plot(runs: list[dict[str, Any]]) -> Any:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5, 3.2))
+    longest = max((sum(r["steps"]) for r in runs), default=0)
     for i, (kind, label) in enumerate(NAMES.items()):
-        mine = sorted((r for r in runs if r["model"] == kind), key=lambda r: r["d_state"])
-        if kind == "attention":
-            for run in mine:
-                axes.axhline(run["accuracy"], color="grey", linestyle="--", label=label)
-        elif mine:
-            seeds = sorted({r["seed"] for r in mine})
-            for seed in seeds:
-                points = [(r["d_state"], r["accuracy"]) for r in mine if r["seed"] == seed]
+        mine = [r for r in runs if r["model"] == kind]
+        for steps, seed in sorted({(sum(r["steps"]), r["seed"]) for r in mine}, reverse=True):
+            chosen = [r for r in mine if (sum(r["steps"]), r["seed"]) == (steps, seed)]
+            points = sorted((r["d_state"], r["accuracy"]) for r in chosen)
+            color, style = f"C{i}", "-" if steps == longest else ":"
+            if kind == "attention":  # which has no state of one size
+                axes.axhline(points[0][1], color=color, linestyle=style, label=label)
+            else:
                 x, y = zip(*points, strict=True)
-                axes.plot(x, y, "-o", color=f"C{i}", label=label if seed == seeds[0] else None)
+                axes.plot(x, y, style, marker="o", color=color, label=label)
+            label = None
     axes.set_xscale("log", base=2)
     axes.set(xlabel="d_state", ylabel="accuracy", ylim=(-0.03, 1.03))
     return figure
@@ -79,7 +81,7 @@ def main() -> None:
         length=32,
         keys=16,
         d_model=64,
-        steps=[1200, 800],
+        steps=[4000, 1500],
         batch=64,
         lr=5e-3,
     )
@@ -110,7 +112,7 @@ def main() -> None:
         run = {"model": kind, "d_state": d_state, "seed": seed, "accuracy": accuracy}
         run |= {"parameters": size(model), "minutes": minutes}
         run |= options(args, "pairs", "length", "keys", "d_model", "steps", "batch", "lr")
-        record(path, run | {"curve": curve[::2]}, same=("model", "d_state", "seed"))
+        record(path, run | {"curve": curve[::2]}, same=("model", "d_state", "seed", "steps"))
     report(path, plot)
 
 
