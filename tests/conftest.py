@@ -104,6 +104,7 @@ SLOW_FILES = {
     "test_parity_hybrid.py",
     "test_parity_mamba3.py",
     "test_pretrained_hybrid.py",
+    "test_pretrained_mamba2.py",
     "test_speculative.py",
     "test_state_file.py",
     "test_state_tuning.py",

@@ -71,6 +71,7 @@ def test_golden_float64(case):
     assert max(off.values()) < 1e-10, off
 
 
+@pytest.mark.slow
 def test_golden_float32(case):
     folder, _, golden = case
     model = from_pretrained(folder)
