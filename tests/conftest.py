@@ -133,15 +133,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What is held for one layer runs in one process, which then compiles it once."""
-    from .registry import MIXERS, VARIANTS  # Not before the hook above.
+    from .registry import VARIANTS  # Not before the hook above.
 
     for item in items:
         callspec = getattr(item, "callspec", None)
         name = None if callspec is None else callspec.params.get("name")
         if item.path.name == "test_laws.py" and name is not None:
             item.add_marker(pytest.mark.xdist_group(str(name)))
-            # `test_jit` compiles with all optimisations.
-            if name in VARIANTS or (name not in MIXERS and "test_jit[" in item.name):
+            if name in VARIANTS:
                 item.add_marker(pytest.mark.slow)
         if item.path.name in SLOW_FILES or item.name.startswith("test_code_runs[docs/"):
             item.add_marker(pytest.mark.slow)

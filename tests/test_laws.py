@@ -359,7 +359,11 @@ def test_config(name: str, stacked: bool):
     assert mbx.LanguageModelConfig.from_json(config.to_json()) == config
 
 
-@everything
+# With most of XLA's optimisations, which takes long: the quick run leaves it to the mixers.
+@pytest.mark.parametrize(
+    "name",
+    [name if name in MIXERS else pytest.param(name, marks=pytest.mark.slow) for name in EVERYTHING],
+)
 def test_jit(name: str):
     """Every verb gives the same under `jit`, and new values compile nothing new."""
     layer, x = simple(name, 7)
