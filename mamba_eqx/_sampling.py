@@ -3,6 +3,7 @@ around it as you like. Filters set the logits they exclude to `-inf` and leave t
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,8 +69,8 @@ def top_k(
     **Raises:** `ValueError` if `k` is out of range (values traced by JAX are not checked).
     """
     check_top_k(k)
-    ones = jnp.ones(logits.shape, jnp.int32)
-    return _only(logits, _most_likely(logits, ones, jnp.asarray(k, jnp.int32)))
+    one = lambda logits: jnp.ones(logits.shape, jnp.int32)  # noqa: E731
+    return _only_first(logits, _itself, one, jnp.asarray(k, jnp.int32))
 
 
 def top_p(
@@ -96,8 +97,9 @@ def top_p(
     """
     check_top_p(p)
     wide = at_least_float32(logits)
-    probs = jax.nn.softmax(logits.astype(wide))
-    return _only(logits, _most_likely(logits, probs, jnp.asarray(p, wide)))
+    total = jax.nn.logsumexp(logits.astype(wide), axis=-1, keepdims=True)
+    probs = lambda logits: jnp.exp(logits.astype(wide) - total)  # noqa: E731
+    return _only_first(logits, _itself, probs, jnp.asarray(p, wide))
 
 
 def min_p(
@@ -150,13 +152,14 @@ def typical_p(
     """
     check_typical_p(p)
     wide = at_least_float32(logits)
-    log_probs = jax.nn.log_softmax(logits.astype(wide))
-    probs = jnp.exp(log_probs)
+    total = jax.nn.logsumexp(logits.astype(wide), axis=-1, keepdims=True)
+    log_probs = lambda logits: logits.astype(wide) - total  # noqa: E731
+    probs = lambda logits: jnp.exp(log_probs(logits))  # noqa: E731
     # What is excluded already has the probability 0, and adds nothing.
-    finite = jnp.where(probs > 0, log_probs, jnp.zeros_like(log_probs))
-    entropy = -jnp.sum(probs * finite, axis=-1, keepdims=True)
-    closeness = -jnp.abs(log_probs + entropy)
-    return _only(logits, _most_likely(closeness, probs, jnp.asarray(p, wide)))
+    finite = jnp.where(probs(logits) > 0, log_probs(logits), jnp.zeros(logits.shape, wide))
+    entropy = -jnp.sum(probs(logits) * finite, axis=-1, keepdims=True)
+    closeness = lambda logits: -jnp.abs(log_probs(logits) + entropy)  # noqa: E731
+    return _only_first(logits, closeness, probs, jnp.asarray(p, wide))
 
 
 def greedy(logits: Float[Array, "*batch vocab"]) -> Int[Array, "*batch"]:
@@ -320,65 +323,71 @@ def _only(
     return jnp.where(keep, logits, jnp.full_like(logits, -jnp.inf))
 
 
-def _most_likely(
-    logits: Float[Array, "*batch vocab"],
-    weight: Float[Array, "*batch vocab"] | Int[Array, "*batch vocab"],
-    target: Float[Array, ""] | Int[Array, ""],
-) -> Bool[Array, "*batch vocab"]:
-    """The smallest `{i : l_i >= t}` that weighs at least `target`; everything if nothing does.
+def _itself(logits: Array) -> Array:
+    return logits
 
-    It is mostly found among the few largest logits, which a CPU picks out of 50,000 within a fifth
+
+def _only_first(
+    logits: Float[Array, "*batch vocab"],
+    order: Callable[[Array], Array],
+    weight: Callable[[Array], Array],
+    target: Float[Array, ""] | Int[Array, ""],
+) -> Float[Array, "*batch vocab"]:
+    """The logits of the smallest `{i : order(l_i) >= t}` that weighs at least `target`; all of them
+    if nothing does. `order` and `weight` are functions of each logit by itself.
+
+    It is mostly found among the few that come first, which a CPU picks out of 50,000 within a fifth
     of a millisecond, where sorting them all takes twenty (benchmarks/generate.py).
     """
-    largest, where = lax.top_k(logits, min(_LARGEST, logits.shape[-1]))
-    weighs = jnp.cumsum(jnp.take_along_axis(weight, where, axis=-1), axis=-1)
+    largest, where = lax.top_k(order(logits), min(_LARGEST, logits.shape[-1]))
+    weighs = jnp.cumsum(weight(jnp.take_along_axis(logits, where, axis=-1)), axis=-1)
     enough = weighs >= target
     found = jnp.any(enough, axis=-1, keepdims=True)
     first = jnp.argmax(enough, axis=-1, keepdims=True)
     t = jnp.take_along_axis(largest, first, axis=-1)
 
-    def look_everywhere(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def look_everywhere(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         # The barrier keeps XLA from taking the search out of the loop, since nothing in it changes.
-        same_logits, same_weight, (t, done) = lax.optimization_barrier((logits, weight, carry))
-        t = jnp.where(found, t, _search(same_logits, same_weight, target))
-        return t, jnp.ones_like(done)
+        logits, t, done = lax.optimization_barrier(carry)
+        t = jnp.where(found, t, _search(order(logits), weight(logits), target))
+        return logits, t, jnp.ones_like(done)
 
     # A loop of one round or none rather than a `cond`, which `vmap` turns into both its branches.
-    t, _ = lax.while_loop(lambda carry: ~carry[1], look_everywhere, (t, jnp.all(found)))
-    return logits >= t
+    # Of several rows the head gives the logits column by column; what comes out of the loop is laid
+    # out row by row, for all that follows.
+    begin = (logits, t, jnp.all(found))
+    logits, t, _ = lax.while_loop(lambda carry: ~carry[-1], look_everywhere, begin)
+    return _only(logits, order(logits) >= t)
 
 
 def _search(
-    logits: Float[Array, "*batch vocab"],
+    order: Float[Array, "*batch vocab"],
     weight: Float[Array, "*batch vocab"] | Int[Array, "*batch vocab"],
     target: Float[Array, ""] | Int[Array, ""],
 ) -> Float[Array, "*batch 1"]:
-    """The largest `t` such that `{i : l_i >= t}` weighs at least `target`; `-inf` if none does.
+    """The largest `t` such that `{i : order_i >= t}` weighs at least `target`; `-inf` if none does.
 
     As integers, floating-point numbers are ordered like the numbers they stand for, so that `t`
     is found bit by bit, exactly.
     """
-    bits = 8 * logits.dtype.itemsize
+    bits = 8 * order.dtype.itemsize
     unsigned = jnp.dtype(f"uint{bits}")
     sign = jnp.asarray(1 << (bits - 1), unsigned)
     # -0.0 equals 0.0 but has other bits.
-    logits = jnp.where(logits == 0, jnp.zeros_like(logits), logits)
-    raw = lax.bitcast_convert_type(logits, unsigned)
-    order = jnp.where(raw < sign, raw | sign, ~raw)
+    raw = lax.bitcast_convert_type(jnp.where(order == 0, jnp.zeros_like(order), order), unsigned)
+    integers = jnp.where(raw < sign, raw | sign, ~raw)
     # The barrier keeps XLA from computing both anew in every round.
-    tiles = lax.optimization_barrier((_tiles(order), _tiles(weight)))
+    tiles = lax.optimization_barrier((_tiles(integers), _tiles(weight)))
 
     def body(i: Any, t: Array) -> Array:
         higher = t | (sign >> i.astype(unsigned))
-        tile_order, tile_weight = tiles
-        counted = jnp.where(
-            tile_order >= higher[..., None], tile_weight, jnp.zeros_like(tile_weight)
-        )
+        integer, tile_weight = tiles
+        counted = jnp.where(integer >= higher[..., None], tile_weight, jnp.zeros_like(tile_weight))
         weighs = jnp.sum(jnp.sum(counted, axis=-1), axis=-1, keepdims=True)
         return jnp.where(weighs >= target, higher, t)
 
-    t = lax.fori_loop(0, bits, body, jnp.zeros((*logits.shape[:-1], 1), unsigned))
-    value = lax.bitcast_convert_type(jnp.where(t < sign, ~t, t ^ sign), logits.dtype)
+    t = lax.fori_loop(0, bits, body, jnp.zeros((*order.shape[:-1], 1), unsigned))
+    value = lax.bitcast_convert_type(jnp.where(t < sign, ~t, t ^ sign), order.dtype)
     # 0, which nothing reached, stands for no number.
     return jnp.where(t > 0, value, jnp.full_like(value, -jnp.inf))
 
