@@ -56,12 +56,9 @@ class Choice(eqx.Module):
         logits = self.logits(logits, recent)
         if self.temperature is None:
             return _only_best(logits)
-        temperature = self.temperature
-        if self.some_greedy:
-            temperature = jnp.where(temperature > 0, temperature, jnp.ones_like(temperature))
         filtered = _sampling.filtered(
             logits,
-            temperature=temperature,
+            temperature=self._heat(),
             top_k=self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
@@ -78,9 +75,28 @@ class Choice(eqx.Module):
         recent: Int[Array, " window"],
         key: PRNGKeyArray | None,
     ) -> Int[Array, ""]:
+        logits = self.logits(logits, recent)
         if self.temperature is None or key is None:
-            return _sampling.greedy(self.logits(logits, recent))
-        return _sampling.draw(self.distribution(logits, recent), key)
+            return _sampling.greedy(logits)
+        token = _sampling.sample(
+            logits,
+            key,
+            temperature=self._heat(),
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            typical_p=self.typical_p,
+        )
+        if self.some_greedy:
+            token = jnp.where(self.temperature > 0, token, _sampling.greedy(logits))
+        return token
+
+    def _heat(self) -> Float[Array, ""]:
+        """The temperature, 1 for a greedy row, in which nothing is drawn."""
+        assert self.temperature is not None
+        if not self.some_greedy:
+            return self.temperature
+        return jnp.where(self.temperature > 0, self.temperature, jnp.ones_like(self.temperature))
 
 
 def _only_best(logits: Float[Array, " vocab"]) -> Float[Array, " vocab"]:

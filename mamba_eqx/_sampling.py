@@ -1,25 +1,21 @@
 """From logits to a token. Everything works along the last axis; put `jax.vmap` or leading axes
 around it as you like. Filters set the logits they exclude to `-inf` and leave the others alone."""
 
+import functools
 import math
 import numbers
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
-from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from ._draw import First, draw, draw_first, maximum, only, only_first
 from .ops._precision import at_least_float32
 
 
 _TINY = float(np.finfo(np.float32).tiny)
-_LARGEST = 128  # among how many of the largest logits a threshold is looked for first
-_LANES = 512  # how many numbers are added up at a time
 
 
 def temperature(
@@ -44,7 +40,7 @@ def temperature(
     **Raises:** `ValueError` if `value` is out of range (values traced by JAX are not checked).
     """
     check_temperature(value)
-    return (logits - _max(logits)) / jnp.asarray(value, logits.dtype)
+    return (logits - maximum(logits)) / jnp.asarray(value, logits.dtype)
 
 
 def top_k(
@@ -68,9 +64,7 @@ def top_k(
 
     **Raises:** `ValueError` if `k` is out of range (values traced by JAX are not checked).
     """
-    check_top_k(k)
-    one = lambda logits: jnp.ones(logits.shape, jnp.int32)  # noqa: E731
-    return _only_first(logits, _itself, one, jnp.asarray(k, jnp.int32))
+    return only_first(logits, _first_k(k))
 
 
 def top_p(
@@ -95,11 +89,7 @@ def top_p(
 
     **Raises:** `ValueError` if `p` is out of range (values traced by JAX are not checked).
     """
-    check_top_p(p)
-    wide = at_least_float32(logits)
-    total = jax.nn.logsumexp(logits.astype(wide), axis=-1, keepdims=True)
-    probs = lambda logits: jnp.exp(logits.astype(wide) - total)  # noqa: E731
-    return _only_first(logits, _itself, probs, jnp.asarray(p, wide))
+    return only_first(logits, _first_p(logits, p))
 
 
 def min_p(
@@ -125,7 +115,7 @@ def min_p(
     **Raises:** `ValueError` if `p` is out of range (values traced by JAX are not checked).
     """
     check_min_p(p)
-    return _only(logits, logits - _max(logits) >= jnp.log(jnp.asarray(p, logits.dtype)))
+    return only(logits, logits - maximum(logits) >= jnp.log(jnp.asarray(p, logits.dtype)))
 
 
 def typical_p(
@@ -150,16 +140,7 @@ def typical_p(
 
     **Raises:** `ValueError` if `p` is out of range (values traced by JAX are not checked).
     """
-    check_typical_p(p)
-    wide = at_least_float32(logits)
-    total = jax.nn.logsumexp(logits.astype(wide), axis=-1, keepdims=True)
-    log_probs = lambda logits: logits.astype(wide) - total  # noqa: E731
-    probs = lambda logits: jnp.exp(log_probs(logits))  # noqa: E731
-    # What is excluded already has the probability 0, and adds nothing.
-    finite = jnp.where(probs(logits) > 0, log_probs(logits), jnp.zeros(logits.shape, wide))
-    entropy = -jnp.sum(probs(logits) * finite, axis=-1, keepdims=True)
-    closeness = lambda logits: -jnp.abs(log_probs(logits) + entropy)  # noqa: E731
-    return _only_first(logits, closeness, probs, jnp.asarray(p, wide))
+    return only_first(logits, _first_typical(logits, p))
 
 
 def greedy(logits: Float[Array, "*batch vocab"]) -> Int[Array, "*batch"]:
@@ -188,28 +169,43 @@ def sample(
     are not `None`, in the order `top_k`, `top_p`, `min_p`, `typical_p`, each on what the one before
     has left.
 
-    One uniform number $u$ is drawn and the distribution function inverted,
+    A uniform number $u$ is drawn and the distribution function inverted,
 
     $$\min \{ i : p_0 + \dots + p_i > u \},$$
 
-    which takes a third of the time of Gumbel's method over a large vocabulary. An excluded token
-    is never drawn.
+    which takes a third of the time of Gumbel's method over a large vocabulary. Where the last
+    filter excludes that token, another one is drawn among those that come before it, until one is
+    kept: an excluded token is never drawn, and the kept ones have exactly the distribution that
+    the filters leave.
 
     **Arguments:**
 
     - `logits`: of any floating-point dtype. Where the model pads its vocabulary, cut the padding
         off: `logits[..., :model.vocab_size]`.
-    - `key`: for the uniform number.
+    - `key`: for the uniform numbers.
     - `temperature`, `top_k`, `top_p`, `min_p`, `typical_p`: see the functions of these names.
 
     **Returns:** the token.
 
     **Raises:** `ValueError` if an argument is out of range (values traced by JAX are not checked).
     """
-    logits = filtered(
-        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p
-    )
-    return draw(logits, key)
+    # The last filter but `min_p` needs no threshold to draw by. `min_p` leaves out what comes last
+    # in the order of `top_k` and `top_p`, and changes nothing about what they keep.
+    rest = functools.partial(filtered, temperature=temperature)
+    first = None
+    if typical_p is not None:
+        logits = rest(logits, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=None)
+        first = _first_typical(logits, typical_p)
+    elif top_p is not None:
+        logits = rest(logits, top_k=top_k, top_p=None, min_p=None, typical_p=None)
+        first = _first_p(logits, top_p)
+    else:
+        logits = rest(logits, top_k=None, top_p=None, min_p=None, typical_p=None)
+        if top_k is not None:
+            first = _first_k(top_k)
+    if min_p is not None and typical_p is None:
+        logits = _min_p(logits, min_p)
+    return draw(logits, key) if first is None else draw_first(logits, first, key)
 
 
 def filtered(
@@ -232,36 +228,6 @@ def filtered(
     if typical_p is not None:
         logits = _typical_p(logits, typical_p)
     return logits
-
-
-def draw(logits: Float[Array, "*batch vocab"], key: PRNGKeyArray) -> Int[Array, "*batch"]:
-    """A token from `softmax(logits)`."""
-    tiles = _tiles(jnp.exp(logits - _max(logits)))
-    u = jr.uniform(key, (*logits.shape[:-1], 1), logits.dtype)
-    # First which tile, then which of its tokens: a sum over a few hundred numbers twice, instead
-    # of one over the whole vocabulary.
-    sums = jnp.sum(tiles, axis=-1)
-    cumulative = jnp.cumsum(sums, axis=-1)
-    value = u * _max(cumulative)
-    tile = _first_above(cumulative, sums, value)
-    rest = value - jnp.take_along_axis(cumulative - sums, tile, axis=-1)
-    probs = jnp.take_along_axis(tiles, tile[..., None], axis=-2)[..., 0, :]
-    lane = _first_above(jnp.cumsum(probs, axis=-1), probs, rest)
-    return (tile * _LANES + lane)[..., 0].astype(jnp.int32)
-
-
-def _first_above(
-    cumulative: Float[Array, "*batch n"],
-    weight: Float[Array, "*batch n"],
-    value: Float[Array, "*batch 1"],
-) -> Int[Array, "*batch 1"]:
-    """The first place where the sum of the weights is above `value`, never one of no weight; if it
-    is so nowhere, by a rounding error, where the sum is largest."""
-    # A parallel sum is not monotone to the last bit: between two weights it may rise by a rounding
-    # error over an excluded one.
-    cumulative = jnp.where(weight > 0, cumulative, jnp.zeros_like(cumulative))
-    above = (cumulative > value) | (cumulative >= _max(cumulative))
-    return jnp.argmax(above, axis=-1, keepdims=True)
 
 
 # `sample` names its arguments as the functions are named.
@@ -313,88 +279,29 @@ def _number(name: str, value: Any) -> float | int | None:
     return np.asarray(value).item()
 
 
-def _max(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch 1"]:
-    return jnp.max(logits, axis=-1, keepdims=True)
+def _first_k(k: Any) -> First:
+    check_top_k(k)
+    return First(jnp.asarray(k, jnp.int32))
 
 
-def _only(
-    logits: Float[Array, "*batch vocab"], keep: Bool[Array, "*batch vocab"]
-) -> Float[Array, "*batch vocab"]:
-    return jnp.where(keep, logits, jnp.full_like(logits, -jnp.inf))
+def _first_p(logits: Float[Array, "*batch vocab"], p: Any) -> First:
+    check_top_p(p)
+    logits = logits.astype(at_least_float32(logits))
+    largest = maximum(logits)
+    total = jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True)
+    return First(total * jnp.asarray(p, total.dtype), largest)
 
 
-def _itself(logits: Array) -> Array:
-    return logits
-
-
-def _only_first(
-    logits: Float[Array, "*batch vocab"],
-    order: Callable[[Array], Array],
-    weight: Callable[[Array], Array],
-    target: Float[Array, ""] | Int[Array, ""],
-) -> Float[Array, "*batch vocab"]:
-    """The logits of the smallest `{i : order(l_i) >= t}` that weighs at least `target`; all of them
-    if nothing does. `order` and `weight` are functions of each logit by itself.
-
-    It is mostly found among the few that come first, which a CPU picks out of 50,000 within a fifth
-    of a millisecond, where sorting them all takes twenty (benchmarks/generate.py).
-    """
-    largest, where = lax.top_k(order(logits), min(_LARGEST, logits.shape[-1]))
-    weighs = jnp.cumsum(weight(jnp.take_along_axis(logits, where, axis=-1)), axis=-1)
-    enough = weighs >= target
-    found = jnp.any(enough, axis=-1, keepdims=True)
-    first = jnp.argmax(enough, axis=-1, keepdims=True)
-    t = jnp.take_along_axis(largest, first, axis=-1)
-
-    def look_everywhere(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        # The barrier keeps XLA from taking the search out of the loop, since nothing in it changes.
-        logits, t, done = lax.optimization_barrier(carry)
-        t = jnp.where(found, t, _search(order(logits), weight(logits), target))
-        return logits, t, jnp.ones_like(done)
-
-    # A loop of one round or none rather than a `cond`, which `vmap` turns into both its branches.
-    # Of several rows the head gives the logits column by column; what comes out of the loop is laid
-    # out row by row, for all that follows.
-    begin = (logits, t, jnp.all(found))
-    logits, t, _ = lax.while_loop(lambda carry: ~carry[-1], look_everywhere, begin)
-    return _only(logits, order(logits) >= t)
-
-
-def _search(
-    order: Float[Array, "*batch vocab"],
-    weight: Float[Array, "*batch vocab"] | Int[Array, "*batch vocab"],
-    target: Float[Array, ""] | Int[Array, ""],
-) -> Float[Array, "*batch 1"]:
-    """The largest `t` such that `{i : order_i >= t}` weighs at least `target`; `-inf` if none does.
-
-    As integers, floating-point numbers are ordered like the numbers they stand for, so that `t`
-    is found bit by bit, exactly.
-    """
-    bits = 8 * order.dtype.itemsize
-    unsigned = jnp.dtype(f"uint{bits}")
-    sign = jnp.asarray(1 << (bits - 1), unsigned)
-    # -0.0 equals 0.0 but has other bits.
-    raw = lax.bitcast_convert_type(jnp.where(order == 0, jnp.zeros_like(order), order), unsigned)
-    integers = jnp.where(raw < sign, raw | sign, ~raw)
-    # The barrier keeps XLA from computing both anew in every round.
-    tiles = lax.optimization_barrier((_tiles(integers), _tiles(weight)))
-
-    def body(i: Any, t: Array) -> Array:
-        higher = t | (sign >> i.astype(unsigned))
-        integer, tile_weight = tiles
-        counted = jnp.where(integer >= higher[..., None], tile_weight, jnp.zeros_like(tile_weight))
-        weighs = jnp.sum(jnp.sum(counted, axis=-1), axis=-1, keepdims=True)
-        return jnp.where(weighs >= target, higher, t)
-
-    t = lax.fori_loop(0, bits, body, jnp.zeros((*order.shape[:-1], 1), unsigned))
-    value = lax.bitcast_convert_type(jnp.where(t < sign, ~t, t ^ sign), order.dtype)
-    # 0, which nothing reached, stands for no number.
-    return jnp.where(t > 0, value, jnp.full_like(value, -jnp.inf))
-
-
-def _tiles(values: Shaped[Array, "*batch vocab"]) -> Shaped[Array, "*batch tile lane"]:
-    """Rows of `_LANES` values, the last one filled up with zeros. XLA adds up each of many short
-    rows by itself, in parallel, and one long row number by number."""
-    missing = -values.shape[-1] % _LANES
-    padding = [(0, 0)] * (values.ndim - 1) + [(0, missing)]
-    return jnp.pad(values, padding).reshape(*values.shape[:-1], -1, _LANES)
+def _first_typical(logits: Float[Array, "*batch vocab"], p: Any) -> First:
+    check_typical_p(p)
+    logits = logits.astype(at_least_float32(logits))
+    largest = maximum(logits)
+    below = logits - largest
+    weight = jnp.exp(below)
+    total = jnp.sum(weight, axis=-1, keepdims=True)
+    # What is excluded already has no weight, and adds nothing.
+    sum_below = jnp.sum(jnp.where(weight > 0, weight * below, 0), axis=-1, keepdims=True)
+    # log p_i is l_i but for a constant: the tokens whose information is closest to the entropy are
+    # those whose logits are closest to the expected logit.
+    centre = largest + sum_below / total
+    return First(total * jnp.asarray(p, total.dtype), largest, centre)

@@ -101,36 +101,116 @@ def draw(logits, **options):
     return np.bincount(run(keys), minlength=len(logits)) / N
 
 
+def distribution(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None, typical_p=None):
+    """What the filters leave one after the other, of logits without ties."""
+    logits = logits.astype(np.float64) / temperature
+
+    def only_first(order, probs, share):
+        before = np.cumsum(probs[order]) - probs[order]
+        logits[order[before >= share]] = EXCLUDED
+
+    if top_k is not None:
+        logits[np.argsort(-logits)[top_k:]] = EXCLUDED
+    if top_p is not None:
+        only_first(np.argsort(-logits), softmax(logits), top_p)
+    if min_p is not None:
+        logits[softmax(logits) < min_p * softmax(logits).max()] = EXCLUDED
+    if typical_p is not None:
+        probs = softmax(logits)
+        information = np.full(len(probs), np.inf)
+        information[probs > 0] = -np.log(probs[probs > 0])
+        entropy = np.sum(probs[probs > 0] * information[probs > 0])
+        only_first(np.argsort(np.abs(information - entropy)), probs, typical_p)
+    return softmax(logits)
+
+
+def assert_frequencies(got, expected):
+    """Within five standard deviations."""
+    bound = 5 * np.sqrt(expected * (1 - expected) / N) + 1e-9
+    np.testing.assert_array_less(np.abs(got - expected), bound)
+
+
+FILTERS = [
+    {},
+    {"temperature": 0.5},
+    {"temperature": 2.0, "top_k": 3},
+    {"top_k": 1},
+    {"top_p": 0.3},
+    {"top_p": 0.8},
+    {"temperature": 1.5, "min_p": 0.3},
+    {"typical_p": 0.3},
+    {"typical_p": 0.8},
+    {"top_k": 4, "top_p": 0.8},
+    {"top_k": 4, "min_p": 0.3},
+    {"top_p": 0.97, "min_p": 0.3},
+    {"top_k": 4, "typical_p": 0.7},
+    {"temperature": 1.5, "top_k": 4, "top_p": 0.97, "min_p": 0.3},
+    {"temperature": 1.5, "top_k": 4, "top_p": 0.97, "min_p": 0.3, "typical_p": 0.5},
+]
+
+
+SINGLE = [{"top_k": 2}, {"top_p": 0.5}, {"typical_p": 0.5}]
+
+
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+def test_sample_draws_from_the_filtered_distribution(options):
+    expected = distribution(LOGITS_5, **options)
+    rows = jnp.tile(jnp.asarray(LOGITS_5), (N, 1))
+    # Rows with a key each, and rows with one key.
+    at_once = np.bincount(mbx.sample(rows, jr.key(1), **options), minlength=5) / N
+    for got in (draw(LOGITS_5, **options), at_once):
+        np.testing.assert_array_equal(got[expected == 0], 0)
+        assert_frequencies(got, expected)
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"temperature": 0.5},
-        {"temperature": 2.0, "top_k": 3},
-        {"top_k": 4, "top_p": 0.8},
-        {"temperature": 1.5, "top_k": 4, "top_p": 0.97, "min_p": 0.3},
-        {"top_k": 1},
+        {"top_k": 7},
+        {"top_k": 700},
+        {"top_p": 0.02},
+        {"top_p": 0.6},
+        {"typical_p": 0.02},
+        {"typical_p": 0.6},
+        {"top_k": 700, "top_p": 0.5, "min_p": 0.4},
     ],
     ids=str,
 )
-def test_sample_draws_from_the_filtered_distribution(options):
-    expected = LOGITS_5.astype(np.float64) / options.get("temperature", 1.0)
-    order = np.argsort(-expected)
-    if "top_k" in options:
-        expected[order[options["top_k"] :]] = EXCLUDED
-    if "top_p" in options:
-        before = np.cumsum(softmax(expected)[order]) - softmax(expected)[order]
-        expected[order[before >= options["top_p"]]] = EXCLUDED
-    if "min_p" in options:
-        probs = softmax(expected)
-        expected[probs < options["min_p"] * probs.max()] = EXCLUDED
-    expected = softmax(expected)
-    got = draw(LOGITS_5, **options)
-    np.testing.assert_array_equal(got[expected == 0], 0)
-    # Five standard deviations of the frequencies.
-    np.testing.assert_array_less(
-        np.abs(got - expected), 5 * np.sqrt(expected * (1 - expected) / N) + 1e-9
-    )
+def test_of_many_tokens_only_kept_ones_are_drawn_and_by_their_probabilities(options):
+    # Tokens of a kind follow each other over tiles, and many are refused before one is kept.
+    logits = np.random.default_rng(0).normal(size=1300).astype(np.float32)
+    expected = distribution(logits, **options)
+    # The token at the threshold may go either way, by a rounding error.
+    kept = np.isfinite(filtered(logits, **options))
+    assert (kept != (expected > 0)).sum() <= 1
+    got = draw(logits, **options)
+    np.testing.assert_array_equal(got[~kept], 0)
+    for width in (100, 512):
+        edges = np.arange(0, len(logits), width)
+        assert_frequencies(np.add.reduceat(got, edges), np.add.reduceat(expected, edges))
+
+
+def filtered(logits, **options):
+    logits = jnp.asarray(logits)
+    for name in ("temperature", "top_k", "top_p", "min_p", "typical_p"):
+        if name in options:
+            logits = getattr(mbx, name)(logits, options[name])
+    return logits
+
+
+@given(LOGITS | MANY, st.sampled_from([*SINGLE, FILTERS[-1]]), st.integers(0, 2**31 - 1))
+def test_sample_draws_what_the_filters_keep(logits, options, seed):
+    kept = np.isfinite(filtered(logits, **options))
+    tokens = np.asarray(mbx.sample(jnp.asarray(logits), jr.key(seed), **options))
+    assert np.take_along_axis(kept, tokens[..., None], axis=-1).all()
+
+
+@pytest.mark.parametrize("options", [{}, *SINGLE], ids=str)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_no_numbers_end(options, value):
+    logits = jnp.full((2, 700), value).at[0].set(0.0)
+    tokens = mbx.sample(logits, jr.key(0), **options)
+    assert ((tokens >= 0) & (tokens < 700)).all()
 
 
 @pytest.mark.parametrize("survivors", [[0], [70_000], [3, 40_000]], ids=str)
@@ -145,9 +225,7 @@ def test_a_large_vocabulary_is_drawn_from_by_its_probabilities():
     expected[[0, 511, 512, 1024, 1299]] = 0.3, 0.2, 0.1, 0.05, 0.35
     with np.errstate(divide="ignore"):
         got = draw(np.log(expected).astype(np.float32))
-    np.testing.assert_array_less(
-        np.abs(got - expected), 5 * np.sqrt(expected * (1 - expected) / N) + 1e-9
-    )
+    assert_frequencies(got, expected)
 
 
 def test_batches_of_logits_are_drawn_independently():
@@ -160,6 +238,19 @@ def test_batches_of_logits_are_drawn_independently():
 def test_the_same_key_draws_the_same():
     logits = jr.normal(jr.key(0), (9,))
     assert mbx.sample(logits, jr.key(3)) == mbx.sample(logits, jr.key(3))
+
+
+@pytest.mark.parametrize("options", SINGLE, ids=str)
+def test_outside_of_jit_the_loops_are_compiled_once(options):
+    logits = jr.normal(jr.key(0), (3, 1500))
+
+    def run(seed):
+        mbx.sample(logits + seed, jr.key(seed), **options)
+        filtered(logits + seed, **options)
+
+    run(1)  # also compiles what is met first
+    with jax.no_tracing():
+        run(2)
 
 
 def test_options_may_be_traced():
