@@ -121,11 +121,13 @@ def draw_first(
     with random pivots, half of the excess goes in each round, on average. A round costs one look
     at all logits, and the first one mostly suffices, where finding the largest costs ten of them.
 
-    Reference: Ye et al., *FlashInfer: Efficient and Customizable Attention Engine for LLM Inference
-    Serving* (2025), whose kernels for sampling refuse tokens in the same way.
+    Reference: FlashInfer's kernels for sampling refuse tokens in the same way (*Sorting-Free GPU
+    Kernels for LLM Sampling*, 2025).
     """
     orders = _tiles(first.order(logits), -jnp.inf)
     weights = _tiles(jnp.exp(logits - maximum(logits)))
+    counted = first.largest is None
+    target = first.target.astype(weights.dtype)
 
     def try_once(carry: tuple[Array, Array, Array, Array, Array]) -> Any:
         last, last_pivot, last_sums, kept, tries = carry
@@ -140,10 +142,14 @@ def draw_first(
         pivot = jnp.take_along_axis(order, token % _LANES, axis=-1)
         before = orders > pivot[..., None]
         sums = jnp.sum(jnp.where(before, weights, jnp.zeros_like(weights)), axis=-1)
-        weigh = jnp.sum(before, axis=-1) if first.largest is None else sums
+        weigh = sums
+        if counted:
+            # The barrier keeps XLA from making one long sum of this and the next one. It adds up
+            # floating-point numbers faster than integers; below 2^24 they count as well.
+            weigh = lax.optimization_barrier(jnp.sum(before.astype(sums.dtype), axis=-1))
         weigh = jnp.sum(weigh, axis=-1, keepdims=True)
         # Written so that NaN ends it too.
-        keep = ~(weigh >= first.target) | ~(jnp.sum(sums, axis=-1, keepdims=True) > 0)
+        keep = ~(weigh >= target) | ~(jnp.sum(sums, axis=-1, keepdims=True) > 0)
         token = jnp.where(kept, last, token)
         return token, pivot, sums, kept | keep, tries + 1
 
