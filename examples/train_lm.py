@@ -1,6 +1,6 @@
 """Train a byte-level Mamba language model on a text, from scratch, on a laptop's CPU.
 
-    python examples/train_lm.py --out runs/shakespeare              # the model that ships, an hour
+    python examples/train_lm.py --out runs/shakespeare              # the model that ships
     python examples/train_lm.py --text book.txt --preset small --out runs/book
     python -m mamba_eqx generate --model runs/book "It was "
 
@@ -36,7 +36,7 @@ class Settings:
     d_model: int = 192
     layers: int = 6
     d_state: int = 0
-    steps: int = 5500
+    steps: int = 11_000
     batch: int = 16
     length: int = 128
     stretch: int = 16

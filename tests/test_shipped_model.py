@@ -43,8 +43,8 @@ def test_it_predicts_a_play_it_never_saw(model: mbx.LanguageModel):
     tokens = np.frombuffer(play[2000:10001], np.uint8).astype(np.int32)
     logits = eqx.filter_jit(model)(jnp.asarray(tokens[:-1]))
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:])
-    # Its card says 1.974 for the whole play.
-    assert float(jnp.mean(nats)) / np.log(2) < 2.1
+    # Its card says 1.940 for the whole play.
+    assert float(jnp.mean(nats)) / np.log(2) < 2.07
 
 
 def test_it_writes(model: mbx.LanguageModel):
