@@ -20,7 +20,7 @@ LEVELS = [
     ["_block", "_bidirectional"],
     ["_stack"],
     ["_language_model"],
-    ["_config"],
+    ["_config", "_draw"],
     ["pretrained", "_sampling", "_penalties", "_prompts", "_text", "_chat"],
     ["_tokenizers"],
     ["_choice", "_stop_strings", "_state_file", "_load_tokenizer"],
