@@ -166,13 +166,13 @@ def test_sample_draws_from_the_filtered_distribution(options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"top_k": 7},
         {"top_k": 700},
-        {"top_p": 0.02},
         {"top_p": 0.6},
-        {"typical_p": 0.02},
         {"typical_p": 0.6},
-        {"top_k": 700, "top_p": 0.5, "min_p": 0.4},
+        pytest.param({"top_k": 7}, marks=pytest.mark.slow),
+        pytest.param({"top_p": 0.02}, marks=pytest.mark.slow),
+        pytest.param({"typical_p": 0.02}, marks=pytest.mark.slow),
+        pytest.param({"top_k": 700, "top_p": 0.5, "min_p": 0.4}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
