@@ -56,14 +56,7 @@ class Choice(eqx.Module):
         logits = self.logits(logits, recent)
         if self.temperature is None:
             return _only_best(logits)
-        filtered = _sampling.filtered(
-            logits,
-            temperature=self._heat(),
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            typical_p=self.typical_p,
-        )
+        filtered = self._with_options(_sampling.filtered)(logits)
         if self.some_greedy:
             greedy = _only_best(logits.astype(filtered.dtype))
             filtered = jnp.where(self.temperature > 0, filtered, greedy)
@@ -78,25 +71,25 @@ class Choice(eqx.Module):
         logits = self.logits(logits, recent)
         if self.temperature is None or key is None:
             return _sampling.greedy(logits)
-        token = _sampling.sample(
-            logits,
-            key,
-            temperature=self._heat(),
+        token = self._with_options(_sampling.sample)(logits, key)
+        if self.some_greedy:
+            token = jnp.where(self.temperature > 0, token, _sampling.greedy(logits))
+        return token
+
+    def _with_options(self, function: Callable[..., Array]) -> Callable[..., Array]:
+        temperature = self.temperature
+        assert temperature is not None
+        if self.some_greedy:
+            # In a greedy row nothing is drawn.
+            temperature = jnp.where(temperature > 0, temperature, jnp.ones_like(temperature))
+        return functools.partial(
+            function,
+            temperature=temperature,
             top_k=self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
             typical_p=self.typical_p,
         )
-        if self.some_greedy:
-            token = jnp.where(self.temperature > 0, token, _sampling.greedy(logits))
-        return token
-
-    def _heat(self) -> Float[Array, ""]:
-        """The temperature, 1 for a greedy row, in which nothing is drawn."""
-        assert self.temperature is not None
-        if not self.some_greedy:
-            return self.temperature
-        return jnp.where(self.temperature > 0, self.temperature, jnp.ones_like(self.temperature))
 
 
 def _only_best(logits: Float[Array, " vocab"]) -> Float[Array, " vocab"]:

@@ -126,7 +126,6 @@ def draw_first(
     """
     orders = _tiles(first.order(logits), -jnp.inf)
     weights = _tiles(jnp.exp(logits - maximum(logits)))
-    counted = first.largest is None
     target = first.target.astype(weights.dtype)
 
     def try_once(carry: tuple[Array, Array, Array, Array, Array]) -> Any:
@@ -143,7 +142,7 @@ def draw_first(
         before = orders > pivot[..., None]
         sums = jnp.sum(jnp.where(before, weights, jnp.zeros_like(weights)), axis=-1)
         weigh = sums
-        if counted:
+        if first.largest is None:
             # The barrier keeps XLA from making one long sum of this and the next one. It adds up
             # floating-point numbers faster than integers; below 2^24 they count as well.
             weigh = lax.optimization_barrier(jnp.sum(before.astype(sums.dtype), axis=-1))

@@ -194,13 +194,13 @@ def sample(
     rest = functools.partial(filtered, temperature=temperature)
     first = None
     if typical_p is not None:
-        logits = rest(logits, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=None)
+        logits = rest(logits, top_k=top_k, top_p=top_p, min_p=min_p)
         first = _first_typical(logits, typical_p)
     elif top_p is not None:
-        logits = rest(logits, top_k=top_k, top_p=None, min_p=None, typical_p=None)
+        logits = rest(logits, top_k=top_k)
         first = _first_p(logits, top_p)
     else:
-        logits = rest(logits, top_k=None, top_p=None, min_p=None, typical_p=None)
+        logits = rest(logits)
         if top_k is not None:
             first = _first_k(top_k)
     if min_p is not None and typical_p is None:
@@ -212,10 +212,10 @@ def filtered(
     logits: Float[Array, "*batch vocab"],
     *,
     temperature: float | Float[Array, ""],
-    top_k: int | Int[Array, ""] | None,
-    top_p: float | Float[Array, ""] | None,
-    min_p: float | Float[Array, ""] | None,
-    typical_p: float | Float[Array, ""] | None,
+    top_k: int | Int[Array, ""] | None = None,
+    top_p: float | Float[Array, ""] | None = None,
+    min_p: float | Float[Array, ""] | None = None,
+    typical_p: float | Float[Array, ""] | None = None,
 ) -> Float[Array, "*batch vocab"]:
     """The logits of the distribution from which `sample` draws."""
     logits = _temperature(logits.astype(at_least_float32(logits)), temperature)
@@ -286,18 +286,14 @@ def _first_k(k: Any) -> First:
 
 def _first_p(logits: Float[Array, "*batch vocab"], p: Any) -> First:
     check_top_p(p)
-    logits = logits.astype(at_least_float32(logits))
-    largest = maximum(logits)
-    total = jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True)
+    largest, _, weight = _weights(logits)
+    total = jnp.sum(weight, axis=-1, keepdims=True)
     return First(total * jnp.asarray(p, total.dtype), largest)
 
 
 def _first_typical(logits: Float[Array, "*batch vocab"], p: Any) -> First:
     check_typical_p(p)
-    logits = logits.astype(at_least_float32(logits))
-    largest = maximum(logits)
-    below = logits - largest
-    weight = jnp.exp(below)
+    largest, below, weight = _weights(logits)
     total = jnp.sum(weight, axis=-1, keepdims=True)
     # What is excluded already has no weight, and adds nothing.
     sum_below = jnp.sum(jnp.where(weight > 0, weight * below, 0), axis=-1, keepdims=True)
@@ -305,3 +301,13 @@ def _first_typical(logits: Float[Array, "*batch vocab"], p: Any) -> First:
     # those whose logits are closest to the expected logit.
     centre = largest + sum_below / total
     return First(total * jnp.asarray(p, total.dtype), largest, centre)
+
+
+def _weights(
+    logits: Float[Array, "*batch vocab"],
+) -> tuple[Float[Array, "*batch 1"], Float[Array, "*batch vocab"], Float[Array, "*batch vocab"]]:
+    """The largest logit, how far each is below it, and the exponential of that."""
+    logits = logits.astype(at_least_float32(logits))
+    largest = maximum(logits)
+    below = logits - largest
+    return largest, below, jnp.exp(below)
