@@ -1,17 +1,18 @@
 """From logits to a token. Everything works along the last axis; put `jax.vmap` or leading axes
 around it as you like. Filters set the logits they exclude to `-inf` and leave the others alone."""
 
-import functools
 import math
 import numbers
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ._draw import First, draw, draw_first, maximum, only, only_first
+from ._draw import First, draw, draw_first, largest, maximum, only, only_first
 from .ops._precision import at_least_float32
 
 
@@ -176,7 +177,7 @@ def sample(
     which takes a third of the time of Gumbel's method over a large vocabulary. Where the last
     filter excludes that token, another one is drawn among those that come before it, until one is
     kept: an excluded token is never drawn, and the kept ones have exactly the distribution that
-    the filters leave.
+    the filters leave. What `top_k` keeps is drawn from by itself, largest first, if it is few.
 
     **Arguments:**
 
@@ -189,20 +190,65 @@ def sample(
 
     **Raises:** `ValueError` if an argument is out of range (values traced by JAX are not checked).
     """
+    checks = (check_top_k, check_top_p, check_min_p, check_typical_p)
+    for check, value in zip(checks, (top_k, top_p, min_p, typical_p), strict=True):
+        if value is not None:
+            check(value)
+    logits = filtered(logits, temperature=temperature)
+    choose = _draw_by_trial if top_k is None else _draw_of_largest
+    return choose(logits, key, top_k, top_p, min_p, typical_p)
+
+
+@jax.jit
+def _draw_of_largest(
+    logits: Float[Array, "*batch vocab"],
+    key: PRNGKeyArray,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
+    typical_p: Any,
+) -> Int[Array, "*batch"]:
+    """What `top_k` keeps is mostly found among the few largest logits; then all else is done with
+    those alone."""
+    few, where = largest(logits)
+    last = jnp.minimum(jnp.asarray(top_k, jnp.int32), few.shape[-1]) - 1
+    threshold = jnp.take(few, last[None], axis=-1)
+    chosen = _draw_by_trial(only(few, few >= threshold), key, None, top_p, min_p, typical_p)
+    token = jnp.take_along_axis(where, chosen[..., None], axis=-1)[..., 0]
+    if few.shape[-1] == logits.shape[-1]:
+        return token
+    # Unless others are tied with the last one kept, or fewer are wanted than were looked at.
+    found = (few[..., -1:] < threshold)[..., 0]
+
+    def among_all(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        logits, token, done = lax.optimization_barrier(carry)
+        other = _draw_by_trial(logits, key, top_k, top_p, min_p, typical_p)
+        return logits, jnp.where(found, token, other), jnp.ones_like(done)
+
+    # A loop of one round or none, as in `only_first`.
+    begin = (logits, token, jnp.all(found))
+    return lax.while_loop(lambda carry: ~carry[-1], among_all, begin)[1]
+
+
+def _draw_by_trial(
+    logits: Float[Array, "*batch vocab"],
+    key: PRNGKeyArray,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
+    typical_p: Any,
+) -> Int[Array, "*batch"]:
     # The last filter but `min_p` needs no threshold to draw by. `min_p` leaves out what comes last
     # in the order of `top_k` and `top_p`, and changes nothing about what they keep.
-    rest = functools.partial(filtered, temperature=temperature)
     first = None
     if typical_p is not None:
-        logits = rest(logits, top_k=top_k, top_p=top_p, min_p=min_p)
+        logits = _filter(logits, top_k, top_p, min_p, None)
         first = _first_typical(logits, typical_p)
     elif top_p is not None:
-        logits = rest(logits, top_k=top_k)
+        logits = _filter(logits, top_k, None, None, None)
         first = _first_p(logits, top_p)
-    else:
-        logits = rest(logits)
-        if top_k is not None:
-            first = _first_k(top_k)
+    elif top_k is not None:
+        first = _first_k(top_k)
     if min_p is not None and typical_p is None:
         logits = _min_p(logits, min_p)
     return draw(logits, key) if first is None else draw_first(logits, first, key)
@@ -219,6 +265,12 @@ def filtered(
 ) -> Float[Array, "*batch vocab"]:
     """The logits of the distribution from which `sample` draws."""
     logits = _temperature(logits.astype(at_least_float32(logits)), temperature)
+    return _filter(logits, top_k, top_p, min_p, typical_p)
+
+
+def _filter(
+    logits: Float[Array, "*batch vocab"], top_k: Any, top_p: Any, min_p: Any, typical_p: Any
+) -> Float[Array, "*batch vocab"]:
     if top_k is not None:
         logits = _top_k(logits, top_k)
     if top_p is not None:

@@ -37,6 +37,48 @@ def test_top_k_keeps_whatever_fewer_than_k_tokens_beat(logits, k):
     np.testing.assert_array_equal(mbx.top_k(jnp.asarray(logits), k), expected)
 
 
+@pytest.mark.parametrize("k", [1, 40, 127, 128, 129, 300, 5003])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])  # these have many ties
+def test_top_k_of_a_large_vocabulary(dtype, k):
+    # Of so many, only those in the groups with the largest maxima are looked at.
+    logits = np.random.default_rng(k).normal(size=(3, 5003)).astype(dtype)
+    # Most of the largest in one group, and in the last one, which is not a full one.
+    logits[1, 640:672] += 5
+    logits[2, -11:] += 5
+    expected = np.where(logits >= np.sort(logits)[:, -k, None], logits, EXCLUDED)
+    np.testing.assert_array_equal(mbx.top_k(jnp.asarray(logits), k), expected)
+
+
+@pytest.mark.parametrize("k", [1, 5, 300])
+def test_of_a_large_vocabulary_top_k_draws_from_what_it_keeps(k):
+    logits = np.random.default_rng(k).normal(size=(3, 5003)).astype(np.float32)
+    logits[1, :300] = 6.0  # the largest, all alike
+    logits[2, -11:] += 5
+    kept = np.isfinite(mbx.top_k(jnp.asarray(logits), k))
+    keys = jr.split(jr.key(0), 400)
+
+    @jax.jit
+    def run(keys):
+        return jax.lax.map(lambda key: mbx.sample(jnp.asarray(logits), key, top_k=k), keys)
+
+    for tokens, row in zip(np.asarray(run(keys)).T, kept, strict=True):
+        assert row[tokens].all()
+        # All of a few come up, and many of many.
+        assert len(np.unique(tokens)) >= min(row.sum(), 150)
+
+
+def test_a_row_draws_the_same_beside_a_row_of_ties():
+    logits = jr.normal(jr.key(0), (2, 5003)).at[1, :300].set(6.0)
+    keys = jr.split(jr.key(1), 10)
+
+    def draw(row, key):
+        return mbx.sample(row, key, top_k=5)
+
+    together = jax.vmap(jax.vmap(draw, (0, None)), (None, 0))(logits, keys)
+    alone = [[draw(row, key) for row in logits] for key in keys]
+    np.testing.assert_array_equal(together, alone)
+
+
 @given(LOGITS | MANY, st.floats(0.01, 0.99))
 def test_top_p_keeps_the_smallest_set_of_at_least_p(logits, p):
     def keep(row):
@@ -208,9 +250,9 @@ def test_sample_draws_what_the_filters_keep(logits, options, seed):
 @pytest.mark.parametrize("options", [{}, *SINGLE], ids=str)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_no_numbers_end(options, value):
-    logits = jnp.full((2, 700), value).at[0].set(0.0)
+    logits = jnp.full((2, 4500), value).at[0].set(0.0)
     tokens = mbx.sample(logits, jr.key(0), **options)
-    assert ((tokens >= 0) & (tokens < 700)).all()
+    assert ((tokens >= 0) & (tokens < 4500)).all()
 
 
 @pytest.mark.parametrize("survivors", [[0], [70_000], [3, 40_000]], ids=str)
