@@ -54,6 +54,7 @@ SAMPLING: dict[str, Any] = {"temperature": 0.8, "key": jr.key(0)}
 # At 0.8 random weights take all tokens for about as likely, so that a filter by probability keeps
 # most of them; at 0.2 they are sure. On text a trained model is between the two.
 SURE = SAMPLING | {"temperature": 0.2}
+AGAIN = "the bare loop again"  # how far the noise of the machine goes
 PENALTIES = mbx.Penalties(repetition=1.1, presence=0.1, frequency=0.1)
 
 
@@ -103,8 +104,7 @@ def overheads(model: mbx.LanguageModel, new: int, repeats: int) -> None:
         def run(chosen: dict[str, Any], start: Any = start) -> Any:
             return mbx.generate(model, None, new, state=start, **chosen).tokens
 
-        # How far the machine's noise goes.
-        runs["the bare loop again"] = bare(model, start, new)
+        runs[AGAIN] = bare(model, start, new)
         runs["generate, greedy"] = functools.partial(run, {})
         for name, chosen in options(model).items():
             runs[f"generate, {name}"] = functools.partial(run, chosen)
@@ -114,7 +114,7 @@ def overheads(model: mbx.LanguageModel, new: int, repeats: int) -> None:
         rows = []
         found = beside(bare(model, start, new), runs, repeats=repeats)
         for name, (seconds, ratio) in found.items():
-            if name != "the bare loop again":
+            if name != AGAIN:
                 worst = max(worst, ratio - 1)
             rows.append((batch, name, 1e3 * seconds / new, f"{ratio - 1:+.1%}"))
         print_table(("batch", "", "ms per token", "more than the bare loop"), rows)

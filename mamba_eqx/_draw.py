@@ -58,18 +58,33 @@ def only_first(logits: Float[Array, "*batch vocab"], first: First) -> Float[Arra
     found = jnp.any(enough, axis=-1, keepdims=True)
     t = jnp.take_along_axis(few, jnp.argmax(enough, axis=-1, keepdims=True), axis=-1)
 
-    def look_everywhere(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        # The barrier keeps XLA from taking the search out of the loop, since nothing in it changes.
-        logits, t, done = lax.optimization_barrier(carry)
-        t = jnp.where(found, t, _search(order(logits), weight(logits), first.target))
-        return logits, t, jnp.ones_like(done)
+    def look_everywhere(logits: Array) -> Array:
+        return _search(order(logits), weight(logits), first.target)
 
-    # A loop of one round or none rather than a `cond`, which `vmap` turns into both its branches.
     # Of several rows the head gives the logits column by column; what comes out of the loop is laid
     # out row by row, for all that follows.
-    begin = (logits, t, jnp.all(found))
-    logits, t, _ = lax.while_loop(lambda carry: ~carry[-1], look_everywhere, begin)
+    logits, t = unless_found(found, t, look_everywhere, logits)
     return only(logits, order(logits) >= t)
+
+
+def unless_found(
+    found: Bool[Array, "*batch"],
+    value: Shaped[Array, "*batch"],
+    look: Callable[[Array], Array],
+    logits: Float[Array, "*rows vocab"],
+) -> tuple[Float[Array, "*rows vocab"], Shaped[Array, "*batch"]]:
+    """The logits, and the value where it was found and `look(logits)` elsewhere, which is computed
+    only if one is missing."""
+
+    def body(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        # The barrier keeps XLA from taking the work out of the loop, since nothing in it changes.
+        logits, value, done = lax.optimization_barrier(carry)
+        return logits, jnp.where(found, value, look(logits)), jnp.ones_like(done)
+
+    # A loop of one round or none rather than a `cond`, which `vmap` turns into both its branches.
+    begin = (logits, value, jnp.all(found))
+    logits, value, _ = lax.while_loop(lambda carry: ~carry[-1], body, begin)
+    return logits, value
 
 
 def largest(

@@ -3,16 +3,15 @@ around it as you like. Filters set the logits they exclude to `-inf` and leave t
 
 import math
 import numbers
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ._draw import First, draw, draw_first, largest, maximum, only, only_first
+from ._draw import First, draw, draw_first, largest, maximum, only, only_first, unless_found
 from .ops._precision import at_least_float32
 
 
@@ -190,62 +189,56 @@ def sample(
 
     **Raises:** `ValueError` if an argument is out of range (values traced by JAX are not checked).
     """
-    checks = (check_top_k, check_top_p, check_min_p, check_typical_p)
-    for check, value in zip(checks, (top_k, top_p, min_p, typical_p), strict=True):
+    filters = _Filters(top_k, top_p, min_p, typical_p)
+    # What is compiled does not see the values.
+    checks = _Filters(check_top_k, check_top_p, check_min_p, check_typical_p)
+    for check, value in zip(checks, filters, strict=True):
         if value is not None:
             check(value)
     logits = filtered(logits, temperature=temperature)
     choose = _draw_by_trial if top_k is None else _draw_of_largest
-    return choose(logits, key, top_k, top_p, min_p, typical_p)
+    return choose(logits, key, filters)
+
+
+class _Filters(NamedTuple):
+    """Those that are not `None` are put on one after the other."""
+
+    top_k: Any = None
+    top_p: Any = None
+    min_p: Any = None
+    typical_p: Any = None
 
 
 @jax.jit
 def _draw_of_largest(
-    logits: Float[Array, "*batch vocab"],
-    key: PRNGKeyArray,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    typical_p: Any,
+    logits: Float[Array, "*batch vocab"], key: PRNGKeyArray, filters: _Filters
 ) -> Int[Array, "*batch"]:
     """What `top_k` keeps is mostly found among the few largest logits; then all else is done with
     those alone."""
     few, where = largest(logits)
-    last = jnp.minimum(jnp.asarray(top_k, jnp.int32), few.shape[-1]) - 1
+    last = jnp.minimum(jnp.asarray(filters.top_k, jnp.int32), few.shape[-1]) - 1
     threshold = jnp.take(few, last[None], axis=-1)
-    chosen = _draw_by_trial(only(few, few >= threshold), key, None, top_p, min_p, typical_p)
+    chosen = _draw_by_trial(only(few, few >= threshold), key, filters._replace(top_k=None))
     token = jnp.take_along_axis(where, chosen[..., None], axis=-1)[..., 0]
     if few.shape[-1] == logits.shape[-1]:
         return token
-    # Unless others are tied with the last one kept, or fewer are wanted than were looked at.
+    # Unless others are tied with the last one kept, or more are wanted than were looked at.
     found = (few[..., -1:] < threshold)[..., 0]
-
-    def among_all(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        logits, token, done = lax.optimization_barrier(carry)
-        other = _draw_by_trial(logits, key, top_k, top_p, min_p, typical_p)
-        return logits, jnp.where(found, token, other), jnp.ones_like(done)
-
-    # A loop of one round or none, as in `only_first`.
-    begin = (logits, token, jnp.all(found))
-    return lax.while_loop(lambda carry: ~carry[-1], among_all, begin)[1]
+    return unless_found(found, token, lambda all_: _draw_by_trial(all_, key, filters), logits)[1]
 
 
 def _draw_by_trial(
-    logits: Float[Array, "*batch vocab"],
-    key: PRNGKeyArray,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    typical_p: Any,
+    logits: Float[Array, "*batch vocab"], key: PRNGKeyArray, filters: _Filters
 ) -> Int[Array, "*batch"]:
     # The last filter but `min_p` needs no threshold to draw by. `min_p` leaves out what comes last
     # in the order of `top_k` and `top_p`, and changes nothing about what they keep.
+    top_k, top_p, min_p, typical_p = filters
     first = None
     if typical_p is not None:
-        logits = _filter(logits, top_k, top_p, min_p, None)
+        logits = _filter(logits, filters._replace(typical_p=None))
         first = _first_typical(logits, typical_p)
     elif top_p is not None:
-        logits = _filter(logits, top_k, None, None, None)
+        logits = _filter(logits, _Filters(top_k))
         first = _first_p(logits, top_p)
     elif top_k is not None:
         first = _first_k(top_k)
@@ -265,20 +258,16 @@ def filtered(
 ) -> Float[Array, "*batch vocab"]:
     """The logits of the distribution from which `sample` draws."""
     logits = _temperature(logits.astype(at_least_float32(logits)), temperature)
-    return _filter(logits, top_k, top_p, min_p, typical_p)
+    return _filter(logits, _Filters(top_k, top_p, min_p, typical_p))
 
 
 def _filter(
-    logits: Float[Array, "*batch vocab"], top_k: Any, top_p: Any, min_p: Any, typical_p: Any
+    logits: Float[Array, "*batch vocab"], filters: _Filters
 ) -> Float[Array, "*batch vocab"]:
-    if top_k is not None:
-        logits = _top_k(logits, top_k)
-    if top_p is not None:
-        logits = _top_p(logits, top_p)
-    if min_p is not None:
-        logits = _min_p(logits, min_p)
-    if typical_p is not None:
-        logits = _typical_p(logits, typical_p)
+    steps = _Filters(_top_k, _top_p, _min_p, _typical_p)
+    for step, value in zip(steps, filters, strict=True):
+        if value is not None:
+            logits = step(logits, value)
     return logits
 
 
