@@ -55,7 +55,7 @@ SAMPLING: dict[str, Any] = {"temperature": 0.8, "key": jr.key(0)}
 # most of them; at 0.2 they are sure. On text a trained model is between the two.
 SURE = SAMPLING | {"temperature": 0.2}
 AGAIN = "the bare loop again"  # how far the noise of the machine goes
-PENALTIES = mbx.Penalties(repetition=1.1, presence=0.1, frequency=0.1)
+PENALTIES = mbx.sampling.Penalties(repetition=1.1, presence=0.1, frequency=0.1)
 
 
 def options(model: mbx.LanguageModel) -> dict[str, dict[str, Any]]:
@@ -143,11 +143,11 @@ def choices(model: mbx.LanguageModel, repeats: int) -> None:
         "top-k, top-p": {"top_k": 40, "top_p": 0.95},
         "top-k, top-p, typical": {"top_k": 40, "top_p": 0.95, "typical_p": 0.9},
     }
-    greedy = compiled(lambda logits, _: mbx.greedy(logits))
+    greedy = compiled(lambda logits, _: mbx.sampling.greedy(logits))
     runs: Competitors = {"greedy again": greedy}
     for heat, how in ((0.2, ""), (8.0, ", all about as likely")):
         for name, chosen in filters.items():
-            choose = functools.partial(mbx.sample, temperature=heat, **chosen)
+            choose = functools.partial(mbx.sampling.sample, temperature=heat, **chosen)
             runs[name + how] = compiled(choose)
     rows = [
         (name, 1e3 * seconds, 1e3 * seconds * (1 - 1 / ratio))
@@ -182,9 +182,13 @@ def speculation(
         "itself, sampling": (model, first, SAMPLING),
         "its first 2 layers, greedy": (draft_of(model, 2), first, {}),
         "its first 2 layers, sampling": (draft_of(model, 2), first, SAMPLING),
-        "prompt lookup, greedy": (mbx.PromptLookup(), first, {}),
-        "prompt lookup, greedy, later": (mbx.PromptLookup(), cycle, {}),
-        "prompt lookup, sampling": (mbx.PromptLookup(), first, SAMPLING | {"temperature": 2.0}),
+        "prompt lookup, greedy": (mbx.generation.PromptLookup(), first, {}),
+        "prompt lookup, greedy, later": (mbx.generation.PromptLookup(), cycle, {}),
+        "prompt lookup, sampling": (
+            mbx.generation.PromptLookup(),
+            first,
+            SAMPLING | {"temperature": 2.0},
+        ),
     }
     rows = []
     for name, (draft, prompt, chosen) in cases.items():
@@ -231,7 +235,7 @@ def peer(model: mbx.LanguageModel, new: int) -> None:
             model,
             prompts if batch > 1 else prompts[0],
             new,
-            penalties=mbx.Penalties(repetition=1.1),
+            penalties=mbx.sampling.Penalties(repetition=1.1),
             **SAMPLING,
             **chosen,
         )

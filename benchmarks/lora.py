@@ -32,7 +32,7 @@ from mamba_eqx.training import LoRA
 class Wrapper(eqx.Module):
     """The usual design: `W x + b (a x)`."""
 
-    inner: mbx.Linear
+    inner: mbx.layers.Linear
     a: jax.Array
     b: jax.Array
 
@@ -49,7 +49,7 @@ def wrapped(model: Any, lora: LoRA) -> Any:
         pair = lora.pairs.get(jax.tree_util.keystr(path, simple=True, separator="."))
         return node if pair is None else Wrapper(node, pair.a, lora.scale * pair.b)
 
-    is_linear = lambda node: isinstance(node, mbx.Linear)  # noqa: E731
+    is_linear = lambda node: isinstance(node, mbx.layers.Linear)  # noqa: E731
     return jax.tree_util.tree_map_with_path(wrap, model, is_leaf=is_linear)
 
 

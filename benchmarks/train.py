@@ -46,7 +46,7 @@ def operations(model: mbx.LanguageModel) -> int:
     forward; as many for the gradient of the inputs, and for that of the weights."""
 
     def is_linear(node: Any) -> bool:
-        return isinstance(node, mbx.Linear)
+        return isinstance(node, mbx.layers.Linear)
 
     linears = filter(is_linear, jax.tree.leaves(model, is_leaf=is_linear))
     weights = sum(linear.weight.size for linear in linears)

@@ -14,7 +14,6 @@ line comes next, who speaks next, and how well the whole is predicted.
 """
 
 import argparse
-import importlib.resources
 import json
 import lzma
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,6 @@ import mamba_eqx as mbx
 
 
 CORPUS = Path(__file__).parent / "data" / "shakespeare.txt.xz"
-SHIPPED = Path(str(importlib.resources.files("mamba_eqx"))) / "models" / "shakespeare"
 
 
 @eqx.filter_jit
@@ -174,7 +172,7 @@ def evaluate(lm: Any, tasks: list[Any], limit: int | None = None) -> dict[str, d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--model", default=str(SHIPPED), help="a folder, or a repository on the Hub"
+        "--model", default=str(mbx.SHIPPED), help="a folder, or a repository on the Hub"
     )
     parser.add_argument("--tasks", nargs="*", help="of the harness (default: those of this file)")
     parser.add_argument("--limit", type=int, help="the most examples of each task")

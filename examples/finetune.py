@@ -9,7 +9,6 @@ By default the text is this package's documentation, which is not what Shakespea
 """
 
 import argparse
-import importlib.resources
 import time
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,10 @@ import numpy as np
 import optax
 
 import mamba_eqx as mbx
-from mamba_eqx.training import LoRA, begin, load_lora, save_lora
+from mamba_eqx.training import LoRA, load_lora, save_lora
 
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = Path(str(importlib.resources.files("mamba_eqx"))) / "models" / "shakespeare"
 TOKENIZER = mbx.ByteTokenizer()
 FIRST = ord("\n")  # every row begins with it, in training as in use
 
@@ -86,7 +84,9 @@ def train_step(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--method", choices=("lora", "state", "freeze"), default="lora")
-    parser.add_argument("--model", type=Path, default=SHIPPED, help="the folder of a checkpoint")
+    parser.add_argument(
+        "--model", type=Path, default=mbx.SHIPPED, help="the folder of a checkpoint"
+    )
     parser.add_argument("--text", type=Path, nargs="+", help="files (default: the documentation)")
     parser.add_argument("--out", type=Path, required=True, help="a folder for the result")
     parser.add_argument("--rank", type=int, default=8, help="of LoRA")
@@ -132,7 +132,7 @@ def main() -> None:
     print(f"{args.steps} steps, {time.process_time() - start:.0f} s of processor time")
 
     tuned, state = join(args.method, part, rest)
-    prefix = begin(tuned, state, FIRST)
+    prefix = mbx.decoding_state(tuned, state, FIRST)
     prompt = TOKENIZER.encode("The ")
     out = mbx.generate(tuned, prompt, 120, temperature=0.7, key=jr.key(args.seed), state=prefix)
     print(repr("The " + TOKENIZER.decode(out.tokens.tolist())))

@@ -52,7 +52,7 @@ class Own(eqx.Module):
 
 
 def make_models(vocab: int, d_model: int, d_state: int, key: jax.Array) -> dict[str, Any]:
-    def of(*mixers: mbx.AbstractMixerConfig) -> mbx.LanguageModel:
+    def of(*mixers: mbx.models.AbstractMixerConfig) -> mbx.LanguageModel:
         blocks = tuple(mbx.BlockConfig(mixer) for mixer in mixers)
         return mbx.LanguageModelConfig(vocab, blocks, tie_embeddings=False).build(key=key)
 

@@ -16,7 +16,6 @@ and requests at a time are limited.
 import argparse
 import asyncio
 import base64
-import importlib.resources
 import json
 import secrets
 from collections import OrderedDict
@@ -33,7 +32,6 @@ from aiohttp import ClientSession, web
 import mamba_eqx as mbx
 
 
-SHIPPED = Path(str(importlib.resources.files("mamba_eqx"))) / "models" / "shakespeare"
 PAGE = Path(__file__).with_suffix(".html")
 MAX_PROMPT = 4096  # characters
 MAX_NEW = 1024  # tokens
@@ -192,7 +190,7 @@ async def serve(server: Server, port: int, smoke: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--model", default=str(SHIPPED), help="a folder, or a repository on the Hub"
+        "--model", default=str(mbx.SHIPPED), help="a folder, or a repository on the Hub"
     )
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--smoke", action="store_true", help="ask once, print the answer, end")

@@ -1,6 +1,12 @@
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
+
+
+def default_dtype() -> jnp.dtype:
+    """float64 where JAX is in its 64-bit mode, otherwise float32: as in `equinox.nn`."""
+    return jnp.dtype(jnp.float64 if jax.config.read("jax_enable_x64") else jnp.float32)
 
 
 def at_least_float32(*values: Array | DTypeLike | None) -> jnp.dtype:

@@ -12,8 +12,8 @@ import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
 
-from . import hub_server
-from .hub_server import Hub
+from tests.support import hub_server
+from tests.support.hub_server import Hub
 
 
 # Every annotation of the package is checked at run time, shapes included, and no dtype is promoted
@@ -93,23 +93,23 @@ def programs_are_let_go() -> Iterator[None]:
 
 # What compiles much, and is about single features: left to CI, which runs everything.
 SLOW_FILES = {
-    "test_bidirectional.py",
-    "test_cli_checkpoints.py",
-    "test_cli_text.py",
-    "test_files_of_others.py",
-    "test_generate_options.py",
-    "test_killed_training.py",
-    "test_lora.py",
-    "test_mamba3.py",
-    "test_parity_hybrid.py",
-    "test_parity_mamba3.py",
-    "test_pretrained_hybrid.py",
-    "test_pretrained_mamba2.py",
-    "test_speculative.py",
-    "test_state_file.py",
-    "test_state_tuning.py",
-    "test_trainer.py",
-    "test_training_step.py",
+    "layers/test_bidirectional.py",
+    "cli/test_checkpoints.py",
+    "cli/test_text.py",
+    "pretrained/test_files_of_others.py",
+    "generation/test_options.py",
+    "training/test_killed_training.py",
+    "training/test_lora.py",
+    "ops/test_mamba3.py",
+    "parity/test_hybrid.py",
+    "parity/test_mamba3.py",
+    "pretrained/test_hybrid.py",
+    "pretrained/test_mamba2.py",
+    "generation/test_speculate.py",
+    "generation/test_state_file.py",
+    "generation/test_state_tuning.py",
+    "training/test_fit.py",
+    "training/test_step.py",
 }
 
 
@@ -133,7 +133,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What is held for one layer runs in one process, which then compiles it once."""
-    from .registry import VARIANTS  # Not before the hook above.
+    from tests.support.registry import VARIANTS  # Not before the hook above.
 
     for item in items:
         callspec = getattr(item, "callspec", None)
@@ -142,7 +142,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group(str(name)))
             if name in VARIANTS:
                 item.add_marker(pytest.mark.slow)
-        if item.path.name in SLOW_FILES or item.name.startswith("test_code_runs[docs/"):
+        if f"{item.path.parent.name}/{item.path.name}" in SLOW_FILES or item.name.startswith(
+            "test_code_runs[docs/"
+        ):
             item.add_marker(pytest.mark.slow)
     cache = getattr(config, "cache", None)
     if config.getoption("--rest") and cache is not None:

@@ -1,82 +1,127 @@
-"""The shape of the code itself: imports go strictly down, files stay small."""
+"""The structure of the code: imports go strictly down, folders are entered by their `__init__`."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mamba_eqx"
 
-# From the bottom to the top: a file may import from the lines above its own, and from its folder.
-LEVELS = [
-    ["ops"],
-    ["_protocol", "_initialisers"],
-    ["_linear"],
-    ["_conv", "_mlp", "_norm"],
-    ["mixers"],
-    ["_mixer_configs"],
-    ["_block", "_bidirectional"],
-    ["_stack"],
-    ["_language_model"],
-    ["_config", "_draw"],
-    ["pretrained", "_sampling", "_penalties", "_prompts", "_text", "_chat"],
-    ["_tokenizers"],
-    ["_choice", "_stop_strings", "_state_file", "_load_tokenizer"],
-    ["_decoding"],
-    ["_stream"],
-    ["_generate"],
-    ["_score"],
-    ["_beam_search", "_speculative", "training"],
-    ["_cli"],
-    ["__main__"],
-    ["__init__"],
-]
-LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-FILES = sorted(PACKAGE.rglob("*.py"))
+# From the bottom to the top: a file may import from the levels above its own line, and from its own
+# folder. CONTRIBUTING.md shows the same list.
+LEVELS = {
+    "": [
+        "_atomic _checks _dtypes _trees shipped",
+        "formats ops text",
+        "layers",
+        "models",
+        "generation pretrained",
+        "training",
+        "_cli",
+        "__main__ __init__",
+    ],
+    "layers": [
+        "_protocol _recurrence_parameters _initialisers",
+        "_arguments _cache",
+        "_linear",
+        "_conv _mlp _norm",
+        "mixers",
+        "_block _bidirectional",
+        "_stack",
+        "__init__",
+    ],
+    "pretrained": [
+        "_card _hub_errors layouts",
+        "_arrays _source",
+        "_hub _state_dict",
+        "_checkpoint _save",
+        "_load _push _tokenizer",
+        "_describe",
+        "__init__",
+    ],
+    "generation": [
+        "_state sampling",
+        "_prompts _result",
+        "_options",
+        "_prefill",
+        "_loop",
+        "_stream",
+        "_generate _score",
+        "_beam_search _speculate _state_file",
+        "__init__",
+    ],
+}
 
 
-def unit(path: Path) -> str:
-    """The part of the package a file belongs to: a folder, or the file itself."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def test_imports_go_strictly_down():
+    wrong = []
+    for folder, lines in LEVELS.items():
+        level = {name: i for i, line in enumerate(lines) for name in line.split()}
+        base = PACKAGE / folder
+        for path in base.rglob("*.py"):
+            here = unit(base, path)
+            others = {unit(base, target) for target in imported(path) if base in target.parents}
+            wrong += [
+                f"{path.relative_to(ROOT)} imports {folder}/{other}"
+                for other in others - {here}
+                if level[other] >= level[here]
+            ]
+    assert not wrong, "\n".join(wrong)
 
 
-def imported_units(path: Path) -> set[str]:
-    found = set()
+def test_no_file_imports_a_private_file_of_another_folder():
+    """A private file belongs to its folder and what is below it; others import from the folder."""
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {target.relative_to(ROOT)}"
+        for path in PACKAGE.rglob("*.py")
+        for target in imported(path)
+        if target.name.startswith("_") and target.parent not in path.parents
+    ]
+    assert not wrong
+
+
+def test_mixers_do_not_import_each_other():
+    mixers = PACKAGE / "layers" / "mixers"
+    files = {path for path in mixers.glob("_*.py") if "class" in path.read_text()} - {
+        mixers / "__init__.py"
+    }
+    assert not [path for path in files if set(imported(path)) & files]
+
+
+def test_files_are_small():
+    folders = ("mamba_eqx", "tests", "examples", "benchmarks")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert not [path for path in files if len(path.read_text().splitlines()) > 420]
+
+
+def test_each_private_name_is_used_in_its_own_file_only():
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {alias.name}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level and node.module
+        for alias in node.names
+        if alias.name.startswith("_")
+    ]
+    assert not wrong
+
+
+def unit(base: Path, path: Path) -> str:
+    """Returns the part of the folder `base` that a path belongs to: a folder in it, or a file."""
+    return path.relative_to(base).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[Path]:
+    """Yields the files and folders of the package that a file imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            base = path.parents[node.level - 1]
-            names = node.module.split(".") if node.module else []
-            targets = [base.joinpath(*names)] if names else [base / a.name for a in node.names]
-            for target in targets:
-                if target != PACKAGE:
-                    found.add(unit(target))
+            base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            for alias in node.names:
+                target = base / alias.name if (base / alias.name).is_dir() else base
+                target = target if node.module or target != base else base / alias.name
+                file = target.with_suffix(".py")
+                yield file if file.exists() else target
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
             assert not any(str(name).split(".")[0] == "mamba_eqx" for name in names), path
-    return found
-
-
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_imports_go_down(path: Path):
-    for other in imported_units(path) - {unit(path)}:
-        assert LEVEL[other] < LEVEL[unit(path)], f"{path} imports {other}"
-
-
-@pytest.mark.parametrize("path", sorted((PACKAGE / "mixers").glob("_[a-z]*.py")), ids=str)
-def test_mixers_do_not_import_each_other(path: Path):
-    assert "mixers" not in imported_units(path)
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        p
-        for top in ("mamba_eqx", "tests", "examples", "benchmarks")
-        for p in (ROOT / top).rglob("*.py")
-    ],
-    ids=str,
-)
-def test_files_are_small(path: Path):
-    assert len(path.read_text().splitlines()) <= 420

@@ -64,8 +64,12 @@ def test_the_api_is_documented():
         for name in re.findall(r"^::: (\S+)$", path.read_text("utf-8"), re.MULTILINE)
     }
     public = {f"mamba_eqx.{name}" for name in vars(mbx) if is_public(mbx, name)}
-    for part in (mbx.ops, mbx.training):
-        public |= {f"{part.__name__}.{name}" for name in vars(part) if is_public(part, name)}
+    for space in ("ops", "training"):
+        part = getattr(mbx, space)
+        public |= {f"mamba_eqx.{space}.{name}" for name in vars(part) if is_public(part, name)}
+    for space in ("generation", "layers", "models", "sampling", "text"):
+        names = set(getattr(mbx, space).__all__) - set(vars(mbx))
+        public |= {f"mamba_eqx.{space}.{name}" for name in names}
     assert documented == public
 
 

@@ -16,8 +16,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import mamba_eqx as mbx
-
-from .cases import (
+from tests.support.cases import (
     DTYPES,
     THOROUGH,
     assert_close,
@@ -32,7 +31,7 @@ from .cases import (
     simple,
     step,
 )
-from .registry import (
+from tests.support.registry import (
     CONFIGS,
     EVERYTHING,
     LANGUAGE_MODELS,

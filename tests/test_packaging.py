@@ -17,7 +17,7 @@ import mamba_eqx as mbx
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mamba_eqx"
-MODEL = "mamba_eqx/models/shakespeare"
+MODEL = "mamba_eqx/shipped/shakespeare"
 MIB = 2**20
 
 

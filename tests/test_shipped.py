@@ -1,7 +1,6 @@
 """The model that ships with the package: it is there, it is as good as its card says, and
 transformers reads it alike."""
 
-import importlib.resources
 import json
 import lzma
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 import mamba_eqx as mbx
 
 
-FOLDER = Path(str(importlib.resources.files("mamba_eqx"))) / "models" / "shakespeare"
+FOLDER = mbx.SHIPPED
 CORPUS = Path(__file__).parents[1] / "examples" / "data" / "shakespeare.txt.xz"
 
 

@@ -4,13 +4,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ..pretrained import CheckpointError
+from ..formats import CheckpointError
 from ._chat import add_chat
-from ._common import end_line, silence
 from ._convert import add_convert
 from ._generate import add_generate
 from ._inspect import add_inspect
 from ._score import add_score
+from ._terminal import end_line, silence
 
 
 _FAILED = 1

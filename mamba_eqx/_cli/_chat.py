@@ -8,16 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._decoding import FinishReason
-from .._prompts import DecodingState
-from .._score import prefill
-from .._state_file import load_state, save_state
-from .._tokenizers import TextTokenizer
-from ..pretrained import CheckpointError
-from ..pretrained._files import read_config
-from ._common import Commands, end_line, write
-from ._generate import until
-from ._model import Opened, add_model, add_sampling, check_sampling, open_model, stream_of, text_of
+from ..formats import CheckpointError, read_config
+from ..generation import DecodingState, FinishReason, load_state, prefill, save_state
+from ..text import TextTokenizer, until
+from ._opened import Opened, add_model, add_sampling, check_sampling, open_model, stream_of, text_of
+from ._terminal import Commands, end_line, write
 
 
 _HELP = """\

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import jax
 
-from .._load_tokenizer import TOKENIZER_FILES
-from ..pretrained import save_pretrained
-from ..pretrained._checkpoint import find_files, read_checkpoint
-from ..pretrained._load import load
-from ..pretrained._state_dict import LAYOUTS
-from ..pretrained._to_jax import check_dtype
-from ._common import Commands, add_source, hub_of, write
+from ..pretrained import (
+    LAYOUTS,
+    TOKENIZER_FILES,
+    check_dtype,
+    find_files,
+    load,
+    read_checkpoint,
+    save_pretrained,
+)
+from ._terminal import Commands, add_source, hub_of, write
 
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .._decoding import FinishReason
-from .._stream import Stream
-from ._common import Commands, read_text, write
-from ._model import Opened, add_model, add_sampling, check_sampling, open_model, stream_of, text_of
+from ..generation import FinishReason, Stream
+from ..text import until
+from ._opened import Opened, add_model, add_sampling, check_sampling, open_model, stream_of, text_of
+from ._terminal import Commands, read_text, write
 
 
 def add_generate(commands: Commands) -> None:
@@ -119,27 +119,3 @@ class _Clock:
     def report(self, began: float) -> str:
         text = f"{self.count} tokens, the first after {self.first - began:.2f} s"
         return text if self.rate is None else f"{text}, then {self.rate:.0f} tokens/s"
-
-
-def until(stops: Sequence[str], pieces: Iterator[str]) -> Iterator[str]:
-    """The pieces of a text up to where one of `stops` begins in it, the first to be complete. What
-    may turn out to be the beginning of one is held back until it is known not to be."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        found = [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]
-        if found:
-            _, at = min(found)
-            yield held[:at]
-            return
-        keep = max((_overlap(held, stop) for stop in stops), default=0)
-        yield held[: len(held) - keep]
-        held = held[len(held) - keep :]
-    if held:
-        yield held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How long the longest beginning of `stop` is with which `text` ends."""
-    longest = min(len(stop) - 1, len(text))
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -5,9 +5,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from ..pretrained._checkpoint import open_checkpoint
-from ..pretrained._describe import Description, describe
-from ._common import Commands, add_source, hub_of, write
+from ..pretrained import Description, describe, open_checkpoint
+from ._terminal import Commands, add_source, hub_of, write
 
 
 def add_inspect(commands: Commands) -> None:

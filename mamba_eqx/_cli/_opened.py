@@ -1,7 +1,6 @@
 """The model that a command runs, its tokenizer, and how tokens are chosen."""
 
 import argparse
-import importlib.resources
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,20 +9,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import jax.random as jr
 
-from .. import _generate
-from .._language_model import LanguageModel
-from .._load_tokenizer import load_tokenizer, read_tokenizer
-from .._penalties import Penalties
-from .._prompts import DecodingState
-from .._stream import Stream
-from .._text import ByteTokenizer
-from .._tokenizers import TextTokenizer
-from ..pretrained._checkpoint import find_files, read_checkpoint
-from ..pretrained._load import load
-from ._common import add_hub, hub_of
+from ..generation import DecodingState, Stream, sampling, stream
+from ..models import LanguageModel
+from ..pretrained import find_files, load, load_tokenizer, read_checkpoint, read_tokenizer
+from ..shipped import SHIPPED
+from ..text import ByteTokenizer, TextTokenizer
+from ._terminal import add_hub, hub_of
 
 
-_SHIPPED = ("models", "shakespeare")
 _BYTES = "bytes"
 
 
@@ -133,16 +126,16 @@ def stream_of(
     stop_strings: Sequence[str] = (),
 ) -> Stream:
     model, tokenizer = opened.model, opened.tokenizer
-    penalties = Penalties(
+    penalties = sampling.Penalties(
         repetition=args.repetition_penalty,
         presence=args.presence_penalty,
         frequency=args.frequency_penalty,
         window=args.penalty_window,
     )
-    neutral = Penalties(window=args.penalty_window)
+    neutral = sampling.Penalties(window=args.penalty_window)
     # Some models have more tokens than their tokenizers: padding, which means nothing.
     no_text = range(tokenizer.vocab_size, model.vocab_size)
-    return _generate.stream(
+    return stream(
         model,
         prompt,
         args.max_new_tokens,
@@ -170,10 +163,8 @@ def text_of(opened: Opened, tokens: Iterable[int]) -> Iterator[str]:
 
 
 def _shipped_model() -> Path:
-    # The package is a directory, not an archive: its files have paths.
-    path = Path(str(importlib.resources.files("mamba_eqx").joinpath(*_SHIPPED)))
-    if not path.exists():
+    if not SHIPPED.exists():
         raise FileNotFoundError(
-            f"This installation has no model of its own (looked at {path}): give one by --model."
+            f"This installation has no model of its own (looked at {SHIPPED}): give one by --model."
         )
-    return path
+    return SHIPPED

@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import _score
-from .._prompts import DecodingState
-from ._common import Commands, write
-from ._model import Opened, add_model, open_model
+from ..generation import DecodingState, score
+from ._opened import Opened, add_model, open_model
+from ._terminal import Commands, write
 
 
 _READ = 2**16  # bytes of a file that are tokenized at once
 _PIECE = 2**13  # tokens that are scored at once
-
 _Read = Callable[[int], bytes]
 
 
@@ -145,7 +143,7 @@ def _tokens(opened: Opened, texts: Iterator[str]) -> Iterator[list[int]]:
 def _scored(opened: Opened, pieces: Iterator[list[int]], total: _Total) -> Iterator[None]:
     state: DecodingState | None = None
     for ids in pieces:
-        out = _score.score(opened.model, ids, state=state)
+        out = score(opened.model, ids, state=state)
         counted = ids[len(ids) - int(out.counts) :]
         total.tokens += len(counted)
         total.bytes += sum(len(opened.tokenizer.token_bytes(token)) for token in counted)

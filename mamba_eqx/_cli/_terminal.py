@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TypeAlias
 
-from ..pretrained._hub import Hub
+from ..pretrained import Hub
 
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from ._stored import (
+from ._tensors import (
     DAMAGED,
     CheckpointError,
     StoredTensor,
@@ -27,7 +27,6 @@ from ._stored import (
 
 # Parsed JSON can take thirty times the memory of its text. This is room for 25,000 tensors.
 _MAX_HEADER = 2**22
-
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),

@@ -11,7 +11,6 @@ import numpy as np
 
 
 DAMAGED = "The file is incomplete or damaged: download or save it again."
-
 _MAX_DIMENSIONS = 32
 _MAX_BYTES = 2**62
 

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._decoding import FinishReason, start
-from ._generate import check_count
-from ._language_model import LanguageModel
-from ._prompts import DecodingState, Prompt, check_tokens, read_prompt
-from ._score import fork
+from .._checks import check_count
+from ..models import LanguageModel
+from ._prefill import start
+from ._prompts import Prompt, check_tokens, read_prompt
+from ._result import FinishReason
+from ._state import DecodingState, fork
 
 
 class Beams(eqx.Module):
@@ -20,7 +21,7 @@ class Beams(eqx.Module):
     - `lengths`: how many of them are real.
     - `log_probs`: of the whole continuation; `-inf` where there are fewer of them than beams.
     - `scores`: by which they are ordered, `log_probs / lengths ** length_penalty`.
-    - `finish`: a [`mamba_eqx.FinishReason`][].
+    - `finish`: a [`mamba_eqx.generation.FinishReason`][].
     """
 
     tokens: Int[Array, "beams new"]
@@ -58,7 +59,7 @@ def beam_search(
     - `num_beams`: how many are kept; 1 is greedy decoding.
     - `length_penalty`: $\alpha$, at least 0: larger values favour longer continuations.
 
-    **Returns:** the [`mamba_eqx.Beams`][].
+    **Returns:** the [`mamba_eqx.generation.Beams`][].
 
     **Raises:** `ValueError` as `generate`, and for a batch of prompts.
     """

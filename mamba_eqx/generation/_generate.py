@@ -1,5 +1,4 @@
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -7,19 +6,17 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
-from ._choice import read_choice
-from ._decoding import Generation, bucket, cut, decode, start
-from ._language_model import LanguageModel
-from ._penalties import Penalties
-from ._prompts import DecodingState, Prompt, read_prompt, read_prompts
-from ._stop_strings import stop_table
+from .._checks import check_count
+from ..models import LanguageModel
+from ..text import Tokenizer, stop_table
+from ._loop import cut, decode
+from ._options import PerRow, PerRowInt, read_choice
+from ._prefill import bucket, start
+from ._prompts import Prompt, read_prompt, read_prompts
+from ._result import Generation
+from ._state import DecodingState
 from ._stream import Stream
-from ._text import Tokenizer
-
-
-PerRow = float | Float[Array, " rows"] | Float[np.ndarray, " rows"] | Sequence[float]
-"""An option: one number, or one for each row."""
-PerRowInt = int | Integer[Array, " rows"] | Integer[np.ndarray, " rows"] | Sequence[int]
+from .sampling import Penalties
 
 
 def generate(
@@ -58,11 +55,12 @@ def generate(
     - `max_new_tokens`: the most tokens to generate, per row.
     - `mask`: of an array with padding, to the left or to the right: true for real tokens.
     - `temperature`: 0 (greedy: always the most likely token; no filter then changes anything) or
-        the temperature to sample with; see [`mamba_eqx.temperature`][].
-    - `top_k`, `top_p`, `min_p`, `typical_p`: filters for sampling; see [`mamba_eqx.top_k`][],
-        [`mamba_eqx.top_p`][], [`mamba_eqx.min_p`][] and [`mamba_eqx.typical_p`][]. These and the
-        temperature may be one number for each row.
-    - `penalties`: against repetition; see [`mamba_eqx.Penalties`][].
+        the temperature to sample with; see [`mamba_eqx.sampling.temperature`][].
+    - `top_k`, `top_p`, `min_p`, `typical_p`: filters for sampling; see
+        [`mamba_eqx.sampling.top_k`][], [`mamba_eqx.sampling.top_p`][], [`mamba_eqx.sampling.min_p`][]
+        and [`mamba_eqx.sampling.typical_p`][]. These and the temperature may be one number for each
+        row.
+    - `penalties`: against repetition; see [`mamba_eqx.sampling.Penalties`][].
     - `logit_bias`: added to the logits after the penalties: an array with an entry for each
         token, or a mapping from some tokens. `-inf` bans a token.
     - `stop_tokens`: a row ends with the first of these that it generates. One list for all rows,
@@ -136,8 +134,8 @@ def stream(
     - `block`: the most tokens to decode at a time. Another value recompiles.
     - the others as for [`mamba_eqx.generate`][].
 
-    **Returns:** a [`mamba_eqx.Stream`][], an iterator over at most `max_new_tokens` tokens. A stop
-    token is the last one.
+    **Returns:** a [`mamba_eqx.generation.Stream`][], an iterator over at most
+    `max_new_tokens` tokens. A stop token is the last one.
 
     **Raises:** `ValueError` as `generate`, at once and not with the first token.
     """
@@ -193,11 +191,3 @@ def _stop_table(
     table = np.pad(table, ((0, 0), (0, max(0, missing))))
     table[-1] = len(table) - 1
     return jnp.asarray(table)
-
-
-def check_count(name: str, value: Any) -> None:
-    is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not is_int or not 1 <= value < 2**31:
-        raise ValueError(
-            f"`{name}` must be an integer of at least 1 and below 2**31, but got {name}={value!r}."
-        )

@@ -1,6 +1,8 @@
 """How a token is chosen from logits, and when a row ends: the options of a generation."""
 
 import functools
+import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,18 +10,24 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
-from . import _sampling
-from ._language_model import LanguageModel
-from ._penalties import (
-    Penalties,
-    frequency_penalty,
-    presence_penalty,
-    read_bias,
-    repetition_penalty,
-)
+from ..models import LanguageModel
 from ._prompts import check_tokens
+from .sampling import (
+    Penalties,
+    check_min_p,
+    check_temperature,
+    check_top_k,
+    check_top_p,
+    check_typical_p,
+    filtered as _filtered,
+    frequency_penalty,
+    greedy,
+    presence_penalty,
+    repetition_penalty,
+    sample,
+)
 
 
 class Choice(eqx.Module):
@@ -56,7 +64,7 @@ class Choice(eqx.Module):
         logits = self.logits(logits, recent)
         if self.temperature is None:
             return _only_best(logits)
-        filtered = self._with_options(_sampling.filtered)(logits)
+        filtered = self._with_options(_filtered)(logits)
         if self.some_greedy:
             greedy = _only_best(logits.astype(filtered.dtype))
             filtered = jnp.where(self.temperature > 0, filtered, greedy)
@@ -70,10 +78,10 @@ class Choice(eqx.Module):
     ) -> Int[Array, ""]:
         logits = self.logits(logits, recent)
         if self.temperature is None or key is None:
-            return _sampling.greedy(logits)
-        token = self._with_options(_sampling.sample)(logits, key)
+            return greedy(logits)
+        token = self._with_options(sample)(logits, key)
         if self.some_greedy:
-            token = jnp.where(self.temperature > 0, token, _sampling.greedy(logits))
+            token = jnp.where(self.temperature > 0, token, greedy(logits))
         return token
 
     def _with_options(self, function: Callable[..., Array]) -> Callable[..., Array]:
@@ -124,10 +132,10 @@ def read_choice(
         if not _is_key(key):
             raise ValueError(f"`key` must be one key made by `jax.random.key`, but got {key!r}.")
     filters = (
-        value("top_k", top_k, _sampling.check_top_k, np.int64),
-        value("top_p", top_p, _sampling.check_top_p, np.float32),
-        value("min_p", min_p, _sampling.check_min_p, np.float32),
-        value("typical_p", typical_p, _sampling.check_typical_p, np.float32),
+        value("top_k", top_k, check_top_k, np.int64),
+        value("top_p", top_p, check_top_p, np.float32),
+        value("min_p", min_p, check_min_p, np.float32),
+        value("typical_p", typical_p, check_typical_p, np.float32),
     )
     if (heat == 0).all():
         heat, filters = None, (None, None, None, None)
@@ -180,7 +188,7 @@ def _option(
 
 def _check_heat(value: Any) -> None:
     if isinstance(value, bool | str) or value != 0:
-        _sampling.check_temperature(value)
+        check_temperature(value)
 
 
 def _read_stop_tokens(vocab_size: int, rows: int | None, tokens: Any) -> np.ndarray:
@@ -206,3 +214,44 @@ def _is_key(key: Any) -> bool:
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key.ndim == 0
     return key.ndim == 1 and key.dtype == jnp.uint32
+
+
+PerRow = float | Float[Array, " rows"] | Float[np.ndarray, " rows"] | Sequence[float]
+"""An option: one number, or one for each row."""
+PerRowInt = int | Integer[Array, " rows"] | Integer[np.ndarray, " rows"] | Sequence[int]
+
+
+def read_bias(
+    vocab_size: int, bias: Mapping[int, float] | Array | np.ndarray | None
+) -> Float[np.ndarray, " vocab"] | None:
+    """What is added to the logits, checked."""
+    if bias is None:
+        return None
+    if isinstance(bias, Mapping):
+        dense = np.zeros(vocab_size, np.float32)
+        for token, value in bias.items():
+            is_int = isinstance(token, int | np.integer) and not isinstance(token, bool)
+            if not is_int or not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"The keys of `logit_bias` must be tokens within 0..{vocab_size - 1}, but got "
+                    f"{token!r}."
+                )
+            dense[token] = _check_bias(value)
+    else:
+        dense = np.asarray(bias, np.float32)
+        if dense.shape != (vocab_size,):
+            raise ValueError(
+                f"`logit_bias` must be a mapping from tokens, or an array of shape "
+                f"({vocab_size},), one for each token, but got one of shape {dense.shape}."
+            )
+    if np.isnan(dense).any() or (dense == math.inf).any():
+        raise ValueError("`logit_bias` must be finite, or `-inf` to ban a token.")
+    if (dense == -math.inf).all():
+        raise ValueError("`logit_bias` bans every token: there is none left to generate.")
+    return dense
+
+
+def _check_bias(value: Any) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise ValueError(f"The values of `logit_bias` must be numbers, but got {value!r}.")
+    return float(value)

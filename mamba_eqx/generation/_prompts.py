@@ -1,34 +1,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-import equinox as eqx
 import numpy as np
-from jaxtyping import Array, Int, Integer, PyTree
+from jaxtyping import Array, Bool, Int, Integer
+
+from ._state import DecodingState
 
 
 Prompt = Sequence[int] | Integer[Array, " _"] | Integer[np.ndarray, " _"]
 """One sequence of tokens. (Of any length, also beside another one: hence the `_`.)"""
-
-WINDOW = 64  # the fewest last tokens that a state keeps
-
-
-class DecodingState(eqx.Module):
-    """Where a generation has come to: everything that it takes to go on.
-
-    Of the whole sequence so far (prompt and generated tokens), `layers` has seen all tokens but
-    the last one. That one is `token`: going on begins by feeding it to the model, which gives the
-    logits of the next token. `position` counts the tokens that `layers` has seen; the random
-    numbers of a token depend on the key and on its position, and on nothing else.
-
-    `recent` are the last tokens, `token` the last of them, for penalties; -1 stands for none.
-
-    With a batch every leaf has a first axis of rows.
-    """
-
-    layers: PyTree
-    token: Int[Array, "*batch"]
-    position: Int[Array, "*batch"]
-    recent: Int[Array, "*batch window"]
 
 
 def read_prompts(
@@ -130,3 +110,7 @@ def check_tokens(vocab_size: int, name: str, row: Any) -> Int[np.ndarray, " seq"
             "this the tokenizer of this model?"
         )
     return tokens.astype(np.int32)
+
+
+Prompts = Prompt | Sequence[Prompt] | Integer[np.ndarray, "_ _"] | Integer[Array, "_ _"]
+Mask = Bool[np.ndarray, "_ _"] | Bool[Array, "_ _"]

@@ -1,20 +1,14 @@
 """Reading text rather than writing it."""
 
-from collections.abc import Sequence
-
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Float, Int
 
-from ._decoding import run, start
-from ._language_model import LanguageModel
-from ._prompts import DecodingState, Prompt, read_prompts
-from ._protocol import repeated
-
-
-Prompts = Prompt | Sequence[Prompt] | Integer[np.ndarray, "_ _"] | Integer[Array, "_ _"]
-Mask = Bool[np.ndarray, "_ _"] | Bool[Array, "_ _"]
+from ..models import LanguageModel
+from ._prefill import prefill, run
+from ._prompts import Mask, Prompts, read_prompts
+from ._state import DecodingState
 
 
 class Score(eqx.Module):
@@ -56,7 +50,7 @@ def score(
     - `model`, `state`: as for [`mamba_eqx.generate`][].
     - `texts`, `mask`: as the `prompts` and the `mask` there.
 
-    **Returns:** a [`mamba_eqx.Score`][].
+    **Returns:** a [`mamba_eqx.generation.Score`][].
 
     **Raises:** `ValueError` for tokens that the model does not have, or an empty text.
     """
@@ -69,48 +63,6 @@ def score(
     if not batched:
         return Score(log_probs[0], counts[0, ...], end)
     return Score(log_probs, counts, end)
-
-
-def prefill(
-    model: LanguageModel,
-    prompts: Prompts,
-    *,
-    mask: Mask | None = None,
-    state: DecodingState | None = None,
-    room: int = 0,
-) -> DecodingState:
-    """Reads prompts and stops there: the state from which `generate` goes on.
-
-    A prefix that many prompts share is read once:
-
-    ```python
-    system = mbx.prefill(model, tokenizer.encode("You are a poet. "))
-    one = mbx.generate(model, tokenizer.encode("Sing!"), 16, state=system)
-    two = mbx.generate(model, tokenizer.encode("Rhyme!"), 16, state=system)
-    ```
-
-    **Arguments:**
-
-    - `model`, `prompts`, `mask`, `state`: as for [`mamba_eqx.generate`][].
-    - `room`: for how many more tokens a cache must have room. State-space models have no use for
-        it.
-
-    **Returns:** the state.
-    """
-    rows, batched = read_prompts(model.vocab_size, prompts, mask, state)
-    return start(model, rows, batched, state, room=room)
-
-
-def fork(state: DecodingState, rows: int) -> DecodingState:
-    """The state of one sequence as that of a batch: `rows` times the same past.
-
-    **Raises:** `ValueError` if it is one of a batch already.
-    """
-    if state.token.ndim:
-        raise ValueError(
-            f"`fork` takes the state of one sequence, but got one of {state.token.shape[0]} rows."
-        )
-    return repeated(state, rows)
 
 
 def embed(

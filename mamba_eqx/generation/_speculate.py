@@ -12,13 +12,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from ._choice import Choice, read_choice
-from ._decoding import FinishReason, bucket, cut, start
-from ._generate import check_count
-from ._language_model import LanguageModel
-from ._penalties import Penalties
-from ._prompts import DecodingState, Prompt, read_prompt
-from ._sampling import draw
+from .._checks import check_count
+from ..models import LanguageModel
+from ._loop import cut
+from ._options import Choice, read_choice
+from ._prefill import bucket, start
+from ._prompts import Prompt, read_prompt
+from ._result import FinishReason
+from ._state import DecodingState
+from .sampling import Penalties, draw
 
 
 class PromptLookup(eqx.Module):
@@ -91,12 +93,12 @@ def speculate(
 
     **Arguments:**
 
-    - `draft`: a smaller model of the same vocabulary, or [`mamba_eqx.PromptLookup`][].
+    - `draft`: a smaller model of the same vocabulary, or [`mamba_eqx.generation.PromptLookup`][].
     - `lookahead`: how many tokens are proposed at a time. Another value recompiles.
     - the others as for [`mamba_eqx.generate`][], for one prompt. With a `state` and a model as
         draft, the draft has not seen what the state stands for, and starts afresh.
 
-    **Returns:** a [`mamba_eqx.Speculation`][].
+    **Returns:** a [`mamba_eqx.generation.Speculation`][].
 
     **Raises:** `ValueError` as `generate`, and if the vocabularies differ.
     """

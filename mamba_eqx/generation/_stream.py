@@ -2,9 +2,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ._decoding import FinishReason, Generation, start
-from ._language_model import LanguageModel
-from ._prompts import DecodingState
+from ..models import LanguageModel
+from ._prefill import start
+from ._result import FinishReason, Generation
+from ._state import DecodingState
 
 
 class Stream(Iterator[int]):

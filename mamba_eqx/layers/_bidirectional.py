@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ._protocol import AbstractSequenceLayer, check_features, check_reset_and_length
+from ._arguments import check_features, check_reset_and_length
+from ._protocol import AbstractSequenceLayer
 
 
 class Bidirectional(eqx.Module):

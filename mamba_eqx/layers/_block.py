@@ -5,8 +5,9 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from ._initialisers import default_dtype
-from ._protocol import AbstractSequenceLayer, State, check_sequence, check_token
+from ._arguments import check_sequence, check_token
+from ._norm import norm
+from ._protocol import AbstractSequenceLayer, State
 
 
 class Block(AbstractSequenceLayer[State]):
@@ -88,15 +89,3 @@ class Block(AbstractSequenceLayer[State]):
         if self.mlp is None or self.norm2 is None:
             return x
         return x + self.mlp(self.norm2(x))
-
-
-def norm(
-    d_model: int, *, rms_norm: bool, eps: float, dtype: DTypeLike | None
-) -> eqx.nn.RMSNorm | eqx.nn.LayerNorm:
-    """The norm of a block or of a model; an official RMSNorm has no bias, a LayerNorm has one."""
-    if not eps > 0:
-        raise ValueError(f"`norm_eps` must be positive, but got norm_eps={eps}.")
-    dtype = default_dtype() if dtype is None else dtype
-    if rms_norm:
-        return eqx.nn.RMSNorm(d_model, eps, use_bias=False, dtype=dtype)
-    return eqx.nn.LayerNorm(d_model, eps, dtype=dtype)

@@ -5,9 +5,12 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from . import ops
-from ._initialisers import check_positive, default_dtype, uniform
-from ._protocol import AbstractSequenceLayer, check_sequence, check_token, checked_state
+from .. import ops
+from .._checks import check_positive
+from .._dtypes import default_dtype
+from ._arguments import check_sequence, check_token, checked_state
+from ._initialisers import uniform
+from ._protocol import AbstractSequenceLayer
 
 
 class CausalConv1d(AbstractSequenceLayer[Float[Array, "lag {self.d_model}"]]):

@@ -5,7 +5,8 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._initialisers import check_positive, default_dtype
+from .._checks import check_positive
+from .._dtypes import default_dtype
 from ._linear import Linear
 
 

@@ -3,8 +3,21 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from . import ops
-from ._initialisers import check_positive, default_dtype
+from .. import ops
+from .._checks import check_positive
+from .._dtypes import default_dtype
+
+
+def norm(
+    d_model: int, *, rms_norm: bool, eps: float, dtype: DTypeLike | None
+) -> eqx.nn.RMSNorm | eqx.nn.LayerNorm:
+    """The norm of a block or of a model; an official RMSNorm has no bias, a LayerNorm has one."""
+    if not eps > 0:
+        raise ValueError(f"`norm_eps` must be positive, but got norm_eps={eps}.")
+    dtype = default_dtype() if dtype is None else dtype
+    if rms_norm:
+        return eqx.nn.RMSNorm(d_model, eps, use_bias=False, dtype=dtype)
+    return eqx.nn.LayerNorm(d_model, eps, dtype=dtype)
 
 
 class GatedRMSNorm(eqx.Module):

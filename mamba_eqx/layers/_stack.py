@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._protocol import AbstractSequenceLayer, State, check_sequence, check_token
+from ._arguments import check_sequence, check_token
+from ._protocol import AbstractSequenceLayer, State
 
 
 class AbstractStack(AbstractSequenceLayer[State]):
@@ -119,7 +120,7 @@ class Unrolled(AbstractStack[tuple[Any, ...]]):
         reset: Bool[Array, " seq"] | None = None,
         length: Int[Array, ""] | int | None = None,
     ) -> Float[Array, "{self.n_layer} seq {self.d_model}"]:
-        """See [`mamba_eqx.AbstractStack.hidden_states`][]."""
+        """See [`mamba_eqx.layers.AbstractStack.hidden_states`][]."""
         check_sequence("Unrolled", self.d_model, x, reset, length)
         return jnp.stack(self._run(x, None, reset, length)[0])
 
@@ -231,7 +232,7 @@ class Stacked(AbstractStack[PyTree]):
         reset: Bool[Array, " seq"] | None = None,
         length: Int[Array, ""] | int | None = None,
     ) -> Float[Array, "{self.n_layer} seq {self.d_model}"]:
-        """See [`mamba_eqx.AbstractStack.hidden_states`][]."""
+        """See [`mamba_eqx.layers.AbstractStack.hidden_states`][]."""
         check_sequence("Stacked", self.d_model, x, reset, length)
 
         def run(layer: Any, x: Array, _: None) -> tuple[Array, Array]:

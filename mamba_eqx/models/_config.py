@@ -12,9 +12,9 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from ._block import Block
+from ..layers import Block, GatedMLP, Stacked, Unrolled
 from ._language_model import LanguageModel
-from ._mixer_configs import (
+from .mixer_configs import (
     CONFIG_NAMED,
     CONFIG_OF,
     AbstractMixerConfig,
@@ -22,8 +22,6 @@ from ._mixer_configs import (
     check_flag,
     check_size,
 )
-from ._mlp import GatedMLP
-from ._stack import Stacked, Unrolled
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,12 +7,9 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from ._block import norm
-from ._initialisers import check_positive, default_dtype
-from ._linear import Linear, product
-from ._protocol import check_reset_and_length
-from ._stack import AbstractStack
-from .ops._precision import at_least_float32
+from .._checks import check_positive
+from .._dtypes import at_least_float32, default_dtype
+from ..layers import AbstractStack, Linear, check_reset_and_length, norm, product
 
 
 class LanguageModel(eqx.Module):

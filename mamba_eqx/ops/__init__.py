@@ -1,16 +1,12 @@
-"""Functions of arrays, free of modules: the mathematics that the layers are made of."""
+"""Functions of arrays, free of modules: the mathematics of the layers."""
 
-from ._attention import (
-    attention as attention,
-    attention_step as attention_step,
-    document_positions as document_positions,
-    rotary_embedding as rotary_embedding,
-)
+from ._attention import attention as attention, attention_step as attention_step
 from ._conv import causal_conv1d as causal_conv1d, causal_conv1d_step as causal_conv1d_step
-from ._mamba3 import mamba3 as mamba3
-from ._mamba3_step import mamba3_step as mamba3_step
+from ._mamba3 import mamba3 as mamba3, mamba3_step as mamba3_step
+from ._masks import document_positions as document_positions
 from ._norm import gated_rms_norm as gated_rms_norm
 from ._recurrence import linear_recurrence as linear_recurrence
+from ._rotary import rotary_embedding as rotary_embedding
 from ._selective_scan import (
     selective_scan as selective_scan,
     selective_scan_step as selective_scan_step,

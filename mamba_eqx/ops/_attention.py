@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ._precision import at_least_float32
-from ._recurrence import cut_into_chunks, expand, freeze, mask_resets, real_tokens
-from ._rotary import rotate
+from .._dtypes import at_least_float32
+from ._chunks import cut_into_chunks
+from ._masks import expand, freeze, last_resets, real_tokens
 
 
 Cache = tuple[
@@ -71,7 +71,7 @@ def attention(
         empty = jnp.zeros((nheads_kv, room, headdim), k.dtype)
         return q, (empty, empty, start) if state is None else state
     real = real_tokens(seq, length)
-    begin = _last_resets(seq, reset, real)
+    begin = last_resets(seq, reset, real)
     # Padding may be anything, even NaN: no real query sees it, but 0 * NaN is NaN.
     k, v = jnp.swapaxes(freeze(real, k, 0), 0, 1), jnp.swapaxes(freeze(real, v, 0), 0, 1)
 
@@ -136,55 +136,8 @@ def attention_step(
     return y, (keys, values, start + 1)
 
 
-def document_positions(
-    seq: int,
-    *,
-    start: Int[Array, ""] | int = 0,
-    reset: Bool[Array, " seq"] | None = None,
-    length: Int[Array, ""] | int | None = None,
-) -> Int[Array, " seq"]:
-    """How many tokens there are before each, since the last reset.
-
-    **Arguments:**
-
-    - `seq`: the number of tokens.
-    - `start`: how many there are before the first.
-    - `reset`, `length`: as for [`mamba_eqx.ops.attention`][].
-    """
-    begin = _last_resets(seq, reset, real_tokens(seq, length))
-    return jnp.arange(seq, dtype=jnp.int32) - jnp.where(begin < 0, -start, begin)
-
-
-def rotary_embedding(
-    x: Float[Array, "*seq nheads headdim"],
-    positions: Int[Array, "*seq"],
-    *,
-    dim: int,
-    base: float,
-    interleaved: bool,
-) -> Float[Array, "*seq nheads headdim"]:
-    r"""Rotary position embedding (Su et al., 2021) of the first `dim` features of every head.
-
-    Pair $i$ is turned by the angle $\text{position} \cdot \text{base}^{-2i / \text{dim}}$, at least
-    in float32.
-
-    **Arguments:**
-
-    - `x`: queries or keys.
-    - `positions`: of the tokens.
-    - `dim`: how many features are turned; the others pass as they are.
-    - `base`: of the angles.
-    - `interleaved`: whether the pairs are of neighbours, or else of features `dim / 2` apart.
-    """
-    dtype = at_least_float32(x)
-    rates = jnp.asarray(base, dtype) ** (-jnp.arange(0, dim, 2, dtype=dtype) / dim)
-    angles = positions[..., None, None].astype(dtype) * rates
-    turned, rest = x[..., :dim].astype(dtype), x[..., dim:]
-    turned = rotate(turned, jnp.cos(angles), jnp.sin(angles), interleaved=interleaved)
-    return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
-
-
 _BLOCK = 128  # queries
+
 
 # Keys and values (heads first), and where they are: counted as the queries are.
 _Piece = tuple[Array, Array, Array]
@@ -277,16 +230,6 @@ def _remember(
 
     keys, values, _ = (None, None, None) if state is None else state
     return write(k, keys), write(v, values), total
-
-
-def _last_resets(
-    seq: int, reset: Bool[Array, " seq"] | None, real: Bool[Array, " seq"] | None
-) -> Int[Array, " seq"]:
-    """Where each token's document begins: -1 if before the first token."""
-    if reset is None:
-        return jnp.full(seq, -1, jnp.int32)
-    places = jnp.where(mask_resets(reset, real), jnp.arange(seq, dtype=jnp.int32), -1)
-    return lax.cummax(places)
 
 
 def _room(state: Cache | None, window: int | None, seq: int) -> int:

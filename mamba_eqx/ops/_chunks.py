@@ -1,8 +1,9 @@
 """What the ops that run in chunks share, within one chunk."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 
 def documents(
@@ -43,3 +44,16 @@ def only(mask: Bool[Array, "*#shape"], array: Float[Array, "*shape"]) -> Float[A
     either, unless its factors are masked as well.
     """
     return jnp.where(mask, array, jnp.zeros_like(array))
+
+
+def cut_into_chunks(chunk_size: int, tokens: PyTree[Array]) -> PyTree[Array]:
+    """Arrays over tokens as arrays over chunks of tokens, the last chunk filled with zeros."""
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1, but got chunk_size={chunk_size}.")
+
+    def cut(t: Array) -> Array:
+        size = max(1, min(chunk_size, t.shape[0]))
+        t = jnp.pad(t, ((0, -t.shape[0] % size),) + ((0, 0),) * (t.ndim - 1))
+        return t.reshape((-1, size, *t.shape[1:]))
+
+    return jax.tree.map(cut, tokens)

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ._precision import at_least_float32
-from ._recurrence import mask_resets, real_tokens
+from .._dtypes import at_least_float32
+from ._masks import mask_resets, real_tokens
 
 
 @jax.jit

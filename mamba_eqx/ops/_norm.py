@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ._precision import at_least_float32
+from .._dtypes import at_least_float32
 
 
 @jax.named_scope("mamba_eqx.ops.gated_rms_norm")

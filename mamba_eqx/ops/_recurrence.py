@@ -4,7 +4,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
+
+from ._masks import expand, freeze, mask_resets, real_tokens
 
 
 Pair = tuple[Float[Array, "*shape"], Float[Array, "*shape"]]
@@ -74,45 +76,3 @@ def linear_recurrence(
         _, h = lax.associative_scan(combine, (a, b.at[0].add(a[0] * state)))
         return h, h[-1]
     raise ValueError(f'`method` must be "sequential", "associative" or None, but got {method!r}.')
-
-
-# How `length` and `reset` act, the same in every recurrence of this package: a token that is not
-# real leaves the state as it is, and cannot reset it.
-
-
-def real_tokens(seq: int, length: Int[Array, ""] | int | None) -> Bool[Array, " seq"] | None:
-    """Which tokens are among the first `length`; `None` stands for all of them."""
-    return None if length is None else jnp.arange(seq) < length
-
-
-def mask_resets(
-    reset: Bool[Array, " seq"], real: Bool[Array, " seq"] | None
-) -> Bool[Array, " seq"]:
-    return reset if real is None else reset & real
-
-
-def freeze(
-    real: Bool[Array, " seq"] | None, array: Float[Array, "seq *shape"], value: int
-) -> Float[Array, "seq *shape"]:
-    """`array` with `value` (one that leaves the state as it is) in the tokens that are not real."""
-    if real is None:
-        return array
-    return jnp.where(expand(real, array), array, jnp.asarray(value, array.dtype))
-
-
-def expand(mask: Bool[Array, " seq"], array: Float[Array, "seq *shape"]) -> Bool[Array, "seq ..."]:
-    """`mask` with trailing axes of size one, to broadcast against `array`."""
-    return mask.reshape(mask.shape + (1,) * (array.ndim - 1))
-
-
-def cut_into_chunks(chunk_size: int, tokens: PyTree[Array]) -> PyTree[Array]:
-    """Arrays over tokens as arrays over chunks of tokens, the last chunk filled with zeros."""
-    if chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be at least 1, but got chunk_size={chunk_size}.")
-
-    def cut(t: Array) -> Array:
-        size = max(1, min(chunk_size, t.shape[0]))
-        t = jnp.pad(t, ((0, -t.shape[0] % size),) + ((0, 0),) * (t.ndim - 1))
-        return t.reshape((-1, size, *t.shape[1:]))
-
-    return jax.tree.map(cut, tokens)

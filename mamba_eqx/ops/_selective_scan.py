@@ -6,8 +6,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ._precision import at_least_float32
-from ._recurrence import cut_into_chunks, freeze, linear_recurrence, mask_resets, real_tokens
+from .._dtypes import at_least_float32
+from ._chunks import cut_into_chunks
+from ._masks import freeze, mask_resets, real_tokens
+from ._recurrence import linear_recurrence
 
 
 # Inside this file the state is (d_state, d_inner) and `A` has been transposed to match: with the

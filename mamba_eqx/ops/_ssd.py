@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ._chunks import decays, documents, only
-from ._groups import check_groups
-from ._precision import at_least_float32
-from ._recurrence import cut_into_chunks, expand, freeze, mask_resets, real_tokens
+from .._dtypes import at_least_float32
+from ._chunks import cut_into_chunks, decays, documents, only
+from ._heads import check_groups
+from ._masks import expand, freeze, mask_resets, real_tokens
 
 
 # Subscripts: l, s tokens (of output and input), g groups, r heads of a group, p channels of a head,

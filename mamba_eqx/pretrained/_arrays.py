@@ -11,9 +11,9 @@ from jax import dtypes
 from jax.sharding import Sharding
 from jaxtyping import Array
 
-from .._config import LanguageModelConfig
-from ._layout import Layout
-from ._stored import CheckpointError
+from ..formats import CheckpointError
+from ..models import LanguageModelConfig
+from .layouts import Layout
 
 
 _T = TypeVar("_T")

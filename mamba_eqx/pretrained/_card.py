@@ -1,10 +1,9 @@
 """The model card of a checkpoint that has none: its metadata, and how it is loaded."""
 
-from .._config import LanguageModelConfig
+from ..models import LanguageModelConfig
 
 
 CARD = "README.md"
-
 _TEMPLATE = """\
 ---
 library_name: mamba_eqx
@@ -24,7 +23,6 @@ import mamba_eqx as mbx
 model = mbx.from_pretrained("{name}")
 ```
 """
-
 _TRANSFORMERS = """
 It is in the layout of transformers, which loads it as well:
 

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._config import LanguageModelConfig
-from ._files import CONFIG, Find, open_weights, read_config
+from ..formats import CheckpointError, StoredTensor, read_config
+from ..models import LanguageModelConfig
 from ._hub import Hub, find_on_hub
-from ._layout import Layout, renamed
-from ._mistral import MISTRAL
+from ._source import CONFIG, Find, open_weights
 from ._state_dict import LAYOUTS
-from ._stored import CheckpointError, StoredTensor
+from .layouts import MISTRAL, Layout, renamed
 
 
 CONFIGS = (CONFIG, MISTRAL.config_file)

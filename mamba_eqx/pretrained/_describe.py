@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._config import BlockConfig, LanguageModelConfig
-from .._language_model import LanguageModel
-from .._protocol import recurrence_mask
+from ..formats import CheckpointError
+from ..layers import recurrence_mask
+from ..models import BlockConfig, LanguageModel, LanguageModelConfig
 from ._checkpoint import Checkpoint
-from ._layout import by_leaf, match, skeleton_of
 from ._load import loaded_dtype
-from ._stored import CheckpointError
+from .layouts import by_leaf, match, skeleton_of
 
 
 @dataclasses.dataclass(frozen=True)

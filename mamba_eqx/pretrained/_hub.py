@@ -11,9 +11,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ._files import Find
+from ..formats import CheckpointError, quote
 from ._hub_errors import Place, failure, is_absence
-from ._stored import CheckpointError, quote
+from ._source import Find
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ._stored import CheckpointError, quote
+from ..formats import CheckpointError, quote
 
 
 _LOG_IN = "log in (`hf auth login`) or pass a `token`"

@@ -10,13 +10,14 @@ import numpy as np
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-from .._language_model import LanguageModel
-from .._protocol import path_name, recurrence_mask
+from .._trees import path_name
+from ..formats import CheckpointError, StoredTensor
+from ..layers import recurrence_mask
+from ..models import LanguageModel
+from ._arrays import check_dtype, check_tied_head, one_dtype, to_jax
 from ._checkpoint import Checkpoint, open_checkpoint
 from ._hub import Hub
-from ._layout import Slot, by_leaf, match, skeleton_of
-from ._stored import CheckpointError, StoredTensor
-from ._to_jax import check_dtype, check_tied_head, one_dtype, to_jax
+from .layouts import Slot, by_leaf, match, skeleton_of
 
 
 _ShardingOf = Callable[[str, jax.ShapeDtypeStruct], Sharding]

@@ -4,11 +4,11 @@ import os
 import tempfile
 from pathlib import Path
 
-from .._language_model import LanguageModel
+from ..models import LanguageModel
 from ._card import CARD, model_card
 from ._hub_errors import Place, failure
-from ._layout import config_of
 from ._save import is_weights, save_pretrained
+from .layouts import config_of
 
 
 def push_to_hub(

@@ -12,14 +12,13 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from .._language_model import LanguageModel
-from .._protocol import recurrence_mask
+from ..formats import CheckpointError, write_safetensors
+from ..layers import recurrence_mask
+from ..models import LanguageModel
 from ._card import CARD, model_card
-from ._files import CONFIG, SAFETENSORS, SAFETENSORS_INDEX
-from ._layout import Layout, config_of, match, skeleton_of
-from ._safetensors import write_safetensors
+from ._source import CONFIG, SAFETENSORS, SAFETENSORS_INDEX
 from ._state_dict import layout_named, state_dict
-from ._stored import CheckpointError
+from .layouts import Layout, config_of, match, skeleton_of
 
 
 # What `save_pretrained` writes, and so replaces, beside the files that a layout names itself.

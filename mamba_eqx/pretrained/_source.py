@@ -1,75 +1,28 @@
 """The files of a checkpoint: the config, and the weights in one file or in several."""
 
-import json
-import stat
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from ._fields import decode_numbers
-from ._layout import listing
-from ._safetensors import open_safetensors
-from ._stored import CheckpointError, StoredTensor, quote
-from ._torch_pickle import open_torch
+from ..formats import CheckpointError, StoredTensor, open_safetensors, open_torch, quote, read_json
+from .layouts import listing
 
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
-
 _Open = Callable[[Path], dict[str, StoredTensor]]
+
 
 # In transformers' order of preference: one file or an index of several, and how to open them.
 _WEIGHTS: tuple[tuple[str, str, _Open], ...] = (
     (SAFETENSORS, SAFETENSORS_INDEX, open_safetensors),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", open_torch),
 )
-
-# Parsed JSON can take thirty times the memory of its text. There is room for 20,000 tensors.
-_MAX_CONFIG = 2**18
 _MAX_INDEX = 2**21
 _MAX_SHARDS = 2**12
-
 Find = Callable[[str], Path | None]
 """Where the file of that name is, or `None` if the checkpoint has none."""
-
-
-def read_config(path: Path, max_size: int = _MAX_CONFIG) -> Any:
-    """Parses a config, infinity in either spelling included.
-
-    **Arguments:**
-
-    - `max_size`: the most bytes that it may have.
-
-    **Raises:** `CheckpointError` for NaN, a key that occurs twice, and all that is not JSON.
-    """
-    try:
-        return decode_numbers(_read_json(path, max_size))
-    except RecursionError:
-        raise CheckpointError(f"{path}: it is nested too deeply: download it again.") from None
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def _read_json(path: Path, max_size: int) -> Any:
-    status = path.stat()
-    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-        # Reading a named pipe, say, waits for someone to write.
-        raise CheckpointError("it is not a regular file: put the file itself there.")
-    if status.st_size > max_size:
-        raise CheckpointError(
-            f"it has {status.st_size} bytes, but at most {max_size} are read: it is not the file "
-            "that it should be. Download it again."
-        )
-    try:
-        return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique)
-    except CheckpointError:
-        raise
-    # Deep nesting ends in a `RecursionError`; all else that may be wrong is a `ValueError`.
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"it is not valid JSON ({quote(str(error))}): download or save it again."
-        ) from None
 
 
 def open_weights(find: Find, where: str, name: str = SAFETENSORS) -> dict[str, StoredTensor]:
@@ -102,7 +55,7 @@ def _open_shards(index: Path, find: Find, open_file: _Open) -> dict[str, StoredT
         raise CheckpointError(f"{index}: {fault} Download or save the checkpoint again.")
 
     try:
-        content = _read_json(index, _MAX_INDEX)
+        content = read_json(index, _MAX_INDEX)
     except CheckpointError as error:
         raise CheckpointError(f"{index}: {error}") from None
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -138,12 +91,3 @@ def _is_plain(name: str) -> bool:
         and PureWindowsPath(name).name == name
         and "\0" not in name
     )
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in unique:
-            raise CheckpointError(f"the key {quote(name)} occurs twice: remove one.")
-        unique[name] = value
-    return unique

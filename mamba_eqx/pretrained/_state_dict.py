@@ -9,13 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._language_model import LanguageModel
-from ._layout import Layout, by_leaf, config_of, match, renamed, restacked, slots, unrolled
-from ._mistral import MISTRAL
-from ._state_spaces import STATE_SPACES
-from ._stored import CheckpointError
-from ._to_jax import check_tied_head, one_dtype, to_jax
-from ._transformers import TRANSFORMERS
+from ..formats import CheckpointError
+from ..models import LanguageModel
+from ._arrays import check_tied_head, one_dtype, to_jax
+from .layouts import (
+    MISTRAL,
+    STATE_SPACES,
+    TRANSFORMERS,
+    Layout,
+    by_leaf,
+    config_of,
+    match,
+    renamed,
+    restacked,
+    slots,
+    unrolled,
+)
 
 
 LAYOUTS = MappingProxyType(

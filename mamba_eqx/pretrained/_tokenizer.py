@@ -5,19 +5,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ._text import ByteTokenizer
-from ._tokenizers import TextTokenizer
-from .pretrained import CheckpointError
-from .pretrained._checkpoint import CONFIGS, find_files
-from .pretrained._files import CONFIG, Find, read_config
-from .pretrained._hub import Hub
+from ..formats import CheckpointError, read_config
+from ..text import ByteTokenizer, TextTokenizer
+from ._checkpoint import CONFIGS, find_files
+from ._hub import Hub
+from ._source import CONFIG, Find
 
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE)
-
 _BYTES = {"tokenizer_class": "ByteTokenizer"}
 _NEOX = "EleutherAI/gpt-neox-20b"
 _NEOX_VOCABULARY = 50277

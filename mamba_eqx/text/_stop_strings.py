@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from ._text import Tokenizer
+from ._protocols import Tokenizer
 
 
 def stop_table(tokenizer: Tokenizer, strings: Sequence[str]) -> Int[np.ndarray, "states vocab"]:

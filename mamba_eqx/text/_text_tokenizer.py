@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._chat import render
+from ._chat_template import render
 
 
 _REPLACEMENT = "\ufffd"

@@ -19,15 +19,17 @@ import jax.random as jr
 import numpy as np
 from safetensors import SafetensorError
 
-from .._state_file import named_leaves
-from ..pretrained import CheckpointError
-from ..pretrained._files import read_config
-from ..pretrained._safetensors import open_safetensors, write_safetensors
-from ..pretrained._stored import StoredTensor
+from .._trees import named_leaves
+from ..formats import (
+    CheckpointError,
+    StoredTensor,
+    open_safetensors,
+    read_config,
+    write_safetensors,
+)
 
 
 State = TypeVar("State")
-
 _STATE = "state.safetensors"
 _RECORD = "checkpoint.json"
 _NAME = re.compile(r"step-(\d{9,})")

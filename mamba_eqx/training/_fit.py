@@ -15,9 +15,9 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 import jax
 from tqdm import tqdm
 
-from ._batch import Batch
 from ._checkpoints import Checkpoints, CheckpointWriteError, write_error
 from ._metrics import MetricsFile
+from .data import Batch
 
 
 State = TypeVar("State")

@@ -7,10 +7,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._initialisers import check_positive
-from .._language_model import LanguageModel
-from .._protocol import repeated
-from ._batch import Batch
+from .._checks import check_positive
+from .._trees import repeated
+from ..models import LanguageModel
+from .data import Batch
 
 
 class LossAux(NamedTuple):

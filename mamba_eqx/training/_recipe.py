@@ -7,8 +7,7 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from .._norm import GatedRMSNorm
-from .._protocol import recurrence_mask
+from ..layers import GatedRMSNorm, recurrence_mask
 
 
 _NORMS = (eqx.nn.RMSNorm, eqx.nn.LayerNorm, eqx.nn.GroupNorm, GatedRMSNorm)

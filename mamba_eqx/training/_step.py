@@ -9,8 +9,8 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .._initialisers import check_positive
-from .._protocol import cast
+from .._checks import check_positive
+from ..layers import cast
 from ._loss import LossAux, empty_carry, next_token_loss
 
 

@@ -10,12 +10,11 @@ import pytest
 
 import mamba_eqx as mbx
 from mamba_eqx import _cli
+from mamba_eqx.formats._safetensors import open_safetensors, write_safetensors
 from mamba_eqx.pretrained import from_pretrained, save_pretrained
-from mamba_eqx.pretrained._safetensors import open_safetensors, write_safetensors
-
-from .hub_server import Fault
-from .test_pretrained import BOTH, assert_same, config, make
-from .torch_attacks import ARCHIVES
+from tests.pretrained.test_mamba1 import BOTH, assert_same, config, make
+from tests.support.hub_server import Fault
+from tests.support.torch_attacks import ARCHIVES
 
 
 MAMBA2 = config(mbx.Mamba2Config(d_model=8, headdim=4, d_state=3), tie_embeddings=False)
@@ -82,7 +81,7 @@ def test_inspect_tells_the_truth(name, layout, dtype, run, tmp_path):
 def test_inspect_reads_no_values(run, tmp_path, monkeypatch):
     save_pretrained(make(BOTH["tied"]), tmp_path)
     monkeypatch.setattr(
-        "mamba_eqx.pretrained._safetensors.read_array",
+        "mamba_eqx.formats._safetensors.read_array",
         lambda *_, **__: pytest.fail("a tensor was read"),
     )
     assert run("inspect", tmp_path)[0] == 0

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 import mamba_eqx as mbx
-from mamba_eqx import _cli, _generate, pretrained
-from mamba_eqx._cli._generate import until
+from mamba_eqx import _cli, pretrained
+from mamba_eqx._cli import _opened
+from mamba_eqx.text import until
 
 
 def byte_model(vocab_size=256):
@@ -148,9 +149,9 @@ def test_the_options_reach_the_sampler(checkpoint, monkeypatch, capsys):
         state = mbx.prefill(model, [1])
         length, none = jnp.array(8), jnp.zeros((), int)
         block = mbx.Generation(tokens, length, jnp.zeros(8), none, state)
-        return mbx.Stream(model, iter([block]), n)
+        return mbx.generation.Stream(model, iter([block]), n)
 
-    monkeypatch.setattr(_generate, "stream", stream)
+    monkeypatch.setattr(_opened, "stream", stream)
     args = "x --max-new-tokens 9 --temperature 0.5 --top-k 7 --top-p 0.9 --min-p 0.1 --seed 4"
     args += " --typical-p 0.5 --repetition-penalty 1.5 --presence-penalty 0.1"
     args += " --frequency-penalty 0.2 --penalty-window 9"
@@ -165,7 +166,7 @@ def test_the_options_reach_the_sampler(checkpoint, monkeypatch, capsys):
         "top_p": 0.9,
         "min_p": 0.1,
         "typical_p": 0.5,
-        "penalties": mbx.Penalties(1.5, 0.1, 0.2, 9),
+        "penalties": mbx.sampling.Penalties(1.5, 0.1, 0.2, 9),
         "logit_bias": None,
         "stop_tokens": [],
         "stop_strings": (),
@@ -224,7 +225,7 @@ def test_bytes_round_trip(text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
-    assert isinstance(tokenizer, mbx.Tokenizer)
+    assert isinstance(tokenizer, mbx.text.Tokenizer)
 
 
 @given(st.lists(st.integers(0, 255)))

@@ -16,8 +16,7 @@ import mamba_eqx as mbx
 from mamba_eqx import _cli
 from mamba_eqx._cli import _chat, _score as _cli_score
 from mamba_eqx.pretrained import from_pretrained, save_pretrained
-
-from .test_cli import byte_model, spawn
+from tests.cli.test_cli import byte_model, spawn
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -154,7 +153,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(checkpoint):
 def chatty(tmp_path_factory):
     pytest.importorskip("tokenizers")
     pytest.importorskip("jinja2")
-    from .test_tokenizers import CONFIG, FILES
+    from tests.text.test_tokenizers import CONFIG, FILES
 
     path = tmp_path_factory.mktemp("model") / "chatty"
     tokenizer = mbx.TextTokenizer(FILES["byte_level"], CONFIG)

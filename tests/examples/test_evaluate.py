@@ -12,16 +12,15 @@ for package in ("lm_eval", "accelerate", "tokenizers", "torch", "transformers"):
     pytest.importorskip(package, reason=f"needs {package}: the extras `eval` and `parity`")
 
 import mamba_eqx as mbx  # noqa: E402
-
-from .test_cli import byte_model  # noqa: E402
-from .test_tokenizers import CONFIG, FILES  # noqa: E402
+from tests.cli.test_cli import byte_model  # noqa: E402
+from tests.text.test_tokenizers import CONFIG, FILES  # noqa: E402
 
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 
 def example() -> Any:
-    path = Path(__file__).parents[1] / "examples" / "evaluate.py"
+    path = Path(__file__).parents[2] / "examples" / "evaluate.py"
     spec = importlib.util.spec_from_file_location("evaluate_example", path)
     assert spec is not None
     assert spec.loader is not None

@@ -16,7 +16,7 @@ import mamba_eqx as mbx
 
 pytestmark = pytest.mark.usefixtures("compile_fast", "as_users_run", "promoting")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture

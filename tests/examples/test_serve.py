@@ -20,7 +20,7 @@ import pytest
 
 aiohttp = pytest.importorskip("aiohttp", reason="needs aiohttp: the extra `serve`")
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "serve.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "serve.py"
 ASK = {"prompt": "ROMEO:", "state": None, "seed": 0, "temperature": 0.8, "max_new_tokens": 20}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

@@ -13,11 +13,10 @@ import safetensors
 import safetensors.numpy
 from hypothesis import given, settings, strategies as st
 
-from mamba_eqx.pretrained._safetensors import open_safetensors, write_safetensors
-from mamba_eqx.pretrained._stored import CheckpointError, StoredTensor
-
-from . import torch_files as tf
-from .bounded import bounded
+from mamba_eqx.formats._safetensors import open_safetensors, write_safetensors
+from mamba_eqx.formats._tensors import CheckpointError, StoredTensor
+from tests.support import torch_files as tf
+from tests.support.bounded import bounded
 
 
 ARRAYS = {

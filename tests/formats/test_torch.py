@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from mamba_eqx.pretrained._stored import CheckpointError, StoredTensor
-from mamba_eqx.pretrained._torch_pickle import open_torch
-
-from . import torch_files as tf
-from .bounded import bounded
-from .torch_attacks import (
+from mamba_eqx.formats._tensors import CheckpointError, StoredTensor
+from mamba_eqx.formats.torch._state_dict import open_torch
+from tests.support import torch_files as tf
+from tests.support.bounded import bounded
+from tests.support.torch_attacks import (
     ARCHIVES,
     ITEMS,
     PICKLES,
@@ -203,7 +202,7 @@ def test_nothing_is_run(opened, tmp_path):
 )
 def test_memory_is_bounded(opened, pickle, monkeypatch):
     # A tenth of the true bound, because tracing is slow.
-    monkeypatch.setattr("mamba_eqx.pretrained._pickle_machine._MAX_INSTRUCTIONS", 25_000)
+    monkeypatch.setattr("mamba_eqx.formats.torch._pickle._MAX_INSTRUCTIONS", 25_000)
     data = small(pickle)
     tracemalloc.start()
     try:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import mamba_eqx as mbx
-from mamba_eqx import _decoding
+from mamba_eqx.generation import _prefill
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -63,7 +63,7 @@ def naive(model, prompt, n, *, key=None, stop=(), **options):
 
 
 FORWARD = eqx.filter_jit(lambda model, tokens: model(tokens))
-SAMPLE = jax.jit(mbx.sample)
+SAMPLE = jax.jit(mbx.sampling.sample)
 
 
 def row(out, i=None):
@@ -146,7 +146,7 @@ def test_a_long_prompt_is_run_in_chunks(a, b):
     prompts = [(list(range(VOCAB)) * 4)[:n] for n in (a, b)]
     whole = mbx.generate(MODEL, prompts, 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_decoding, "_CHUNK", 16)
+        patch.setattr(_prefill, "_CHUNK", 16)
         chunked = mbx.generate(MODEL, prompts, 3)
     np.testing.assert_array_equal(whole.tokens, chunked.tokens)
     for got, expected in zip(
@@ -214,7 +214,7 @@ def test_a_stream_that_is_left_goes_on_where_it_was_left(prompt, taken, sampling
     whole = row(mbx.generate(MODEL, prompt, 12, **options))
     tokens = mbx.stream(MODEL, prompt, 12, block=8, **options)
     first = [next(tokens) for _ in range(taken)]
-    assert tokens.finish == (mbx.FinishReason.LENGTH if taken == 12 else None)
+    assert tokens.finish == (mbx.generation.FinishReason.LENGTH if taken == 12 else None)
     if taken < 12:
         rest = mbx.generate(MODEL, None, 12 - taken, state=tokens.state, **options)
         assert first + row(rest) == whole

@@ -12,16 +12,15 @@ import pytest
 from hypothesis import given, strategies as st
 
 import mamba_eqx as mbx
-from mamba_eqx._stop_strings import stop_table
-
-from .test_generate import FORWARD, KEY, MODEL, PROMPT, VOCAB, row
+from mamba_eqx.text._stop_strings import stop_table
+from tests.generation.test_generate import FORWARD, KEY, MODEL, PROMPT, VOCAB, row
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
-PENALTIES = mbx.Penalties(repetition=1.7, presence=0.4, frequency=0.3, window=5)
+PENALTIES = mbx.sampling.Penalties(repetition=1.7, presence=0.4, frequency=0.3, window=5)
 # Nothing is said that is among the last three tokens: whoever counts them wrongly says another.
-NO_REPEATS = mbx.Penalties(presence=1e4, window=3)
+NO_REPEATS = mbx.sampling.Penalties(presence=1e4, window=3)
 
 
 def penalised(logits, tokens, penalties=PENALTIES):
@@ -63,11 +62,14 @@ def test_penalties_are_what_they_say(recent, seed):
     logits = np.random.default_rng(seed).standard_normal(VOCAB).astype(np.float32)
     window = jnp.asarray(recent)
     said = [token for token in recent if token >= 0]
-    one = mbx.repetition_penalty(jnp.asarray(logits), window, 1.7)
-    one = mbx.presence_penalty(one, window, 0.4)
-    one = mbx.frequency_penalty(one, window, 0.3)
+    one = mbx.sampling.repetition_penalty(jnp.asarray(logits), window, 1.7)
+    one = mbx.sampling.presence_penalty(one, window, 0.4)
+    one = mbx.sampling.frequency_penalty(one, window, 0.3)
     np.testing.assert_allclose(
-        one, penalised(logits, said, mbx.Penalties(1.7, 0.4, 0.3, 99)), rtol=1e-5, atol=1e-5
+        one,
+        penalised(logits, said, mbx.sampling.Penalties(1.7, 0.4, 0.3, 99)),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
@@ -79,7 +81,7 @@ def test_typical_p_keeps_the_most_typical(seed, p):
     distance = np.abs(-log_probs + (probs * log_probs).sum())
     order = np.argsort(distance)
     count = int((np.cumsum(probs[order]) < p - 1e-6).sum()) + 1
-    got = np.isfinite(mbx.typical_p(jnp.asarray(logits), p))
+    got = np.isfinite(mbx.sampling.typical_p(jnp.asarray(logits), p))
     assert set(np.flatnonzero(got)) == set(order[:count].tolist())
 
 
@@ -95,11 +97,11 @@ def test_the_functions_are_those_of_transformers():
     logits = (3 * rng.standard_normal((6, 50))).astype(np.float32)
     tokens = rng.integers(0, 50, (6, 12))
     pairs: list[tuple[Any, Any]] = [
-        (lambda x: mbx.temperature(x, 0.7), theirs.TemperatureLogitsWarper(0.7)),
-        (lambda x: mbx.top_k(x, 7), theirs.TopKLogitsWarper(7)),
-        (lambda x: mbx.top_p(x, 0.8), theirs.TopPLogitsWarper(0.8)),
-        (lambda x: mbx.min_p(x, 0.1), theirs.MinPLogitsWarper(0.1)),
-        (lambda x: mbx.typical_p(x, 0.6), theirs.TypicalLogitsWarper(0.6)),
+        (lambda x: mbx.sampling.temperature(x, 0.7), theirs.TemperatureLogitsWarper(0.7)),
+        (lambda x: mbx.sampling.top_k(x, 7), theirs.TopKLogitsWarper(7)),
+        (lambda x: mbx.sampling.top_p(x, 0.8), theirs.TopPLogitsWarper(0.8)),
+        (lambda x: mbx.sampling.min_p(x, 0.1), theirs.MinPLogitsWarper(0.1)),
+        (lambda x: mbx.sampling.typical_p(x, 0.6), theirs.TypicalLogitsWarper(0.6)),
     ]
     for ours, other in pairs:
         want = torch.softmax(other(torch.tensor(tokens), torch.tensor(logits)), -1).numpy()
@@ -107,7 +109,7 @@ def test_the_functions_are_those_of_transformers():
         np.testing.assert_allclose(got, want, atol=1e-6)
     repetition = theirs.RepetitionPenaltyLogitsProcessor(1.3)
     want = repetition(torch.LongTensor(tokens), torch.FloatTensor(logits.copy())).numpy()
-    got = jax.vmap(lambda x, t: mbx.repetition_penalty(x, t, 1.3))(
+    got = jax.vmap(lambda x, t: mbx.sampling.repetition_penalty(x, t, 1.3))(
         jnp.asarray(logits), jnp.asarray(tokens)
     )
     np.testing.assert_allclose(got, want, atol=1e-6)
@@ -187,15 +189,15 @@ def test_the_table_of_stop_strings_is_made_once_for_each_tokenizer():
 def test_a_row_ends_with_a_stop_string(prompt, n, strings):
     out = mbx.generate(MODEL, prompt, n, stop_tokens=[9], stop_strings=strings, tokenizer=Letters())
     free, text, want = row(mbx.generate(MODEL, prompt, n)), b"", []
-    reason = mbx.FinishReason.LENGTH
+    reason = mbx.generation.FinishReason.LENGTH
     for token in free:
         want.append(token)
         text += Letters.TEXTS[token]
         if token == 9:
-            reason = mbx.FinishReason.STOP_TOKEN
+            reason = mbx.generation.FinishReason.STOP_TOKEN
         elif any(s.encode() in text for s in strings):
-            reason = mbx.FinishReason.STOP_STRING
-        if reason != mbx.FinishReason.LENGTH:
+            reason = mbx.generation.FinishReason.STOP_STRING
+        if reason != mbx.generation.FinishReason.LENGTH:
             break
     assert row(out) == want
     assert int(out.finish) == reason
@@ -220,7 +222,7 @@ def test_a_stop_string_may_lie_across_the_blocks_of_a_stream():
             MODEL, [1, 2], 16, stop_strings=[stop], tokenizer=Alphabet(), block=4, **options
         )
         assert list(tokens) == free[:end]
-        assert tokens.finish == mbx.FinishReason.STOP_STRING
+        assert tokens.finish == mbx.generation.FinishReason.STOP_STRING
 
 
 @pytest.mark.usefixtures("as_users_run")
@@ -259,9 +261,9 @@ def test_mistakes_are_told(prompts: Any, options: dict[str, Any], message: str):
 @pytest.mark.usefixtures("as_users_run")
 def test_mistakes_with_penalties_are_told():
     with pytest.raises(ValueError, match=r"`repetition` .* finite and positive, but got 0"):
-        mbx.Penalties(repetition=0.0)
+        mbx.sampling.Penalties(repetition=0.0)
     with pytest.raises(ValueError, match=r"`window` .* at least 1, but got 0"):
-        mbx.Penalties(window=0)
+        mbx.sampling.Penalties(window=0)
     state = mbx.generate(MODEL, [1], 1).state
     with pytest.raises(ValueError, match="last 99 tokens, but the `state` given has kept 64"):
-        mbx.generate(MODEL, None, 1, penalties=mbx.Penalties(window=99), state=state)
+        mbx.generate(MODEL, None, 1, penalties=mbx.sampling.Penalties(window=99), state=state)

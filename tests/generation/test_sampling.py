@@ -34,7 +34,7 @@ def by_row(keep, logits):
 @given(LOGITS | MANY, st.integers(1, 7) | st.integers(250, 610))
 def test_top_k_keeps_whatever_fewer_than_k_tokens_beat(logits, k):
     expected = by_row(lambda row: np.array([(row > x).sum() < k for x in row]), logits)
-    np.testing.assert_array_equal(mbx.top_k(jnp.asarray(logits), k), expected)
+    np.testing.assert_array_equal(mbx.sampling.top_k(jnp.asarray(logits), k), expected)
 
 
 @pytest.mark.parametrize("k", [1, 40, 127, 128, 129, 300, 5003])
@@ -46,7 +46,7 @@ def test_top_k_of_a_large_vocabulary(dtype, k):
     logits[1, 640:672] += 5
     logits[2, -11:] += 5
     expected = np.where(logits >= np.sort(logits)[:, -k, None], logits, EXCLUDED)
-    np.testing.assert_array_equal(mbx.top_k(jnp.asarray(logits), k), expected)
+    np.testing.assert_array_equal(mbx.sampling.top_k(jnp.asarray(logits), k), expected)
 
 
 @pytest.mark.parametrize("k", [1, 5, 300])
@@ -54,12 +54,12 @@ def test_of_a_large_vocabulary_top_k_draws_from_what_it_keeps(k):
     logits = np.random.default_rng(k).normal(size=(3, 5003)).astype(np.float32)
     logits[1, :300] = 6.0  # the largest, all alike
     logits[2, -11:] += 5
-    kept = np.isfinite(mbx.top_k(jnp.asarray(logits), k))
+    kept = np.isfinite(mbx.sampling.top_k(jnp.asarray(logits), k))
     keys = jr.split(jr.key(0), 400)
 
     @jax.jit
     def run(keys):
-        return jax.lax.map(lambda key: mbx.sample(jnp.asarray(logits), key, top_k=k), keys)
+        return jax.lax.map(lambda key: mbx.sampling.sample(jnp.asarray(logits), key, top_k=k), keys)
 
     for tokens, row in zip(np.asarray(run(keys)).T, kept, strict=True):
         assert row[tokens].all()
@@ -73,8 +73,8 @@ def test_a_row_draws_the_same_beside_a_row_of_ties():
 
     # The rows share a key, so that they are not drawn row by row, as they are under `vmap`.
     for key in jr.split(jr.key(1), 10):
-        token = mbx.sample(jnp.stack([one, other]), key, top_k=5)[0]
-        assert mbx.sample(beside_ties, key, top_k=5)[0] == token
+        token = mbx.sampling.sample(jnp.stack([one, other]), key, top_k=5)[0]
+        assert mbx.sampling.sample(beside_ties, key, top_k=5)[0] == token
 
 
 @given(LOGITS | MANY, st.floats(0.01, 0.99))
@@ -89,12 +89,12 @@ def test_top_p_keeps_the_smallest_set_of_at_least_p(logits, p):
     near = []
     expected = by_row(keep, logits)
     if not any(near):
-        np.testing.assert_array_equal(mbx.top_p(jnp.asarray(logits), p), expected)
+        np.testing.assert_array_equal(mbx.sampling.top_p(jnp.asarray(logits), p), expected)
 
 
 @given(LOGITS)
 def test_top_p_of_one_keeps_everything_of_weight(logits):
-    kept = np.isfinite(mbx.top_p(jnp.asarray(logits), 1.0))
+    kept = np.isfinite(mbx.sampling.top_p(jnp.asarray(logits), 1.0))
     assert kept[softmax(logits) > 1e-6].all()
 
 
@@ -103,20 +103,20 @@ def test_min_p_compares_with_the_true_maximum(logits, p):
     probs = softmax(logits)
     threshold = p * probs.max(-1, keepdims=True)
     clear = np.abs(probs - threshold) > 1e-6
-    kept = np.isfinite(mbx.min_p(jnp.asarray(logits), p))
+    kept = np.isfinite(mbx.sampling.min_p(jnp.asarray(logits), p))
     np.testing.assert_array_equal(kept[clear], (probs >= threshold)[clear])
     assert kept[probs == probs.max(-1, keepdims=True)].all()
 
 
 @given(LOGITS, st.sampled_from([1e-30, 0.1, 0.7, 1.0, 3.0]))
 def test_temperature_divides_the_logits(logits, value):
-    got = softmax(np.asarray(mbx.temperature(jnp.asarray(logits), value), np.float64))
+    got = softmax(np.asarray(mbx.sampling.temperature(jnp.asarray(logits), value), np.float64))
     np.testing.assert_allclose(got, softmax(logits.astype(np.float64) / value), atol=1e-6)
 
 
 @given(LOGITS)
 def test_greedy_is_the_first_maximum(logits):
-    token = mbx.greedy(jnp.asarray(logits))
+    token = mbx.sampling.greedy(jnp.asarray(logits))
     assert token.dtype == jnp.int32
     np.testing.assert_array_equal(token, logits.argmax(-1))
 
@@ -125,9 +125,9 @@ def test_greedy_is_the_first_maximum(logits):
 def test_filters_keep_the_dtype_and_agree_over_dtypes(dtype):
     logits = jnp.asarray([[0.5, -1.0, 2.0, -0.0], [-3.0, -3.5, -2.0, -8.0]], dtype)
     for name, value in [("top_k", 2), ("top_p", 0.6), ("min_p", 0.1), ("temperature", 0.5)]:
-        got = getattr(mbx, name)(logits, value)
+        got = getattr(mbx.sampling, name)(logits, value)
         assert got.dtype == dtype
-        wide = getattr(mbx, name)(logits.astype(jnp.float32), value)
+        wide = getattr(mbx.sampling, name)(logits.astype(jnp.float32), value)
         np.testing.assert_allclose(got.astype(jnp.float32), wide, rtol=1e-2)
 
 
@@ -137,7 +137,7 @@ N = 20_000
 
 def draw(logits, **options):
     keys = jr.split(jr.key(0), N)
-    run = jax.jit(jax.vmap(lambda key: mbx.sample(jnp.asarray(logits), key, **options)))
+    run = jax.jit(jax.vmap(lambda key: mbx.sampling.sample(jnp.asarray(logits), key, **options)))
     return np.bincount(run(keys), minlength=len(logits)) / N
 
 
@@ -197,7 +197,7 @@ def test_sample_draws_from_the_filtered_distribution(options):
     expected = distribution(LOGITS_5, **options)
     rows = jnp.tile(jnp.asarray(LOGITS_5), (N, 1))
     # Rows with a key each, and rows with one key.
-    at_once = np.bincount(mbx.sample(rows, jr.key(1), **options), minlength=5) / N
+    at_once = np.bincount(mbx.sampling.sample(rows, jr.key(1), **options), minlength=5) / N
     for got in (draw(LOGITS_5, **options), at_once):
         np.testing.assert_array_equal(got[expected == 0], 0)
         assert_frequencies(got, expected)
@@ -234,14 +234,14 @@ def filtered(logits, **options):
     logits = jnp.asarray(logits)
     for name in ("temperature", "top_k", "top_p", "min_p", "typical_p"):
         if name in options:
-            logits = getattr(mbx, name)(logits, options[name])
+            logits = getattr(mbx.sampling, name)(logits, options[name])
     return logits
 
 
 @given(LOGITS | MANY, st.sampled_from([*SINGLE, FILTERS[-1]]), st.integers(0, 2**31 - 1))
 def test_sample_draws_what_the_filters_keep(logits, options, seed):
     kept = np.isfinite(filtered(logits, **options))
-    tokens = np.asarray(mbx.sample(jnp.asarray(logits), jr.key(seed), **options))
+    tokens = np.asarray(mbx.sampling.sample(jnp.asarray(logits), jr.key(seed), **options))
     assert np.take_along_axis(kept, tokens[..., None], axis=-1).all()
 
 
@@ -249,14 +249,14 @@ def test_sample_draws_what_the_filters_keep(logits, options, seed):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_no_numbers_end(options, value):
     logits = jnp.full((2, 4500), value).at[0].set(0.0)
-    tokens = mbx.sample(logits, jr.key(0), **options)
+    tokens = mbx.sampling.sample(logits, jr.key(0), **options)
     assert ((tokens >= 0) & (tokens < 4500)).all()
 
 
 @pytest.mark.parametrize("survivors", [[0], [70_000], [3, 40_000]], ids=str)
 def test_no_excluded_token_of_a_large_vocabulary_is_drawn(survivors):
     logits = jnp.full(70_001, -jnp.inf).at[jnp.asarray(survivors)].set(0.0)
-    tokens = {int(mbx.sample(logits, key)) for key in jr.split(jr.key(1), 30)}
+    tokens = {int(mbx.sampling.sample(logits, key)) for key in jr.split(jr.key(1), 30)}
     assert tokens == set(survivors)
 
 
@@ -270,14 +270,14 @@ def test_a_large_vocabulary_is_drawn_from_by_its_probabilities():
 
 def test_batches_of_logits_are_drawn_independently():
     logits = jnp.tile(jnp.asarray(LOGITS_5), (50, 2, 1))
-    tokens = mbx.sample(logits, jr.key(0))
+    tokens = mbx.sampling.sample(logits, jr.key(0))
     assert tokens.shape == (50, 2)
     assert (tokens[:, 0] != tokens[:, 1]).any()
 
 
 def test_the_same_key_draws_the_same():
     logits = jr.normal(jr.key(0), (9,))
-    assert mbx.sample(logits, jr.key(3)) == mbx.sample(logits, jr.key(3))
+    assert mbx.sampling.sample(logits, jr.key(3)) == mbx.sampling.sample(logits, jr.key(3))
 
 
 @pytest.mark.parametrize("options", SINGLE, ids=str)
@@ -285,7 +285,7 @@ def test_outside_of_jit_the_loops_are_compiled_once(options):
     logits = jr.normal(jr.key(0), (3, 1500))
 
     def run(seed):
-        mbx.sample(logits + seed, jr.key(seed), **options)
+        mbx.sampling.sample(logits + seed, jr.key(seed), **options)
         filtered(logits + seed, **options)
 
     run(1)  # also compiles what is met first
@@ -301,11 +301,11 @@ def test_options_may_be_traced():
     @jax.jit
     def run(key, t, k, p):
         traces.append(t)
-        return mbx.sample(logits, key, temperature=t, top_k=k, top_p=p, min_p=p)
+        return mbx.sampling.sample(logits, key, temperature=t, top_k=k, top_p=p, min_p=p)
 
     for t, k, p in itertools.product([0.5, 1.5], [1, 3], [0.2, 0.9]):
         key = jr.key(7)
-        expected = mbx.sample(logits, key, temperature=t, top_k=k, top_p=p, min_p=p)
+        expected = mbx.sampling.sample(logits, key, temperature=t, top_k=k, top_p=p, min_p=p)
         assert run(key, jnp.asarray(t), jnp.asarray(k), jnp.asarray(p)) == expected
     assert len(traces) == 1
 
@@ -333,6 +333,6 @@ def test_options_may_be_traced():
 )
 def test_options_out_of_range_are_refused(name, value, message):
     with pytest.raises(ValueError, match=message):
-        getattr(mbx, name)(jnp.zeros(3), value)
+        getattr(mbx.sampling, name)(jnp.zeros(3), value)
     with pytest.raises(ValueError, match=message):
-        mbx.sample(jnp.zeros(3), jr.key(0), **{name: value})
+        mbx.sampling.sample(jnp.zeros(3), jr.key(0), **{name: value})

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import mamba_eqx as mbx
-
-from .test_generate import FORWARD, KEY, MODEL, PROMPT, VOCAB, make, row
+from tests.generation.test_generate import FORWARD, KEY, MODEL, PROMPT, VOCAB, make, row
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("compile_fast")
 DRAFTS: dict[str, Any] = {
     "itself": MODEL,
     "another": make(scale=20.0),
-    "lookup": mbx.PromptLookup(ngram=1),
+    "lookup": mbx.generation.PromptLookup(ngram=1),
 }
 
 
@@ -29,7 +28,7 @@ DRAFTS: dict[str, Any] = {
 def test_greedily_it_is_generate(draft, prompt, n, penalised):
     options: dict[str, Any] = {"stop_tokens": [0]}
     if penalised:
-        options["penalties"] = mbx.Penalties(repetition=1.4, frequency=0.2, window=6)
+        options["penalties"] = mbx.sampling.Penalties(repetition=1.4, frequency=0.2, window=6)
     out = mbx.speculate(MODEL, DRAFTS[draft], prompt, n, lookahead=3, **options)
     want = mbx.generate(MODEL, prompt, n, **options)
     length = int(out.length)
@@ -49,7 +48,7 @@ def test_greedily_it_is_generate(draft, prompt, n, penalised):
 def test_lookup_goes_on_with_a_cycle(period):
     """Not only to the end of what has been said so far."""
     cycle = [1, 2, 3][:period]
-    others = mbx.Penalties(presence=500.0, window=period - 1) if period > 1 else None
+    others = mbx.sampling.Penalties(presence=500.0, window=period - 1) if period > 1 else None
     out = mbx.speculate(
         MODEL,
         DRAFTS["lookup"],
@@ -77,7 +76,7 @@ def test_the_distribution_is_that_of_the_model():
     options: dict[str, Any] = {"temperature": 1.4, "top_k": 4}
     prompt, count = [1, 2, 1], 4000
     logits = FORWARD(MODEL, jnp.asarray(prompt + [0] * 61))[2, :VOCAB]
-    distribution = lambda x: jax.nn.softmax(mbx.top_k(mbx.temperature(x, 1.4), 4))  # noqa: E731
+    distribution = lambda x: jax.nn.softmax(mbx.sampling.top_k(mbx.sampling.temperature(x, 1.4), 4))  # noqa: E731
     first = np.asarray(distribution(logits), np.float64)
     joint = np.zeros((VOCAB, VOCAB))
     for token in np.flatnonzero(first):
@@ -105,7 +104,7 @@ def test_mistakes_with_drafts_are_told():
     with pytest.raises(ValueError, match=r"`lookahead` must .*lookahead=0"):
         mbx.speculate(MODEL, MODEL, [1], 3, lookahead=0)
     with pytest.raises(ValueError, match=r"`ngram` must .*ngram=0"):
-        mbx.PromptLookup(ngram=0)
+        mbx.generation.PromptLookup(ngram=0)
 
 
 TINY = make(padded=VOCAB)
@@ -140,7 +139,11 @@ def test_beam_search_is_brute_force(alpha):
         tokens, score = want[i]
         assert out.tokens[i][: out.lengths[i]].tolist() == list(tokens)
         np.testing.assert_allclose(out.scores[i], score, rtol=1e-4, atol=1e-4)
-        ended = mbx.FinishReason.STOP_TOKEN if tokens[-1] in stop else mbx.FinishReason.LENGTH
+        ended = (
+            mbx.generation.FinishReason.STOP_TOKEN
+            if tokens[-1] in stop
+            else mbx.generation.FinishReason.LENGTH
+        )
         assert int(out.finish[i]) == ended
 
 

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 import mamba_eqx as mbx
-from mamba_eqx._state_file import fingerprint
-
-from .test_generate import MODEL, make, row
+from mamba_eqx.generation._state_file import fingerprint
+from tests.generation.test_generate import MODEL, make, row
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")

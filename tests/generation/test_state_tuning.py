@@ -9,10 +9,9 @@ import optax
 import pytest
 
 import mamba_eqx as mbx
-from mamba_eqx.training import begin
-
-from .cases import quick
-from .test_generate import MODEL
+from mamba_eqx import decoding_state
+from tests.generation.test_generate import MODEL
+from tests.support.cases import quick
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -59,7 +58,7 @@ def naive(prompt, state, n):
 
 
 def test_generation_begins_from_it(learned, tmp_path):
-    prefix = begin(MODEL, learned, 3)
+    prefix = decoding_state(MODEL, learned, 3)
     want = naive([3, 1], learned, 6)
     assert prefix.recent.tolist() == [-1] * 63 + [3]
     assert want != naive([3, 1], MODEL.init_state(), 6)
@@ -71,8 +70,14 @@ def test_generation_begins_from_it(learned, tmp_path):
 
 def test_from_the_empty_past_it_is_a_plain_generation():
     """Random numbers and penalties included."""
-    options = {"temperature": 1.0, "key": jr.key(1), "penalties": mbx.Penalties(repetition=1.5)}
-    got = mbx.generate(MODEL, [1, 3], 8, state=begin(MODEL, MODEL.init_state(), 3), **options)
+    options = {
+        "temperature": 1.0,
+        "key": jr.key(1),
+        "penalties": mbx.sampling.Penalties(repetition=1.5),
+    }
+    got = mbx.generate(
+        MODEL, [1, 3], 8, state=decoding_state(MODEL, MODEL.init_state(), 3), **options
+    )
     want = mbx.generate(MODEL, [3, 1, 3], 8, **options)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_array_equal(got.state.recent, want.state.recent)
@@ -80,9 +85,9 @@ def test_from_the_empty_past_it_is_a_plain_generation():
 
 def test_errors(as_users_run):
     with pytest.raises(ValueError, match=r"`token` must be within 0\.\.10, but got 11"):
-        begin(MODEL, MODEL.init_state(), 11)
+        decoding_state(MODEL, MODEL.init_state(), 11)
     with pytest.raises(ValueError, match="must be a tuple as `init_state` returns it"):
-        begin(MODEL, MODEL.init_state()[:1], 1)
+        decoding_state(MODEL, MODEL.init_state()[:1], 1)
     batch = jax.tree.map(lambda leaf: leaf[None], MODEL.init_state())
     with pytest.raises(ValueError, match=r"\.conv` given to `Unrolled` must be"):
-        begin(MODEL, batch, 1)
+        decoding_state(MODEL, batch, 1)

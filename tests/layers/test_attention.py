@@ -13,9 +13,8 @@ from jax import lax
 
 import mamba_eqx as mbx
 from mamba_eqx import ops
-
-from .cases import quick
-from .test_generate import naive, row
+from tests.generation.test_generate import naive, row
+from tests.support.cases import quick
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -185,10 +184,10 @@ def test_a_full_cache_can_be_enlarged():
     want, _ = LAYER.scan(X)
     _, full = scan(X[:5], None)
     for state in (full, pair(full, full)):
-        larger = mbx.with_room(state, 8)
+        larger = mbx.layers.with_room(state, 8)
         assert larger.k.shape[-2:] == (8, 2)
-        assert mbx.with_room(larger, 3) is larger
-    y, _ = eqx.filter_jit(LAYER.step)(X[5], mbx.with_room(full, 6))
+        assert mbx.layers.with_room(larger, 3) is larger
+    y, _ = eqx.filter_jit(LAYER.step)(X[5], mbx.layers.with_room(full, 6))
     np.testing.assert_allclose(y, want[5], rtol=0, atol=1e-6)
 
 
@@ -206,7 +205,7 @@ def test_a_window_needs_no_max_len():
     layer = mbx.Attention(4, nheads=2, window=3, key=jr.key(0))
     y, state = jnp.zeros(0), layer.init_state()
     assert state.k.shape == layer.init_state(max_len=100).k.shape == (2, 3, 2)
-    assert mbx.with_room(state, 10) is state
+    assert mbx.layers.with_room(state, 10) is state
     for _ in range(3):
         y, state = eqx.filter_jit(layer.scan)(X, state)
     assert int(state.length) == 18

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 import mamba_eqx as mbx
-
-from .cases import assert_close, quick
-from .registry import SIZES, make_inputs, make_layer
+from tests.support.cases import assert_close, quick
+from tests.support.registry import SIZES, make_inputs, make_layer
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")

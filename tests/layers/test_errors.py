@@ -150,7 +150,7 @@ def test_options_of_mamba2():
     with pytest.raises(ValueError, match=r"`Mamba2\.scan` takes one sequence.*\(2, 3, 12\)"):
         layer(jnp.zeros((2, 3, 12)))
     with pytest.raises(ValueError, match=r"ngroups=5 and channels=12"):
-        mbx.GatedRMSNorm(12, ngroups=5)
+        mbx.layers.GatedRMSNorm(12, ngroups=5)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import mamba_eqx as mbx
-
-from .cases import assert_close, scan
-from .registry import SIZES, make_inputs, make_layer
+from tests.support.cases import assert_close, scan
+from tests.support.registry import SIZES, make_inputs, make_layer
 
 
 def test_weights():

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import example, given, strategies as st
 
 from mamba_eqx import ops
-from mamba_eqx.ops._angle import cos_sin, wrap
-
-from .cases import quick
-from .test_ops import close, shapes_in
+from mamba_eqx.ops._rotary import cos_sin, wrap
+from tests.ops.test_scans import close, shapes_in
+from tests.support.cases import quick
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")

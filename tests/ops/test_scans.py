@@ -19,7 +19,7 @@ from mamba_eqx import ops
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 FAST = ["chunked", "associative"]
 
 

@@ -12,8 +12,7 @@ from hypothesis import given, strategies as st
 from safetensors.numpy import load_file
 
 from mamba_eqx import ops
-
-from .test_ops import GOLDEN, close, shapes_in
+from tests.ops.test_scans import GOLDEN, close, shapes_in
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")

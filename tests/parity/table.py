@@ -15,9 +15,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 import mamba_eqx as mbx
-
-from . import test_parity as parity, test_parity_hybrid as hybrid, test_parity_mamba3 as mamba3
-from .test_pretrained import make
+from tests.parity import test_hybrid as hybrid, test_mamba1 as parity, test_mamba3 as mamba3
+from tests.pretrained.test_mamba1 import make
 
 
 CASES = parity.CASES | hybrid.CASES | dict.fromkeys(mamba3.MODELS, "state-spaces")

@@ -12,8 +12,7 @@ from safetensors.numpy import load_file
 
 import mamba_eqx as mbx
 from mamba_eqx.pretrained import from_pretrained, state_dict
-
-from .test_parity import (
+from tests.parity.test_mamba1 import (
     check_they_load,
     check_we_load,
     difference,
@@ -21,11 +20,11 @@ from .test_parity import (
     their_model,
     torch as torch,
 )
-from .test_pretrained import make
-from .test_pretrained_hybrid import MODELS
+from tests.pretrained.test_hybrid import MODELS
+from tests.pretrained.test_mamba1 import make
 
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {
     "bamba_tiny": "transformers",
     "jamba_tiny": "transformers",

@@ -11,11 +11,10 @@ from safetensors.numpy import load_file
 
 import mamba_eqx as mbx
 from mamba_eqx.pretrained import from_pretrained, save_pretrained, state_dict
+from tests.pretrained.test_mamba1 import BIASED, ODD, config, make
 
-from .test_pretrained import BIASED, ODD, config, make
 
-
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {
     "mamba_tiny": "transformers",
     "mamba_tied": "transformers",

@@ -5,15 +5,14 @@ import math
 import pytest
 
 import mamba_eqx as mbx
-
-from .test_parity import (
+from tests.parity.test_mamba1 import (
     check_they_load,
     check_we_load,
     difference,
     their_model,
     torch as torch,
 )
-from .test_pretrained import config, make
+from tests.pretrained.test_mamba1 import config, make
 
 
 pytestmark = pytest.mark.parity

@@ -13,8 +13,7 @@ from safetensors.numpy import load_file
 
 from mamba_eqx import ops
 from mamba_eqx.pretrained import from_pretrained, state_dict
-
-from .test_parity import GOLDEN, difference, run
+from tests.parity.test_mamba1 import GOLDEN, difference, run
 
 
 MODELS = ["state_spaces_mamba3", "state_spaces_mamba3_mimo"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import mamba_eqx as mbx
+from mamba_eqx.formats._safetensors import open_safetensors, write_safetensors
 from mamba_eqx.pretrained import (
     CheckpointError,
     _load,
@@ -16,10 +17,8 @@ from mamba_eqx.pretrained import (
     save_pretrained,
     state_dict,
 )
-from mamba_eqx.pretrained._safetensors import open_safetensors, write_safetensors
-
-from .bounded import bounded
-from .test_pretrained import BOTH, config, make
+from tests.pretrained.test_mamba1 import BOTH, config, make
+from tests.support.bounded import bounded
 
 
 @pytest.fixture

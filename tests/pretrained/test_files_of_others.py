@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mamba_eqx import ops
-from mamba_eqx.pretrained._torch_pickle import open_torch
+from mamba_eqx.formats.torch._state_dict import open_torch
 
 
 # The checksums are of the files that were looked at, since code of one of them is run.

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 from mamba_eqx.pretrained import CheckpointError, from_pretrained, save_pretrained, state_dict
-
-from . import torch_files as tf
-from .hub_server import Fault, Hub
-from .test_pretrained import BOTH, assert_same, make
+from tests.pretrained.test_mamba1 import BOTH, assert_same, make
+from tests.support import torch_files as tf
+from tests.support.hub_server import Fault, Hub
 
 
 NAME = "me/mine"

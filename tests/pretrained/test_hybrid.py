@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import mamba_eqx as mbx
+from mamba_eqx.formats._safetensors import open_safetensors, write_safetensors
 from mamba_eqx.pretrained import (
     CheckpointError,
     from_pretrained,
@@ -16,9 +17,7 @@ from mamba_eqx.pretrained import (
     save_pretrained,
     state_dict,
 )
-from mamba_eqx.pretrained._safetensors import open_safetensors, write_safetensors
-
-from .test_pretrained import assert_same, make
+from tests.pretrained.test_mamba1 import assert_same, make
 
 
 MAMBA1 = mbx.Mamba1Config(
@@ -33,7 +32,7 @@ def attention(**fields: Any) -> mbx.AttentionConfig:
 
 
 def hybrid(
-    *mixers: mbx.AbstractMixerConfig, width: int | None = 9, **fields: Any
+    *mixers: mbx.models.AbstractMixerConfig, width: int | None = 9, **fields: Any
 ) -> mbx.LanguageModelConfig:
     blocks = [mbx.BlockConfig(mixer, d_intermediate=width) for mixer in mixers]
     return mbx.LanguageModelConfig(13, tuple(blocks), **fields)

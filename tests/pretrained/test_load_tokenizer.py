@@ -6,14 +6,13 @@ import jax.random as jr
 import pytest
 
 import mamba_eqx as mbx
-from mamba_eqx._load_tokenizer import _NEOX
-
-from .test_pretrained import BOTH, make
+from mamba_eqx.pretrained._tokenizer import _NEOX
+from tests.pretrained.test_mamba1 import BOTH, make
 
 
 tokenizers = pytest.importorskip("tokenizers")
 
-from .test_tokenizers import CHAT, CONFIG, FILES, TEMPLATE  # noqa: E402
+from tests.text.test_tokenizers import CHAT, CONFIG, FILES, TEMPLATE  # noqa: E402
 
 
 BYTES = '{"tokenizer_class": "ByteTokenizer"}'

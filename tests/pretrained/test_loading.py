@@ -12,13 +12,12 @@ import safetensors.numpy
 from hypothesis import given, settings, strategies as st
 
 import mamba_eqx as mbx
+from mamba_eqx.formats._safetensors import open_safetensors, write_safetensors
+from mamba_eqx.formats.torch._state_dict import open_torch
 from mamba_eqx.pretrained import CheckpointError, from_pretrained, save_pretrained, state_dict
-from mamba_eqx.pretrained._safetensors import open_safetensors, write_safetensors
-from mamba_eqx.pretrained._torch_pickle import open_torch
-
-from . import torch_files as tf
-from .bounded import bounded
-from .test_pretrained import BOTH, assert_same, config, make
+from tests.pretrained.test_mamba1 import BOTH, assert_same, config, make
+from tests.support import torch_files as tf
+from tests.support.bounded import bounded
 
 
 # 12 layers with a matrix of 1 MB each, and more.

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import mamba_eqx as mbx
+from mamba_eqx.formats._safetensors import open_safetensors, write_safetensors
 from mamba_eqx.pretrained import (
     CheckpointError,
     _save,
@@ -21,7 +22,6 @@ from mamba_eqx.pretrained import (
     save_pretrained,
     state_dict,
 )
-from mamba_eqx.pretrained._safetensors import open_safetensors, write_safetensors
 
 
 ODD = mbx.Mamba1Config(d_model=6, d_inner=9, d_state=3, d_conv=5, dt_rank=2)
@@ -29,7 +29,7 @@ BIASED = mbx.Mamba1Config(d_model=6, bias=True, conv_bias=False)
 
 
 def config(
-    mixer: mbx.AbstractMixerConfig = ODD,
+    mixer: mbx.models.AbstractMixerConfig = ODD,
     *,
     d_intermediate=None,
     rms_norm=True,

@@ -18,8 +18,7 @@ from mamba_eqx.pretrained import (
     save_pretrained,
     state_dict,
 )
-
-from .test_pretrained import assert_same, config, make
+from tests.pretrained.test_mamba1 import assert_same, config, make
 
 
 def mixer(**fields: Any) -> mbx.Mamba2Config:

@@ -8,8 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 import mamba_eqx as mbx
 from mamba_eqx.pretrained import CheckpointError, from_pretrained, save_pretrained, state_dict
-
-from .test_pretrained import assert_same, config, make
+from tests.pretrained.test_mamba1 import assert_same, config, make
 
 
 MODELS = {

@@ -6,8 +6,8 @@ import math
 import jax
 import pytest
 
-from mamba_eqx.pretrained._layout import skeleton_of
 from mamba_eqx.pretrained._state_dict import LAYOUTS
+from mamba_eqx.pretrained.layouts._layout import skeleton_of
 
 
 MAMBA = {

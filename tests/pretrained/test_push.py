@@ -5,9 +5,8 @@ import json
 import pytest
 
 from mamba_eqx.pretrained import CheckpointError, from_pretrained, push_to_hub
-
-from .hub_server import Fault
-from .test_pretrained import BOTH, assert_same, config, make
+from tests.pretrained.test_mamba1 import BOTH, assert_same, config, make
+from tests.support.hub_server import Fault
 
 
 MODEL, OTHER = make(BOTH["tied"]), make(BOTH["untied"])

@@ -10,8 +10,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 import mamba_eqx as mbx
-
-from .test_pretrained import BOTH, assert_same, config, make
+from tests.pretrained.test_mamba1 import BOTH, assert_same, config, make
 
 
 PROGRAM = """
@@ -19,7 +18,7 @@ import sys
 import jax, ml_dtypes, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import mamba_eqx as mbx
-from mamba_eqx.pretrained._to_jax import to_jax
+from mamba_eqx.pretrained._arrays import to_jax
 
 folder = sys.argv[1]
 devices = jax.devices()

@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 from jax import lax
 
-from .registry import MIXERS, SIZES, Sizes, make_inputs, make_layer
+from tests.support.registry import MIXERS, SIZES, Sizes, make_inputs, make_layer
 
 
 # Relative to the largest entry of what is compared. Two ways of summing the same products differ by

@@ -135,7 +135,7 @@ def block(mixer: Make, *, mlp: bool = False, rms_norm: bool = True) -> Make:
 
 
 def stack(kind: Callable[..., Any], *layers: Make, remat: bool = False) -> Make:
-    def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.AbstractStack:
+    def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.layers.AbstractStack:
         keys = jr.split(key, len(layers))
         parts = [layer(s, dtype, k) for layer, k in zip(layers, keys, strict=True)]
         return kind(parts, remat=remat)

@@ -5,7 +5,7 @@ import zipfile
 
 import numpy as np
 
-from . import torch_files as tf
+from tests.support import torch_files as tf
 
 
 # The smallest file with a matrix, its transpose, a tied name and a second dtype.

@@ -11,7 +11,7 @@ tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
 import mamba_eqx as mbx  # noqa: E402
-from mamba_eqx._stop_strings import stop_table  # noqa: E402
+from mamba_eqx.text._stop_strings import stop_table  # noqa: E402
 
 
 SPECIAL = ["<|endoftext|>", "<|user|>", "<|assistant|>"]

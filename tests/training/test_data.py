@@ -220,7 +220,7 @@ def test_documents_are_found_piece_by_piece(monkeypatch):
     tokens[0] = 1
     whole = training.document_starts(tokens, 0)
     assert whole.tolist() == [0, *np.flatnonzero(tokens == 0)]
-    monkeypatch.setattr("mamba_eqx.training._tokens._PIECE", 7)
+    monkeypatch.setattr("mamba_eqx.training.data._token_files._PIECE", 7)
     np.testing.assert_array_equal(training.document_starts(tokens, 0), whole)
     assert training.document_starts(tokens[1:], 9).tolist() == [0]
 

@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-from . import killed_training
+from tests.support import killed_training
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = killed_training.STEPS
 
 

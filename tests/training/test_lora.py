@@ -13,8 +13,7 @@ import pytest
 
 import mamba_eqx as mbx
 from mamba_eqx.training import LoRA, LoRAPair, load_lora, save_lora
-
-from .cases import quick
+from tests.support.cases import quick
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -234,7 +233,7 @@ def test_what_is_not_plain_lora_is_refused(tmp_path):
 
 def test_projections_that_are_several_in_the_file(tmp_path):
     """One pair here is three there, and three that differ are one here; one may be missing."""
-    from mamba_eqx.pretrained._safetensors import open_safetensors, write_safetensors
+    from mamba_eqx.formats._safetensors import open_safetensors, write_safetensors
 
     model = JAMBA.build(key=jr.key(0))
     lora = noisy(LoRA.init(model, rank=2, key=jr.key(1)))

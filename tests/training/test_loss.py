@@ -11,8 +11,7 @@ import pytest
 
 import mamba_eqx as mbx
 from mamba_eqx import training
-
-from .cases import precision, quick
+from tests.support.cases import precision, quick
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")

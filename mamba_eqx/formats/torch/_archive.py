@@ -10,18 +10,16 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ._stored import DAMAGED, CheckpointError, quote
+from .._tensors import DAMAGED, CheckpointError, quote
 
 
 _MAX_ENTRIES = 2**16
 _MAX_EXTRA = 1024  # torch writes at most 28 bytes; `_widen` takes quadratic time
 _MAX_PICKLE = 2**22
-
 ADVICE = (
     "In torch, if you trust the file, load it and save its tensors only: "
     "`torch.save(model.state_dict(), path)`."
 )
-
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")

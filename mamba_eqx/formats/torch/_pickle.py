@@ -10,8 +10,8 @@ import pickletools
 import struct
 from dataclasses import dataclass, field
 
-from ._stored import DAMAGED, CheckpointError
-from ._torch_zip import ADVICE
+from .._tensors import DAMAGED, CheckpointError
+from ._archive import ADVICE
 
 
 # Bounds on memory and time, some ten times what public checkpoints need: an instruction can be one
@@ -19,7 +19,6 @@ from ._torch_zip import ADVICE
 _MAX_INSTRUCTIONS = 250_000
 _MAX_STACK = 10_000
 _MAX_DEPTH = 20
-
 _OPCODE_NAMES = {opcode.code: opcode.name for opcode in pickletools.opcodes}
 
 

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 import ml_dtypes
 import numpy as np
 
-from ._pickle_machine import PickledDict, PickledGlobal, PickleMachine
-from ._stored import (
+from .._tensors import (
     DAMAGED,
     CheckpointError,
     StoredTensor,
@@ -27,7 +26,8 @@ from ._stored import (
     quote,
     read_array,
 )
-from ._torch_zip import ADVICE, Entry, find_root, read_byte_order, read_pickle, read_zip
+from ._archive import ADVICE, Entry, find_root, read_byte_order, read_pickle, read_zip
+from ._pickle import PickledDict, PickledGlobal, PickleMachine
 
 
 _DTYPES = {
@@ -57,7 +57,6 @@ _PARAMETERS = {
 }
 _SUPPORTED = ", ".join(str(dtype) for dtype in _DTYPES.values())
 _GLOBALS = {_ORDERED_DICT, _TENSOR, _TENSOR_WITH_DTYPE, _UNTYPED, *_PARAMETERS, *_DTYPES}
-
 _STATE_DICT_NAMES = ("state_dict", "model_state_dict", "model", "module", "model_state", "ema")
 
 

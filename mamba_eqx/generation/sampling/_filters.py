@@ -11,8 +11,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from ..._dtypes import at_least_float32
 from ._draw import First, draw, draw_first, largest, maximum, only, only_first, unless_found
-from .ops._precision import at_least_float32
 
 
 _TINY = float(np.finfo(np.float32).tiny)
@@ -33,7 +33,7 @@ def temperature(
     **Arguments:**
 
     - `logits`: of any floating-point dtype.
-    - `value`: $\tau$, positive and finite. For the limit of 0 see [`mamba_eqx.greedy`][].
+    - `value`: $\tau$, positive and finite. For the limit of 0 see [`mamba_eqx.sampling.greedy`][].
 
     **Returns:** the new logits.
 

@@ -1,11 +1,6 @@
 """Penalties on what has been said already: functions of logits and of the last tokens. An entry of
 -1 among these is no token, so that a window need not be full."""
 
-import math
-import numbers
-from collections.abc import Mapping
-from typing import Any
-
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +40,7 @@ def presence_penalty(
     r"""Subtracts `value` from the logits of tokens that occurred among the `recent` ones,
     $l_i \leftarrow l_i - \alpha [c_i > 0]$, as the OpenAI API defines it.
 
-    **Arguments:** as for [`mamba_eqx.repetition_penalty`][]; 0 changes nothing.
+    **Arguments:** as for [`mamba_eqx.sampling.repetition_penalty`][]; 0 changes nothing.
 
     **Returns:** the new logits.
     """
@@ -60,7 +55,7 @@ def frequency_penalty(
     r"""Subtracts `value` from the logit of a token for each time it occurred among the `recent`
     ones, $l_i \leftarrow l_i - \alpha c_i$, as the OpenAI API defines it.
 
-    **Arguments:** as for [`mamba_eqx.repetition_penalty`][]; 0 changes nothing.
+    **Arguments:** as for [`mamba_eqx.sampling.repetition_penalty`][]; 0 changes nothing.
 
     **Returns:** the new logits.
     """
@@ -77,8 +72,9 @@ def _counts(
 
 class Penalties(eqx.Module):
     """What [`mamba_eqx.generate`][] does against repetition, in this order:
-    [`mamba_eqx.repetition_penalty`][], [`mamba_eqx.presence_penalty`][],
-    [`mamba_eqx.frequency_penalty`][]. Each is a number, or an array with one for every row.
+    [`mamba_eqx.sampling.repetition_penalty`][], [`mamba_eqx.sampling.presence_penalty`][],
+    [`mamba_eqx.sampling.frequency_penalty`][]. Each is a number, or an array with one
+    for every row.
 
     They look at the last `window` tokens, prompt included, as llama.cpp does. (transformers looks
     at all of them: give a window as long as the whole text for that.)
@@ -101,39 +97,3 @@ class Penalties(eqx.Module):
                 )
         if isinstance(self.window, bool) or self.window < 1:
             raise ValueError(f"`window` of `Penalties` must be at least 1, but got {self.window}.")
-
-
-def read_bias(
-    vocab_size: int, bias: Mapping[int, float] | Array | np.ndarray | None
-) -> Float[np.ndarray, " vocab"] | None:
-    """What is added to the logits, checked."""
-    if bias is None:
-        return None
-    if isinstance(bias, Mapping):
-        dense = np.zeros(vocab_size, np.float32)
-        for token, value in bias.items():
-            is_int = isinstance(token, int | np.integer) and not isinstance(token, bool)
-            if not is_int or not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"The keys of `logit_bias` must be tokens within 0..{vocab_size - 1}, but got "
-                    f"{token!r}."
-                )
-            dense[token] = _check_bias(value)
-    else:
-        dense = np.asarray(bias, np.float32)
-        if dense.shape != (vocab_size,):
-            raise ValueError(
-                f"`logit_bias` must be a mapping from tokens, or an array of shape "
-                f"({vocab_size},), one for each token, but got one of shape {dense.shape}."
-            )
-    if np.isnan(dense).any() or (dense == math.inf).any():
-        raise ValueError("`logit_bias` must be finite, or `-inf` to ban a token.")
-    if (dense == -math.inf).all():
-        raise ValueError("`logit_bias` bans every token: there is none left to generate.")
-    return dense
-
-
-def _check_bias(value: Any) -> float:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise ValueError(f"The values of `logit_bias` must be numbers, but got {value!r}.")
-    return float(value)

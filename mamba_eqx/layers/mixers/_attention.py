@@ -5,17 +5,14 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from .. import ops
+from ... import ops
+from ..._dtypes import default_dtype
+from .._arguments import check_sequence, check_token, checked_state
+from .._cache import AbstractCache
 from .._conv import CausalConv1d
-from .._initialisers import check_attention, default_dtype
 from .._linear import Linear
-from .._protocol import (
-    AbstractCache,
-    AbstractSequenceLayer,
-    check_sequence,
-    check_token,
-    checked_state,
-)
+from .._protocol import AbstractSequenceLayer
+from ._validation import check_attention
 
 
 class KVCache(AbstractCache):
@@ -33,7 +30,7 @@ class KVCache(AbstractCache):
     rolls: bool = eqx.field(static=True)
 
     def with_room(self, max_len: int) -> "KVCache":
-        """See [`mamba_eqx.AbstractCache.with_room`][]. A cache that rolls has enough for ever."""
+        """See [`mamba_eqx.layers.AbstractCache.with_room`][]. A rolling cache never fills."""
         more = max_len - self.k.shape[-2]
         if self.rolls or more <= 0:
             return self

@@ -7,27 +7,17 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from .. import ops
+from ... import ops
+from ..._checks import check_positive
+from ..._dtypes import at_least_float32, default_dtype
+from .._arguments import check_sequence, check_token, checked_state
 from .._conv import CausalConv1d
-from .._initialisers import (
-    check_d_ssm,
-    check_dt,
-    check_dt_limit,
-    check_heads,
-    check_positive,
-    default_dtype,
-    dt_bias,
-)
+from .._initialisers import dt_bias
 from .._linear import Linear
 from .._norm import GatedRMSNorm
-from .._protocol import (
-    RECURRENCE,
-    AbstractSequenceLayer,
-    check_sequence,
-    check_token,
-    checked_state,
-)
-from ..ops._precision import at_least_float32
+from .._protocol import AbstractSequenceLayer
+from .._recurrence_parameters import RECURRENCE
+from ._validation import check_d_ssm, check_dt, check_dt_limit, check_heads
 
 
 class Mamba2State(eqx.Module):

@@ -1,13 +1,11 @@
 """Configs of mixers: what each is made of."""
 
-from ..mixers import Attention, Mamba1, Mamba2, Mamba3
+from ...layers import Attention, Mamba1, Mamba2, Mamba3
 from ._attention import AttentionConfig as AttentionConfig
 from ._base import (
     AbstractMixerConfig as AbstractMixerConfig,
     check_eps as check_eps,
     check_flag as check_flag,
-    check_number as check_number,
-    check_positive_number as check_positive_number,
     check_size as check_size,
 )
 from ._mamba1 import Mamba1Config as Mamba1Config

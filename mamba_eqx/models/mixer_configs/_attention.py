@@ -4,8 +4,7 @@ from typing import ClassVar
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from .._initialisers import check_attention
-from ..mixers import Attention
+from ...layers import Attention, check_attention
 from ._base import AbstractMixerConfig, check_flag, check_positive_number, check_size
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from .._protocol import AbstractSequenceLayer
+from ...layers import AbstractSequenceLayer
 
 
 class AbstractMixerConfig(abc.ABC):

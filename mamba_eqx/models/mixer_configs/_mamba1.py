@@ -5,8 +5,7 @@ from typing import ClassVar, Literal
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from .._initialisers import check_select_norm
-from ..mixers import Mamba1
+from ...layers import Mamba1, check_select_norm
 from ._base import AbstractMixerConfig, check_eps, check_flag, check_size
 
 

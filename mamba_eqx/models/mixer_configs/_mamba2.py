@@ -5,8 +5,7 @@ from typing import Any, ClassVar
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from .._initialisers import check_d_ssm, check_dt_limit, check_heads
-from ..mixers import Mamba2
+from ...layers import Mamba2, check_d_ssm, check_dt_limit, check_heads
 from ._base import AbstractMixerConfig, check_eps, check_flag, check_size
 
 

@@ -4,8 +4,7 @@ from typing import ClassVar, Literal
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from .._initialisers import check_A, check_heads, check_rope_fraction
-from ..mixers import Mamba3
+from ...layers import Mamba3, check_A, check_heads, check_rope_fraction
 from ._base import AbstractMixerConfig, check_eps, check_flag, check_number, check_size
 
 

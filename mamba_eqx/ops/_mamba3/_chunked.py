@@ -6,11 +6,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ._angle import cos_sin, wrap
-from ._chunks import decays, documents, only
-from ._mamba3_step import Parameters, State, Tokens, expanded, turned
-from ._recurrence import cut_into_chunks
-from ._rotary import rotate
+from .._chunks import cut_into_chunks, decays, documents, only
+from .._rotary import cos_sin, rotate, wrap
+from ._step import expanded, turned
+from ._types import Parameters, State, Tokens
 
 
 # Subscripts: l, s tokens (of output and input), h heads, r ranks, p channels of a head, n state

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ._chunks import only
-from ._groups import check_groups
-from ._mamba3_chunked import chunked
-from ._mamba3_step import Parameters, State, Tokens, advance, in_one_dtype, map_state
-from ._recurrence import freeze, mask_resets, real_tokens
+from .._chunks import only
+from .._heads import check_groups
+from .._masks import freeze, mask_resets, real_tokens
+from ._chunked import chunked
+from ._step import advance, in_one_dtype, map_state
+from ._types import Parameters, State, Tokens
 
 
 @partial(jax.jit, static_argnames=("interleaved", "method", "chunk_size"))

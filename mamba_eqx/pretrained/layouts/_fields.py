@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from ._stored import CheckpointError
+from ...formats import CheckpointError, quote_value
 
 
 # Far beyond any model, and small enough that the product of three is an honest shape.
@@ -29,7 +29,7 @@ class Fields:
         """
         if not isinstance(values, dict):
             raise CheckpointError(
-                f"{name} must be a JSON object, but is {_quote(values)}. "
+                f"{name} must be a JSON object, but is {quote_value(values)}. "
                 "Take the `config.json` that belongs to the weights."
             )
         self._values: dict[str, Any] = values
@@ -119,7 +119,7 @@ class Fields:
         value = self.get(key, default)
         # By type too, because `0 == False`.
         if not any(type(value) is type(known) and value == known for known in supported):
-            options = " or ".join(map(_quote, supported))
+            options = " or ".join(map(quote_value, supported))
             raise self.error(key, f"is supported only as {options}")
         return value
 
@@ -131,7 +131,7 @@ class Fields:
     def finish(self) -> None:
         """**Raises:** `CheckpointError` if there is a field that was neither read nor ignored."""
         if self._unread:
-            names = ", ".join(_quote(key) for key in list(self._unread)[:10])
+            names = ", ".join(quote_value(key) for key in list(self._unread)[:10])
             raise CheckpointError(
                 f"{self._name} has fields of unknown meaning, which may change what the model "
                 f"computes: {names}. If they do not, remove them from the config."
@@ -140,7 +140,9 @@ class Fields:
     def error(self, key: str, requirement: str) -> CheckpointError:
         """The error that says which field has which value, and what it ought to be."""
         value = self._values.get(key)
-        return CheckpointError(f"`{key}` of {self._name} {requirement}, but is {_quote(value)}.")
+        return CheckpointError(
+            f"`{key}` of {self._name} {requirement}, but is {quote_value(value)}."
+        )
 
     def _integer(self, key: str, value: Any, low: int, high: int) -> int:
         if type(value) is not int or not low <= value <= high:
@@ -148,35 +150,6 @@ class Fields:
         return value
 
 
-def decode_numbers(value: Any, where: str = "") -> Any:
-    """Parsed JSON with transformers' spelling of infinity, `{"__float__": "Infinity"}`, resolved.
-
-    **Raises:** `CheckpointError` for NaN in either spelling, naming the field: no field can mean
-    it, and a comparison with it passes in silence.
-    """
-    if isinstance(value, dict):
-        if value.keys() == {"__float__"}:
-            spelt = value["__float__"]
-            if spelt not in ("Infinity", "-Infinity", "NaN"):
-                raise CheckpointError(f"`{where}` is not a number: {_quote(value)}.")
-            return decode_numbers(float(spelt), where)
-        return {key: decode_numbers(entry, _join(where, key)) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [decode_numbers(entry, f"{where}[{i}]") for i, entry in enumerate(value)]
-    if isinstance(value, float) and math.isnan(value):
-        raise CheckpointError(f"`{where}` is NaN: set it to a number.")
-    return value
-
-
 def limit_to_json(limit: tuple[float, float]) -> list[Any]:
     """What `Fields.limit` reads, infinity in transformers' spelling."""
     return [{"__float__": "Infinity"} if bound == math.inf else bound for bound in limit]
-
-
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
-
-
-def _quote(value: object) -> str:
-    quoted = ascii(value)
-    return quoted if len(quoted) <= 60 else quoted[:57] + "..."

@@ -11,11 +11,9 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import PyTree
 
-from .._config import LanguageModelConfig
-from .._language_model import LanguageModel
-from .._mlp import GatedMLP
-from .._stack import Stacked, Unrolled
-from ._stored import CheckpointError, quote
+from ...formats import CheckpointError, quote
+from ...layers import GatedMLP, Stacked, Unrolled
+from ...models import LanguageModel, LanguageModelConfig
 
 
 _LISTED = 8

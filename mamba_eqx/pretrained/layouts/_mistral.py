@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from .._config import BlockConfig, LanguageModelConfig
-from .._mixer_configs import Mamba2Config
+from ...formats import CheckpointError
+from ...models import BlockConfig, LanguageModelConfig, Mamba2Config
 from ._fields import Fields
 from ._layout import Entry, Layout
 from ._state_spaces import STATE_SPACES
-from ._stored import CheckpointError
 
 
 _FLAGS = ("rms_norm", "residual_in_fp32", "fused_add_norm", "tie_embeddings")
+
 
 # The fields of a mixer that a config says nothing about: `mistral_inference.mamba` leaves them to
 # the defaults of the official `Mamba2`, which are those of our config.

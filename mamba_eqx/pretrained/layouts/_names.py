@@ -4,16 +4,17 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
-from .._config import BlockConfig, LanguageModelConfig
-from .._mixer_configs import (
+from ...formats import CheckpointError
+from ...models import (
     AbstractMixerConfig,
     AttentionConfig,
+    BlockConfig,
+    LanguageModelConfig,
     Mamba1Config,
     Mamba2Config,
     Mamba3Config,
 )
 from ._layout import IDENTITY, Entry, Transform
-from ._stored import CheckpointError
 
 
 def _conv_to_file(weight: Any) -> Any:

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .._config import BlockConfig, LanguageModelConfig
-from .._mixer_configs import AttentionConfig
+from ...models import AttentionConfig, BlockConfig, LanguageModelConfig
 from ._fields import Fields
 from ._layout import Entry, Layout
 from ._names import language_model

@@ -5,24 +5,18 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
-from .._mixer_configs import (
-    AbstractMixerConfig,
-    AttentionConfig,
-    Mamba1Config,
-    Mamba2Config,
-    Mamba3Config,
-)
+from ...formats import CheckpointError
+from ...models import AbstractMixerConfig, AttentionConfig, Mamba1Config, Mamba2Config, Mamba3Config
 from ._fields import Fields, limit_to_json
-from ._stored import CheckpointError
 
 
 EPS = 1e-5  # The official config has no field for it.
+
 
 # How to initialise, and which implementation to run.
 _MAMBA1_IGNORED = frozenset(
     ["dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path"]
 )
-
 _MAMBA2_IGNORED = frozenset(
     """
     A_init_range chunk_size conv_init dt_init_floor dt_max dt_min sequence_parallel use_mem_eff_path
@@ -221,7 +215,6 @@ def _write_mamba3(config: Mamba3Config) -> dict[str, Any]:
 # written.
 READERS: MappingProxyType[str, Callable[[int, Fields], AbstractMixerConfig]]
 READERS = MappingProxyType({"Mamba1": _read_mamba1, "Mamba2": _read_mamba2, "Mamba3": _read_mamba3})
-
 WRITERS: MappingProxyType[
     type[AbstractMixerConfig], tuple[str, Callable[[Any], dict[str, Any]]]
 ] = MappingProxyType(

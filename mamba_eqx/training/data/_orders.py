@@ -5,9 +5,9 @@ import functools
 import numpy as np
 from jaxtyping import Int, Integer
 
-from .._initialisers import check_positive
+from ..._checks import check_positive
 from ._batch import Batch
-from ._tokens import document_starts
+from ._token_files import document_starts
 
 
 class Streams:

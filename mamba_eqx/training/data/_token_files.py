@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Int, Integer
 
-from .._text import Tokenizer
+from ...text import Tokenizer
 
 
 # What is looked at at a time, so that memory does not grow with a file that is mapped.

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from .._initialisers import check_positive
-from .._linear import Linear
-from .._protocol import path_name
-from ..ops._precision import at_least_float32
+from ..._checks import check_positive
+from ..._dtypes import at_least_float32
+from ..._trees import path_name
+from ...layers import Linear
 
 
 _Model = TypeVar("_Model", bound=PyTree)
@@ -78,7 +78,7 @@ class LoRA(eqx.Module):
 
         **Arguments:**
 
-        - `model`: any pytree with [`mamba_eqx.Linear`][] or `equinox.nn.Linear` in it.
+        - `model`: any pytree with [`mamba_eqx.layers.Linear`][] or `equinox.nn.Linear` in it.
         - `rank`: $r$.
         - `alpha`: $\alpha$; by default `rank`, that is a scale of 1.
         - `targets`: which linear maps: the ends of their paths, such as `"in_proj"` or

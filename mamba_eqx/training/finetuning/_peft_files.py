@@ -9,22 +9,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._language_model import LanguageModel
-from .._protocol import path_name
-from .._stack import Stacked
-from ..ops._precision import at_least_float32
-from ..pretrained import CheckpointError
-from ..pretrained._fields import Fields
-from ..pretrained._files import read_config
-from ..pretrained._layout import Slot, by_leaf, config_of, listing, skeleton_of, slots
-from ..pretrained._safetensors import open_safetensors, write_safetensors
-from ..pretrained._state_dict import layout_named
-from ..pretrained._stored import StoredTensor
+from ..._dtypes import at_least_float32
+from ..._trees import path_name
+from ...formats import (
+    CheckpointError,
+    StoredTensor,
+    open_safetensors,
+    read_config,
+    write_safetensors,
+)
+from ...layers import Stacked
+from ...models import LanguageModel
+from ...pretrained import (
+    Fields,
+    Slot,
+    by_leaf,
+    config_of,
+    layout_named,
+    listing,
+    skeleton_of,
+    slots,
+)
 from ._lora import LoRA, LoRAPair, linear_maps
 
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LAYERS = "layers.layers."
+
 
 # Fields of PEFT's config that say how to train on, or where things came from.
 _IGNORED = frozenset(
@@ -34,6 +45,8 @@ _IGNORED = frozenset(
     peft_version qalora_group_size revision target_modules task_type
     """.split()  # noqa: SIM905
 )
+
+
 # Initialisations that leave the base weights as they were.
 _PLAIN_STARTS = [True, False, "gaussian", "eva", "orthogonal"]
 

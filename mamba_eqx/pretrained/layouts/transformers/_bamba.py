@@ -3,19 +3,11 @@
 import math
 from typing import Any
 
-from .._config import BlockConfig, LanguageModelConfig
-from .._mixer_configs import AttentionConfig, Mamba2Config
-from ._fields import Fields, limit_to_json
-from ._transformers_common import inexpressible, read_model
-from ._transformers_hybrid import (
-    HYBRID_IGNORED,
-    RESIDUAL,
-    alike,
-    read_heads,
-    write_blocks,
-    write_heads,
-)
-from ._transformers_mamba2 import check_mamba2
+from ....models import AttentionConfig, BlockConfig, LanguageModelConfig, Mamba2Config
+from .._fields import Fields, limit_to_json
+from ._common import inexpressible, read_model
+from ._hybrid import HYBRID_IGNORED, RESIDUAL, alike, read_heads, write_blocks, write_heads
+from ._mamba2 import check_mamba2
 
 
 _PARTIAL = 0.5  # The share of a head that is rotated, where nothing else is said.

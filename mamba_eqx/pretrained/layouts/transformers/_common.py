@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 
-from .._config import BlockConfig, LanguageModelConfig
-from ._fields import Fields
-from ._stored import CheckpointError
+from ....formats import CheckpointError
+from ....models import BlockConfig, LanguageModelConfig
+from .._fields import Fields
 
 
 # Ours: transformers has no field for it, and keeps what it does not know.
 UNPADDED = "unpadded_vocab_size"
+
 
 # How to initialise, and which implementation to run.
 MAMBA_IGNORED = frozenset(

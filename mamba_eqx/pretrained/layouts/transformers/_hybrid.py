@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from .._config import LanguageModelConfig
-from .._mixer_configs import AbstractMixerConfig, AttentionConfig
-from ._fields import Fields
-from ._transformers_common import inexpressible
+from ....models import AbstractMixerConfig, AttentionConfig, LanguageModelConfig
+from .._fields import Fields
+from ._common import inexpressible
 
 
 # How to train and to generate, and which implementation to run.
@@ -15,6 +14,7 @@ HYBRID_IGNORED = frozenset(
     use_mamba_kernels
     """.split()  # noqa: SIM905
 )
+
 
 # Ours: these model types keep the residual stream in the dtype of the parameters, and have no
 # field for it.

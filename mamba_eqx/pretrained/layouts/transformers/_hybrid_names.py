@@ -3,10 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .._config import BlockConfig, LanguageModelConfig
-from .._mixer_configs import AttentionConfig, Mamba1Config
-from ._layout import Entry
-from ._names import layer_of, mixer, norm
+from ....models import AttentionConfig, BlockConfig, LanguageModelConfig, Mamba1Config
+from .._layout import Entry
+from .._names import layer_of, mixer, norm
 
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -4,18 +4,10 @@ attention without positions, and an MLP in every block."""
 import math
 from typing import Any
 
-from .._config import BlockConfig, LanguageModelConfig
-from .._mixer_configs import AttentionConfig, Mamba1Config
-from ._fields import Fields
-from ._transformers_common import inexpressible, read_model
-from ._transformers_hybrid import (
-    HYBRID_IGNORED,
-    RESIDUAL,
-    alike,
-    read_heads,
-    write_blocks,
-    write_heads,
-)
+from ....models import AttentionConfig, BlockConfig, LanguageModelConfig, Mamba1Config
+from .._fields import Fields
+from ._common import inexpressible, read_model
+from ._hybrid import HYBRID_IGNORED, RESIDUAL, alike, read_heads, write_blocks, write_heads
 
 
 # What experts there would be, and how they were trained; which implementation to run; what older

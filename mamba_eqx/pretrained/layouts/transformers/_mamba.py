@@ -3,10 +3,9 @@
 import math
 from typing import Any, Literal
 
-from .._config import BlockConfig, LanguageModelConfig
-from .._mixer_configs import Mamba1Config
-from ._fields import Fields
-from ._transformers_common import MAMBA_IGNORED, inexpressible, read_model
+from ....models import BlockConfig, LanguageModelConfig, Mamba1Config
+from .._fields import Fields
+from ._common import MAMBA_IGNORED, inexpressible, read_model
 
 
 # What the `-hf` conversions kept of the official config. transformers reads none of it, and

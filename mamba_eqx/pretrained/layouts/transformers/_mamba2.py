@@ -3,10 +3,9 @@
 import math
 from typing import Any
 
-from .._config import BlockConfig, LanguageModelConfig
-from .._mixer_configs import Mamba2Config
-from ._fields import Fields, limit_to_json
-from ._transformers_common import MAMBA_IGNORED, inexpressible, read_model
+from ....models import BlockConfig, LanguageModelConfig, Mamba2Config
+from .._fields import Fields, limit_to_json
+from ._common import MAMBA_IGNORED, inexpressible, read_model
 
 
 # The chunks of an implementation do not matter, and transformers computes the size

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
-from .._config import LanguageModelConfig
-from .._mixer_configs import AbstractMixerConfig, Mamba1Config, Mamba2Config
-from ._transformers_common import inexpressible
-from ._transformers_mamba import write_mamba
-from ._transformers_mamba2 import write_mamba2
+from ....models import AbstractMixerConfig, LanguageModelConfig, Mamba1Config, Mamba2Config
+from ._common import inexpressible
+from ._mamba import write_mamba
+from ._mamba2 import write_mamba2
 
 
 EMBEDDING = "backbone.embeddings.weight"
+
 
 # One line for each mixer: how the config is written, `model_type` included.
 _WRITERS: MappingProxyType[

@@ -7,18 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from .._config import LanguageModelConfig
-from .._mixer_configs import AttentionConfig, Mamba1Config, Mamba2Config
-from ._fields import Fields
-from ._layout import Entry, Layout
-from ._names import language_model
-from ._names_hybrid import EMBEDDING as HYBRID_EMBEDDING, hybrid_model
-from ._transformers_bamba import read_bamba, write_bamba
-from ._transformers_common import UNPADDED, inexpressible
-from ._transformers_jamba import read_jamba, write_jamba
-from ._transformers_mamba import read_falcon_mamba, read_mamba
-from ._transformers_mamba2 import read_mamba2
-from ._transformers_plain import EMBEDDING as PLAIN_EMBEDDING, write_plain
+from ....models import AttentionConfig, LanguageModelConfig, Mamba1Config, Mamba2Config
+from .._fields import Fields
+from .._layout import Entry, Layout
+from .._names import language_model
+from ._bamba import read_bamba, write_bamba
+from ._common import UNPADDED, inexpressible
+from ._hybrid_names import EMBEDDING as HYBRID_EMBEDDING, hybrid_model
+from ._jamba import read_jamba, write_jamba
+from ._mamba import read_falcon_mamba, read_mamba
+from ._mamba2 import read_mamba2
+from ._plain import EMBEDDING as PLAIN_EMBEDDING, write_plain
 
 
 # Fields of every transformers config, old versions included, that matter to training, generation,

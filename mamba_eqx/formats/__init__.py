@@ -1,0 +1,19 @@
+"""File formats of weights: bytes to named tensors and back, without any model."""
+
+from ._json import (
+    decode_numbers as decode_numbers,
+    join_keys as join_keys,
+    quote_value as quote_value,
+    read_config as read_config,
+    read_json as read_json,
+)
+from ._safetensors import (
+    open_safetensors as open_safetensors,
+    write_safetensors as write_safetensors,
+)
+from ._tensors import (
+    CheckpointError as CheckpointError,
+    StoredTensor as StoredTensor,
+    quote as quote,
+)
+from .torch import open_torch as open_torch

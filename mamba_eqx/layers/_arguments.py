@@ -1,0 +1,97 @@
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from ._protocol import AbstractSequenceLayer, State
+
+
+# What every layer checks before it runs. Shapes and dtypes are known while tracing, so that none
+# of this is left in compiled code.
+
+
+def check_sequence(
+    name: str,
+    d_model: int,
+    x: Array,
+    reset: Array | None = None,
+    length: Array | int | None = None,
+) -> None:
+    if x.ndim == 3:
+        raise ValueError(
+            f"`{name}.scan` takes one sequence of shape (seq, {d_model}), but got a batch of shape "
+            f"{x.shape}. Use `jax.vmap(layer)(x)`."
+        )
+    if x.ndim != 2:
+        raise ValueError(
+            f"`{name}.scan` takes a sequence of shape (seq, {d_model}), but got an array of shape "
+            f"{x.shape}."
+            + (" For a single token use `layer.step(x, state)`." if x.ndim == 1 else "")
+        )
+    check_features(f"{name}.scan", d_model, x)
+    check_reset_and_length(name, x.shape[0], reset, length)
+
+
+def check_token(name: str, d_model: int, x: Array) -> None:
+    if x.ndim != 1:
+        raise ValueError(
+            f"`{name}.step` takes one token of shape ({d_model},), but got an array of shape "
+            f"{x.shape}. For a sequence use `layer.scan(x, state)`, for a batch of tokens "
+            "`jax.vmap(layer.step)(x, state)`."
+        )
+    check_features(f"{name}.step", d_model, x)
+
+
+def check_reset_and_length(
+    name: str, seq: int, reset: Array | None, length: Array | int | None
+) -> None:
+    if reset is not None and (reset.shape != (seq,) or reset.dtype != jnp.bool_):
+        raise ValueError(
+            f"`reset` of `{name}` must be a bool array of shape ({seq},), one value per token, "
+            f"but got {reset.dtype} of shape {reset.shape}."
+        )
+    if length is None:
+        return
+    if jnp.shape(length) != () or not jnp.issubdtype(jnp.result_type(length), jnp.integer):
+        raise ValueError(
+            f"`length` of `{name}` must be one integer, but got {jnp.result_type(length)} of "
+            f"shape {jnp.shape(length)}. For a batch use `jax.vmap`."
+        )
+    if isinstance(length, int) and not 0 <= length <= seq:
+        raise ValueError(f"`length` of `{name}` must be within 0..{seq}, but got length={length}.")
+
+
+def checked_state(
+    layer: AbstractSequenceLayer[State], state: State | None, *, max_len: int | None = None
+) -> State:
+    """`state` if it is one of `layer`'s own, the empty past if it is `None`."""
+    if state is None:
+        return layer.init_state(max_len=max_len)
+    name = type(layer).__name__
+    like = jax.eval_shape(lambda: layer.init_state(max_len=max_len))
+    if jax.tree.structure(state) != jax.tree.structure(like):
+        raise ValueError(
+            f"The state given to `{name}` must be a {type(like).__name__} as `init_state` returns "
+            f"it, but got {type(state).__name__}. Start from `layer.init_state()`."
+        )
+    for (path, got), want in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(like), strict=True
+    ):
+        if jnp.shape(got) != want.shape or jnp.result_type(got) != want.dtype:
+            raise ValueError(
+                f"`state{jax.tree_util.keystr(path)}` given to `{name}` must be {want.dtype} of "
+                f"shape {want.shape}, but got {jnp.result_type(got)} of shape {jnp.shape(got)}. "
+                "Start from `layer.init_state()`."
+            )
+    return state
+
+
+def check_features(name: str, d_model: int, x: Array) -> None:
+    if x.shape[-1] != d_model:
+        raise ValueError(
+            f"`{name}` was made for d_model={d_model} features, but got an array of shape "
+            f"{x.shape}: its last axis must be {d_model}."
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"`{name}` takes floating-point features, but got {x.dtype}. Cast with `x.astype`."
+        )

@@ -1,0 +1,4 @@
+"""Parameter-efficient fine-tuning: LoRA and its files."""
+
+from ._lora import LoRA as LoRA, LoRAPair as LoRAPair
+from ._peft_files import load_lora as load_lora, save_lora as save_lora
