@@ -118,7 +118,7 @@ class Evaluated(TemplateLM):
                     stop_tokens=[self.eot_token_id], stop_strings=stops, tokenizer=self.tokenizer
                 ),
             )
-            for i, tokens, length in zip(group, out.tokens, out.lengths, strict=True):
+            for i, tokens, length in zip(group, out.tokens, out.length, strict=True):
                 text = self.tokenizer.decode(tokens[: int(length)].tolist())
                 ends = [text.find(stop) for stop in stops if stop in text]
                 found[i] = text[: min(ends, default=len(text))].replace("\0", "")

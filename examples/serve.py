@@ -121,7 +121,7 @@ class Server:
                     key=key,
                 )
                 state, prompt, left = out.state, None, 0 if bool(out.stopped) else left - BLOCK
-                text = decoder.feed(out.tokens[: int(out.lengths)].tolist())
+                text = decoder.feed(out.tokens[: int(out.length)].tolist())
                 line = {"text": text, "picture": picture(state)}
                 await response.write(json.dumps(line).encode() + b"\n")
             name = self.keep(state)

@@ -31,14 +31,14 @@ class Beams(eqx.Module):
     """What [`mamba_eqx.beam_search`][] returns: continuations, the best one first.
 
     - `tokens`: with -1 after the end, which is no token. A stop token is the last one.
-    - `lengths`: how many of them are real.
+    - `length`: how many of them are real.
     - `log_probs`: of the whole continuation; `-inf` where there are fewer of them than beams.
-    - `scores`: by which they are ordered, `log_probs / lengths ** length_penalty`.
+    - `scores`: by which they are ordered, `log_probs / length ** length_penalty`.
     - `finish`: a [`mamba_eqx.generation.FinishReason`][].
     """
 
     tokens: Int[Array, "beams new"]
-    lengths: Int[Array, " beams"]
+    length: Int[Array, " beams"]
     log_probs: Float[Array, " beams"]
     scores: Float[Array, " beams"]
     finish: Int[Array, " beams"]
@@ -128,7 +128,7 @@ def _search(
             origin, token = jnp.divmod(index, model.vocab_size)
             beams = Beams(
                 tokens=now.running.tokens[origin].at[:, now.length].set(token),
-                lengths=jnp.full(num_beams, length),
+                length=jnp.full(num_beams, length),
                 log_probs=kept,
                 scores=score(kept, length),
                 finish=jnp.full(num_beams, int(finish)),
@@ -147,7 +147,7 @@ def _search(
 
     none = Beams(
         tokens=jnp.full((num_beams, size), -1),
-        lengths=jnp.zeros(num_beams, int),
+        length=jnp.zeros(num_beams, int),
         log_probs=jnp.full(num_beams, -jnp.inf),
         scores=jnp.full(num_beams, -jnp.inf),
         finish=jnp.zeros(num_beams, int),

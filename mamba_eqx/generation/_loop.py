@@ -59,12 +59,12 @@ def decode(
     """
 
     def is_running(now: Decoded) -> Bool[Array, "*batch"]:
-        return (now.out.lengths < limit) & (now.out.finish == FinishReason.LENGTH)
+        return (now.out.length < limit) & (now.out.finish == FinishReason.LENGTH)
 
     def empty(state: DecodingState) -> Generation:
         return Generation(
             tokens=jnp.full(size, -1, jnp.int32),
-            lengths=jnp.zeros((), jnp.int32),
+            length=jnp.zeros((), jnp.int32),
             log_probs=jnp.zeros(size, jnp.float32),
             finish=jnp.zeros((), jnp.int32),
             state=state,
@@ -79,9 +79,9 @@ def decode(
         stop_state, finish = options.stopping.advance(now.stop_state, token)
         recent = jnp.concatenate([state.recent[1:], token[None]])
         out = Generation(
-            tokens=out.tokens.at[out.lengths].set(token),
-            lengths=out.lengths + 1,
-            log_probs=out.log_probs.at[out.lengths].set(log_prob.astype(jnp.float32)),
+            tokens=out.tokens.at[out.length].set(token),
+            length=out.length + 1,
+            log_probs=out.log_probs.at[out.length].set(log_prob.astype(jnp.float32)),
             finish=finish,
             state=DecodingState(layers, token, state.position + 1, recent),
         )

@@ -20,7 +20,7 @@ class Generation(eqx.Module):
 
     - `tokens`: the new tokens, without the prompt. A stop token that ended a row is its last one.
         After the end there is padding of -1, which is no token.
-    - `lengths`: how many of them are real.
+    - `length`: how many of them are real.
     - `log_probs`: the logarithm of the probability that the model itself gave to each token, that
         is without temperature, filters, penalties and bias, among the `vocab_size` tokens. 0 after
         the end.
@@ -29,7 +29,7 @@ class Generation(eqx.Module):
     """
 
     tokens: Int[Array, "*batch new"]
-    lengths: Int[Array, "*batch"]
+    length: Int[Array, "*batch"]
     log_probs: Float[Array, "*batch new"]
     finish: Int[Array, "*batch"]
     state: DecodingState

@@ -16,12 +16,12 @@ class Score(eqx.Module):
 
     - `log_probs`: the logarithm of the probability that the model gave to each token, from all
         that is before it. 0 for a first token with nothing before it, and after the end of a row.
-    - `counts`: for how many tokens of a row that is: their number, or one less.
+    - `length`: for how many tokens of a row that is: their number, or one less.
     - `state`: to go on from here.
     """
 
     log_probs: Float[np.ndarray, "*batch seq"]
-    counts: Int[np.ndarray, "*batch"]
+    length: Int[np.ndarray, "*batch"]
     state: DecodingState
 
     @property
@@ -29,7 +29,7 @@ class Score(eqx.Module):
         r"""$\exp(-\frac{1}{n} \sum_t \log p_t)$, for each row; NaN where nothing was counted."""
         total = self.log_probs.sum(axis=-1, dtype=np.float64)
         with np.errstate(invalid="ignore"):
-            return np.asarray(np.exp(-total / self.counts))
+            return np.asarray(np.exp(-total / self.length))
 
 
 def score(
@@ -60,10 +60,10 @@ def score(
     log_probs = np.zeros((len(rows), max(map(len, rows))), np.float32)
     for out, row, found in zip(log_probs, rows, scored, strict=True):
         out[len(row) - len(found) : len(row)] = found
-    counts = np.array([len(found) for found in scored])
+    length = np.array([len(found) for found in scored])
     if not batched:
-        return Score(log_probs[0], counts[0, ...], end)
-    return Score(log_probs, counts, end)
+        return Score(log_probs[0], length[0, ...], end)
+    return Score(log_probs, length, end)
 
 
 def embed(

@@ -63,7 +63,7 @@ class Stream(Iterator[int]):
         limit = min(self._size, self._undecoded)
         decoded = self._decode_block(before, limit)
         out = decoded.out
-        tokens = np.asarray(out.tokens)[: int(out.lengths)].tolist()
+        tokens = np.asarray(out.tokens)[: int(out.length)].tolist()
         self._finish = FinishReason(int(out.finish))
         self._undecoded -= limit
         self._size = min(2 * limit, self._block)

@@ -187,7 +187,7 @@ def test_a_chat_by_a_template_reads_nothing_twice(chatty, run, tmp_path, monkeyp
         whole.append(len(ids))
         bias = dict.fromkeys(range(tokenizer.vocab_size, model.vocab_size), -math.inf)
         new = mbx.generate(model, ids, 12, mbx.Sampling(stop_tokens=[0], logit_bias=bias))
-        answer = tokenizer.decode(new.tokens[: int(new.lengths)].tolist())
+        answer = tokenizer.decode(new.tokens[: int(new.length)].tolist())
         messages.append({"role": "assistant", "content": answer})
         want += answer + "\n"
     assert out == want + want[want.index("\n") + 1 :]

@@ -70,7 +70,7 @@ SAMPLE = jax.jit(mbx.sampling.sample)
 def row(out, i=None):
     """The real tokens of a row, after checking its padding."""
     pick = out if i is None else jax.tree.map(lambda leaf: leaf[i], out)
-    n = int(pick.lengths)
+    n = int(pick.length)
     np.testing.assert_array_equal(pick.tokens[n:], -1)
     np.testing.assert_array_equal(pick.log_probs[n:], 0)
     assert bool(pick.stopped) or n == len(pick.tokens)
@@ -198,7 +198,7 @@ def test_raw_keys_work():
 def test_bfloat16_models_generate():
     out = mbx.generate(mbx.cast(MODEL, jnp.bfloat16), [[1, 2], [3]], 5)
     assert out.log_probs.dtype == jnp.float32
-    assert out.lengths.tolist() == [5, 5]
+    assert out.length.tolist() == [5, 5]
 
 
 @given(PROMPT, st.integers(1, 30), st.sampled_from([1, 8]), st.booleans())

@@ -135,7 +135,7 @@ def test_beam_search_is_brute_force(alpha):
     )
     for i in range(20):
         tokens, score = want[i]
-        assert out.tokens[i][: out.lengths[i]].tolist() == list(tokens)
+        assert out.tokens[i][: out.length[i]].tolist() == list(tokens)
         np.testing.assert_allclose(out.scores[i], score, rtol=1e-4, atol=1e-4)
         ended = (
             mbx.generation.FinishReason.STOP_TOKEN
@@ -162,7 +162,7 @@ def test_scores_are_the_log_probabilities_of_the_tokens(texts: Any, cut: int):
         padded = jnp.asarray((text + [0] * 64)[:64])
         logits = FORWARD(MODEL, padded)[:, :VOCAB]
         want = jax.nn.log_softmax(logits)[np.arange(len(text) - 1), text[1:]]
-        assert out.counts[i] == len(text) - 1
+        assert out.length[i] == len(text) - 1
         assert out.log_probs[i, 0] == 0
         assert (out.log_probs[i, len(text) :] == 0).all()
         np.testing.assert_allclose(out.log_probs[i, 1 : len(text)], want, rtol=1e-3, atol=1e-3)
@@ -171,7 +171,7 @@ def test_scores_are_the_log_probabilities_of_the_tokens(texts: Any, cut: int):
     cut = min(cut, len(text) - 1) + 1
     whole, first = mbx.score(MODEL, text), mbx.score(MODEL, text[:cut])
     second = mbx.score(MODEL, text[cut:], state=first.state)
-    assert second.counts == len(text) - cut
+    assert second.length == len(text) - cut
     joined = np.concatenate([first.log_probs, second.log_probs])
     np.testing.assert_allclose(joined, whole.log_probs, rtol=1e-3, atol=1e-3)
     if len(text) > 1:
