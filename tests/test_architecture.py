@@ -49,7 +49,7 @@ LEVELS = {
         "_prefill",
         "_loop",
         "_stream",
-        "_generate _score",
+        "_drafts _generate _score",
         "_beam_search _speculate _state_file",
         "__init__",
     ],

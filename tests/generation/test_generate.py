@@ -318,18 +318,18 @@ def test_stream_begins_before_everything_is_decoded():
         ([1, VOCAB], {}, r"within 0\.\.10, but got prompts\[1\]=11"),
         ([[1], [2, -1]], {}, r"within 0\.\.10, but got prompts\[1\]\[1\]=-1"),
         ([2**40], {}, "1099511627776"),
-        ([], {}, "`prompts` is empty: there is no token to start from"),
-        ([[1], []], {}, r"`prompts\[1\]` is empty"),
-        (None, {}, "there must be a `state`"),
-        ("ROMEO", {}, "has to be tokenized first"),
-        (["ROMEO"], {}, "has to be tokenized first"),
+        ([], {}, "`prompts` must not be empty without a `state`"),
+        ([[1], []], {}, r"`prompts\[1\]` must not be empty"),
+        (None, {}, "needs a `state` to continue from"),
+        ("ROMEO", {}, "Tokenize text first"),
+        (["ROMEO"], {}, "Tokenize text first"),
         ([1.0, 2.0], {}, "must be a sequence of integers"),
         ([True], {}, "must be a sequence of integers"),
         ([[1], 2], {}, r"`prompts\[1\]` must be a sequence of integers, but got 2"),
         ([[[1]]], {}, "must be a sequence of integers"),
-        (3, {}, "must be a sequence of tokens"),
-        (np.array(3), {}, "must be a sequence of tokens"),
-        ({1, 2}, {}, "must be a sequence of tokens"),
+        (3, {}, "must be a sequence of token ids"),
+        (np.array(3), {}, "must be a sequence of token ids"),
+        ({1, 2}, {}, "must be a sequence of token ids"),
         ([1], {"max_new_tokens": 0}, "at least 1 and below .*max_new_tokens=0"),
         ([1], {"max_new_tokens": 2.0}, "max_new_tokens=2.0"),
         ([1], {"max_new_tokens": True}, "max_new_tokens=True"),
@@ -361,11 +361,11 @@ def test_mistakes_are_told(prompts: Any, options: dict[str, Any], message: str):
 @pytest.mark.usefixtures("as_users_run")
 def test_mistakes_with_states_and_streams_are_told():
     single, batch = mbx.generate(MODEL, [1], 1), mbx.generate(MODEL, [[1], [2]], 1)
-    with pytest.raises(ValueError, match="prompts are 2 rows, but the state is that of one seq"):
+    with pytest.raises(ValueError, match="prompts are 2 rows and the state is that of one seq"):
         mbx.generate(MODEL, [[1], [2]], 1, state=single.state)
-    with pytest.raises(ValueError, match=r"prompts are one sequence, but .* that of 2 rows"):
+    with pytest.raises(ValueError, match=r"prompts are one sequence and .* that of 2 rows"):
         mbx.generate(MODEL, [1], 1, state=batch.state)
-    with pytest.raises(ValueError, match=r"prompts are 3 rows, but .* that of 2 rows"):
+    with pytest.raises(ValueError, match=r"prompts are 3 rows and .* that of 2 rows"):
         mbx.generate(MODEL, [[1]] * 3, 1, state=batch.state)
     with pytest.raises(ValueError, match="takes one prompt, but got 2"):
         mbx.stream(MODEL, [[1], [2]], 1)  # pyright: ignore[reportArgumentType]

@@ -255,7 +255,7 @@ def test_a_stop_string_may_lie_across_the_blocks_of_a_stream():
             r"\(1, 2\) and a mask of bool and shape \(1, 3",
         ),
         (np.array([[1, 2, 3]]), {"mask": np.array([[1, 0, 1]])}, "between real tokens"),
-        (np.array([[1, 2]]), {"mask": np.array([[0, 0]])}, r"`prompts\[0\]` is empty"),
+        (np.array([[1, 2]]), {"mask": np.array([[0, 0]])}, r"`prompts\[0\]` must not be empty"),
     ],
     ids=str,
 )

@@ -185,7 +185,7 @@ def test_prefill_is_generate_without_generating():
     both = mbx.generate(MODEL, [[4], [5, 6]], 6, state=mbx.fork(state, 2))
     assert row(both, 0) == row(mbx.generate(MODEL, [1, 2, 3, 4], 6))
     assert row(both, 1) == row(mbx.generate(MODEL, [1, 2, 3, 5, 6], 6))
-    with pytest.raises(ValueError, match="got one of 2 rows"):
+    with pytest.raises(ValueError, match="got a state of 2 rows"):
         mbx.fork(both.state, 2)
 
 

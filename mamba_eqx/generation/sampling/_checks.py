@@ -1,4 +1,4 @@
-"""Checks of the sampling options, one for each. Values that JAX traces are unknown, and pass."""
+"""Validation of the sampling options. Values traced by JAX are unknown and are not checked."""
 
 import math
 import numbers
@@ -53,7 +53,7 @@ def check_typical_p(p: object) -> None:
 
 
 def _number(name: str, value: object) -> float | int | None:
-    """The value as a Python number, or `None` if it is traced and so unknown."""
+    """Returns the value as a Python number, or `None` if it is traced and therefore unknown."""
     if isinstance(value, Tracer):
         return None
     is_scalar = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()

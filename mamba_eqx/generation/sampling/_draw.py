@@ -13,19 +13,19 @@ from ._threshold import LANES, Prefix, maximum, take_tile, tiles
 
 
 def draw(logits: Float[Array, "*batch vocab"], key: PRNGKeyArray) -> Int[Array, "*batch"]:
-    """A token from `softmax(logits)`."""
+    """Draws a token from `softmax(logits)`."""
     weights = tiles(jnp.exp(logits - maximum(logits)))
     return _invert(jnp.sum(weights, axis=-1), lambda tile: take_tile(weights, tile), key)[..., 0]
 
 
 class _Trial(NamedTuple):
-    """One trial of `draw_from_prefix`."""
+    """The carry of `draw_from_prefix` after some trials."""
 
     token: Int[Array, "*batch 1"]
     pivot: Float[Array, "*batch 1"]
-    """The order of the token: only tokens above it are still drawn from."""
+    """The order of the last drawn token. Only tokens above it are candidates."""
     sums: Float[Array, "*batch tile"]
-    """The total weights of these tokens, tile by tile."""
+    """The total weight of the candidates, tile by tile."""
     kept: Bool[Array, "*batch 1"]
     tries: Int[Array, ""]
 
@@ -34,15 +34,15 @@ class _Trial(NamedTuple):
 def draw_from_prefix(
     logits: Float[Array, "*batch vocab"], prefix: Prefix, key: PRNGKeyArray
 ) -> Int[Array, "*batch"]:
-    """A token from `softmax(logits)` among those of `first`, by trial.
+    """Draws a token from `softmax(logits)` among the tokens of `prefix`, by rejection.
 
-    A token is drawn among all and kept if those before it weigh less than the target. If they do
-    not, neither it nor anything after it is among the first, and the next one is drawn from those
-    before it. Whatever was refused, what is kept has the distribution wanted; and as in a search
-    with random pivots, half of the excess goes in each round, on average. A round costs one look
-    at all logits, and the first one mostly suffices, where finding the largest costs ten of them.
+    A token is drawn among all tokens, and kept if the tokens before it weigh less than the target.
+    Otherwise neither this token nor any later one is in the prefix, and the next token is drawn
+    from the ones before it. Rejections do not change the distribution of the kept token. As in a
+    search with random pivots, each round removes half of the excess on average. A round reads all
+    logits once, and one round mostly suffices; finding the largest logits costs ten times as much.
 
-    Reference: FlashInfer's kernels for sampling refuse tokens in the same way (*Sorting-Free GPU
+    Reference: FlashInfer's kernels for sampling reject tokens in the same way (*Sorting-Free GPU
     Kernels for LLM Sampling*, 2025).
     """
     orders = tiles(prefix.order(logits), -jnp.inf)
@@ -62,11 +62,11 @@ def draw_from_prefix(
         sums = jnp.sum(jnp.where(before, weights, jnp.zeros_like(weights)), axis=-1)
         weigh = sums
         if prefix.largest is None:
-            # The barrier keeps XLA from making one long sum of this and the next one. It adds up
-            # floating-point numbers faster than integers; below 2^24 they count as well.
+            # Without the barrier, XLA would merge this sum and the next one into one long sum.
+            # Floating-point numbers are summed faster than integers, and count exactly up to 2^24.
             weigh = lax.optimization_barrier(jnp.sum(before.astype(sums.dtype), axis=-1))
         weigh = jnp.sum(weigh, axis=-1, keepdims=True)
-        # Written so that NaN ends it too.
+        # The conditions are negated so that NaN ends the loop too.
         keep = ~(weigh >= target) | ~(jnp.sum(sums, axis=-1, keepdims=True) > 0)
         token = jnp.where(last.kept, last.token, token)
         return _Trial(token, pivot, sums, last.kept | keep, last.tries + 1)
@@ -87,9 +87,9 @@ def _invert(
     lanes: Callable[[Int[Array, "*batch 1"]], Float[Array, "*batch lane"]],
     key: PRNGKeyArray,
 ) -> Int[Array, "*batch 1"]:
-    """The token at which the distribution function passes a uniform number. First which tile, then
-    which of its tokens: a sum over a few hundred numbers twice, instead of one over the whole
-    vocabulary."""
+    """Draws a token by inverting the distribution function at a uniform number. Finding first the
+    tile and then the token in it takes two sums over a few hundred numbers, instead of one over the
+    whole vocabulary."""
     cumulative = jnp.cumsum(sums, axis=-1)
     u = jr.uniform(key, (*sums.shape[:-1], 1), sums.dtype)
     value = u * maximum(cumulative)
@@ -105,10 +105,10 @@ def _first_above(
     weight: Float[Array, "*batch n"],
     value: Float[Array, "*batch 1"],
 ) -> Int[Array, "*batch 1"]:
-    """The first place where the sum of the weights is above `value`, never one of no weight; if it
-    is so nowhere, by a rounding error, where the sum is largest."""
-    # A parallel sum is not monotone to the last bit: between two weights it may rise by a rounding
-    # error over an excluded one.
+    """Returns the first place where the cumulative weight exceeds `value`, skipping zero weights.
+    If rounding leaves no such place, returns the place where it is largest."""
+    # A parallel cumulative sum is not monotone to the last bit: it may rise by a rounding error at
+    # a token of zero weight.
     cumulative = jnp.where(weight > 0, cumulative, jnp.zeros_like(cumulative))
     above = (cumulative > value) | (cumulative >= maximum(cumulative))
     return jnp.argmax(above, axis=-1, keepdims=True)
