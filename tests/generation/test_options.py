@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import mamba_eqx as mbx
-from mamba_eqx.text._stop_strings import stop_table
+from mamba_eqx.text import stop_table
 from tests.generation.test_generate import FORWARD, KEY, MODEL, PROMPT, VOCAB, row
 
 
