@@ -59,7 +59,7 @@ class Evaluated(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         # Of bytes: what separates documents in `train_lm.py`.
-        end = self.tokenizer.end if self.is_text else 0
+        end = self.tokenizer.eos_token_id if self.is_text else 0
         if end is None:
             raise ValueError("The tokenizer names no token that ends a text (`eos_token`).")
         return end

@@ -59,7 +59,7 @@ def has_hidden_state(tree: Any) -> bool:
 class Server:
     def __init__(self, model: mbx.LanguageModel, tokenizer: Any):
         self.model, self.tokenizer = model, tokenizer
-        end = tokenizer.end if isinstance(tokenizer, mbx.TextTokenizer) else None
+        end = tokenizer.eos_token_id if isinstance(tokenizer, mbx.TextTokenizer) else None
         self.stop_tokens = [] if end is None else [end]
         # Some models have more tokens than their tokenizers, which mean nothing.
         no_text = range(tokenizer.vocab_size, model.vocab_size)
@@ -122,7 +122,7 @@ class Server:
                 line = {"text": text, "picture": picture(state)}
                 await response.write(json.dumps(line).encode() + b"\n")
             name = self.keep(state)
-            last = {"text": decoder.end(), "state": name, "position": int(state.position) + 1}
+            last = {"text": decoder.flush(), "state": name, "position": int(state.position) + 1}
             await response.write(json.dumps(last).encode() + b"\n")
             return response
         finally:

@@ -29,7 +29,7 @@ class Opened:
 
     @property
     def stop_tokens(self) -> list[int]:
-        end = self.tokenizer.end if isinstance(self.tokenizer, TextTokenizer) else None
+        end = self.tokenizer.eos_token_id if isinstance(self.tokenizer, TextTokenizer) else None
         return [] if end is None else [end]
 
     def encode_piece(self, text: str) -> list[int]:
@@ -159,7 +159,7 @@ def text_of(opened: Opened, tokens: Iterable[int]) -> Iterator[str]:
     decoder = opened.tokenizer.decoder()
     for token in tokens:
         yield decoder.feed([token])
-    yield decoder.end()
+    yield decoder.flush()
 
 
 def _shipped_model() -> Path:

@@ -34,7 +34,7 @@ class ByteTokenizer:
         decoder = tokenizer.decoder()
         for token in mbx.stream(model, tokenizer.encode("ROMEO:"), 100):
             print(decoder.feed([token]), end="", flush=True)
-        print(decoder.end())
+        print(decoder.flush())
         ```
         """
         return ByteDecoder()
@@ -48,7 +48,7 @@ class ByteTokenizer:
 
 
 class ByteDecoder:
-    """The incremental counterpart of `ByteTokenizer.decode`: the pieces that `feed` and `end`
+    """The incremental counterpart of `ByteTokenizer.decode`: the pieces that `feed` and `flush`
     return, joined, are what `decode` returns for all the tokens at once."""
 
     def __init__(self):
@@ -61,7 +61,7 @@ class ByteDecoder:
         """
         return self._decoder.decode(_bytes(ids))
 
-    def end(self) -> str:
+    def flush(self) -> str:
         """U+FFFD if the tokens ended within a character, else nothing. The decoder then starts
         afresh."""
         return self._decoder.decode(b"", final=True)

@@ -10,7 +10,7 @@ class Decoder(Protocol):
         """The text that these tokens complete, perhaps none."""
         ...
 
-    def end(self) -> str:
+    def flush(self) -> str:
         """What is left at the end of the sequence. The decoder then starts afresh."""
         ...
 

@@ -61,7 +61,7 @@ class TextTokenizer:
         return dict(self._special)
 
     @property
-    def end(self) -> int | None:
+    def eos_token_id(self) -> int | None:
         """The token that ends a text, if the config names one."""
         return self._special.get(_content(self._config.get("eos_token")))
 
@@ -165,31 +165,31 @@ class TextDecoder:
     def __init__(self, tokenizer: TextTokenizer):
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._said = 0  # for how many of these there has been text
+        self._emitted = 0  # for how many of these there has been text
 
     def feed(self, ids: Sequence[int]) -> str:
         """The text that these tokens complete; the beginning of a character is kept."""
-        return "".join(self._one(int(i)) for i in ids)
+        return "".join(self._decode_one(int(i)) for i in ids)
 
-    def end(self) -> str:
+    def flush(self) -> str:
         """What is left of an unfinished character. The decoder then starts afresh."""
-        rest = self._new()
-        self._ids, self._said = [], 0
+        rest = self._pending_text()
+        self._ids, self._emitted = [], 0
         return rest
 
-    def _one(self, token: int) -> str:
+    def _decode_one(self, token: int) -> str:
         self._ids.append(token)
-        new = self._new()
-        waiting = len(self._ids) - self._said
+        new = self._pending_text()
+        waiting = len(self._ids) - self._emitted
         if new.endswith(_REPLACEMENT) and waiting < _LONGEST:
             return ""
         # What came before matters, but not for ever.
-        self._ids = self._ids[max(0, self._said - _LONGEST) :]
-        self._said = len(self._ids)
+        self._ids = self._ids[max(0, self._emitted - _LONGEST) :]
+        self._emitted = len(self._ids)
         return new
 
-    def _new(self) -> str:
-        before = self._tokenizer.decode(self._ids[: self._said])
+    def _pending_text(self) -> str:
+        before = self._tokenizer.decode(self._ids[: self._emitted])
         return self._tokenizer.decode(self._ids)[len(before) :]
 
 

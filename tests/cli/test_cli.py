@@ -231,7 +231,7 @@ def test_bytes_round_trip(text):
 @given(st.lists(st.integers(0, 255)))
 def test_decoders_split_no_character(ids):
     decoder = mbx.ByteTokenizer().decoder()
-    pieces = [decoder.feed([i]) for i in ids] + [decoder.end()]
+    pieces = [decoder.feed([i]) for i in ids] + [decoder.flush()]
     assert "".join(pieces) == mbx.ByteTokenizer().decode(ids)
     assert decoder.feed([97]) == "a"
 
@@ -240,7 +240,7 @@ def test_a_character_comes_when_it_is_complete():
     decoder = mbx.ByteTokenizer().decoder()
     assert [decoder.feed([byte]) for byte in "€".encode()] == ["", "", "€"]
     assert decoder.feed([0xE2]) == ""
-    assert decoder.end() == "\ufffd"
+    assert decoder.flush() == "\ufffd"
 
 
 @pytest.mark.parametrize("bad", [-1, 256])

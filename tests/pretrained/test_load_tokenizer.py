@@ -33,7 +33,11 @@ def test_a_folder(tmp_path):
     folder = write(tmp_path / "a", tokenizer_json=FILES["byte_level"], tokenizer_config_json=CONFIG)
     got = mbx.load_tokenizer(folder)
     assert isinstance(got, mbx.TextTokenizer)
-    assert (got.encode_chat(CHAT), got.end, got.vocab_size) == (ids, want.end, want.vocab_size)
+    assert (got.encode_chat(CHAT), got.eos_token_id, got.vocab_size) == (
+        ids,
+        want.eos_token_id,
+        want.vocab_size,
+    )
     # The newer place of templates counts more.
     old = CONFIG | {"chat_template": "{{ 'old' }}"}
     write(folder, tokenizer_config_json=old, chat_template_jinja=TEMPLATE)
@@ -44,7 +48,7 @@ def test_a_folder(tmp_path):
     (folder / "chat_template.jinja").unlink()
     plain = mbx.load_tokenizer(folder)
     assert isinstance(plain, mbx.TextTokenizer)
-    assert plain.end is None
+    assert plain.eos_token_id is None
     assert not plain.has_template
     # Saved, it is the same again, also over another one.
     mbx.save_tokenizer(mbx.ByteTokenizer(), tmp_path / "b")

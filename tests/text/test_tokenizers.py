@@ -99,7 +99,7 @@ def test_streamed_text_is_decoded_text(name: str, data: Any):
     decoder = tokenizer.decoder()
     for _ in range(2):
         pieces = [decoder.feed([token]) for token in ids]
-        whole = "".join(pieces) + decoder.end()
+        whole = "".join(pieces) + decoder.flush()
         if tokenizer.decode(ids).isprintable() and "\ufffd" not in tokenizer.decode(ids):
             assert whole == tokenizer.decode(ids)
             assert all("\ufffd" not in piece for piece in pieces)
@@ -111,7 +111,7 @@ def test_special_tokens_in_text_are_text():
         for word, number in tokenizer.special_tokens.items():
             assert number not in tokenizer.encode_piece(f"a {word} b")
             assert tokenizer.token_bytes(number) == b""
-    assert mbx.TextTokenizer(FILES["byte_level"], CONFIG).end == 0
+    assert mbx.TextTokenizer(FILES["byte_level"], CONFIG).eos_token_id == 0
 
 
 def test_stop_strings_lie_across_tokens():
@@ -185,7 +185,7 @@ def test_mistakes_are_told():
     plain = mbx.TextTokenizer(FILES["byte_level"])
     with pytest.raises(ValueError, match="no template for conversations"):
         plain.encode_chat(CHAT)
-    assert plain.end is None
+    assert plain.eos_token_id is None
     with pytest.raises(ValueError, match=r"within 0\.\.\d+, but got -1"):
         plain.decode([-1])
     chatty = mbx.TextTokenizer(FILES["byte_level"], json.loads(json.dumps(CONFIG)))
