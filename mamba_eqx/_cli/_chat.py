@@ -10,7 +10,7 @@ from typing import Any
 
 from ..formats import CheckpointError, read_config
 from ..generation import DecodingState, FinishReason, load_state, prefill, save_state
-from ..text import TextTokenizer, until
+from ..text import TextTokenizer, text_until
 from ._opened import Opened, add_model, add_sampling, check_sampling, open_model, stream_of, text_of
 from ._terminal import Commands, end_line, write
 
@@ -145,7 +145,7 @@ class _Plain:
         tokens = stream_of(opened, ids, self._args, state=self._state, stop_strings=self._stop)
         self.given = []
         try:
-            yield from until(self._stop, text_of(opened, _noted(tokens, self.given)))
+            yield from text_until(self._stop, text_of(opened, _noted(tokens, self.given)))
         finally:
             self._state = tokens.state
 
@@ -188,11 +188,11 @@ class _Templated:
         tokens = stream_of(opened, [], self._args, state=before, stop_strings=self._args.stop)
         self.given = []
         try:
-            yield from until(self._args.stop, text_of(opened, _noted(tokens, self.given)))
+            yield from text_until(self._args.stop, text_of(opened, _noted(tokens, self.given)))
         finally:
             answer = self._tokenizer.decode(self.given)
             if tokens.finish == FinishReason.STOP_STRING:
-                answer = "".join(until(self._args.stop, iter([answer])))
+                answer = "".join(text_until(self._args.stop, iter([answer])))
             self._messages = [*messages, {"role": "assistant", "content": answer}]
             self._read = [(ids, before), (ids + self.given, tokens.state)]
 

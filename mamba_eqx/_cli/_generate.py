@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..generation import FinishReason, Stream
-from ..text import until
+from ..text import text_until
 from ._opened import Opened, add_model, add_sampling, check_sampling, open_model, stream_of, text_of
 from ._terminal import Commands, read_text, write
 
@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace) -> None:
         _write_json(args, opened, prompt, ids, tokens, clock, began)
         return
     write(prompt)
-    for piece in until(args.stop, text_of(opened, clock)):
+    for piece in text_until(args.stop, text_of(opened, clock)):
         write(piece)
     write("\n")
     print(clock.report(began), file=sys.stderr)
@@ -74,7 +74,7 @@ def _write_json(
 ) -> None:
     text, interrupted = "", False
     try:
-        for piece in until(args.stop, text_of(opened, clock)):
+        for piece in text_until(args.stop, text_of(opened, clock)):
             text += piece
     except KeyboardInterrupt:
         interrupted = True

@@ -17,7 +17,7 @@ from hypothesis import given, strategies as st
 import mamba_eqx as mbx
 from mamba_eqx import _cli, pretrained
 from mamba_eqx._cli import _opened
-from mamba_eqx.text import until
+from mamba_eqx.text import text_until
 
 
 def byte_model(vocab_size=256):
@@ -206,17 +206,17 @@ def test_help_names_every_option(capsys):
 @given(st.text("ab", min_size=1, max_size=4), st.lists(st.text("ab", max_size=3), max_size=6))
 def test_until_is_everything_before_the_stop(stop, pieces):
     text = "".join(pieces)
-    assert "".join(until([stop], iter(pieces))) == text.partition(stop)[0]
+    assert "".join(text_until([stop], iter(pieces))) == text.partition(stop)[0]
     ends = [text.find(end) + len(end) for end in (stop, "bab") if end in text]
     both = min(
         (text[: min(ends)].partition(end)[0] for end in (stop, "bab")) if ends else [text], key=len
     )
-    assert "".join(until([stop, "bab"], iter(pieces))) == both
-    assert list(until([], iter(pieces))) == pieces
+    assert "".join(text_until([stop, "bab"], iter(pieces))) == both
+    assert list(text_until([], iter(pieces))) == pieces
 
 
 def test_until_holds_back_only_what_may_be_the_stop():
-    assert list(until(["end"], iter(["a", "e", "n", "x"]))) == ["a", "", "", "enx"]
+    assert list(text_until(["end"], iter(["a", "e", "n", "x"]))) == ["a", "", "", "enx"]
 
 
 @given(st.text())
