@@ -118,7 +118,7 @@ def test_original_repositories_use_the_neox_tokenizer(hub, tmp_path):
     options = {"endpoint": hub.endpoint, "cache_dir": tmp_path / "cache"}
     original = json.dumps({"d_model": 8, "n_layer": 2, "vocab_size": 50277}).encode()
     hub.add("state-spaces/mamba-tiny", {"config.json": original})
-    message = r"^The repository 'state-spaces/mamba-tiny'.* with the tokenizer of EleutherAI/gpt-neox"
+    message = r"^The repository 'state-spaces/mamba-tiny'.* the tokenizer of EleutherAI/gpt-neox"
     with pytest.raises(mbx.CheckpointError, match=message):
         mbx.load_tokenizer("state-spaces/mamba-tiny", **options)
     hub.add(_NEOX, {"config.json": b"{}", "tokenizer.json": FILES["byte_level"].encode()})
