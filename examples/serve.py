@@ -16,6 +16,7 @@ and answers, the number of stored states and the number of concurrent requests a
 import argparse
 import asyncio
 import base64
+import dataclasses
 import json
 import secrets
 from collections import OrderedDict
@@ -77,10 +78,12 @@ class Server:
     def __init__(self, model: mbx.LanguageModel, tokenizer: mbx.TextTokenizer | mbx.ByteTokenizer):
         self.model, self.tokenizer = model, tokenizer
         end = tokenizer.eos_token_id if isinstance(tokenizer, mbx.TextTokenizer) else None
-        self.stop_tokens = [] if end is None else [end]
         # The vocabulary of a model may be padded beyond its tokenizer. Padded ids are banned.
         padding = range(tokenizer.vocab_size, model.vocab_size)
-        self.bias = dict.fromkeys(padding, -float("inf")) or None
+        self.sampling = mbx.Sampling(
+            logit_bias=dict.fromkeys(padding, -float("inf")) or None,
+            stop_tokens=[] if end is None else [end],
+        )
         self.states: OrderedDict[str, mbx.DecodingState] = OrderedDict()
         self.running = 0
         self.hosts: set[str] = set()  # host names under which the server accepts requests
@@ -124,17 +127,16 @@ class Server:
             await response.prepare(request)
             state, prompt, left = asked.state, asked.prompt, asked.max_new_tokens
             decoder, key = self.tokenizer.decoder(), jr.key(asked.seed)
+            sampling = dataclasses.replace(self.sampling, temperature=asked.temperature)
             while left > 0:
                 out = await asyncio.to_thread(
                     mbx.generate,
                     self.model,
                     prompt,
                     min(BLOCK, left),
-                    temperature=asked.temperature,
-                    key=key,
+                    sampling,
                     state=state,
-                    stop_tokens=self.stop_tokens,
-                    logit_bias=self.bias,
+                    key=key,
                 )
                 state, prompt, left = out.state, None, 0 if bool(out.stopped) else left - BLOCK
                 text = decoder.feed(out.tokens[: int(out.lengths)].tolist())

@@ -12,7 +12,7 @@ from ..formats import CheckpointError, read_config
 from ..generation import DecodingState, FinishReason, load_state, prefill, save_state
 from ..text import TextTokenizer, text_until
 from ._opened import Opened, add_model, open_model
-from ._sampling_arguments import add_sampling, check_sampling
+from ._sampling_arguments import add_sampling, check_sampling, sampling_from_args
 from ._streaming import decode_stream, start_stream
 from ._terminal import Commands, end_line, write
 
@@ -130,6 +130,7 @@ class _PlainConversation:
     def __init__(self, opened: Opened, args: argparse.Namespace):
         self._opened, self._args = opened, args
         self._stop = args.stop or [_PLAIN_STOP]
+        self._sampling = sampling_from_args(args, opened, stop_strings=self._stop)
         self.reset()
 
     def reset(self) -> None:
@@ -145,7 +146,7 @@ class _PlainConversation:
             ids = opened.tokenizer.encode(text if system is None else f"{system}\n\n{text}")
         else:
             ids = opened.encode_piece(text)
-        tokens = start_stream(opened, ids, self._args, state=self._state, stop_strings=self._stop)
+        tokens = start_stream(opened, ids, self._args, self._sampling, state=self._state)
         self.answer_ids = []
         recorded = _recorded(tokens, self.answer_ids)
         try:
@@ -177,6 +178,7 @@ class _TemplateConversation:
 
     def __init__(self, opened: Opened, tokenizer: TextTokenizer, args: argparse.Namespace):
         self._opened, self._tokenizer, self._args = opened, tokenizer, args
+        self._sampling = sampling_from_args(args, opened, stop_strings=args.stop)
         self.reset()
 
     def reset(self) -> None:
@@ -196,7 +198,7 @@ class _TemplateConversation:
             (ids, None) if longest is None else (ids[len(longest.ids) :], longest.state)
         )
         before = prefill(opened.model, new_ids, state=state, room=self._args.max_new_tokens)
-        tokens = start_stream(opened, [], self._args, state=before, stop_strings=stop)
+        tokens = start_stream(opened, [], self._args, self._sampling, state=before)
         self.answer_ids = []
         recorded = _recorded(tokens, self.answer_ids)
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..generation import FinishReason, Stream
 from ..text import text_until
 from ._opened import Opened, add_model, open_model
-from ._sampling_arguments import add_sampling, check_sampling
+from ._sampling_arguments import add_sampling, check_sampling, sampling_from_args
 from ._streaming import decode_stream, start_stream
 from ._terminal import Commands, read_text, write
 
@@ -52,9 +52,10 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("The prompt is empty. Give at least one character to start from.")
     opened = open_model(args)
     ids = opened.tokenizer.encode(prompt)
-    # `--stop` is matched on the text that is printed. Stop strings of `stream` are matched on the
-    # bytes of tokens, which can differ: SentencePiece drops the space before the first token.
-    tokens = start_stream(opened, ids, args)
+    # `--stop` is matched on the printed text and is not one of the stop strings of the sampling
+    # options. These are matched on the bytes of tokens, which can differ from the printed text:
+    # SentencePiece drops the space before the first token.
+    tokens = start_stream(opened, ids, args, sampling_from_args(args, opened))
     clock = _Clock(tokens)
     if args.json:
         _write_json(args, opened, prompt, ids, tokens, clock, start)

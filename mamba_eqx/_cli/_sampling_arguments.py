@@ -1,6 +1,12 @@
 """Arguments for sampling tokens."""
 
 import argparse
+import math
+from collections.abc import Sequence
+
+from ..generation import Sampling, sampling
+from ..text import TextTokenizer
+from ._opened import Opened
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
@@ -35,4 +41,33 @@ def check_sampling(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed must be within 0..{2**32 - 1}, but got {args.seed}.")
     if "" in args.stop:
-        raise ValueError("--stop must not be empty. Omit --stop to disable it.")
+        raise ValueError("--stop must not be empty. Give at least one character, or omit --stop.")
+
+
+def sampling_from_args(
+    args: argparse.Namespace, opened: Opened, *, stop_strings: Sequence[str] = ()
+) -> Sampling:
+    """Returns the sampling options that the options of `add_sampling` describe for a model."""
+    model, tokenizer = opened.model, opened.tokenizer
+    penalties = sampling.Penalties(
+        repetition=args.repetition_penalty,
+        presence=args.presence_penalty,
+        frequency=args.frequency_penalty,
+        window=args.penalty_window,
+    )
+    neutral = sampling.Penalties(window=args.penalty_window)
+    end = tokenizer.eos_token_id if isinstance(tokenizer, TextTokenizer) else None
+    # The vocabulary of a model may be padded beyond its tokenizer. Padded ids are banned.
+    padding = range(tokenizer.vocab_size, model.vocab_size)
+    return Sampling(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        typical_p=args.typical_p,
+        penalties=None if penalties == neutral else penalties,
+        logit_bias=dict.fromkeys(padding, -math.inf) or None,
+        stop_tokens=[] if end is None else [end],
+        stop_strings=stop_strings,
+        tokenizer=tokenizer,
+    )

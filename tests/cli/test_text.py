@@ -103,7 +103,9 @@ def test_plain_chat_continues_one_text(checkpoint, run, tmp_path):
     ids, answers = [], []
     for line in ("Hi", "so?"):
         ids += tokenizer.encode(line + "\n")
-        new = mbx.generate(model, ids, 12, temperature=0.8, key=jr.key(5)).tokens.tolist()
+        new = mbx.generate(
+            model, ids, 12, mbx.Sampling(temperature=0.8), key=jr.key(5)
+        ).tokens.tolist()
         assert 10 not in new
         ids += new
         answers.append(tokenizer.decode(new))
@@ -184,7 +186,7 @@ def test_template_chat_reads_nothing_twice(chatty, run, tmp_path, monkeypatch):
         ids = tokenizer.encode_chat(messages)
         whole.append(len(ids))
         bias = dict.fromkeys(range(tokenizer.vocab_size, model.vocab_size), -math.inf)
-        new = mbx.generate(model, ids, 12, stop_tokens=[0], logit_bias=bias)
+        new = mbx.generate(model, ids, 12, mbx.Sampling(stop_tokens=[0], logit_bias=bias))
         answer = tokenizer.decode(new.tokens[: int(new.lengths)].tolist())
         messages.append({"role": "assistant", "content": answer})
         want += answer + "\n"
