@@ -29,18 +29,11 @@ def stop_table(tokenizer: Tokenizer, strings: Sequence[str]) -> Int[np.ndarray, 
     - `tokenizer`: the tokenizer of the generated tokens. The table is cached for the same tokenizer
         and strings, since building it for a large vocabulary takes as long as generating several
         tokens.
-    - `strings`: the stop strings, none of them empty.
+    - `strings`: the stop strings. They must not be empty, which `Sampling` has checked.
 
     **Returns:** the table, an `int32` array of shape `(states, vocab_size)`. It is shared between
     callers and read-only.
-
-    **Raises:** `ValueError` if `strings` is a string, or has an element that is not a non-empty
-    string.
     """
-    if isinstance(strings, str) or not all(isinstance(s, str) and s for s in strings):
-        raise ValueError(
-            f"`stop_strings` must be non-empty strings in a list, but got {strings!r}."
-        )
     build = _build_table if isinstance(tokenizer, Hashable) else _build_table.__wrapped__
     return build(tokenizer, tuple(strings))
 
