@@ -123,6 +123,15 @@ def test_stop_table_matches_across_tokens():
         assert (state == len(table) - 1) == found
 
 
+def test_stop_table_can_match_a_space_that_decoding_drops():
+    """`mamba-eqx generate --stop` therefore matches the printed text instead."""
+    tokenizer = mbx.TextTokenizer(FILES["sentencepiece"])
+    first = tokenizer.encode_piece("be")[0]
+    table = stop_table(tokenizer, [" b"])
+    assert table[0, first] == len(table) - 1
+    assert " b" not in tokenizer.decode([first])
+
+
 CHAT = [
     {"role": "user", "content": "  To be? "},
     {"role": "assistant", "content": "Or not."},
