@@ -28,7 +28,7 @@ _MAX_HISTORY = 2**26
 
 
 def add_chat(commands: Commands) -> None:
-    """Adds the command."""
+    """Adds the `chat` command."""
     chat = commands.add_parser(
         "chat",
         help="chat with a model",

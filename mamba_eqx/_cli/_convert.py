@@ -23,7 +23,7 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def add_convert(commands: Commands) -> None:
-    """Adds the command."""
+    """Adds the `convert` command."""
     convert = commands.add_parser(
         "convert",
         help="convert a checkpoint to another layout, dtype or number of files",

@@ -16,7 +16,7 @@ from ._terminal import Commands, read_text, write
 
 
 def add_generate(commands: Commands) -> None:
-    """Adds the command."""
+    """Adds the `generate` command."""
     generate = commands.add_parser(
         "generate",
         help="continue a text",
@@ -56,15 +56,15 @@ def _run(args: argparse.Namespace) -> None:
     # options. These are matched on the bytes of tokens, which can differ from the printed text:
     # SentencePiece drops the space before the first token.
     tokens = start_stream(opened, ids, args, sampling_from_args(args, opened))
-    clock = _Clock(tokens)
+    clock = _Clock(tokens, start)
     if args.json:
-        _write_json(args, opened, prompt, ids, tokens, clock, start)
+        _write_json(args, opened, prompt, ids, clock)
         return
     write(prompt)
     for piece in text_until(args.stop, decode_stream(opened, clock)):
         write(piece)
     write("\n")
-    print(clock.report(start), file=sys.stderr)
+    print(clock.report(), file=sys.stderr)
 
 
 def _write_json(
@@ -72,9 +72,7 @@ def _write_json(
     opened: Opened,
     prompt: str,
     ids: Sequence[int],
-    tokens: Stream,
     clock: "_Clock",
-    start: float,
 ) -> None:
     text, interrupted = "", False
     try:
@@ -83,7 +81,8 @@ def _write_json(
     except KeyboardInterrupt:
         interrupted = True
     # Only a `--stop` text ends the output while the stream could still continue.
-    reason = FinishReason.STOP_STRING if tokens.finish is None else tokens.finish
+    finish = clock.tokens.finish
+    reason = FinishReason.STOP_STRING if finish is None else finish
     found = {
         "prompt": prompt,
         "text": text,
@@ -91,7 +90,7 @@ def _write_json(
         "new_tokens": clock.count,
         "finish": "interrupted" if interrupted else reason.name.lower(),
         "seed": args.seed,
-        "seconds_to_first_token": round(clock.first - start, 4) if clock.count else None,
+        "seconds_to_first_token": round(clock.latency, 4) if clock.count else None,
         "tokens_per_second": None if clock.rate is None else round(clock.rate, 2),
     }
     write(json.dumps(found, ensure_ascii=False) + "\n")
@@ -100,27 +99,34 @@ def _write_json(
 
 
 class _Clock:
-    """Yields the tokens of a stream, and records their number and times of arrival."""
+    """The tokens of a stream, with their number and times of arrival since the time `start`."""
 
-    def __init__(self, tokens: Iterator[int]):
+    def __init__(self, tokens: Stream, start: float):
         self.tokens = tokens
         self.count = 0
-        self.first = self.last = 0.0
+        self._start = start
+        self._first = self._last = 0.0
 
     def __iter__(self) -> Iterator[int]:
         for token in self.tokens:
-            self.last = time.perf_counter()
+            self._last = time.perf_counter()
             self.count += 1
             if self.count == 1:
-                self.first = self.last
+                self._first = self._last
             yield token
+
+    @property
+    def latency(self) -> float:
+        """Seconds until the first token."""
+        return self._first - self._start
 
     @property
     def rate(self) -> float | None:
         """Tokens per second after the first token, if there are any."""
-        return (self.count - 1) / (self.last - self.first) if self.last > self.first else None
+        seconds = self._last - self._first
+        return (self.count - 1) / seconds if seconds > 0 else None
 
-    def report(self, start: float) -> str:
-        """Returns a sentence on the speed since the time `start`."""
-        text = f"{self.count} tokens, the first after {self.first - start:.2f} s"
+    def report(self) -> str:
+        """Returns a sentence on the speed."""
+        text = f"{self.count} tokens, the first after {self.latency:.2f} s"
         return text if self.rate is None else f"{text}, then {self.rate:.0f} tokens/s"

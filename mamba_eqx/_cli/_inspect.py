@@ -11,7 +11,7 @@ from ._terminal import Commands, write
 
 
 def add_inspect(commands: Commands) -> None:
-    """Adds the command."""
+    """Adds the `inspect` command."""
     inspect = commands.add_parser(
         "inspect",
         help="describe a checkpoint",

@@ -22,13 +22,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> Non
     add("--top-k", "K", int, "sample from the K most likely tokens", None)
     add("--top-p", "P", float, "sample from the most likely tokens with total probability P", None)
     add("--min-p", "P", float, "sample from tokens at least P times as likely as the best", None)
-    add(
-        "--typical-p",
-        "P",
-        float,
-        "sample from the most typical tokens with total probability P",
-        None,
-    )
+    add("--typical-p", "P", float, "sample from typical tokens with total probability P", None)
     add("--repetition-penalty", "X", float, "divide the logits of recent tokens by X", 1.0)
     add("--presence-penalty", "X", float, "subtract X from the logits of recent tokens", 0.0)
     add("--frequency-penalty", "X", float, "subtract X for each recent occurrence of a token", 0.0)

@@ -22,7 +22,7 @@ _Read: TypeAlias = Callable[[int], bytes]
 
 
 def add_score(commands: Commands) -> None:
-    """Adds the command."""
+    """Adds the `score` command."""
     score = commands.add_parser(
         "score",
         help="score texts by their log-probability",
