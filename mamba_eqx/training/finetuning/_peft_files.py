@@ -180,7 +180,8 @@ def _read_config(path: Path) -> tuple[int, float]:
     fields.only("init_lora_weights", _PLAIN_STARTS, True)
     fields.ignore(_IGNORED)
     # PEFT writes out every option that it has; what is off changes nothing.
-    fields.ignore([key for key, value in values.items() if value in (None, False, {}, [])])
+    options = values if isinstance(values, dict) else {}
+    fields.ignore([key for key, value in options.items() if value in (None, False, {}, [])])
     rank = fields.size("r")
     by_root = fields.flag("use_rslora", False)
     scale = fields.number("lora_alpha", 8) / (rank**0.5 if by_root else rank)
