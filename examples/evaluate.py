@@ -1,83 +1,109 @@
-"""Evaluate a model by the tasks of lm-evaluation-harness, without a network.
+"""Evaluate a model with lm-evaluation-harness, without a network.
 
     pip install ".[eval]"
-    python examples/evaluate.py                                     # the model that ships
+    python examples/evaluate.py                                     # the bundled model
     python examples/evaluate.py --model state-spaces/mamba-130m-hf --tasks lambada_openai
 
-`Evaluated` is a `mbx.LanguageModel` as the harness wants it: probabilities of continuations and of
-whole texts, and text up to a stop. Requests run in batches of similar lengths, each padded to a
-power of two, so that little is compiled. A state-space model has no longest length: a document is
-one sequence, however long.
+`HarnessModel` adapts a `mbx.LanguageModel` to the harness: log-probabilities of continuations and
+of whole texts, and generation up to a stop string. Requests run in batches of similar lengths,
+padded to a power of two to limit recompilation. A state-space model has no maximum length: a
+document is one sequence of any length.
 
-The tasks that come with this file are made of a play that the model that ships has not seen: which
-line comes next, who speaks next, and how well the whole is predicted.
+The tasks in this file are made from a play that the bundled model has not seen: choosing the next
+line, naming the next speaker, and predicting the whole text.
 """
 
 import argparse
 import json
 import lzma
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from datasets import Dataset
-from jax import lax
-from lm_eval.api.model import TemplateLM
+from jax import Array, lax
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM, TemplateLM
 
 import mamba_eqx as mbx
 
 
 CORPUS = Path(__file__).parent / "data" / "shakespeare.txt.xz"
+SEPARATOR = 0  # the byte between documents in the training text of `train_lm.py`
 
 
 @eqx.filter_jit
-def read_rows(model: mbx.LanguageModel, tokens: Any, targets: Any, lengths: Any) -> tuple[Any, Any]:
-    """The log-probability of each target, and whether it is the most likely token."""
+def score_targets(
+    model: mbx.LanguageModel, tokens: Array, targets: Array, lengths: Array
+) -> tuple[Array, Array]:
+    """Scores the targets of a batch of shape `(batch, seq)`.
 
-    def row(tokens: Any, targets: Any, length: Any) -> tuple[Any, Any]:
-        def one(pair: tuple[Any, Any]) -> tuple[Any, Any]:
-            feature, target = pair
-            logits = model.logits(feature)[: model.vocab_size]
+    Returns the log-probability of each target, and whether it is the most likely token.
+    """
+
+    def score_row(tokens: Array, targets: Array, length: Array) -> tuple[Array, Array]:
+        def score_token(pair: tuple[Array, Array]) -> tuple[Array, Array]:
+            features, target = pair
+            logits = model.logits(features)[: model.vocab_size]
             return logits[target] - jax.nn.logsumexp(logits), jnp.argmax(logits) == target
 
         features, _ = model.backbone(tokens, length=length)
-        return lax.map(one, (features, targets), batch_size=64)
+        return lax.map(score_token, (features, targets), batch_size=64)
 
-    return jax.vmap(row)(tokens, targets, lengths)
+    return jax.vmap(score_row)(tokens, targets, lengths)
 
 
-class Evaluated(TemplateLM):
-    def __init__(self, model: mbx.LanguageModel, tokenizer: Any, batch: int = 8):
+class HarnessModel(TemplateLM):
+    """A language model of this package, as lm-evaluation-harness calls it."""
+
+    def __init__(
+        self,
+        model: mbx.LanguageModel,
+        tokenizer: mbx.TextTokenizer | mbx.ByteTokenizer,
+        batch: int = 8,
+    ):
         super().__init__()
         self.model, self.tokenizer, self.batch = model, tokenizer, batch
-        self.is_text = isinstance(tokenizer, mbx.TextTokenizer)
 
     @property
     def eot_token_id(self) -> int:
-        # Of bytes: what separates documents in `train_lm.py`.
-        end = self.tokenizer.end if self.is_text else 0
+        if isinstance(self.tokenizer, mbx.ByteTokenizer):
+            return SEPARATOR
+        end = self.tokenizer.eos_token_id
         if end is None:
-            raise ValueError("The tokenizer names no token that ends a text (`eos_token`).")
+            raise ValueError(
+                "The tokenizer has no end-of-text token. Add `eos_token` to its "
+                "tokenizer_config.json."
+            )
         return end
 
-    def tok_encode(self, string: str, add_special_tokens: Any = None, **_: Any) -> list[int]:
-        if self.is_text and add_special_tokens is False:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: object
+    ) -> list[int]:
+        if isinstance(self.tokenizer, mbx.TextTokenizer) and add_special_tokens is False:
             return self.tokenizer.encode_piece(string)
         return self.tokenizer.encode(string)
 
     def batches(self, sizes: Sequence[int]) -> Iterator[np.ndarray]:
-        """Indices of requests, the longest ones first: what needs most memory fails at once."""
-        order = np.argsort([-size for size in sizes], kind="stable")
-        for at in range(0, len(order), self.batch):
-            yield order[at : at + self.batch]
+        """Yields the indices of requests in batches of similar sizes.
 
-    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        The longest requests come first, so that a lack of memory shows at once.
+        """
+        order = np.argsort([-size for size in sizes], kind="stable")
+        for start in range(0, len(order), self.batch):
+            yield order[start : start + self.batch]
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: object,
+    ) -> list[tuple[float, bool]]:
         rows = [context + continuation for _, context, continuation in requests]
-        found: list[Any] = [None] * len(rows)
+        found = [(0.0, False)] * len(rows)
         for group in self.batches([len(row) for row in rows]):
             longest = max(len(rows[i]) for i in group)
             size = max(16, 1 << (longest - 2).bit_length())
@@ -86,14 +112,21 @@ class Evaluated(TemplateLM):
                 tokens[line, : len(rows[i])] = rows[i]
             lengths = np.ones(self.batch, np.int32)
             lengths[: len(group)] = [len(rows[i]) - 1 for i in group]
-            log_probs, best = read_rows(self.model, tokens[:, :-1], tokens[:, 1:], lengths)
+            log_probs, is_best = score_targets(
+                self.model,
+                jnp.asarray(tokens[:, :-1]),
+                jnp.asarray(tokens[:, 1:]),
+                jnp.asarray(lengths),
+            )
             for line, i in enumerate(group):
-                ours = slice(len(requests[i][1]) - 1, len(rows[i]) - 1)
-                total = np.asarray(log_probs)[line, ours].sum(dtype=np.float64)
-                found[i] = (float(total), bool(np.asarray(best)[line, ours].all()))
+                continuation = slice(len(requests[i][1]) - 1, len(rows[i]) - 1)
+                total = np.asarray(log_probs)[line, continuation].sum(dtype=np.float64)
+                found[i] = (float(total), bool(np.asarray(is_best)[line, continuation].all()))
         return found
 
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
         texts = [
             [self.prefix_token_id, *self.tok_encode(request.args[0], add_special_tokens=False)]
             for request in requests
@@ -101,22 +134,24 @@ class Evaluated(TemplateLM):
         scores = (mbx.score(self.model, text) for text in texts)
         return [float(score.log_probs.sum(dtype=np.float64)) for score in scores]
 
-    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         found = [""] * len(requests)
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         for group in self.batches([len(prompt) for prompt in prompts]):
-            options = requests[group[0]].args[1]  # of the task: those of all its requests
+            options = requests[group[0]].args[1]  # All requests of a task have the same options.
             stops = options.get("until", [])
             stops = [stops] if isinstance(stops, str) else list(stops)
             if options.get("do_sample") or options.get("temperature"):
-                raise ValueError("Only greedy decoding: `do_sample: false` in the task.")
+                raise ValueError(
+                    "Only greedy decoding is supported. Set `do_sample: false` in the task."
+                )
             out = mbx.generate(
                 self.model,
                 [prompts[i] for i in group],
                 options.get("max_gen_toks", 256),
-                stop_tokens=[self.eot_token_id],
-                stop_strings=stops,
-                tokenizer=self.tokenizer,
+                mbx.Sampling(
+                    stop_tokens=[self.eot_token_id], stop_strings=stops, tokenizer=self.tokenizer
+                ),
             )
             for i, tokens, length in zip(group, out.tokens, out.lengths, strict=True):
                 text = self.tokenizer.decode(tokens[: int(length)].tolist())
@@ -125,11 +160,13 @@ class Evaluated(TemplateLM):
         return found
 
 
-def local_tasks(count: int) -> list[dict[str, Any]]:
+def local_tasks(count: int) -> list[dict[str, object]]:
+    """Returns three tasks on the held-out play, with about `count` examples each."""
     documents = lzma.decompress(CORPUS.read_bytes()).decode("utf-8").split("\0")
     play = next(text for text in documents if text.startswith("TWELFTH NIGHT"))
     speeches = [s for s in play.split("\n\n") if s.count("\n") > 1 and ":\n" in s][5:]
-    lines, speakers = [], []
+    lines: list[dict[str, object]] = []
+    speakers: list[dict[str, object]] = []
     for i in range(0, min(len(speeches) - 10, 7 * count), 7):
         first, second, rest = speeches[i].split("\n", 2)
         next_line = rest.split("\n")[0]
@@ -140,47 +177,70 @@ def local_tasks(count: int) -> list[dict[str, Any]]:
         speakers.append({"context": f"{before}\n\n", "right": speeches[i + 3].split(":")[0]})
     shared = {"test_split": "test", "num_fewshot": 0, "doc_to_text": "{{context}}"}
 
-    def task(name: str, rows: list[Any], output: str, metric: str, **more: Any) -> dict[str, Any]:
-        metrics = [{"metric": metric}]
+    def task(
+        name: str,
+        rows: list[dict[str, object]],
+        output_type: str,
+        metric: str,
+        options: Mapping[str, object],
+    ) -> dict[str, object]:
         dataset = {"custom_dataset": lambda **_: {"test": Dataset.from_list(rows)}}
-        fields = {"task": name, "output_type": output, "metric_list": metrics}
-        return fields | dataset | shared | more
+        fields = {"task": name, "output_type": output_type, "metric_list": [{"metric": metric}]}
+        return {**fields, **dataset, **shared, **options}
 
     generation = {"until": [":"], "max_gen_toks": 24, "do_sample": False}
     choice = {"doc_to_choice": "{{choices}}", "doc_to_target": "{{right}}", "target_delimiter": ""}
     text = {"doc_to_text": "", "doc_to_target": "{{text}}"}
     named = {"doc_to_target": "{{right}}", "generation_kwargs": generation}
-    plays = [{"text": play[: 1000 * count]}]
+    plays: list[dict[str, object]] = [{"text": play[: 1000 * count]}]
     return [
-        task("next_line", lines, "multiple_choice", "acc", **choice),
-        task("next_speaker", speakers, "generate_until", "exact_match", **named),
-        task("the_play", plays, "loglikelihood_rolling", "bits_per_byte", **text),
+        task("next_line", lines, "multiple_choice", "acc", choice),
+        task("next_speaker", speakers, "generate_until", "exact_match", named),
+        task("the_play", plays, "loglikelihood_rolling", "bits_per_byte", text),
     ]
 
 
-def evaluate(lm: Any, tasks: list[Any], limit: int | None = None) -> dict[str, dict[str, float]]:
+def evaluate(
+    lm: LM, tasks: Sequence[str | dict[str, object]], limit: int | None = None
+) -> dict[str, dict[str, float]]:
+    """Runs tasks and returns their metrics, by the name of the task."""
     from lm_eval.evaluator import simple_evaluate
 
-    found = simple_evaluate(lm, tasks=tasks, limit=limit, log_samples=False, bootstrap_iters=0)
-    is_metric = lambda value: isinstance(value, int | float)  # noqa: E731
+    found = simple_evaluate(lm, tasks=[*tasks], limit=limit, log_samples=False, bootstrap_iters=0)
+    # `None` is the result of secondary processes, and there is only one process.
+    assert found is not None
+    assert "results" in found
     return {
-        task: {name: float(v) for name, v in values.items() if is_metric(v)}
+        task: {name: float(v) for name, v in values.items() if isinstance(v, int | float)}
         for task, values in found["results"].items()
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--model", default=str(mbx.SHIPPED), help="a folder, or a repository on the Hub"
+    parser = argparse.ArgumentParser(
+        description="Evaluate a model with lm-evaluation-harness, without a network."
     )
-    parser.add_argument("--tasks", nargs="*", help="of the harness (default: those of this file)")
-    parser.add_argument("--limit", type=int, help="the most examples of each task")
-    parser.add_argument("--count", type=int, default=100, help="how large the tasks here are")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument(
+        "--model",
+        default=str(mbx.SHIPPED),
+        help="checkpoint folder, or repository on the Hub (default: the bundled model)",
+    )
+    parser.add_argument(
+        "--tasks", nargs="*", help="tasks of the harness (default: those of this file)"
+    )
+    parser.add_argument("--limit", type=int, help="maximum number of examples per task")
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=100,
+        help="number of examples in the tasks of this file (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=8, help="number of requests per batch (default: %(default)s)"
+    )
     args = parser.parse_args()
     model = mbx.from_pretrained(args.model, dtype=jnp.float32)
-    lm = Evaluated(model, mbx.load_tokenizer(args.model), args.batch)
+    lm = HarnessModel(model, mbx.load_tokenizer(args.model), args.batch)
     found = evaluate(lm, args.tasks or local_tasks(args.count), args.limit)
     print(json.dumps(found, indent=2))
 

@@ -1,27 +1,28 @@
-"""A page on this machine that streams text from a model and shows what its state does.
+"""Serve a page on this machine that streams text from a model and shows its recurrent state.
 
     pip install ".[serve]"
-    python examples/serve.py                # then open the address that it prints
-    python examples/serve.py --smoke        # asks itself once, and ends
+    python examples/serve.py                # then open the printed address
+    python examples/serve.py --smoke        # sends one request to itself and exits
 
-A state is a value: the page goes on from one, and forks it, which costs nothing. The picture is
-the hidden state of every layer, a column for each channel shown, a row for each of its states.
+A state is a value: the page can continue from any state and fork it at no cost. The picture shows
+the hidden state of every layer, with a column per channel and a row per state dimension.
 
-The server is aiohttp: one package that has HTTP, streaming and a client. It listens on the loopback
-interface only, answers no request that comes by another name (against DNS rebinding) or from
-another origin, takes JSON only, and loads nothing from elsewhere. Prompts, new tokens, kept states
-and requests at a time are limited.
+The server is written with aiohttp, a single package with HTTP, streaming and a client. It listens
+on the loopback interface only, rejects requests for other host names (against DNS rebinding) and
+from other origins, accepts JSON only, and loads nothing from other servers. The lengths of prompts
+and answers, the number of stored states and the number of concurrent requests are limited.
 """
 
 import argparse
 import asyncio
 import base64
+import dataclasses
 import json
 import secrets
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,38 +36,57 @@ import mamba_eqx as mbx
 PAGE = Path(__file__).with_suffix(".html")
 MAX_PROMPT = 4096  # characters
 MAX_NEW = 1024  # tokens
-MAX_REQUESTS = 2  # at a time
+MAX_REQUESTS = 2  # concurrent
 MAX_STATES = 64
 BLOCK = 8  # tokens between two pictures
 WIDTH = 64  # channels in a picture
 
 
-def picture(state: mbx.DecodingState) -> dict[str, Any]:
-    """One byte for each value shown, 128 for zero."""
-    hidden = [layer.ssm for layer in jax.tree.leaves(state.layers, is_leaf=has_hidden_state)]
+class Generate(NamedTuple):
+    """A validated request to generate text, continuing `state` if there is one."""
+
+    prompt: list[int]
+    state: mbx.DecodingState | None
+    seed: int
+    temperature: float
+    max_new_tokens: int
+
+
+def picture(state: mbx.DecodingState) -> dict[str, object]:
+    """Returns the hidden states as pixels of one byte each, in which 128 is zero."""
+    leaves = jax.tree.leaves(state.layers, is_leaf=has_hidden_state)
+    hidden = [layer.ssm for layer in leaves if has_hidden_state(layer)]
     rows = [np.asarray(h, np.float32).reshape(h.shape[0], -1) for h in hidden]
     shown = np.stack([row[:, :: max(1, row.shape[1] // WIDTH)][:, :WIDTH] for row in rows])
-    # Each layer by its own scale.
+    # Each layer has its own scale.
     scale = np.abs(shown).mean(axis=(1, 2), keepdims=True) * 2 + 1e-9
     pixels = np.round(128 + 127 * np.tanh(shown / scale)).astype(np.uint8)
     return {"shape": pixels.shape, "pixels": base64.b64encode(pixels.tobytes()).decode()}
 
 
-def has_hidden_state(tree: Any) -> bool:
+def has_hidden_state(tree: object) -> bool:
     return isinstance(tree, mbx.Mamba1State | mbx.Mamba2State)
 
 
+def refusal(reason: str) -> web.HTTPException:
+    return web.HTTPBadRequest(text=reason)
+
+
 class Server:
-    def __init__(self, model: mbx.LanguageModel, tokenizer: Any):
+    """The page, the endpoint that generates text, and the states that clients can continue from."""
+
+    def __init__(self, model: mbx.LanguageModel, tokenizer: mbx.TextTokenizer | mbx.ByteTokenizer):
         self.model, self.tokenizer = model, tokenizer
-        end = tokenizer.end if isinstance(tokenizer, mbx.TextTokenizer) else None
-        self.stop_tokens = [] if end is None else [end]
-        # Some models have more tokens than their tokenizers, which mean nothing.
-        no_text = range(tokenizer.vocab_size, model.vocab_size)
-        self.bias = dict.fromkeys(no_text, -float("inf")) or None
+        end = tokenizer.eos_token_id if isinstance(tokenizer, mbx.TextTokenizer) else None
+        # The vocabulary of a model may be padded beyond its tokenizer. Padded ids are banned.
+        padding = range(tokenizer.vocab_size, model.vocab_size)
+        self.sampling = mbx.Sampling(
+            logit_bias=dict.fromkeys(padding, -float("inf")) or None,
+            stop_tokens=[] if end is None else [end],
+        )
         self.states: OrderedDict[str, mbx.DecodingState] = OrderedDict()
         self.running = 0
-        self.names: set[str] = set()  # as which the server may be addressed
+        self.hosts: set[str] = set()  # host names under which the server accepts requests
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[self.guard], client_max_size=8 * MAX_PROMPT)
@@ -77,13 +97,15 @@ class Server:
     async def guard(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
+        """Rejects requests for other hosts and from other origins."""
         origin = request.headers.get("Origin")
-        ours = origin is None or origin.removeprefix("http://") in self.names
-        if request.headers.get("Host") not in self.names or not ours:
-            raise web.HTTPForbidden(text="This server answers to its own page only.")
+        is_own = origin is None or origin.removeprefix("http://") in self.hosts
+        if request.headers.get("Host") not in self.hosts or not is_own:
+            raise web.HTTPForbidden(text="This server accepts requests from its own page only.")
         return await handler(request)
 
     async def page(self, request: web.Request) -> web.Response:
+        """Returns the page, which can neither load nor run anything from other servers."""
         nonce = secrets.token_urlsafe(16)
         allowed = f"script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'"
         headers = {
@@ -95,70 +117,70 @@ class Server:
         return web.Response(text=text, content_type="text/html", headers=headers)
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
-        """Lines of JSON: pieces of text with pictures, and at the end the name of the state."""
+        """Streams lines of JSON: pieces of text with pictures, then the name of the final state."""
         asked = self.read(request, await request.text())
         if self.running >= MAX_REQUESTS:
-            raise web.HTTPServiceUnavailable(text="Too many requests at a time: try again.")
+            raise web.HTTPServiceUnavailable(text="Too many concurrent requests. Try again.")
         self.running += 1
         try:
             response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
             await response.prepare(request)
-            state, prompt, left = asked["state"], asked["prompt"], asked["max_new_tokens"]
-            decoder, key = self.tokenizer.decoder(), jr.key(asked["seed"])
+            state, prompt, left = asked.state, asked.prompt, asked.max_new_tokens
+            decoder, key = self.tokenizer.decoder(), jr.key(asked.seed)
+            sampling = dataclasses.replace(self.sampling, temperature=asked.temperature)
             while left > 0:
                 out = await asyncio.to_thread(
                     mbx.generate,
                     self.model,
                     prompt,
                     min(BLOCK, left),
-                    temperature=asked["temperature"],
-                    key=key,
+                    sampling,
                     state=state,
-                    stop_tokens=self.stop_tokens,
-                    logit_bias=self.bias,
+                    key=key,
                 )
                 state, prompt, left = out.state, None, 0 if bool(out.stopped) else left - BLOCK
                 text = decoder.feed(out.tokens[: int(out.lengths)].tolist())
                 line = {"text": text, "picture": picture(state)}
                 await response.write(json.dumps(line).encode() + b"\n")
-            name = self.keep(state)
-            last = {"text": decoder.end(), "state": name, "position": int(state.position) + 1}
+            assert state is not None
+            name = self.store(state)
+            last = {"text": decoder.flush(), "state": name, "position": int(state.position) + 1}
             await response.write(json.dumps(last).encode() + b"\n")
             return response
         finally:
             self.running -= 1
 
-    def read(self, request: web.Request, body: str) -> dict[str, Any]:
-        def refuse(why: str) -> web.HTTPException:
-            return web.HTTPBadRequest(text=why)
-
+    def read(self, request: web.Request, body: str) -> Generate:
+        """Validates a request to generate text."""
         if request.content_type != "application/json":
-            raise refuse("The request must be JSON.")
+            raise refusal("The request must be JSON.")
         try:
             asked = json.loads(body)
-            found = {name: asked[name] for name in ("prompt", "state", "seed", "temperature")}
-            found["max_new_tokens"] = asked["max_new_tokens"]
+            fields = ("prompt", "state", "seed", "temperature", "max_new_tokens")
+            prompt, name, seed, temperature, count = (asked[field] for field in fields)
         except (ValueError, TypeError, KeyError):
-            raise refuse("A prompt, state, seed, temperature and max_new_tokens.") from None
-        prompt, state, heat = found["prompt"], found["state"], found["temperature"]
+            raise refusal(
+                "The request must have a prompt, state, seed, temperature and max_new_tokens."
+            ) from None
         if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT:
-            raise refuse(f"The prompt must be text of at most {MAX_PROMPT} characters.")
-        for name, low, high in (("max_new_tokens", 1, MAX_NEW), ("seed", 0, 2**32 - 1)):
-            if type(found[name]) is not int or not low <= found[name] <= high:
-                raise refuse(f"`{name}` must be an integer within {low}..{high}.")
-        if type(heat) not in (int, float) or not 0 < heat <= 10:
-            raise refuse("`temperature` must be a number above 0, and at most 10.")
-        if state is None and not prompt:
-            raise refuse("The prompt is empty: there is nothing to start from.")
-        if state is not None and not (isinstance(state, str) and state in self.states):
-            raise refuse("There is no such state any more: start afresh.")
+            raise refusal(f"The prompt must be text of at most {MAX_PROMPT} characters.")
+        check_integer("max_new_tokens", count, 1, MAX_NEW)
+        check_integer("seed", seed, 0, 2**32 - 1)
+        if type(temperature) not in (int, float) or not 0 < temperature <= 10:
+            raise refusal("`temperature` must be a number above 0 and at most 10.")
+        if name is None and not prompt:
+            raise refusal("The prompt is empty. Give at least one character to start from.")
+        if name is not None and not (isinstance(name, str) and name in self.states):
+            raise refusal("There is no such state: old states are dropped. Start a new text.")
         try:
             ids = self.tokenizer.encode(prompt)
         except ValueError as error:
-            raise refuse(str(error)) from None
-        return found | {"prompt": ids, "state": None if state is None else self.states[state]}
+            raise refusal(str(error)) from None
+        state = None if name is None else self.states[name]
+        return Generate(ids, state, seed, temperature, count)
 
-    def keep(self, state: mbx.DecodingState) -> str:
+    def store(self, state: mbx.DecodingState) -> str:
+        """Stores a state, drops the oldest one beyond `MAX_STATES`, and returns the new name."""
         name = secrets.token_urlsafe(12)
         self.states[name] = state
         while len(self.states) > MAX_STATES:
@@ -166,21 +188,27 @@ class Server:
         return name
 
 
+def check_integer(name: str, value: object, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise refusal(f"`{name}` must be an integer within {low}..{high}.")
+
+
 async def serve(server: Server, port: int, smoke: bool) -> None:
+    """Serves until interrupted; with `smoke`, sends one request and prints the answer instead."""
     runner = web.AppRunner(server.app())
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", port)
     await site.start()
     port = runner.addresses[0][1]
-    server.names |= {f"127.0.0.1:{port}", f"localhost:{port}"}
+    server.hosts |= {f"127.0.0.1:{port}", f"localhost:{port}"}
     url = f"http://127.0.0.1:{port}/"
     print(url, flush=True)
     try:
         if not smoke:
             await asyncio.Event().wait()
-        asked = {"state": None, "seed": 0, "temperature": 0.8, "max_new_tokens": 32}
-        post = {"url": f"{url}generate", "json": asked | {"prompt": "ROMEO:"}}
-        async with ClientSession() as session, session.post(**post) as answer:
+        asked = {"prompt": "ROMEO:", "state": None, "seed": 0, "temperature": 0.8}
+        asked |= {"max_new_tokens": 32}
+        async with ClientSession() as session, session.post(f"{url}generate", json=asked) as answer:
             lines = [json.loads(line) async for line in answer.content]
         print("".join(line["text"] for line in lines))
     finally:
@@ -188,12 +216,20 @@ async def serve(server: Server, port: int, smoke: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--model", default=str(mbx.SHIPPED), help="a folder, or a repository on the Hub"
+    parser = argparse.ArgumentParser(
+        description="Serve a page that streams text from a model and shows its recurrent state."
     )
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    parser.add_argument("--smoke", action="store_true", help="ask once, print the answer, end")
+    parser.add_argument(
+        "--model",
+        default=str(mbx.SHIPPED),
+        help="checkpoint folder, or repository on the Hub (default: the bundled model)",
+    )
+    parser.add_argument(
+        "--port", type=int, default=8000, help="port; 0 takes a free one (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="send one request, print the answer, exit"
+    )
     args = parser.parse_args()
     model = mbx.from_pretrained(args.model, dtype=jnp.float32)
     server = Server(model, mbx.load_tokenizer(args.model))

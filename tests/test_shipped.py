@@ -1,5 +1,4 @@
-"""The model that ships with the package: it is there, it is as good as its card says, and
-transformers reads it alike."""
+"""The bundled model: its files, its score, and its outputs in transformers."""
 
 import json
 import lzma
@@ -24,7 +23,7 @@ def model() -> mbx.LanguageModel:
     return mbx.from_pretrained(FOLDER, dtype=jnp.float32)
 
 
-def test_what_is_stored():
+def test_dtypes_and_size_of_the_files():
     model = mbx.from_pretrained(FOLDER)
     mask = mbx.recurrence_mask(model)
     for leaf, recurrence in zip(jax.tree.leaves(model), jax.tree.leaves(mask), strict=True):
@@ -35,18 +34,18 @@ def test_what_is_stored():
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 6e6
 
 
-def test_it_predicts_a_play_it_never_saw(model: mbx.LanguageModel):
-    """The beginning of *Twelfth Night*, after its list of persons."""
+def test_score_on_the_held_out_play(model: mbx.LanguageModel):
+    """Scores the beginning of *Twelfth Night*, after its list of characters."""
     works = lzma.decompress(CORPUS.read_bytes()).split(b"\0")
     play = next(work for work in works if work.startswith(b"TWELFTH NIGHT"))
     tokens = np.frombuffer(play[2000:10001], np.uint8).astype(np.int32)
     logits = eqx.filter_jit(model)(jnp.asarray(tokens[:-1]))
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:])
-    # Its card says 1.940 for the whole play.
+    # The model card reports 1.940 for the whole play.
     assert float(jnp.mean(nats)) / np.log(2) < 2.07
 
 
-def test_it_writes(model: mbx.LanguageModel):
+def test_generates_words(model: mbx.LanguageModel):
     tokenizer = mbx.ByteTokenizer()
     out = mbx.generate(model, tokenizer.encode("ROMEO:"), 60)
     text = tokenizer.decode(np.asarray(out.tokens).tolist())
@@ -56,7 +55,7 @@ def test_it_writes(model: mbx.LanguageModel):
 
 
 @pytest.mark.parity
-def test_transformers_reads_it_alike(model: mbx.LanguageModel):
+def test_logits_match_transformers(model: mbx.LanguageModel):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     theirs = transformers.MambaForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The command `mamba-eqx`, also `python -m mamba_eqx`: one file for each of its commands."""
+"""The command `mamba-eqx`, also `python -m mamba_eqx`. Each subcommand has a file."""
 
 import argparse
 import sys
@@ -13,9 +13,9 @@ from ._score import add_score
 from ._terminal import end_line, silence
 
 
-_FAILED = 1
-_MISTAKE = 2  # as argparse has it
-_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+_FAILURE = 1
+_USAGE_ERROR = 2  # the exit code of argparse
+_INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
 _BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
@@ -24,11 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     **Arguments:**
 
-    - `argv`: its arguments; those of the process if `None`.
+    - `argv`: the command-line arguments; `None` takes those of the process.
 
-    **Returns:** the exit code: 0, 1 if it failed (there is no such checkpoint, or it is damaged,
-    or the disk is full), 2 for a mistake in the arguments, 130 if interrupted, 141 if whoever read
-    the output went away.
+    **Returns:** the exit code: 0 for success, 1 for a failure (a missing or damaged checkpoint, a
+    full disk), 2 for invalid arguments, 130 if interrupted, 141 if the reader of the output is
+    gone.
     """
     args = _parser().parse_args(argv)
     try:
@@ -41,15 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         silence()
         return _BROKEN_PIPE
     except (CheckpointError, OSError, ImportError) as error:
-        _complain(error)
-        return _FAILED
+        _print_error(error)
+        return _FAILURE
     except ValueError as error:
-        _complain(error)
-        return _MISTAKE
+        _print_error(error)
+        return _USAGE_ERROR
     return 0
 
 
-def _complain(error: Exception) -> None:
+def _print_error(error: Exception) -> None:
     message = " ".join(str(error).split())
     print(f"mamba-eqx: error: {message}", file=sys.stderr)
 

@@ -15,50 +15,54 @@ from ..pretrained import (
     read_checkpoint,
     save_pretrained,
 )
-from ._terminal import Commands, add_source, hub_of, write
+from ._hub_arguments import add_source, hub_from_args
+from ._terminal import Commands, write
 
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def add_convert(commands: Commands) -> None:
+    """Adds the command."""
     convert = commands.add_parser(
         "convert",
-        help="save a checkpoint in another layout, dtype or number of files",
-        description="Loads a checkpoint of any layout and saves it as safetensors in another one. "
-        "The new one appears when it is complete. Its tokenizer, if it has one, goes with it.",
+        help="convert a checkpoint to another layout, dtype or number of files",
+        description="Convert a checkpoint of any layout to safetensors in a given layout. DEST "
+        "appears only when it is complete. The tokenizer, if there is one, is copied.",
     )
     add_source(convert)
-    convert.add_argument("dest", metavar="DEST", type=Path, help="the folder to save it in")
+    convert.add_argument("dest", metavar="DEST", type=Path, help="folder to write")
     convert.add_argument(
-        "--layout", choices=list(LAYOUTS), default="transformers", help="default: %(default)s"
+        "--layout",
+        choices=list(LAYOUTS),
+        default="transformers",
+        help="layout to write (default: %(default)s)",
     )
     convert.add_argument(
         "--dtype",
         choices=_DTYPES,
-        help="of the parameters; those of recurrences stay at least float32 (default: as stored)",
+        help="dtype of the parameters; recurrence parameters stay at least float32 (default: as "
+        "stored)",
     )
     convert.add_argument(
         "--max-shard-size",
         metavar="SIZE",
         default="5GB",
-        help="of tensors in one file, such as 500MB (default: %(default)s)",
+        help="maximum size of the tensors in one file, such as 500MB (default: %(default)s)",
     )
-    convert.add_argument(
-        "--overwrite", action="store_true", help="replace a checkpoint that is in DEST"
-    )
+    convert.add_argument("--overwrite", action="store_true", help="replace the checkpoint in DEST")
     convert.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
-    # Before anything is downloaded.
+    # This is checked before anything is downloaded.
     if args.dest.is_dir() and any(args.dest.iterdir()) and not args.overwrite:
         raise FileExistsError(
-            f"{args.dest} is not empty: give another folder, or --overwrite to replace the "
+            f"{args.dest} is not empty. Give another folder, or --overwrite to replace the "
             "checkpoint in it."
         )
     dtype = None if args.dtype is None else check_dtype("The model", args.dtype)
-    source = open_source(args.source, hub_of(args))
+    source = open_source(args.source, hub_from_args(args))
     model = load(read_checkpoint(source), dtype)
     save_pretrained(model, args.dest, layout=args.layout, max_shard_size=args.max_shard_size)
     for name in TOKENIZER_FILES:
@@ -66,4 +70,4 @@ def _run(args: argparse.Namespace) -> None:
         if path is not None and path.resolve() != (args.dest / name).resolve():
             shutil.copyfile(path, args.dest / name)
     count = sum(leaf.size for leaf in jax.tree.leaves(model))
-    write(f"{args.dest}: {count:,} parameters in the layout of {args.layout}\n")
+    write(f"wrote {args.dest} ({args.layout} layout, {count:,} parameters)\n")

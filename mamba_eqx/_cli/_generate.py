@@ -8,22 +8,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..generation import FinishReason, Stream
-from ..text import until
-from ._opened import Opened, add_model, add_sampling, check_sampling, open_model, stream_of, text_of
+from ..text import text_until
+from ._opened import Opened, add_model, open_model
+from ._sampling_arguments import add_sampling, check_sampling, sampling_from_args
+from ._streaming import decode_stream, start_stream
 from ._terminal import Commands, read_text, write
 
 
 def add_generate(commands: Commands) -> None:
+    """Adds the command."""
     generate = commands.add_parser(
         "generate",
         help="continue a text",
-        description="Continues a text. The prompt and its continuation go to standard output, "
-        "timings to standard error.",
+        description="Continue a text. The prompt and its continuation are written to standard "
+        "output, timings to standard error.",
     )
     generate.add_argument(
-        "prompt", metavar="PROMPT", nargs="?", help="the text to continue; - reads stdin"
+        "prompt", metavar="PROMPT", nargs="?", help="text to continue; - reads standard input"
     )
-    generate.add_argument("--file", metavar="FILE", type=Path, help="the prompt is what it holds")
+    generate.add_argument("--file", metavar="FILE", type=Path, help="read the prompt from FILE")
     add_model(generate)
     add_sampling(generate, max_new_tokens=400)
     generate.add_argument(
@@ -31,36 +34,37 @@ def add_generate(commands: Commands) -> None:
         metavar="TEXT",
         action="append",
         default=[],
-        help="end before this text, if the model generates it; may be given several times",
+        help="stop before this text; may be repeated",
     )
-    generate.add_argument(
-        "--json", action="store_true", help="write one object of JSON when it has ended"
-    )
+    generate.add_argument("--json", action="store_true", help="print one JSON object at the end")
     generate.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
-    began = time.perf_counter()
+    start = time.perf_counter()
     if (args.prompt is None) == (args.file is None):
-        raise ValueError("Give a PROMPT (- reads stdin) or a --file, one of the two.")
+        raise ValueError("Give either a PROMPT (- reads standard input) or --file.")
     check_sampling(args)
     prompt = args.prompt
     if prompt is None or prompt == "-":
         prompt = read_text(args.file)
     if not prompt:
-        raise ValueError("The prompt is empty: give at least one character to start from.")
+        raise ValueError("The prompt is empty. Give at least one character to start from.")
     opened = open_model(args)
     ids = opened.tokenizer.encode(prompt)
-    tokens = stream_of(opened, ids, args)
+    # `--stop` is matched on the printed text and is not one of the stop strings of the sampling
+    # options. These are matched on the bytes of tokens, which can differ from the printed text:
+    # SentencePiece drops the space before the first token.
+    tokens = start_stream(opened, ids, args, sampling_from_args(args, opened))
     clock = _Clock(tokens)
     if args.json:
-        _write_json(args, opened, prompt, ids, tokens, clock, began)
+        _write_json(args, opened, prompt, ids, tokens, clock, start)
         return
     write(prompt)
-    for piece in until(args.stop, text_of(opened, clock)):
+    for piece in text_until(args.stop, decode_stream(opened, clock)):
         write(piece)
     write("\n")
-    print(clock.report(began), file=sys.stderr)
+    print(clock.report(start), file=sys.stderr)
 
 
 def _write_json(
@@ -70,15 +74,15 @@ def _write_json(
     ids: Sequence[int],
     tokens: Stream,
     clock: "_Clock",
-    began: float,
+    start: float,
 ) -> None:
     text, interrupted = "", False
     try:
-        for piece in until(args.stop, text_of(opened, clock)):
+        for piece in text_until(args.stop, decode_stream(opened, clock)):
             text += piece
     except KeyboardInterrupt:
         interrupted = True
-    # An end within a block, or in the middle of one, is that of `--stop`.
+    # Only a `--stop` text ends the output while the stream could still continue.
     reason = FinishReason.STOP_STRING if tokens.finish is None else tokens.finish
     found = {
         "prompt": prompt,
@@ -87,7 +91,7 @@ def _write_json(
         "new_tokens": clock.count,
         "finish": "interrupted" if interrupted else reason.name.lower(),
         "seed": args.seed,
-        "seconds_to_first_token": round(clock.first - began, 4) if clock.count else None,
+        "seconds_to_first_token": round(clock.first - start, 4) if clock.count else None,
         "tokens_per_second": None if clock.rate is None else round(clock.rate, 2),
     }
     write(json.dumps(found, ensure_ascii=False) + "\n")
@@ -96,7 +100,7 @@ def _write_json(
 
 
 class _Clock:
-    """Passes tokens on and notes when they came."""
+    """Yields the tokens of a stream, and records their number and times of arrival."""
 
     def __init__(self, tokens: Iterator[int]):
         self.tokens = tokens
@@ -113,9 +117,10 @@ class _Clock:
 
     @property
     def rate(self) -> float | None:
-        """Tokens per second, after the first."""
+        """Tokens per second after the first token, if there are any."""
         return (self.count - 1) / (self.last - self.first) if self.last > self.first else None
 
-    def report(self, began: float) -> str:
-        text = f"{self.count} tokens, the first after {self.first - began:.2f} s"
+    def report(self, start: float) -> str:
+        """Returns a sentence on the speed since the time `start`."""
+        text = f"{self.count} tokens, the first after {self.first - start:.2f} s"
         return text if self.rate is None else f"{text}, then {self.rate:.0f} tokens/s"

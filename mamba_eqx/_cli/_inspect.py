@@ -6,25 +6,27 @@ import tempfile
 from pathlib import Path
 
 from ..pretrained import Description, describe, open_checkpoint
-from ._terminal import Commands, add_source, hub_of, write
+from ._hub_arguments import add_source, hub_from_args
+from ._terminal import Commands, write
 
 
 def add_inspect(commands: Commands) -> None:
+    """Adds the command."""
     inspect = commands.add_parser(
         "inspect",
-        help="say what is in a checkpoint",
-        description="Says what is in a checkpoint, after checking its config and the names, shapes "
-        "and dtypes of all tensors. Their values are not read, nor downloaded if the repository "
-        "has safetensors.",
+        help="describe a checkpoint",
+        description="Describe a checkpoint, after checking its config and the names, shapes and "
+        "dtypes of all tensors. Tensor values are not read, and not downloaded if the repository "
+        "has safetensors files.",
     )
     add_source(inspect)
-    inspect.add_argument("--json", action="store_true", help="as JSON, for programs")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as headers:
-        hub, header_folder = hub_of(args), Path(headers)
+        hub, header_folder = hub_from_args(args), Path(headers)
         description = describe(open_checkpoint(args.source, hub, header_folder=header_folder))
     if args.json:
         write(json.dumps(description.to_json(), indent=2, allow_nan=False) + "\n")
@@ -35,6 +37,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _lines(found: Description) -> list[tuple[str, str]]:
+    """Returns the names and values of the lines to print."""
     config = found.config
     lines = [("checkpoint", found.where), ("layout", found.layout)]
     for count, block in found.blocks:
@@ -42,19 +45,20 @@ def _lines(found: Description) -> list[tuple[str, str]]:
         lines.append(("layers", f"{count} x {block['kind']} ({sizes})"))
     rows = config.padded_vocab_size
     padded = "" if rows == config.vocab_size else f", padded to {rows:,}"
-    head = "the head is the embedding" if config.tie_embeddings else "the head is separate"
+    head = "head tied to the embedding" if config.tie_embeddings else "separate head"
     lines.append(("vocabulary", f"{config.vocab_size:,}{padded}; {head}"))
     parts = ", ".join(f"{part} {count:,}" for part, count in found.parameters.items())
     lines.append(("parameters", f"{sum(found.parameters.values()):,} ({parts})"))
     lines.append(("dtypes", ", ".join(f"{k} {v:,}" for k, v in found.dtypes.items())))
     lines.append(("weights", f"{_size(found.weight_bytes)} in memory"))
     grows = found.state_bytes_per_token
-    more = f" and {_size(grows)} for each token" if grows else ", however long it is"
-    lines.append(("state", f"{_size(found.state_bytes)} for each sequence{more}"))
+    more = f" and {_size(grows)} per token" if grows else ", at any length"
+    lines.append(("state", f"{_size(found.state_bytes)} per sequence{more}"))
     return lines
 
 
 def _size(count: int) -> str:
+    """Formats a number of bytes with a decimal unit."""
     size, unit = float(count), "bytes"
     for unit in ("bytes", "KB", "MB", "GB", "TB"):
         if size < 1000 or unit == "TB":

@@ -9,44 +9,47 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from ..generation import DecodingState, score
 from ._opened import Opened, add_model, open_model
 from ._terminal import Commands, write
 
 
-_READ = 2**16  # bytes of a file that are tokenized at once
-_PIECE = 2**13  # tokens that are scored at once
-_Read = Callable[[int], bytes]
+_READ = 2**16  # bytes of a file that are tokenized at a time
+_PIECE = 2**13  # tokens that are scored at a time
+_Read: TypeAlias = Callable[[int], bytes]
 
 
 def add_score(commands: Commands) -> None:
+    """Adds the command."""
     score = commands.add_parser(
         "score",
-        help="tell how probable texts are",
-        description="Tells how probable texts are for a model: the logarithm of their probability, "
-        "bits per byte, perplexity per token. The first token counts only if the tokenizer puts "
-        "something before it. Long files are read by pieces, in constant memory: a text is cut "
+        help="score texts by their log-probability",
+        description="Score texts by their log-probability under a model, with bits per byte and "
+        "perplexity per token. The first token is scored only if the tokenizer adds a token "
+        "before it. Files of any length are read in pieces, in constant memory: text is split "
         "between lines, every 64 KB, before it is tokenized.",
     )
-    score.add_argument("text", metavar="TEXT", nargs="?", help="the text; - reads stdin")
+    score.add_argument(
+        "text", metavar="TEXT", nargs="?", help="text to score; - reads standard input"
+    )
     score.add_argument(
         "--file",
         metavar="FILE",
         type=Path,
         action="append",
         default=[],
-        help="score what it holds; may be given several times",
+        help="score the content of FILE; may be repeated",
     )
     add_model(score)
-    score.add_argument("--json", action="store_true", help="as JSON, one object on each line")
+    score.add_argument("--json", action="store_true", help="print JSON, one object per line")
     score.set_defaults(run=_run)
 
 
 @dataclass
-class _Total:
-    """Sums over the tokens that were scored. Bytes are those of their text."""
+class _Totals:
+    """Sums over the scored tokens. `bytes` is the size of their text in UTF-8."""
 
     tokens: int = 0
     bytes: int = 0
@@ -58,10 +61,10 @@ class _Total:
 
     @property
     def perplexity(self) -> float:
-        each = -self.log_prob / self.tokens
-        return math.exp(each) if each < 700 else math.inf
+        nats = -self.log_prob / self.tokens
+        return math.exp(nats) if nats < 700 else math.inf
 
-    def to_json(self, name: str) -> dict[str, Any]:
+    def to_json(self, name: str) -> dict[str, str | int | float | None]:
         return {
             "source": name,
             "tokens": self.tokens,
@@ -78,7 +81,7 @@ def _round(value: float) -> float | None:
 
 def _run(args: argparse.Namespace) -> None:
     if args.text is None and not args.file:
-        raise ValueError("Give a TEXT (- reads stdin), or --file.")
+        raise ValueError("Give a TEXT (- reads standard input) or --file.")
     missing = next((path for path in args.file if not path.is_file()), None)
     if missing is not None:
         raise FileNotFoundError(f"There is no file {missing}.")
@@ -95,12 +98,12 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace, opened: Opened, name: str, read: _Read) -> None:
-    total = _Total()
+    total = _Totals()
     for _ in _scored(opened, _tokens(opened, _lines(name, read)), total):
         if sys.stderr.isatty():
             print(f"\r{total.tokens:,} tokens", end="\r", file=sys.stderr, flush=True)
     if total.tokens == 0:
-        raise ValueError(f"{name} is too short: there is nothing that comes after something.")
+        raise ValueError(f"{name} is too short: scoring needs at least two tokens.")
     if args.json:
         write(json.dumps(total.to_json(name), ensure_ascii=False) + "\n")
         return
@@ -109,7 +112,7 @@ def _report(args: argparse.Namespace, opened: Opened, name: str, read: _Read) ->
 
 
 def _lines(name: str, read: _Read) -> Iterator[str]:
-    """A text in pieces that end with whole lines, where there are any."""
+    """Yields a text in pieces that end with a line, except where a line is very long."""
     decoder, held = codecs.getincrementaldecoder("utf-8")(), ""
     data = b"."
     while data:
@@ -127,9 +130,9 @@ def _lines(name: str, read: _Read) -> Iterator[str]:
 
 
 def _tokens(opened: Opened, texts: Iterator[str]) -> Iterator[list[int]]:
-    """The tokens of a text in pieces of one length, but for the last."""
+    """Yields the tokens of a text in pieces of one length, except for the last."""
     held: list[int] = []
-    encode = opened.tokenizer.encode  # puts what begins a text before its first piece
+    encode = opened.tokenizer.encode  # The first piece gets the tokens that begin every text.
     for text in texts:
         held += encode(text)
         encode = opened.encode_piece
@@ -140,7 +143,8 @@ def _tokens(opened: Opened, texts: Iterator[str]) -> Iterator[list[int]]:
         yield held
 
 
-def _scored(opened: Opened, pieces: Iterator[list[int]], total: _Total) -> Iterator[None]:
+def _scored(opened: Opened, pieces: Iterator[list[int]], total: _Totals) -> Iterator[None]:
+    """Adds the scores of a text to `total`, and yields after each piece."""
     state: DecodingState | None = None
     for ids in pieces:
         out = score(opened.model, ids, state=state)

@@ -5,6 +5,7 @@ from ._beam_search import Beams as Beams, beam_search as beam_search
 from ._generate import generate as generate, stream as stream
 from ._prefill import prefill as prefill
 from ._result import FinishReason as FinishReason, Generation as Generation
+from ._sampling import Sampling as Sampling
 from ._score import Score as Score, embed as embed, score as score
 from ._speculate import (
     PromptLookup as PromptLookup,
@@ -23,6 +24,7 @@ __all__ = [
     "FinishReason",
     "Generation",
     "PromptLookup",
+    "Sampling",
     "Score",
     "Speculation",
     "Stream",

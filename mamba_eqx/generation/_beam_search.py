@@ -1,5 +1,3 @@
-from collections.abc import Sequence
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,10 +6,25 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._checks import check_count
 from ..models import LanguageModel
-from ._prefill import start
-from ._prompts import Prompt, check_tokens, read_prompt
+from ._prefill import prefill_rows
+from ._prompts import Prompt, read_prompt
 from ._result import FinishReason
+from ._sampling import GREEDY, Sampling, check_supported
 from ._state import DecodingState, fork
+from ._stopping import read_stop_tokens
+
+
+# A search draws nothing, and ranks by the model's own probabilities.
+_UNSUPPORTED = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "penalties",
+    "logit_bias",
+    "stop_strings",
+)
 
 
 class Beams(eqx.Module):
@@ -35,10 +48,10 @@ def beam_search(
     model: LanguageModel,
     prompt: Prompt | None,
     max_new_tokens: int,
+    sampling: Sampling = GREEDY,
     *,
     num_beams: int = 4,
     length_penalty: float = 1.0,
-    stop_tokens: Sequence[int] = (),
     state: DecodingState | None = None,
 ) -> Beams:
     r"""Looks for the most probable continuations: at every length only the `num_beams` best
@@ -69,10 +82,11 @@ def beam_search(
         raise ValueError(
             f"`length_penalty` must be at least 0 and finite, but got {length_penalty}."
         )
-    row = read_prompt(model.vocab_size, "beam_search", prompt, state)
+    check_supported("beam_search", sampling, _UNSUPPORTED)
+    rows = read_prompt(model.vocab_size, "beam_search", prompt, state)
     stop = jnp.zeros(model.vocab_size, bool)
-    stop = stop.at[check_tokens(model.vocab_size, "stop_tokens", stop_tokens)].set(True)
-    begin = start(model, [row], False, state, room=max_new_tokens)
+    stop = stop.at[read_stop_tokens(sampling, model.vocab_size, None)].set(True)
+    begin = prefill_rows(model, rows, state, room=max_new_tokens)
     alpha = jnp.asarray(length_penalty, jnp.float32)
     return _search(model, fork(begin, num_beams), stop, alpha, max_new_tokens)
 

@@ -1,3 +1,5 @@
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,12 +10,12 @@ from jaxtyping import Array, Float, Int, PyTree
 from .._trees import repeated
 from ..layers import with_room
 from ..models import LanguageModel
-from ._prompts import Mask, Prompts, read_prompts
+from ._prompts import Mask, Prompts, Rows, read_prompts
 from ._state import WINDOW, DecodingState
 
 
 _CHUNK = 512  # the most tokens of a prompt that are run at once; a power of two
-_BUCKET = 16  # the smallest size that is compiled, for prompts and for outputs
+_SMALLEST = 16  # the smallest size that is compiled, for prompts and for outputs
 _HEADS = 64  # the most tokens whose logits are held at once while scoring
 
 
@@ -54,41 +56,55 @@ def _log_probs(
     return lax.map(one, (features, targets), batch_size=_HEADS)
 
 
-def start(
+def prefill_rows(
     model: LanguageModel,
-    rows: list[np.ndarray],
-    batched: bool,
+    rows: Rows,
     state: DecodingState | None,
     *,
     room: int = 0,
     window: int = 1,
 ) -> DecodingState:
-    """The state after the prompts: all but the last token of each row are run.
+    """Runs all but the last token of each row, and returns the state after it.
 
     **Arguments:**
 
-    - `room`: for how many more tokens a cache must have room.
-    - `window`: how many of the last tokens are needed.
+    - `model`: the model.
+    - `rows`: the prompts.
+    - `state`: the state that the prompts follow, or `None`.
+    - `room`: the number of further tokens that caches must have a capacity for.
+    - `window`: the number of last tokens that the penalties depend on.
     """
-    return run(model, rows, batched, state, room=room, window=window, score=False)[0]
+    return _run(model, rows, state, room=room, window=window, score=False).state
 
 
-def run(
+class Scored(NamedTuple):
+    """The result of running prompts."""
+
+    state: DecodingState
+    log_probs: list[np.ndarray]
+    """For each row, of each token but the first (of each token after a given `state`)."""
+
+
+def score_rows(model: LanguageModel, rows: Rows, state: DecodingState | None) -> Scored:
+    """Like `prefill_rows`, and returns the log-probability of each token except a row's first (of
+    every token if `state` is given)."""
+    return _run(model, rows, state, room=0, window=1, score=True)
+
+
+def _run(
     model: LanguageModel,
-    rows: list[np.ndarray],
-    batched: bool,
+    prompts: Rows,
     state: DecodingState | None,
     *,
     room: int,
     window: int,
     score: bool,
-) -> tuple[DecodingState, list[np.ndarray]]:
-    """As `start`; and, if they are wanted, the log-probabilities of all tokens but the first of
-    each row (after a `state`: of all)."""
+) -> Scored:
+    rows, batched = prompts
     count = len(rows)
     if state is None:
         longest = max(map(len, rows)) + room
-        layers = _empty(model, count if batched else None, bucket(longest))
+        layers = _empty(model, count if batched else None, compiled_size(longest))
         position = np.zeros(count, np.int32)
         before = [np.full(max(window, WINDOW), -1, np.int32)] * count
     else:
@@ -97,7 +113,7 @@ def run(
         before = list(np.asarray(state.recent).reshape(count, -1)[:, :-1])
         rows = [np.concatenate(pair) for pair in zip(pending, rows, strict=True)]
         longest = max(at + len(row) for at, row in zip(position.tolist(), rows, strict=True))
-        layers = with_room(state.layers, bucket(longest + room))
+        layers = with_room(state.layers, compiled_size(longest + room))
         if state.recent.shape[-1] < window:
             raise ValueError(
                 f"The `penalties` look at the last {window} tokens, but the `state` given has kept "
@@ -106,7 +122,7 @@ def run(
     lengths = np.array([len(row) - 1 for row in rows], np.int32)
     longest = int(lengths.max())
     whole = longest // _CHUNK * _CHUNK
-    padded = np.zeros((count, whole + bucket(longest - whole) + 1), np.int32)
+    padded = np.zeros((count, whole + compiled_size(longest - whole) + 1), np.int32)
     for padded_row, row in zip(padded, rows, strict=True):
         padded_row[: len(row)] = row
 
@@ -131,12 +147,12 @@ def run(
     state = DecodingState(
         layers, shaped(last), shaped(position + lengths), shaped(np.array(recent, np.int32))
     )
-    return state, scored
+    return Scored(state, scored)
 
 
-def bucket(size: int) -> int:
-    """The next power of two: what is compiled, for sizes up to it."""
-    return max(_BUCKET, 1 << (size - 1).bit_length())
+def compiled_size(size: int) -> int:
+    """Returns the size that is compiled for sizes up to it: the next power of two."""
+    return max(_SMALLEST, 1 << (size - 1).bit_length())
 
 
 def prefill(
@@ -165,5 +181,5 @@ def prefill(
 
     **Returns:** the state.
     """
-    rows, batched = read_prompts(model.vocab_size, prompts, mask, state)
-    return start(model, rows, batched, state, room=room)
+    rows = read_prompts(model.vocab_size, prompts, mask, state)
+    return prefill_rows(model, rows, state, room=room)

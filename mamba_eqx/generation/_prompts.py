@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Bool, Int, Integer
@@ -11,10 +11,20 @@ Prompt = Sequence[int] | Integer[Array, " _"] | Integer[np.ndarray, " _"]
 """One sequence of tokens. (Of any length, also beside another one: hence the `_`.)"""
 
 
-def read_prompts(
-    vocab_size: int, prompts: Any, mask: Any, state: DecodingState | None
-) -> tuple[list[np.ndarray], bool]:
-    """The prompts as arrays, and whether they are a batch."""
+class Rows(NamedTuple):
+    """Validated prompts: the token ids of each row."""
+
+    tokens: list[np.ndarray]
+    batched: bool
+
+    @property
+    def size(self) -> int | None:
+        """The number of rows, or `None` for one prompt without a batch axis."""
+        return len(self.tokens) if self.batched else None
+
+
+def read_prompts(vocab_size: int, prompts: Any, mask: Any, state: DecodingState | None) -> Rows:
+    """Validates prompts and removes their padding."""
     if mask is not None:
         prompts = _without_padding(prompts, mask)
     if state is not None and not isinstance(state, DecodingState):
@@ -26,7 +36,7 @@ def read_prompts(
         if state is None:
             raise ValueError("Without prompts there must be a `state` to go on from.")
         count = state.token.size
-        return [np.zeros(0, np.int32)] * count, state.token.ndim == 1
+        return Rows([np.zeros(0, np.int32)] * count, batched=state.token.ndim == 1)
     is_sequence = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes)
     if not is_sequence and getattr(prompts, "ndim", 0) == 0:
         raise ValueError(
@@ -46,7 +56,7 @@ def read_prompts(
                 f"`prompts` and `state` must agree: the prompts are {_describe(shape)}, but the "
                 f"state is that of {_describe(state.token.shape)}."
             )
-        return rows, batched
+        return Rows(rows, batched)
     for i, row in enumerate(rows):
         if len(row) == 0:
             raise ValueError(
@@ -54,17 +64,17 @@ def read_prompts(
                 "start from. Begin with the token that begins texts for this model, or give the "
                 "`state` of an earlier generation."
             )
-    return rows, batched
+    return Rows(rows, batched)
 
 
-def read_prompt(vocab_size: int, name: str, prompt: Any, state: DecodingState | None) -> np.ndarray:
-    """The one prompt that the function `name` takes."""
-    rows, batched = read_prompts(vocab_size, prompt, None, state)
-    if batched:
+def read_prompt(vocab_size: int, name: str, prompt: Any, state: DecodingState | None) -> Rows:
+    """Validates the prompt of a function, named `name`, that takes one only."""
+    rows = read_prompts(vocab_size, prompt, None, state)
+    if rows.batched:
         raise ValueError(
-            f"`{name}` takes one prompt, but got {len(rows)}. Use `generate` for several."
+            f"`{name}` takes one prompt, but got {rows.size}. Use `generate` for several."
         )
-    return rows[0]
+    return rows
 
 
 def _without_padding(prompts: Any, mask: Any) -> list[np.ndarray]:
@@ -90,26 +100,33 @@ def _describe(shape: tuple[int, ...]) -> str:
     return f"{shape[0]} rows" if shape else "one sequence"
 
 
-def check_tokens(vocab_size: int, name: str, row: Any) -> Int[np.ndarray, " seq"]:
-    try:
-        tokens = np.asarray(row)
-    except ValueError:
-        tokens = np.asarray(None)
-    if tokens.size == 0 and tokens.ndim == 1:
-        return np.zeros(0, np.int32)
-    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(
-            f"`{name}` must be a sequence of integers, but got {row!r}. Text has to be tokenized "
-            "first."
-        )
-    bad = (tokens < 0) | (tokens >= vocab_size)
+def check_tokens(vocab_size: int, name: str, tokens: Any) -> Int[np.ndarray, " seq"]:
+    """Validates a sequence of token ids and returns it as an array."""
+    ids = check_token_ids(name, tokens)
+    bad = (ids < 0) | (ids >= vocab_size)
     if bad.any():
         at = int(bad.argmax())
         raise ValueError(
-            f"Tokens must be within 0..{vocab_size - 1}, but got {name}[{at}]={tokens[at]}. Is "
+            f"Tokens must be within 0..{vocab_size - 1}, but got {name}[{at}]={ids[at]}. Is "
             "this the tokenizer of this model?"
         )
-    return tokens.astype(np.int32)
+    return ids.astype(np.int32)
+
+
+def check_token_ids(name: str, tokens: Any) -> Integer[np.ndarray, " seq"]:
+    """Validates a sequence of integers, whatever the vocabulary, and returns it as an array."""
+    try:
+        ids = np.asarray(tokens)
+    except ValueError:
+        ids = np.asarray(None)
+    if ids.size == 0 and ids.ndim == 1:
+        return np.zeros(0, np.int32)
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(
+            f"`{name}` must be a sequence of integers, but got {tokens!r}. Text has to be "
+            "tokenized first."
+        )
+    return ids
 
 
 Prompts = Prompt | Sequence[Prompt] | Integer[np.ndarray, "_ _"] | Integer[Array, "_ _"]

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ..models import LanguageModel
-from ._prefill import prefill, run
+from ._prefill import prefill, score_rows
 from ._prompts import Mask, Prompts, read_prompts
 from ._state import DecodingState
 
@@ -54,8 +54,9 @@ def score(
 
     **Raises:** `ValueError` for tokens that the model does not have, or an empty text.
     """
-    rows, batched = read_prompts(model.vocab_size, texts, mask, state)
-    end, scored = run(model, rows, batched, state, room=0, window=1, score=True)
+    prompts = read_prompts(model.vocab_size, texts, mask, state)
+    end, scored = score_rows(model, prompts, state)
+    rows, batched = prompts
     log_probs = np.zeros((len(rows), max(map(len, rows))), np.float32)
     for out, row, found in zip(log_probs, rows, scored, strict=True):
         out[len(row) - len(found) : len(row)] = found

@@ -1,7 +1,6 @@
 """Several tokens for one reading of the weights: a cheap draft, checked by the model."""
 
 import abc
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -14,13 +13,14 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from .._checks import check_count
 from ..models import LanguageModel
-from ._loop import cut
-from ._options import Choice, read_choice
-from ._prefill import bucket, start
-from ._prompts import Prompt, read_prompt
+from ._loop import trim
+from ._options import Options, options_for
+from ._prefill import compiled_size, prefill_rows
+from ._prompts import Prompt, Rows, read_prompt
 from ._result import FinishReason
+from ._sampling import GREEDY, Sampling, check_supported
 from ._state import DecodingState
-from .sampling import Penalties, draw
+from .sampling import draw
 
 
 class PromptLookup(eqx.Module):
@@ -60,16 +60,9 @@ def speculate(
     draft: LanguageModel | PromptLookup,
     prompt: Prompt | None,
     max_new_tokens: int,
+    sampling: Sampling = GREEDY,
     *,
     lookahead: int = 4,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    typical_p: float | None = None,
-    penalties: Penalties | None = None,
-    logit_bias: Mapping[int, float] | Float[Array, " vocab"] | None = None,
-    stop_tokens: Sequence[int] = (),
     state: DecodingState | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Speculation:
@@ -109,44 +102,33 @@ def speculate(
             "The draft and the model must have the same tokens, but got vocab_size="
             f"{draft.vocab_size} and vocab_size={model.vocab_size}."
         )
-    row = read_prompt(model.vocab_size, "speculate", prompt, state)
-    choice = read_choice(
-        model,
-        None,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        typical_p=typical_p,
-        penalties=penalties,
-        logit_bias=logit_bias,
-        stop_tokens=stop_tokens,
-        key=key,
-    )
-    # What is proposed is written into a cache before it is known whether it stays.
+    check_supported("speculate", sampling, ("stop_strings",))
+    rows = read_prompt(model.vocab_size, "speculate", prompt, state)
+    options = options_for(sampling, model.vocab_size, rows.size, key)
+    # Proposed tokens are written into caches before it is known whether they are accepted.
     room = max_new_tokens + 2 * lookahead + 1
-    now = start(model, [row], False, state, room=room, window=choice.window)
+    begin = prefill_rows(model, rows, state, room=room, window=options.window)
+    (row,) = rows.tokens
     if isinstance(draft, LanguageModel):
         seen = row if state is None else np.append(np.asarray(state.token), row)
         drafter = _ModelDraft(draft)
-        memory = start(draft, [seen], False, None, room=room).layers
+        memory = prefill_rows(draft, Rows([seen], batched=False), None, room=room).layers
     else:
         drafter = _LookupDraft(draft.ngram, model.vocab_size)
         past = row if state is None else np.append(np.asarray(state.recent), row)
         memory = _History.of(past, room)
-    key = jr.key(0) if key is None else key
     out = _speculate(
         model,
         drafter,
         memory,
-        now,
-        choice,
-        key,
+        begin,
+        options,
+        jr.key(0) if options.key is None else options.key,
         jnp.asarray(max_new_tokens, jnp.int32),
-        bucket(max_new_tokens),
+        compiled_size(max_new_tokens),
         lookahead,
     )
-    return cut(out, max_new_tokens)
+    return trim(out, max_new_tokens)
 
 
 class _Past(eqx.Module):
@@ -160,7 +142,7 @@ class _Past(eqx.Module):
 class _AbstractDraft(eqx.Module):
     @abc.abstractmethod
     def propose(
-        self, memory: PyTree, past: _Past, choice: Choice, key: PRNGKeyArray, lookahead: int
+        self, memory: PyTree, past: _Past, options: Options, key: PRNGKeyArray, lookahead: int
     ) -> tuple[Int[Array, " lookahead"], Float[Array, "lookahead vocab"], PyTree]:
         """Tokens, the logits of the distributions they were drawn from, and the memory after
         `past`."""
@@ -170,14 +152,14 @@ class _ModelDraft(_AbstractDraft):
     model: LanguageModel
 
     def propose(
-        self, memory: PyTree, past: _Past, choice: Choice, key: PRNGKeyArray, lookahead: int
+        self, memory: PyTree, past: _Past, options: Options, key: PRNGKeyArray, lookahead: int
     ) -> tuple[Int[Array, " lookahead"], Float[Array, "lookahead vocab"], PyTree]:
         features, memory = self.model.backbone(past.tokens, memory, length=past.count)
         logits = self.model.logits(features[past.count - 1])[: self.model.vocab_size]
 
         def one(carry: tuple[Array, PyTree, Array], key: Array) -> tuple[Any, Any]:
             logits, layers, recent = carry
-            q = choice.distribution(logits, recent)
+            q = options.distribution(logits, recent)
             token = draw(q, key)
             recent = jnp.concatenate([recent[1:], token[None]])
             logits, layers = self.model.step(token, layers)
@@ -195,7 +177,7 @@ class _History(eqx.Module):
     @classmethod
     def of(cls, past: np.ndarray, room: int) -> "_History":
         """All but the last token, which is the first of the `_Past`."""
-        padded = np.full(bucket(len(past) + room), -1, np.int32)
+        padded = np.full(compiled_size(len(past) + room), -1, np.int32)
         padded[: len(past)] = past
         return cls(jnp.asarray(padded), jnp.asarray(len(past) - 1, jnp.int32))
 
@@ -205,9 +187,9 @@ class _LookupDraft(_AbstractDraft):
     vocab_size: int = eqx.field(static=True)
 
     def propose(
-        self, memory: PyTree, past: _Past, choice: Choice, key: PRNGKeyArray, lookahead: int
+        self, memory: PyTree, past: _Past, options: Options, key: PRNGKeyArray, lookahead: int
     ) -> tuple[Int[Array, " lookahead"], Float[Array, "lookahead vocab"], PyTree]:
-        del choice, key
+        del options, key
         tokens = lax.dynamic_update_slice(memory.tokens, past.tokens, (memory.count,))
         count = memory.count + past.count
         at = jnp.arange(len(tokens))
@@ -241,7 +223,7 @@ def _speculate(
     drafter: _AbstractDraft,
     memory: PyTree,
     state: DecodingState,
-    choice: Choice,
+    options: Options,
     key: PRNGKeyArray,
     limit: Int[Array, ""],
     size: int,
@@ -257,7 +239,9 @@ def _speculate(
         past = now.past
         round_key = jr.fold_in(key, state.position + now.length)
         draft_key, accept_key, token_key = jr.split(round_key, 3)
-        proposed, q_logits, memory = drafter.propose(now.memory, past, choice, draft_key, lookahead)
+        proposed, q_logits, memory = drafter.propose(
+            now.memory, past, options, draft_key, lookahead
+        )
         together = jnp.pad(past.tokens, (0, lookahead))
         together = lax.dynamic_update_slice(together, proposed, (past.count,))
         # Mapped over two lengths: to the end, for the logits, and over what is certain, for the
@@ -270,7 +254,7 @@ def _speculate(
         logits = model.logits(features)[:, : model.vocab_size]
         recent = jnp.concatenate([past.recent, proposed])
         windows = jnp.stack([recent[i : i + window] for i in range(lookahead + 1)])
-        p = jax.nn.softmax(jax.vmap(choice.distribution)(logits, windows))
+        p = jax.nn.softmax(jax.vmap(options.distribution)(logits, windows))
         q = jax.nn.softmax(q_logits.astype(p.dtype))
 
         at = jnp.arange(lookahead)
@@ -285,7 +269,7 @@ def _speculate(
 
         index = jnp.arange(lookahead + 1)
         kept = jnp.minimum(count + 1, limit - now.length)
-        stops = jnp.any(new[:, None] == choice.stop_tokens, axis=-1) & (index < kept)
+        stops = options.stopping.is_stop_token(new) & (index < kept)
         kept = jnp.where(jnp.any(stops), jnp.argmax(stops) + 1, kept).astype(jnp.int32)
         log_probs = jax.nn.log_softmax(logits)[index, new].astype(jnp.float32)
         write = lambda buffer, values: lax.dynamic_update_slice(buffer, values, (now.length,))  # noqa: E731

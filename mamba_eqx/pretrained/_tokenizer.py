@@ -1,9 +1,9 @@
-"""The tokenizer that belongs to a checkpoint."""
+"""Loading and saving the tokenizer of a checkpoint."""
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ..formats import CheckpointError, read_config
 from ..text import ByteTokenizer, TextTokenizer
@@ -19,7 +19,7 @@ _BYTES = {"tokenizer_class": "ByteTokenizer"}
 _NEOX = "EleutherAI/gpt-neox-20b"
 _NEOX_VOCABULARY = 50277
 _MAX_BYTES = 2**28
-_MAX_CONFIG = 2**22  # Some list a thousand added tokens.
+_MAX_CONFIG = 2**22  # Some configs list a thousand added tokens.
 
 
 def load_tokenizer(
@@ -33,25 +33,28 @@ def load_tokenizer(
 ) -> TextTokenizer | ByteTokenizer:
     """Loads the tokenizer of a checkpoint.
 
-    - From `tokenizer.json`, with `tokenizer_config.json` and `chat_template.jinja` where they are
-      there, a [`mamba_eqx.TextTokenizer`][].
-    - Where `tokenizer_config.json` says `{"tokenizer_class": "ByteTokenizer"}`, as the one of the
-      model that ships does and [`mamba_eqx.save_tokenizer`][] writes it, a
-      [`mamba_eqx.ByteTokenizer`][].
-    - The original `state-spaces` repositories have none: their models were trained with that of
-      `EleutherAI/gpt-neox-20b`, and it is loaded for a checkpoint in their layout whose vocabulary
-      has their size, 50277.
+    - A checkpoint with a `tokenizer.json` has a [`mamba_eqx.TextTokenizer`][]. Its
+      `tokenizer_config.json` and `chat_template.jinja` are read if present.
+    - A checkpoint whose `tokenizer_config.json` contains `{"tokenizer_class": "ByteTokenizer"}` has
+      a [`mamba_eqx.ByteTokenizer`][]. [`mamba_eqx.save_tokenizer`][] writes this file, and the
+      bundled model has one.
+    - The original `state-spaces` repositories contain no tokenizer, because their models were
+      trained with the tokenizer of `EleutherAI/gpt-neox-20b`. It is loaded for checkpoints in the
+      `state-spaces` layout with their vocabulary size, 50277.
 
-    Nothing is guessed from the size of the vocabulary alone, and no code of a checkpoint is run.
+    Nothing is guessed from the vocabulary size alone, and no code from a checkpoint is run.
 
-    **Arguments:** as for [`mamba_eqx.from_pretrained`][]. A `revision` is that of the repository
-    named; the tokenizer of `EleutherAI/gpt-neox-20b` is that of its main branch.
+    **Arguments:**
+
+    - `name_or_path`, `revision`, `token`, `cache_dir`, `local_files_only`, `endpoint`: as for
+        [`mamba_eqx.from_pretrained`][]. The `revision` applies to the named repository only: the
+        tokenizer of `EleutherAI/gpt-neox-20b` is loaded from its main branch.
 
     **Returns:** the tokenizer.
 
-    **Raises:** [`mamba_eqx.CheckpointError`][] if there is none, or it is damaged, or not to be had
-    from the Hub; `FileNotFoundError` for a path at which there is no folder; `ImportError` if the
-    package `tokenizers` is needed and missing.
+    **Raises:** [`mamba_eqx.CheckpointError`][] if there is no tokenizer, or it is damaged or cannot
+    be downloaded; `FileNotFoundError` for a path without a folder; `ImportError` if the package
+    `tokenizers` is required and not installed.
     """
     hub = Hub(revision, token, cache_dir, local_files_only, endpoint=endpoint)
     return _load(name_or_path, hub)
@@ -63,7 +66,17 @@ def _load(name_or_path: str | os.PathLike[str], hub: Hub) -> TextTokenizer | Byt
 
 
 def read_tokenizer(source: Source, hub: Hub) -> TextTokenizer | ByteTokenizer:
-    """Reads the tokenizer of a checkpoint; `hub` says how to access that of another repository."""
+    """Reads the tokenizer from the files of a checkpoint.
+
+    **Arguments:**
+
+    - `source`: the files of the checkpoint.
+    - `hub`: the access to the Hub, for a tokenizer that is in another repository.
+
+    **Returns:** the tokenizer.
+
+    **Raises:** as `load_tokenizer`.
+    """
     config_path = source.find(TOKENIZER_CONFIG)
     config = {} if config_path is None else read_config(config_path, _MAX_CONFIG)
     if not isinstance(config, dict):
@@ -72,7 +85,7 @@ def read_tokenizer(source: Source, hub: Hub) -> TextTokenizer | ByteTokenizer:
     if path is not None:
         template = source.find(CHAT_TEMPLATE)
         if template is not None:
-            # Where transformers puts it now; one in the config is from before.
+            # transformers now writes templates here; one in the config is from an older version.
             config = config | {"chat_template": _read_text(template)}
         return _text_tokenizer(path, config)
     if config.get("tokenizer_class") == _BYTES["tokenizer_class"]:
@@ -83,23 +96,24 @@ def read_tokenizer(source: Source, hub: Hub) -> TextTokenizer | ByteTokenizer:
             return _load(_NEOX, other)
         except CheckpointError as error:
             raise CheckpointError(
-                f"{source.where} has no {TOKENIZER}; its model was trained with that of {_NEOX}, "
-                f"which could not be loaded: {error}"
+                f"{source.where} has no {TOKENIZER}: its model was trained with the tokenizer of "
+                f"{_NEOX}, which could not be loaded: {error}"
             ) from error
     raise CheckpointError(
-        f"{source.where} has no {TOKENIZER}: take the tokenizer of the repository that the model "
-        f"was trained with. If its tokens are bytes, put a {TOKENIZER_CONFIG} there that says "
-        f"{json.dumps(_BYTES)}, as `mamba_eqx.save_tokenizer` does."
+        f"{source.where} has no {TOKENIZER}: use the tokenizer of the repository that the model "
+        f"was trained with. If its tokens are bytes, add a {TOKENIZER_CONFIG} that contains "
+        f"{json.dumps(_BYTES)}, as `mamba_eqx.save_tokenizer` writes it."
     )
 
 
 def save_tokenizer(tokenizer: TextTokenizer | ByteTokenizer, path: str | os.PathLike[str]) -> None:
-    """Saves a tokenizer into the folder of a checkpoint, from which `load_tokenizer` loads it.
+    """Saves a tokenizer into the folder of a checkpoint, where `load_tokenizer` finds it.
 
     **Arguments:**
 
-    - `tokenizer`: of text, or that of bytes, for which a `tokenizer_config.json` says so.
-    - `path`: the folder, which is made if need be.
+    - `tokenizer`: a tokenizer of this package. A `ByteTokenizer` is saved as a
+        `tokenizer_config.json` that names it.
+    - `path`: the folder, created if it does not exist. A tokenizer in it is replaced.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,11 +127,11 @@ def save_tokenizer(tokenizer: TextTokenizer | ByteTokenizer, path: str | os.Path
         (folder / name).write_text(text, "utf-8")
 
 
-def _dump(config: Any) -> str:
+def _dump(config: Mapping[str, object]) -> str:
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
-def _text_tokenizer(path: Path, config: dict[str, Any]) -> TextTokenizer:
+def _text_tokenizer(path: Path, config: Mapping[str, object]) -> TextTokenizer:
     try:
         return TextTokenizer(_read_text(path), config)
     except ValueError as error:
@@ -127,14 +141,19 @@ def _text_tokenizer(path: Path, config: dict[str, Any]) -> TextTokenizer:
 def _read_text(path: Path) -> str:
     size = path.stat().st_size
     if size > _MAX_BYTES:
-        raise CheckpointError(f"{path}: it has {size} bytes, but at most {_MAX_BYTES} are read.")
+        raise CheckpointError(
+            f"{path}: it must have at most {_MAX_BYTES} bytes, but has {size}. Download it again."
+        )
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: it is not UTF-8 text: {error}.") from error
+        raise CheckpointError(
+            f"{path}: it is not UTF-8 text: {error}. Download or save it again."
+        ) from error
 
 
 def _is_original(source: Source) -> bool:
+    """Returns whether a checkpoint looks like an original `state-spaces` repository."""
     path = source.find(CONFIG)
     values = None if path is None else read_config(path)
     return (

@@ -1,8 +1,8 @@
-"""The trained model that ships with the package."""
+"""The trained model that is bundled with the package."""
 
 from pathlib import Path
 
 
 SHIPPED: Path = Path(__file__).parent / "shakespeare"
-"""The folder of the byte-level Mamba-1 that ships with the package, a checkpoint to load with
+"""The folder of the bundled model, a byte-level Mamba-1. Load it with
 [`mamba_eqx.from_pretrained`][]."""

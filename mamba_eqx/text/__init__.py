@@ -1,11 +1,9 @@
 """Tokenizers, chat templates and stop strings."""
 
 from ._bytes import ByteDecoder as ByteDecoder, ByteTokenizer as ByteTokenizer
-from ._chat_template import render as render
 from ._protocols import Decoder as Decoder, Tokenizer as Tokenizer
-from ._stop_strings import stop_table as stop_table
+from ._stop_strings import stop_table as stop_table, text_until as text_until
 from ._text_tokenizer import TextDecoder as TextDecoder, TextTokenizer as TextTokenizer
-from ._until import until as until
 
 
 # The public names. The others are for the other folders of the package.

@@ -1,75 +1,108 @@
+"""The tokenizer of byte-level models."""
+
 import codecs
 from collections.abc import Sequence
 
 
 class ByteTokenizer:
-    """The bytes of a text in UTF-8 as its tokens: a vocabulary of 256, and nothing to train."""
+    """A tokenizer whose tokens are the 256 bytes of UTF-8. It has no vocabulary to train and no
+    special tokens."""
 
     @property
     def vocab_size(self) -> int:
+        """The number of tokens: 256."""
         return 256
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text.
+        """Encodes a text as its UTF-8 bytes.
 
-        **Raises:** `ValueError` if `text` has a lone surrogate, for which UTF-8 has no bytes.
+        **Arguments:**
+
+        - `text`: the text.
+
+        **Returns:** the bytes, as integers within `0..255`.
+
+        **Raises:** `ValueError` if `text` contains a lone surrogate, which has no UTF-8 encoding.
         """
         return list(text.encode("utf-8"))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens. Bytes that are not UTF-8 become U+FFFD.
+        """Decodes bytes as UTF-8. Invalid sequences are replaced by U+FFFD.
 
         **Arguments:**
 
-        - `ids`: within `0..255`. Cut the padding off a generation first: `tokens[:length]`.
+        - `ids`: integers within `0..255`. Remove the padding of a generation first:
+            `tokens[:length]`.
 
-        **Raises:** `ValueError` for a token that is not a byte.
+        **Returns:** the text.
+
+        **Raises:** `ValueError` for an id outside the vocabulary.
         """
-        return _bytes(ids).decode("utf-8", errors="replace")
+        return _to_bytes(ids).decode("utf-8", errors="replace")
 
     def decoder(self) -> "ByteDecoder":
-        """A new decoder for tokens that come one after another.
+        """Returns a new incremental decoder, for token ids that arrive one after another.
 
         ```python
         decoder = tokenizer.decoder()
         for token in mbx.stream(model, tokenizer.encode("ROMEO:"), 100):
             print(decoder.feed([token]), end="", flush=True)
-        print(decoder.end())
+        print(decoder.flush())
         ```
         """
         return ByteDecoder()
 
     def token_bytes(self, token: int) -> bytes:
-        """The byte itself.
+        """Returns the byte that a token stands for.
 
-        **Raises:** `ValueError` for a token that is not a byte.
+        **Arguments:**
+
+        - `token`: an integer within `0..255`.
+
+        **Returns:** a single byte.
+
+        **Raises:** `ValueError` for an id outside the vocabulary.
         """
-        return _bytes([token])
+        return _to_bytes([token])
 
 
 class ByteDecoder:
-    """The incremental counterpart of `ByteTokenizer.decode`: the pieces that `feed` and `end`
-    return, joined, are what `decode` returns for all the tokens at once."""
+    """The incremental counterpart of `ByteTokenizer.decode`.
+
+    The strings returned by `feed` and a final `flush`, joined, equal `decode` of all the tokens.
+    """
 
     def __init__(self):
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, ids: Sequence[int]) -> str:
-        """The text that these tokens complete; the bytes of an unfinished character are kept.
+        """Appends tokens to the sequence and returns the text that they complete.
 
-        **Raises:** `ValueError` for a token that is not a byte.
+        **Arguments:**
+
+        - `ids`: integers within `0..255`.
+
+        **Returns:** the new text, possibly empty. The bytes of an incomplete character are held
+        back.
+
+        **Raises:** `ValueError` for an id outside the vocabulary.
         """
-        return self._decoder.decode(_bytes(ids))
+        return self._decoder.decode(_to_bytes(ids))
 
-    def end(self) -> str:
-        """U+FFFD if the tokens ended within a character, else nothing. The decoder then starts
-        afresh."""
+    def flush(self) -> str:
+        """Ends the sequence and resets the decoder for another one.
+
+        **Returns:** U+FFFD if the sequence ended within a character, otherwise an empty string.
+        """
         return self._decoder.decode(b"", final=True)
 
 
-def _bytes(ids: Sequence[int]) -> bytes:
+def _to_bytes(ids: Sequence[int]) -> bytes:
     ids = [int(i) for i in ids]
     for i in ids:
         if not 0 <= i <= 255:
-            raise ValueError(f"A token of `ByteTokenizer` is within 0..255, but got {i}.")
+            raise ValueError(
+                f"Tokens of `ByteTokenizer` must be within 0..255, but got {i}. Use the tokenizer "
+                "that the model was trained with."
+            )
     return bytes(ids)

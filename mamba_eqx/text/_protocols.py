@@ -1,41 +1,84 @@
+"""What the rest of the package requires of a tokenizer."""
+
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 
 @runtime_checkable
 class Decoder(Protocol):
-    """Turns the tokens of a growing sequence into text as they come, whole characters only."""
+    """An incremental decoder: converts token ids to text as they arrive, without splitting
+    characters.
+
+    The strings returned by `feed` and a final `flush`, joined, are the text of all the tokens.
+    """
 
     def feed(self, ids: Sequence[int]) -> str:
-        """The text that these tokens complete, perhaps none."""
+        """Appends tokens to the sequence and returns the text that they complete.
+
+        **Arguments:**
+
+        - `ids`: the next token ids of the sequence.
+
+        **Returns:** the new text, possibly empty. The bytes of an incomplete character are held
+        back until a later token completes it.
+        """
         ...
 
-    def end(self) -> str:
-        """What is left at the end of the sequence. The decoder then starts afresh."""
+    def flush(self) -> str:
+        """Ends the sequence and returns the text that `feed` has held back. The decoder can then be
+        used for another sequence."""
         ...
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What turns text into tokens and back."""
+    """The interface of a tokenizer, which converts text to token ids and back.
+
+    Any object with these methods can be used where the package asks for a tokenizer.
+    [`mamba_eqx.ByteTokenizer`][] and [`mamba_eqx.TextTokenizer`][] implement it.
+    """
 
     @property
     def vocab_size(self) -> int:
-        """The number of tokens."""
+        """The number of tokens. Token ids are `0..vocab_size - 1`."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text."""
+        """Converts a text to token ids.
+
+        **Arguments:**
+
+        - `text`: a complete text.
+
+        **Returns:** the token ids, including any that the tokenizer adds at the beginning or end of
+        every text.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens."""
+        """Converts token ids to text.
+
+        **Arguments:**
+
+        - `ids`: token ids within `0..vocab_size - 1`.
+
+        **Returns:** the text.
+        """
         ...
 
     def decoder(self) -> Decoder:
-        """A new decoder for tokens that come one after another."""
+        """Returns a new incremental decoder, for token ids that arrive one after another."""
         ...
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token adds to a text, in UTF-8, of which it may be a part."""
+        """Returns the UTF-8 bytes that a token contributes to a text.
+
+        A token may contribute only a part of a character. Stop strings are matched on these bytes.
+
+        **Arguments:**
+
+        - `token`: a token id within `0..vocab_size - 1`.
+
+        **Returns:** the bytes, empty for a special token.
+        """
         ...

@@ -1,8 +1,10 @@
-"""Strings that end a generation, found within the compiled loop: wherever they begin and end
-within tokens."""
+"""Stop strings: a table that detects them in the compiled loop, and a filter for streamed text.
+
+Stop strings may begin and end anywhere within tokens.
+"""
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -11,57 +13,88 @@ from ._protocols import Tokenizer
 
 
 def stop_table(tokenizer: Tokenizer, strings: Sequence[str]) -> Int[np.ndarray, "states vocab"]:
-    """A table with which a loop notices that it has generated one of the strings.
+    """Builds the transition table of an automaton that detects stop strings in generated tokens.
 
-    Begin with `state = 0`, go on with `state = table[state, token]`. From the moment that the text
-    of the tokens contains one of the strings, the state is the last one, `len(table) - 1`.
+    Start with `state = 0` and apply `state = table[state, token]` for every token. As soon as the
+    text of the tokens contains one of the strings, the state is the last one, `len(table) - 1`, and
+    remains there.
 
-    The states are the beginnings of the strings, and each stands for the longest of them that the
-    text ends with, in bytes: an automaton whose letters are tokens.
+    Every other state is a proper prefix of a string: the longest one, in bytes, that the text ends
+    with. The table composes the transitions of the bytes of each token.
 
     Reference: Aho and Corasick, *Efficient String Matching* (1975).
 
     **Arguments:**
 
-    - `tokenizer`: whose tokens they are. The table is kept for the next call with the same one and
-        the same strings: it takes a large vocabulary as long as several tokens to make.
-    - `strings`: not empty.
+    - `tokenizer`: the tokenizer of the generated tokens. The table is cached for the same tokenizer
+        and strings, since building it for a large vocabulary takes as long as generating several
+        tokens.
+    - `strings`: the stop strings. They must not be empty, which `Sampling` has checked.
 
-    **Raises:** `ValueError` for an empty string.
+    **Returns:** the table, an `int32` array of shape `(states, vocab_size)`. It is shared between
+    callers and read-only.
     """
-    if isinstance(strings, str) or not all(isinstance(s, str) and s for s in strings):
-        raise ValueError(
-            f"`stop_strings` must be strings that are not empty, in a list, but got {strings!r}."
-        )
-    make = _table if isinstance(tokenizer, Hashable) else _table.__wrapped__
-    return make(tokenizer, tuple(strings))
+    build = _build_table if isinstance(tokenizer, Hashable) else _build_table.__wrapped__
+    return build(tokenizer, tuple(strings))
 
 
 @functools.lru_cache(maxsize=16)
-def _table(tokenizer: Tokenizer, strings: tuple[str, ...]) -> Int[np.ndarray, "states vocab"]:
+def _build_table(tokenizer: Tokenizer, strings: tuple[str, ...]) -> Int[np.ndarray, "states vocab"]:
     words = [s.encode("utf-8") for s in strings]
     prefixes = sorted({word[:n] for word in words for n in range(len(word))}, key=len)
     number = {prefix: i for i, prefix in enumerate(prefixes)}
-    end = len(prefixes)
-    by_byte = np.zeros((end + 1, 256), np.int32)
-    by_byte[end] = end
+    found = len(prefixes)
+    by_byte = np.zeros((found + 1, 256), np.int32)
+    by_byte[found] = found
     for prefix, i in number.items():
         for byte in range(256):
             text = prefix + bytes([byte])
             if any(text.endswith(word) for word in words):
-                by_byte[i, byte] = end
+                by_byte[i, byte] = found
             else:
                 by_byte[i, byte] = next(
-                    number[text[at:]] for at in range(len(text) + 1) if text[at:] in number
+                    number[text[start:]] for start in range(len(text) + 1) if text[start:] in number
                 )
     pieces = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
     lengths = np.array([len(piece) for piece in pieces])
     padded = np.zeros((len(pieces), max(1, lengths.max(initial=0))), np.uint8)
     for row, piece in zip(padded, pieces, strict=True):
         row[: len(piece)] = np.frombuffer(piece, np.uint8)
-    table = np.broadcast_to(np.arange(end + 1)[:, None], (end + 1, len(pieces)))
-    for at in range(padded.shape[1]):
-        table = np.where(at < lengths, by_byte[table, padded[:, at]], table)
+    table = np.broadcast_to(np.arange(found + 1)[:, None], (found + 1, len(pieces)))
+    for i in range(padded.shape[1]):
+        table = np.where(i < lengths, by_byte[table, padded[:, i]], table)
     table = table.astype(np.int32)
-    table.flags.writeable = False  # one and the same for all who ask
+    table.flags.writeable = False  # The cache returns the same array to every caller.
     return table
+
+
+def text_until(stops: Sequence[str], pieces: Iterator[str]) -> Iterator[str]:
+    """Yields streamed text up to the first stop string to be completed, which is excluded.
+
+    **Arguments:**
+
+    - `stops`: the stop strings, none of them empty. There may be none.
+    - `pieces`: the text, in pieces of any lengths. No piece is consumed after a stop string.
+
+    **Returns:** an iterator over the text in pieces, some of them possibly empty. A suffix that may
+    be the beginning of a stop string is held back until it is known not to be.
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [(start + len(stop), start) for stop in stops if (start := held.find(stop)) >= 0]
+        if found:
+            _, start = min(found)
+            yield held[:start]
+            return
+        keep = max((_overlap(held, stop) for stop in stops), default=0)
+        yield held[: len(held) - keep]
+        held = held[len(held) - keep :]
+    if held:
+        yield held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Returns the length of the longest proper prefix of `stop` that `text` ends with."""
+    longest = min(len(stop) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,152 +1,189 @@
-"""Tokenizers of checkpoints: files of the `tokenizers` package."""
+"""Tokenizers of checkpoints, in the format of the `tokenizers` package."""
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ._chat_template import render
 
 
 _REPLACEMENT = "\ufffd"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_LONGEST = 16  # the most tokens that can be parts of one character
+_MAX_CHARACTER_TOKENS = 16  # tokens that may together form one character
 
 
 class TextTokenizer:
     """The tokenizer of a checkpoint, read from its `tokenizer.json`.
 
-    Text is text: where a special token is spelt out in it (`<|endoftext|>`), the letters are
-    encoded, and not the token, so that no one who writes a prompt can end it or speak for others.
+    Special tokens spelled out in text (`<|endoftext|>`) are encoded as plain characters, so that
+    a prompt can neither end the text nor impersonate another speaker.
 
-    It needs the package `tokenizers`: `pip install "mamba-eqx[text]"`.
+    Requires the package `tokenizers`: `pip install "mamba-eqx[text]"`.
     """
 
-    def __init__(self, tokenizer: str, config: Mapping[str, Any] | None = None):
+    def __init__(self, tokenizer: str, config: Mapping[str, object] | None = None):
         """**Arguments:**
 
         - `tokenizer`: the content of `tokenizer.json`.
-        - `config`: that of `tokenizer_config.json`, for the end of a text and the template of
-            conversations.
+        - `config`: the parsed content of `tokenizer_config.json`, which names the end-of-text token
+            and holds the chat template. Optional.
 
-        **Raises:** `ValueError` if that is not a tokenizer; `ImportError` if the package
-        `tokenizers` is missing.
+        **Raises:** `ValueError` if `tokenizer` is not the content of a `tokenizer.json`;
+        `ImportError` if the package `tokenizers` is not installed.
         """
         try:
             from tokenizers import Tokenizer as Fast
         except ImportError as error:
             raise ImportError(
-                "Tokenizers of checkpoints need the package `tokenizers`: "
+                "Tokenizers of checkpoints require the package `tokenizers`: "
                 'pip install "mamba-eqx[text]".'
             ) from error
         try:
             self._fast = Fast.from_str(tokenizer)
-        except Exception as error:  # It has no type of its own.
+        except Exception as error:  # `tokenizers` raises a bare `Exception`.
             raise ValueError(f"This is not the content of a tokenizer.json: {error}.") from error
         self._fast.encode_special_tokens = True
         self._config = dict(config or {})
         added = self._fast.get_added_tokens_decoder()
         self._added = {number: token.content for number, token in added.items()}
         self._special = {token.content: i for i, token in added.items() if token.special}
-        self._spelling = _spelling(json.loads(self._fast.to_str()))
+        self._spelling = _Spelling(json.loads(self._fast.to_str()).get("decoder"))
 
     @property
     def vocab_size(self) -> int:
-        """The number of tokens, those added later included."""
+        """The number of tokens, including tokens added after training."""
         return self._fast.get_vocab_size(with_added_tokens=True)
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """The tokens that are not text, by their spelling."""
+        """The ids of the special tokens, by their spelling."""
         return dict(self._special)
 
     @property
-    def end(self) -> int | None:
-        """The token that ends a text, if the config names one."""
-        return self._special.get(_content(self._config.get("eos_token")))
+    def eos_token_id(self) -> int | None:
+        """The id of the end-of-text token, or `None` if the config does not name one."""
+        content = _content(self._config.get("eos_token"))
+        return self._special.get(content) if isinstance(content, str) else None
 
     @property
-    def config(self) -> dict[str, Any]:
-        """The content of `tokenizer_config.json`."""
+    def config(self) -> dict[str, object]:
+        """The parsed content of `tokenizer_config.json`."""
         return dict(self._config)
 
     @property
     def has_template(self) -> bool:
-        """Whether there is a template of conversations: see `encode_chat`."""
+        """Whether the tokenizer has a chat template; see `encode_chat`."""
         return self._template is not None
 
     def to_json(self) -> str:
-        """The content of `tokenizer.json`."""
+        """Returns the content of `tokenizer.json`."""
         return self._fast.to_str()
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, with those that the tokenizer puts around every text (many put
-        none, some one that begins it)."""
+        """Encodes a complete text.
+
+        **Arguments:**
+
+        - `text`: the text.
+
+        **Returns:** the token ids, including those that the tokenizer adds to every text. Many
+        tokenizers add none, some add one at the beginning.
+        """
         return self._fast.encode(text).ids
 
     def encode_piece(self, text: str) -> list[int]:
-        """The tokens of a part of a text: nothing is put around it."""
+        """Encodes a part of a text.
+
+        **Arguments:**
+
+        - `text`: the part.
+
+        **Returns:** the token ids of the characters alone; nothing is added at either end.
+        """
         return self._fast.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens; special ones have none.
+        """Decodes token ids. Special tokens are skipped.
 
-        **Raises:** `ValueError` for a token that there is not.
+        **Arguments:**
+
+        - `ids`: token ids within `0..vocab_size - 1`.
+
+        **Returns:** the text.
+
+        **Raises:** `ValueError` for an id outside the vocabulary.
         """
         ids = [int(i) for i in ids]
         for i in ids:
             if i < 0 or self._fast.id_to_token(i) is None:
-                raise ValueError(f"A token is within 0..{self.vocab_size - 1}, but got {i}.")
+                raise ValueError(
+                    f"Token ids must be within 0..{self.vocab_size - 1}, but got {i}. Use the "
+                    "tokenizer that the model was trained with."
+                )
         return self._fast.decode(ids, skip_special_tokens=True)
 
     def decoder(self) -> "TextDecoder":
-        """A new decoder for tokens that come one after another."""
+        """Returns a new incremental decoder, for token ids that arrive one after another."""
         return TextDecoder(self)
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token adds to a text, in UTF-8. (At the very beginning of a text, some tokenizers
-        drop a space.)"""
+        """Returns the UTF-8 bytes that a token contributes to a text.
+
+        At the very beginning of a text, some tokenizers drop a leading space that is included here.
+
+        **Arguments:**
+
+        - `token`: a token id.
+
+        **Returns:** the bytes, which may be a part of a character; empty for special tokens and for
+        ids outside the vocabulary.
+        """
         if token in self._added:
             content = self._added[token]
             return b"" if content in self._special else content.encode("utf-8")
-        spelt = self._fast.id_to_token(token)
-        return b"" if spelt is None else self._spelling.to_bytes(spelt)
+        spelled = self._fast.id_to_token(token)
+        return b"" if spelled is None else self._spelling.to_bytes(spelled)
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """The tokens of a conversation, as the checkpoint's own template has it.
+        """Encodes a conversation with the checkpoint's own chat template.
 
-        The template runs in a sandbox. What it writes itself may be special tokens; what is in a
-        message never is one.
+        The template runs in a sandbox. Only the template can produce special tokens; the content of
+        a message never becomes one.
 
         **Arguments:**
 
-        - `messages`: each with a `role` (`"system"`, `"user"`, `"assistant"`) and its `content`.
-        - `add_generation_prompt`: whether to end where the assistant is to begin.
+        - `messages`: the conversation; each message has a `role` (`"system"`, `"user"`,
+            `"assistant"`) and a `content`.
+        - `add_generation_prompt`: whether to append the beginning of an assistant's message, which
+            the model then continues.
 
-        **Raises:** `ValueError` if there is no template, or it refuses the conversation.
+        **Returns:** the token ids of the whole conversation.
+
+        **Raises:** `ValueError` if the tokenizer has no template, a message is malformed, or the
+        template rejects the conversation or fails; `ImportError` if `jinja2` is not installed.
         """
         template = self._template
         if template is None:
             raise ValueError(
-                "This tokenizer has no template for conversations: its model was not trained for "
-                "them. Use `encode` on a text that you lay out yourself."
+                "This tokenizer has no chat template, since its model was not trained on "
+                "conversations. Lay out the text yourself and use `encode`."
             )
-        words = {
+        variables = {
             name: _content(value)
             for name, value in self._config.items()
             if name.endswith("_token") and _content(value) is not None
         }
-        segments = render(
+        pieces = render(
             template,
             messages,
-            words,
+            variables,
             special=list(self._special),
             add_generation_prompt=add_generation_prompt,
         )
         ids: list[int] = []
-        for text, is_special in segments:
+        for text, is_special in pieces:
             ids += [self._special[text]] if is_special else self.encode_piece(text)
         return ids
 
@@ -160,68 +197,93 @@ class TextTokenizer:
 
 
 class TextDecoder:
-    """The incremental counterpart of `TextTokenizer.decode`."""
+    """The incremental counterpart of `TextTokenizer.decode`.
+
+    The strings returned by `feed` and a final `flush`, joined, equal `decode` of all the tokens.
+    """
 
     def __init__(self, tokenizer: TextTokenizer):
+        """**Arguments:**
+
+        - `tokenizer`: the tokenizer of the token ids.
+        """
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._said = 0  # for how many of these there has been text
+        self._emitted = 0  # number of leading `_ids` whose text has been returned
 
     def feed(self, ids: Sequence[int]) -> str:
-        """The text that these tokens complete; the beginning of a character is kept."""
-        return "".join(self._one(int(i)) for i in ids)
+        """Appends tokens to the sequence and returns the text that they complete.
 
-    def end(self) -> str:
-        """What is left of an unfinished character. The decoder then starts afresh."""
-        rest = self._new()
-        self._ids, self._said = [], 0
+        **Arguments:**
+
+        - `ids`: the next token ids of the sequence.
+
+        **Returns:** the new text, possibly empty. The bytes of an incomplete character are held
+        back.
+
+        **Raises:** `ValueError` for an id outside the vocabulary.
+        """
+        return "".join(self._decode_one(int(i)) for i in ids)
+
+    def flush(self) -> str:
+        """Ends the sequence and resets the decoder for another one.
+
+        **Returns:** the text that was held back, in which an incomplete character is U+FFFD.
+        """
+        rest = self._pending_text()
+        self._ids, self._emitted = [], 0
         return rest
 
-    def _one(self, token: int) -> str:
+    def _decode_one(self, token: int) -> str:
         self._ids.append(token)
-        new = self._new()
-        waiting = len(self._ids) - self._said
-        if new.endswith(_REPLACEMENT) and waiting < _LONGEST:
+        text = self._pending_text()
+        pending = len(self._ids) - self._emitted
+        if text.endswith(_REPLACEMENT) and pending < _MAX_CHARACTER_TOKENS:
             return ""
-        # What came before matters, but not for ever.
-        self._ids = self._ids[max(0, self._said - _LONGEST) :]
-        self._said = len(self._ids)
-        return new
+        # The text of a token can depend on the tokens before it, but only on the last few.
+        self._ids = self._ids[max(0, self._emitted - _MAX_CHARACTER_TOKENS) :]
+        self._emitted = len(self._ids)
+        return text
 
-    def _new(self) -> str:
-        before = self._tokenizer.decode(self._ids[: self._said])
-        return self._tokenizer.decode(self._ids)[len(before) :]
+    def _pending_text(self) -> str:
+        emitted = self._tokenizer.decode(self._ids[: self._emitted])
+        return self._tokenizer.decode(self._ids)[len(emitted) :]
 
 
 class _Spelling:
-    """How the tokens of a vocabulary stand for bytes."""
+    """How a vocabulary spells bytes: in GPT-2's byte alphabet if the `decoder` of `tokenizer.json`
+    is byte-level, otherwise as SentencePiece does."""
 
-    def __init__(self, by_letter: Mapping[str, int] | None):
-        self._by_letter = by_letter
+    def __init__(self, decoder: object):
+        self._byte_of = _gpt2_alphabet() if _is_byte_level(decoder) else None
 
     def to_bytes(self, token: str) -> bytes:
-        if self._by_letter is not None:
-            return bytes(self._by_letter[letter] for letter in token if letter in self._by_letter)
+        """Converts the spelling of a token to UTF-8 bytes."""
+        if self._byte_of is not None:
+            return bytes(self._byte_of[char] for char in token if char in self._byte_of)
         byte = _BYTE.fullmatch(token)
         if byte is not None:
             return bytes([int(byte.group(1), 16)])
         return token.replace("\u2581", " ").encode("utf-8")
 
 
-def _spelling(fields: Mapping[str, Any]) -> _Spelling:
-    """GPT-2's alphabet if the decoder says so, else SentencePiece's."""
-    decoder = fields.get("decoder") or {}
+def _is_byte_level(decoder: object) -> bool:
+    if not isinstance(decoder, dict):
+        return False
     steps = decoder.get("decoders", [decoder])
-    if not any(step.get("type") == "ByteLevel" for step in steps):
-        return _Spelling(None)
-    # Bytes that print stand for themselves, the others for letters from 256 on.
-    prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in prints]
-    by_letter = {chr(byte): byte for byte in prints}
-    by_letter |= {chr(256 + i): byte for i, byte in enumerate(others)}
-    return _Spelling(by_letter)
+    return any(step.get("type") == "ByteLevel" for step in steps)
 
 
-def _content(token: Any) -> Any:
-    """Configs have tokens as strings, or as objects with a string in them."""
+def _gpt2_alphabet() -> dict[str, int]:
+    """Returns the byte that each character stands for: printable bytes stand for themselves, the
+    others are represented by the characters from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _content(token: object) -> object:
+    """Returns the spelling of a token in a config, which is a string or an object that contains
+    one."""
     return token.get("content") if isinstance(token, dict) else token

@@ -31,7 +31,7 @@ def run(capsys):
 
 
 def fails(run, *args):
-    """The one line of an error, on standard error only."""
+    """Checks that the command fails with one line on standard error, and returns that line."""
     code, out, err = run(*args)
     assert code == 1
     assert out == ""
@@ -47,7 +47,7 @@ def fails(run, *args):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["transformers", "state-spaces"])
 @pytest.mark.parametrize("name", ["mamba1", "mamba2"])
-def test_inspect_tells_the_truth(name, layout, dtype, run, tmp_path):
+def test_inspect_describes_the_model(name, layout, dtype, run, tmp_path):
     model = make({"mamba1": config(padded_vocab_size=16), "mamba2": MAMBA2}[name], dtype)
     save_pretrained(model, tmp_path, layout=layout)
     code, out, err = run("inspect", tmp_path, "--json")
@@ -75,10 +75,10 @@ def test_inspect_tells_the_truth(name, layout, dtype, run, tmp_path):
     for words in (str(tmp_path), layout, f"2 x {name} (", f"{total:,}", dtype, "d_state=3"):
         assert words in text
     assert ("padded to 16" in text) == (name == "mamba1")
-    assert ("the head is separate" in text) == (name == "mamba2")
+    assert ("separate head" in text) == (name == "mamba2")
 
 
-def test_inspect_reads_no_values(run, tmp_path, monkeypatch):
+def test_inspect_reads_no_tensor_values(run, tmp_path, monkeypatch):
     save_pretrained(make(BOTH["tied"]), tmp_path)
     monkeypatch.setattr(
         "mamba_eqx.formats._safetensors.read_array",
@@ -87,7 +87,7 @@ def test_inspect_reads_no_values(run, tmp_path, monkeypatch):
     assert run("inspect", tmp_path)[0] == 0
 
 
-def test_inspect_of_a_float64_checkpoint(run, tmp_path):
+def test_inspect_accepts_float64(run, tmp_path):
     with jax.enable_x64(True):
         save_pretrained(make(BOTH["tied"], "float64"), tmp_path)
     code, out, _ = run("inspect", tmp_path, "--json")
@@ -95,7 +95,7 @@ def test_inspect_of_a_float64_checkpoint(run, tmp_path):
     assert {*json.loads(out)["dtypes"]} == {"float64"}
 
 
-def test_inspect_lists_what_does_not_fit(run, tmp_path):
+def test_inspect_lists_unexpected_tensors(run, tmp_path):
     save_pretrained(make(BOTH["tied"]), tmp_path)
     file = tmp_path / "model.safetensors"
     arrays = {name: tensor.read() for name, tensor in open_safetensors(file).items()}
@@ -104,7 +104,7 @@ def test_inspect_lists_what_does_not_fit(run, tmp_path):
 
 
 @pytest.mark.usefixtures("as_users_run")
-def test_hostile_files_are_one_line(run, tmp_path):
+def test_errors_for_hostile_files_are_one_line(run, tmp_path):
     save_pretrained(make(BOTH["tied"]), tmp_path)
     (tmp_path / "model.safetensors").unlink()
     for name, (data, _) in ARCHIVES.items():
@@ -113,7 +113,7 @@ def test_hostile_files_are_one_line(run, tmp_path):
         assert "pytorch_model.bin" in fails(run, "inspect", tmp_path), name
 
 
-def test_inspect_of_nothing(run, tmp_path):
+def test_inspect_without_a_checkpoint_fails(run, tmp_path):
     assert "There is no folder" in fails(run, "inspect", tmp_path / "gone")
     assert "has no config.json" in fails(run, "inspect", tmp_path)
     (tmp_path / "config.json").write_text("[]")
@@ -121,7 +121,7 @@ def test_inspect_of_nothing(run, tmp_path):
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", 700])
-def test_the_hub(max_shard_size, hub, run, tmp_path, monkeypatch):
+def test_inspect_and_convert_from_the_hub(max_shard_size, hub, run, tmp_path, monkeypatch):
     save_pretrained(make(BOTH["tied"]), tmp_path / "there", max_shard_size=max_shard_size)
     hub.add("me/mine", {p.name: p.read_bytes() for p in (tmp_path / "there").iterdir()})
     options = ("--endpoint", hub.endpoint, "--cache-dir", tmp_path / "cache")
@@ -130,7 +130,7 @@ def test_the_hub(max_shard_size, hub, run, tmp_path, monkeypatch):
     code, out, _ = run("inspect", "me/mine", *options)
     assert code == 0
     assert "the repository 'me/mine'" in out.lower()
-    # Only the headers were asked for.
+    # Only the headers were requested.
     weights = [r for r in hub.requests if r.server == "storage"]
     assert weights
     assert all("range" in r.headers for r in weights)
@@ -150,7 +150,7 @@ def test_the_hub(max_shard_size, hub, run, tmp_path, monkeypatch):
     assert hub.requests == []
 
 
-def test_the_hub_fails(hub, run, tmp_path):
+def test_hub_failures_are_reported(hub, run, tmp_path):
     save_pretrained(make(BOTH["tied"]), tmp_path / "there")
     files = {p.name: p.read_bytes() for p in (tmp_path / "there").iterdir()}
     repository = hub.add("me/mine", files)
@@ -173,7 +173,7 @@ def test_the_hub_fails(hub, run, tmp_path):
 
 
 @pytest.mark.parametrize("model", [BOTH["tied"], BOTH["untied"], MAMBA2], ids=["1", "2", "mamba2"])
-def test_convert_from_any_layout_to_any(model, run, tmp_path):
+def test_convert_between_all_layouts(model, run, tmp_path):
     model = make(model)
     save_pretrained(model, tmp_path / "0")
     route = ["state-spaces", "state-spaces", "transformers", "transformers"]
@@ -181,7 +181,7 @@ def test_convert_from_any_layout_to_any(model, run, tmp_path):
         source, dest = tmp_path / str(i), tmp_path / str(i + 1)
         code, out, err = run("convert", source, dest, "--layout", layout)
         assert (code, err) == (0, "")
-        assert f"in the layout of {layout}" in out
+        assert f"({layout} layout, " in out
         assert_same(from_pretrained(dest), model)
         values = json.loads((dest / "config.json").read_text())
         assert ("model_type" in values) == (layout == "transformers")
@@ -192,7 +192,7 @@ def test_convert_from_any_layout_to_any(model, run, tmp_path):
     assert first == last
 
 
-def test_convert_dtype_and_shards(run, tmp_path):
+def test_convert_to_another_dtype_and_shards(run, tmp_path):
     model = make(BOTH["tied"])
     save_pretrained(model, tmp_path / "a")
     options = ("--dtype", "bfloat16", "--max-shard-size", "0.5KB")
@@ -201,24 +201,24 @@ def test_convert_dtype_and_shards(run, tmp_path):
     assert len([*(tmp_path / "b").glob("model-*")]) > 2
 
 
-def test_convert_overwrites_only_when_told(run, tmp_path):
+def test_convert_overwrites_only_on_request(run, tmp_path):
     old, new = make(BOTH["tied"]), make(BOTH["untied"])
     save_pretrained(old, tmp_path / "old")
     save_pretrained(new, tmp_path / "new")
     (tmp_path / "old" / "tokenizer.json").write_text("{}")
     error = fails(run, "convert", tmp_path / "new", tmp_path / "old")
-    assert "not empty: give another folder, or --overwrite" in error
+    assert "not empty. Give another folder, or --overwrite" in error
     assert_same(from_pretrained(tmp_path / "old"), old)
     assert run("convert", tmp_path / "new", tmp_path / "old", "--overwrite")[0] == 0
     assert_same(from_pretrained(tmp_path / "old"), new)
     assert (tmp_path / "old" / "tokenizer.json").exists()
-    # Onto itself.
+    # A checkpoint can replace itself.
     where = tmp_path / "new"
     assert run("convert", where, where, "--overwrite", "--dtype", "bfloat16")[0] == 0
     assert_same(from_pretrained(where), mbx.cast(new, jnp.bfloat16))
 
 
-def test_convert_fails_as_a_whole(run, tmp_path):
+def test_failed_convert_writes_nothing(run, tmp_path):
     save_pretrained(make(config(d_intermediate=128)), tmp_path / "mlp", layout="state-spaces")
     assert "layers have an MLP" in fails(run, "convert", tmp_path / "mlp", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -231,7 +231,7 @@ def test_convert_fails_as_a_whole(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_convert_mistakes(run, tmp_path):
+def test_convert_refuses_invalid_options(run, tmp_path):
     save_pretrained(make(BOTH["tied"]), tmp_path / "a")
     code, _, err = run("convert", tmp_path / "a", tmp_path / "b", "--max-shard-size", "many")
     assert code == 2

@@ -1,5 +1,6 @@
-"""The command, in a process of its own where that matters."""
+"""`mamba-eqx generate`, in a separate process where signals and pipes matter."""
 
+import dataclasses
 import io
 import json
 import os
@@ -12,18 +13,17 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
-from hypothesis import given, strategies as st
 
 import mamba_eqx as mbx
 from mamba_eqx import _cli, pretrained
-from mamba_eqx._cli import _opened
-from mamba_eqx.text import until
+from mamba_eqx._cli import _streaming
+from mamba_eqx.generation._loop import Cursor, Decoded
 
 
 def byte_model(vocab_size=256):
     block = mbx.BlockConfig(mbx.Mamba1Config(8, d_state=4))
     model = mbx.LanguageModelConfig(vocab_size, (block,)).build(key=jr.key(0))
-    # The logits of ASCII letters are raised, so that most of what it says is printable.
+    # Most generated text is printable, since the logits of lowercase letters are raised.
     weight = model.embedding.weight.at[97:123].multiply(30)
     return eqx.tree_at(lambda model: model.embedding.weight, model, weight)
 
@@ -39,8 +39,8 @@ def checkpoint(tmp_path_factory):
 def spawn(*args: object) -> subprocess.Popen[bytes]:
     pipe = subprocess.PIPE
     command = [sys.executable, "-m", "mamba_eqx", *map(str, args)]
-    # Shells start what runs in the background with Ctrl-C ignored, and a child inherits that, but
-    # not that it is handled.
+    # A child process inherits ignored signals, and background jobs of a shell ignore SIGINT, but it
+    # does not inherit handlers.
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
@@ -48,7 +48,7 @@ def spawn(*args: object) -> subprocess.Popen[bytes]:
         signal.signal(signal.SIGINT, previous)
 
 
-def test_the_command_writes_the_text_of_generate(checkpoint):
+def test_command_prints_the_text_of_generate(checkpoint):
     with spawn(
         "generate", "-", "--model", checkpoint, "--max-new-tokens", "20", "--seed", "3"
     ) as process:
@@ -59,7 +59,7 @@ def test_the_command_writes_the_text_of_generate(checkpoint):
         pretrained.from_pretrained(checkpoint),
         tokenizer.encode("Ö:"),
         20,
-        temperature=0.8,
+        mbx.Sampling(temperature=0.8),
         key=jr.key(3),
     )
     assert out.decode() == "Ö:" + tokenizer.decode(expected.tokens.tolist()) + "\n"
@@ -67,7 +67,7 @@ def test_the_command_writes_the_text_of_generate(checkpoint):
     assert " tokens/s" in err.decode()
 
 
-def test_ctrl_c_keeps_what_was_written(checkpoint):
+def test_ctrl_c_keeps_the_output(checkpoint):
     with spawn(
         "generate", "x", "--model", checkpoint, "--max-new-tokens", 2**30, "--temperature", "0"
     ) as process:
@@ -81,7 +81,7 @@ def test_ctrl_c_keeps_what_was_written(checkpoint):
     assert err == b""
 
 
-def test_a_reader_that_goes_away_is_no_error(checkpoint):
+def test_closed_output_is_not_an_error(checkpoint):
     with spawn("generate", "x", "--model", checkpoint, "--max-new-tokens", 2**30) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -105,8 +105,8 @@ def others(tmp_path_factory):
     [
         ([""], "The prompt is empty"),
         (["x", "--stop", ""], "--stop must not be empty"),
-        ([], "Give a PROMPT"),
-        (["x", "--file", "y"], "Give a PROMPT"),
+        ([], "Give either a PROMPT"),
+        (["x", "--file", "y"], "Give either a PROMPT"),
         (["--file", "/no/such/model"], "No such file .*/no/such/model"),
         (["x", "--model", "/no/such/model"], "There is no folder '/no/such/model'"),
         (["x", "--model", "OTHER"], r"has no tokenizer\.json"),
@@ -121,7 +121,7 @@ def others(tmp_path_factory):
     ],
     ids=str,
 )
-def test_mistakes_are_one_line(args, message, checkpoint, others, capsys):
+def test_errors_are_one_line(args, message, checkpoint, others, capsys):
     args = [str(others / arg) if arg in ("OTHER", "SMALL") else arg for arg in args]
     if "--model" not in args:
         args += ["--model", str(checkpoint)]
@@ -134,43 +134,44 @@ def test_mistakes_are_one_line(args, message, checkpoint, others, capsys):
     assert re.search(message, err)
 
 
-def test_stdin_that_is_no_text_is_refused(monkeypatch, capsys):
+def test_stdin_that_is_not_utf8_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     assert _cli.main(["generate", "-"]) == 2
     assert "Standard input is not UTF-8" in capsys.readouterr().err
 
 
-def test_the_options_reach_the_sampler(checkpoint, monkeypatch, capsys):
+def test_options_reach_the_sampler(checkpoint, monkeypatch, capsys):
     seen = {}
 
-    def stream(model, prompt, n, **options):
-        seen.update(options, prompt=prompt, n=n)
+    def stream(model, prompt, n, sampling, **options):
+        seen.update(options, sampling=sampling, prompt=prompt, n=n)
         tokens = jnp.array(list(b"one; two"))
-        state = mbx.prefill(model, [1])
         length, none = jnp.array(8), jnp.zeros((), int)
-        block = mbx.Generation(tokens, length, jnp.zeros(8), none, state)
-        return mbx.generation.Stream(model, iter([block]), n)
+        begin = Cursor(mbx.prefill(model, [1]), none)
+        block = Decoded(mbx.Generation(tokens, length, jnp.zeros(8), none, begin.state), none)
+        return mbx.generation.Stream(model, lambda: begin, lambda *_: block, n, 8)
 
-    monkeypatch.setattr(_opened, "stream", stream)
+    monkeypatch.setattr(_streaming, "stream", stream)
     args = "x --max-new-tokens 9 --temperature 0.5 --top-k 7 --top-p 0.9 --min-p 0.1 --seed 4"
     args += " --typical-p 0.5 --repetition-penalty 1.5 --presence-penalty 0.1"
     args += " --frequency-penalty 0.2 --penalty-window 9"
     options = [*args.split(), "--stop", "!", "--stop", "; t", "--model", str(checkpoint)]
     assert _cli.main(["generate", *options]) == 0
     assert seen.pop("key") == jr.key(4)
+    assert isinstance(seen["sampling"].tokenizer, mbx.ByteTokenizer)
+    seen["sampling"] = dataclasses.replace(seen["sampling"], tokenizer=None)
     assert seen == {
         "prompt": [120],
         "n": 9,
-        "temperature": 0.5,
-        "top_k": 7,
-        "top_p": 0.9,
-        "min_p": 0.1,
-        "typical_p": 0.5,
-        "penalties": mbx.sampling.Penalties(1.5, 0.1, 0.2, 9),
-        "logit_bias": None,
-        "stop_tokens": [],
-        "stop_strings": (),
-        "tokenizer": None,
+        "sampling": mbx.Sampling(
+            temperature=0.5,
+            top_k=7,
+            top_p=0.9,
+            min_p=0.1,
+            typical_p=0.5,
+            penalties=mbx.sampling.Penalties(1.5, 0.1, 0.2, 9),
+            stop_tokens=[],
+        ),
         "state": None,
     }
     out, err = capsys.readouterr()
@@ -178,7 +179,7 @@ def test_the_options_reach_the_sampler(checkpoint, monkeypatch, capsys):
     assert err.startswith("6 tokens, ")
 
 
-def test_json_is_one_object(checkpoint, tmp_path, capsys):
+def test_json_output_is_one_object(checkpoint, tmp_path, capsys):
     (tmp_path / "prompt").write_text("Ö:")
     args = ["--file", str(tmp_path / "prompt"), "--model", str(checkpoint), "--seed", "3"]
     assert _cli.main(["generate", *args, "--max-new-tokens", "20", "--json"]) == 0
@@ -201,49 +202,3 @@ def test_help_names_every_option(capsys):
     text = capsys.readouterr().out
     for option in ["--model", "--stop", "--min-p", "default: 400", "default: 0.8"]:
         assert option in text
-
-
-@given(st.text("ab", min_size=1, max_size=4), st.lists(st.text("ab", max_size=3), max_size=6))
-def test_until_is_everything_before_the_stop(stop, pieces):
-    text = "".join(pieces)
-    assert "".join(until([stop], iter(pieces))) == text.partition(stop)[0]
-    ends = [text.find(end) + len(end) for end in (stop, "bab") if end in text]
-    both = min(
-        (text[: min(ends)].partition(end)[0] for end in (stop, "bab")) if ends else [text], key=len
-    )
-    assert "".join(until([stop, "bab"], iter(pieces))) == both
-    assert list(until([], iter(pieces))) == pieces
-
-
-def test_until_holds_back_only_what_may_be_the_stop():
-    assert list(until(["end"], iter(["a", "e", "n", "x"]))) == ["a", "", "", "enx"]
-
-
-@given(st.text())
-def test_bytes_round_trip(text):
-    tokenizer = mbx.ByteTokenizer()
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert all(0 <= i < tokenizer.vocab_size for i in ids)
-    assert isinstance(tokenizer, mbx.text.Tokenizer)
-
-
-@given(st.lists(st.integers(0, 255)))
-def test_decoders_split_no_character(ids):
-    decoder = mbx.ByteTokenizer().decoder()
-    pieces = [decoder.feed([i]) for i in ids] + [decoder.end()]
-    assert "".join(pieces) == mbx.ByteTokenizer().decode(ids)
-    assert decoder.feed([97]) == "a"
-
-
-def test_a_character_comes_when_it_is_complete():
-    decoder = mbx.ByteTokenizer().decoder()
-    assert [decoder.feed([byte]) for byte in "€".encode()] == ["", "", "€"]
-    assert decoder.feed([0xE2]) == ""
-    assert decoder.end() == "\ufffd"
-
-
-@pytest.mark.parametrize("bad", [-1, 256])
-def test_tokens_that_are_no_bytes_are_refused(bad):
-    with pytest.raises(ValueError, match=f"within 0..255, but got {bad}"):
-        mbx.ByteTokenizer().decode([97, bad])

@@ -44,13 +44,13 @@ def run(capsys, monkeypatch):
 # score
 
 
-def test_score_is_the_probability_of_the_text(checkpoint, run, tmp_path, monkeypatch):
+def test_score_matches_mbx_score(checkpoint, run, tmp_path, monkeypatch):
     model = from_pretrained(checkpoint, dtype=jnp.float32)
     texts = ["To be, or nöt.\n", "line\n" * 50, "no end" * 9]
     for i, text in enumerate(texts):
         (tmp_path / str(i)).write_text(text, "utf-8")
     want = [mbx.score(model, list(text.encode())) for text in texts]
-    # Small pieces, so that texts have several.
+    # Pieces are small, so that each text has several.
     monkeypatch.setattr(_cli_score, "_READ", 16)
     monkeypatch.setattr(_cli_score, "_PIECE", 32)
     files = [part for i in range(3) for part in ("--file", tmp_path / str(i))]
@@ -82,7 +82,7 @@ def test_score_is_the_probability_of_the_text(checkpoint, run, tmp_path, monkeyp
     ],
     ids=str,
 )
-def test_what_cannot_be_scored_is_told(args, code, message, checkpoint, run):
+def test_texts_that_cannot_be_scored_are_refused(args, code, message, checkpoint, run):
     got, _, err = run("score", *args, "--model", checkpoint, typed=b"ab\xff")
     assert got == code
     assert err.count("\n") == 1
@@ -92,8 +92,8 @@ def test_what_cannot_be_scored_is_told(args, code, message, checkpoint, run):
 # chat
 
 
-def test_a_plain_chat_is_one_text(checkpoint, run, tmp_path):
-    """Whose state is kept, and is a value: saved, forgotten and loaded."""
+def test_plain_chat_continues_one_text(checkpoint, run, tmp_path):
+    """The state is kept between turns, and can be saved, reset and loaded."""
     model, tokenizer = from_pretrained(checkpoint, dtype=jnp.float32), mbx.ByteTokenizer()
     lines = ["Hi", "/save FILE", "so?", "/reset", "Hi", "/load FILE", "so?"]
     typed = "\n".join(lines).replace("FILE", str(tmp_path / "state")) + "\n"
@@ -103,7 +103,9 @@ def test_a_plain_chat_is_one_text(checkpoint, run, tmp_path):
     ids, answers = [], []
     for line in ("Hi", "so?"):
         ids += tokenizer.encode(line + "\n")
-        new = mbx.generate(model, ids, 12, temperature=0.8, key=jr.key(5)).tokens.tolist()
+        new = mbx.generate(
+            model, ids, 12, mbx.Sampling(temperature=0.8), key=jr.key(5)
+        ).tokens.tolist()
         assert 10 not in new
         ids += new
         answers.append(tokenizer.decode(new))
@@ -111,7 +113,7 @@ def test_a_plain_chat_is_one_text(checkpoint, run, tmp_path):
     assert out == "".join(f"{text}\n" for text in (first, second, first, second))
 
 
-def test_mistakes_do_not_end_a_chat(checkpoint, run, tmp_path):
+def test_errors_do_not_end_a_chat(checkpoint, run, tmp_path):
     (tmp_path / "noise").write_bytes(b"noise")
     lines = [
         "/save",
@@ -134,7 +136,7 @@ def test_mistakes_do_not_end_a_chat(checkpoint, run, tmp_path):
     assert "/reset" in err
 
 
-def test_ctrl_c_ends_an_answer_and_not_the_chat(checkpoint):
+def test_ctrl_c_ends_the_answer_but_not_the_chat(checkpoint):
     options = ("--model", checkpoint, "--max-new-tokens", 2**30, "--stop", "\x01")
     with spawn("chat", *options) as process:
         assert process.stdin is not None
@@ -162,7 +164,7 @@ def chatty(tmp_path_factory):
     return path
 
 
-def test_a_chat_by_a_template_reads_nothing_twice(chatty, run, tmp_path, monkeypatch):
+def test_template_chat_reads_nothing_twice(chatty, run, tmp_path, monkeypatch):
     model, tokenizer = from_pretrained(chatty, dtype=jnp.float32), mbx.load_tokenizer(chatty)
     assert isinstance(tokenizer, mbx.TextTokenizer)
     read, prefill = [], _chat.prefill
@@ -184,7 +186,7 @@ def test_a_chat_by_a_template_reads_nothing_twice(chatty, run, tmp_path, monkeyp
         ids = tokenizer.encode_chat(messages)
         whole.append(len(ids))
         bias = dict.fromkeys(range(tokenizer.vocab_size, model.vocab_size), -math.inf)
-        new = mbx.generate(model, ids, 12, stop_tokens=[0], logit_bias=bias)
+        new = mbx.generate(model, ids, 12, mbx.Sampling(stop_tokens=[0], logit_bias=bias))
         answer = tokenizer.decode(new.tokens[: int(new.lengths)].tolist())
         messages.append({"role": "assistant", "content": answer})
         want += answer + "\n"
@@ -199,7 +201,7 @@ def test_a_chat_by_a_template_reads_nothing_twice(chatty, run, tmp_path, monkeyp
     assert out
 
 
-def test_generate_ends_at_the_end_of_text_and_says_no_padding(chatty, run):
+def test_generate_stops_at_end_of_text_and_bans_padding(chatty, run):
     code, out, _ = run("generate", "To", "--model", chatty, "--temperature", "5", "--json")
     assert code == 0
     found = json.loads(out)
@@ -207,7 +209,7 @@ def test_generate_ends_at_the_end_of_text_and_says_no_padding(chatty, run):
     assert found["new_tokens"] > 1
 
 
-def test_convert_takes_the_tokenizer_along(chatty, run, tmp_path):
+def test_convert_copies_the_tokenizer(chatty, run, tmp_path):
     code, _, _ = run("convert", chatty, tmp_path / "new", "--layout", "state-spaces")
     assert code == 0
     text = "To be"

@@ -1,4 +1,4 @@
-"""`examples/serve.py`: what it refuses, what it streams, and the page in a browser."""
+"""`examples/serve.py`: streaming, refused requests, and the page in a browser."""
 
 import asyncio
 import base64
@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -36,19 +36,28 @@ def port() -> Iterator[int]:
         process.terminate()
 
 
-def ask(port: int, body: Any, method: str = "POST", path: str = "/generate", **headers: str) -> Any:
+class Answer(NamedTuple):
+    status: int
+    text: str
+    policy: str | None
+
+
+def ask(
+    port: int, body: object, method: str = "POST", path: str = "/generate", **headers: str
+) -> Answer:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     sent = {"Content-Type": "application/json"}
     sent |= {name.replace("_", "-"): value for name, value in headers.items()}
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     connection.request(method, path, data, sent)
-    answer = connection.getresponse()
-    text = answer.read().decode()
+    response = connection.getresponse()
+    policy = response.getheader("Content-Security-Policy")
+    answer = Answer(response.status, response.read().decode(), policy)
     connection.close()
-    return answer.status, text, answer
+    return answer
 
 
-def lines(port: int, **changes: Any) -> list[dict[str, Any]]:
+def lines(port: int, **changes: object) -> list[dict[str, Any]]:
     status, text, _ = ask(port, ASK | changes)
     assert status == 200, text
     return [json.loads(line) for line in text.splitlines()]
@@ -58,7 +67,7 @@ def joined(found: list[dict[str, Any]]) -> str:
     return "".join(line["text"] for line in found)
 
 
-def test_states_go_on_and_fork(port: int):
+def test_states_can_be_continued_and_forked(port: int):
     whole = lines(port, max_new_tokens=48)
     assert len(joined(whole)) == 48
     shape, pixels = whole[0]["picture"]["shape"], base64.b64decode(whole[0]["picture"]["pixels"])
@@ -92,13 +101,13 @@ def test_states_go_on_and_fork(port: int):
     ],
     ids=str,
 )
-def test_what_is_out_of_bounds_is_refused(changes: Any, message: str, port: int):
+def test_invalid_requests_are_refused(changes: dict[str, object], message: str, port: int):
     status, text, _ = ask(port, ASK | changes)
     assert status == 400
     assert message in text
 
 
-def test_others_are_refused(port: int):
+def test_other_hosts_origins_and_formats_are_refused(port: int):
     assert ask(port, ASK, Host="evil.example")[0] == 403
     assert ask(port, ASK, Host=f"evil.example:{port}")[0] == 403
     assert ask(port, b"", "GET", "/", Host="evil.example")[0] == 403
@@ -110,10 +119,10 @@ def test_others_are_refused(port: int):
     assert ask(port, ASK, Origin=f"http://localhost:{port}", Host=f"localhost:{port}")[0] == 200
 
 
-def test_the_page_loads_nothing_from_elsewhere(port: int):
-    status, text, answer = ask(port, b"", "GET", "/")
+def test_page_loads_nothing_from_other_servers(port: int):
+    status, text, policy = ask(port, b"", "GET", "/")
     assert status == 200
-    policy = answer.getheader("Content-Security-Policy")
+    assert policy is not None
     assert policy.startswith("default-src 'none'")
     nonce = re.search("'nonce-([^']+)'", policy)
     assert nonce is not None
@@ -121,7 +130,7 @@ def test_the_page_loads_nothing_from_elsewhere(port: int):
     assert not re.search("(src|href)=|https?:|innerHTML", text)
 
 
-def test_too_many_at_a_time_are_refused(port: int):
+def test_too_many_concurrent_requests_are_refused(port: int):
     answers: list[int] = []
     body = ASK | {"max_new_tokens": 1024}
     threads = [
@@ -136,8 +145,17 @@ def test_too_many_at_a_time_are_refused(port: int):
     assert ask(port, ASK)[0] == 200
 
 
-async def drive(browser: str, url: str, profile: Path, picture: Path | None) -> dict[str, Any]:
-    """Starts, goes on and forks by the buttons of the page, and says what it shows."""
+class Shown(NamedTuple):
+    """What the page shows."""
+
+    texts: list[str]
+    colours: list[int]
+    error: str
+    position: str
+
+
+async def drive(browser: str, url: str, profile: Path, picture: Path | None) -> Shown:
+    """Starts, continues and forks a text with the buttons of the page. Returns what it shows."""
     options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
     options += " --disable-background-networking --disable-component-update"
     options += f" --remote-debugging-port=0 --user-data-dir={profile} --window-size=1200,760"
@@ -158,7 +176,7 @@ async def drive(browser: str, url: str, profile: Path, picture: Path | None) -> 
             async with session.ws_connect(page["webSocketDebuggerUrl"], max_msg_size=0) as socket:
                 count = 0
 
-                async def call(method: str, **params: Any) -> Any:
+                async def call(method: str, **params: object) -> Any:
                     nonlocal count
                     count += 1
                     await socket.send_json({"id": count, "method": method, "params": params})
@@ -198,19 +216,19 @@ async def drive(browser: str, url: str, profile: Path, picture: Path | None) -> 
                     "[...document.querySelectorAll('canvas')].map(c => new Set(c.getContext('2d')"
                     ".getImageData(0, 0, c.width, c.height).data).size)"
                 )
-                return {
-                    "texts": await look(texts),
-                    "colours": await look(colours),
-                    "error": await look("document.getElementById('error').textContent"),
-                    "position": await look("document.getElementById('position').textContent"),
-                }
+                return Shown(
+                    await look(texts),
+                    await look(colours),
+                    await look("document.getElementById('error').textContent"),
+                    await look("document.getElementById('position').textContent"),
+                )
     finally:
         process.terminate()
         process.wait()
 
 
-def test_the_page_in_a_browser(port: int, tmp_path: Path):
-    """With `SCREENSHOT=file.png` it also takes the picture of the docs."""
+def test_page_in_a_browser(port: int, tmp_path: Path):
+    """`SCREENSHOT=file.png` also takes the screenshot in the docs."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"needs a browser, one of {', '.join(BROWSERS)}")
@@ -223,13 +241,13 @@ def test_the_page_in_a_browser(port: int, tmp_path: Path):
             None if picture is None else Path(picture),
         )
     )
-    assert found["error"] == ""
-    fork, trunk = found["texts"]
+    assert found.error == ""
+    fork, trunk = found.texts
     assert trunk.startswith("ROMEO:")
     assert len(trunk) == 6 + 2 * 160
-    # They share what was before the fork.
+    # The texts agree up to the fork.
     assert fork[: len(trunk)] == trunk
     assert len(fork) == len(trunk) + 160
-    assert found["position"] == f"After {len(fork)} tokens."
-    assert len(found["colours"]) == 6
-    assert min(found["colours"]) > 30
+    assert found.position == f"After {len(fork)} tokens."
+    assert len(found.colours) == 6
+    assert min(found.colours) > 30

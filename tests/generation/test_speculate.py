@@ -26,11 +26,10 @@ DRAFTS: dict[str, Any] = {
 @pytest.mark.parametrize("draft", DRAFTS)
 @given(PROMPT, st.integers(1, 16), st.booleans())
 def test_greedily_it_is_generate(draft, prompt, n, penalised):
-    options: dict[str, Any] = {"stop_tokens": [0]}
-    if penalised:
-        options["penalties"] = mbx.sampling.Penalties(repetition=1.4, frequency=0.2, window=6)
-    out = mbx.speculate(MODEL, DRAFTS[draft], prompt, n, lookahead=3, **options)
-    want = mbx.generate(MODEL, prompt, n, **options)
+    penalties = mbx.sampling.Penalties(repetition=1.4, frequency=0.2, window=6)
+    sampling = mbx.Sampling(stop_tokens=[0], penalties=penalties if penalised else None)
+    out = mbx.speculate(MODEL, DRAFTS[draft], prompt, n, sampling, lookahead=3)
+    want = mbx.generate(MODEL, prompt, n, sampling)
     length = int(out.length)
     assert out.tokens[:length].tolist() == row(want)
     assert (out.tokens[length:] == -1).all()
@@ -54,9 +53,8 @@ def test_lookup_goes_on_with_a_cycle(period):
         DRAFTS["lookup"],
         2 * cycle,
         12,
+        mbx.Sampling(logit_bias=dict.fromkeys(cycle, 1000.0), penalties=others),
         lookahead=3,
-        logit_bias=dict.fromkeys(cycle, 1000.0),
-        penalties=others,
     )
     assert out.tokens.tolist() == (12 * cycle)[:12]
     assert int(out.accepted) == int(out.proposed) == 9
@@ -73,7 +71,7 @@ def test_it_goes_on_from_a_state():
 @pytest.mark.slow
 def test_the_distribution_is_that_of_the_model():
     """The frequencies of all pairs of first tokens, within four standard deviations."""
-    options: dict[str, Any] = {"temperature": 1.4, "top_k": 4}
+    sampling = mbx.Sampling(temperature=1.4, top_k=4)
     prompt, count = [1, 2, 1], 4000
     logits = FORWARD(MODEL, jnp.asarray(prompt + [0] * 61))[2, :VOCAB]
     distribution = lambda x: jax.nn.softmax(mbx.sampling.top_k(mbx.sampling.temperature(x, 1.4), 4))  # noqa: E731
@@ -85,7 +83,7 @@ def test_the_distribution_is_that_of_the_model():
     found = np.zeros((VOCAB, VOCAB))
 
     def run(key):
-        out = mbx.speculate(MODEL, DRAFTS["another"], prompt, 2, lookahead=2, key=key, **options)
+        out = mbx.speculate(MODEL, DRAFTS["another"], prompt, 2, sampling, lookahead=2, key=key)
         return out.tokens
 
     # (Over keys a speculation can be mapped: all else is the same.)
@@ -133,7 +131,7 @@ def test_beam_search_is_brute_force(alpha):
     prompt, n, stop = [1, 2], 3, (0, 4)
     want = brute_force(prompt, n, alpha, stop)
     out = mbx.beam_search(
-        TINY, prompt, n, num_beams=VOCAB**2, length_penalty=alpha, stop_tokens=stop
+        TINY, prompt, n, mbx.Sampling(stop_tokens=stop), num_beams=VOCAB**2, length_penalty=alpha
     )
     for i in range(20):
         tokens, score = want[i]

@@ -1,4 +1,4 @@
-"""Which tokenizer belongs to a checkpoint: said by its files, never guessed."""
+"""`load_tokenizer` and `save_tokenizer`: the files of a checkpoint determine its tokenizer."""
 
 import json
 
@@ -27,14 +27,18 @@ def write(folder, **files):
     return folder
 
 
-def test_a_folder(tmp_path):
+def test_loads_and_saves_in_a_folder(tmp_path):
     want = mbx.TextTokenizer(FILES["byte_level"], CONFIG)
     ids = want.encode_chat(CHAT)
     folder = write(tmp_path / "a", tokenizer_json=FILES["byte_level"], tokenizer_config_json=CONFIG)
     got = mbx.load_tokenizer(folder)
     assert isinstance(got, mbx.TextTokenizer)
-    assert (got.encode_chat(CHAT), got.end, got.vocab_size) == (ids, want.end, want.vocab_size)
-    # The newer place of templates counts more.
+    assert (got.encode_chat(CHAT), got.eos_token_id, got.vocab_size) == (
+        ids,
+        want.eos_token_id,
+        want.vocab_size,
+    )
+    # A template in `chat_template.jinja` takes precedence over one in the config.
     old = CONFIG | {"chat_template": "{{ 'old' }}"}
     write(folder, tokenizer_config_json=old, chat_template_jinja=TEMPLATE)
     newer = mbx.load_tokenizer(str(folder))
@@ -44,9 +48,9 @@ def test_a_folder(tmp_path):
     (folder / "chat_template.jinja").unlink()
     plain = mbx.load_tokenizer(folder)
     assert isinstance(plain, mbx.TextTokenizer)
-    assert plain.end is None
+    assert plain.eos_token_id is None
     assert not plain.has_template
-    # Saved, it is the same again, also over another one.
+    # A saved tokenizer replaces another one and loads unchanged.
     mbx.save_tokenizer(mbx.ByteTokenizer(), tmp_path / "b")
     assert isinstance(mbx.load_tokenizer(tmp_path / "b"), mbx.ByteTokenizer)
     mbx.save_tokenizer(newer, tmp_path / "b")
@@ -55,7 +59,7 @@ def test_a_folder(tmp_path):
     assert again.encode_chat(CHAT) == ids
 
 
-def test_bytes_are_named_and_not_guessed(tmp_path):
+def test_byte_tokenizer_is_never_guessed(tmp_path):
     block = mbx.BlockConfig(mbx.Mamba1Config(4))
     model = mbx.LanguageModelConfig(256, (block,)).build(key=jr.key(0))
     mbx.save_pretrained(model, tmp_path)
@@ -76,17 +80,17 @@ def test_bytes_are_named_and_not_guessed(tmp_path):
     ],
     ids=str,
 )
-def test_damage_is_told(tmp_path, files, message):
+def test_damaged_or_missing_files_raise(tmp_path, files, message):
     with pytest.raises(mbx.CheckpointError, match=message):
         mbx.load_tokenizer(write(tmp_path, **files))
 
 
-def test_a_path_without_a_folder_is_told(tmp_path):
+def test_missing_folder_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         mbx.load_tokenizer(tmp_path / "nowhere")
 
 
-def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
+def test_link_out_of_the_folder_raises(tmp_path):
     write(tmp_path / "other", tokenizer_json=FILES["byte_level"])
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "tokenizer.json").symlink_to(tmp_path / "other" / "tokenizer.json")
@@ -94,7 +98,7 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
         mbx.load_tokenizer(tmp_path / "here")
 
 
-def test_the_hub(hub, tmp_path):
+def test_loads_from_the_hub(hub, tmp_path):
     files = {"tokenizer.json": FILES["byte_level"].encode(), "config.json": b"{}"}
     repository = hub.add("me/mine", files)
     first = repository.refs["main"]
@@ -109,14 +113,12 @@ def test_the_hub(hub, tmp_path):
         mbx.load_tokenizer("me/none", **options)
 
 
-def test_original_repositories_use_that_of_another(hub, tmp_path):
-    """They have no tokenizer, and not every checkpoint of their layout is theirs."""
+def test_original_repositories_use_the_neox_tokenizer(hub, tmp_path):
+    """Only for their vocabulary size: other checkpoints may use the same layout."""
     options = {"endpoint": hub.endpoint, "cache_dir": tmp_path / "cache"}
     original = json.dumps({"d_model": 8, "n_layer": 2, "vocab_size": 50277}).encode()
     hub.add("state-spaces/mamba-tiny", {"config.json": original})
-    message = (
-        r"^The repository 'state-spaces/mamba-tiny'.* trained with that of EleutherAI/gpt-neox"
-    )
+    message = r"^The repository 'state-spaces/mamba-tiny'.* the tokenizer of EleutherAI/gpt-neox"
     with pytest.raises(mbx.CheckpointError, match=message):
         mbx.load_tokenizer("state-spaces/mamba-tiny", **options)
     hub.add(_NEOX, {"config.json": b"{}", "tokenizer.json": FILES["byte_level"].encode()})

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ._checks import PerRow
+
 
 def repetition_penalty(
     logits: Float[Array, " vocab"],
@@ -80,9 +82,9 @@ class Penalties(eqx.Module):
     at all of them: give a window as long as the whole text for that.)
     """
 
-    repetition: float | Float[Array, " rows"] | Float[np.ndarray, " rows"] = 1.0
-    presence: float | Float[Array, " rows"] | Float[np.ndarray, " rows"] = 0.0
-    frequency: float | Float[Array, " rows"] | Float[np.ndarray, " rows"] = 0.0
+    repetition: PerRow = 1.0
+    presence: PerRow = 0.0
+    frequency: PerRow = 0.0
     window: int = eqx.field(static=True, default=64)
 
     def __check_init__(self):
@@ -97,3 +99,13 @@ class Penalties(eqx.Module):
                 )
         if isinstance(self.window, bool) or self.window < 1:
             raise ValueError(f"`window` of `Penalties` must be at least 1, but got {self.window}.")
+
+
+def penalise(
+    logits: Float[Array, " vocab"], recent: Int[Array, " window"], penalties: Penalties
+) -> Float[Array, " vocab"]:
+    """Applies all penalties of one row to the logits of one token."""
+    recent = recent[-penalties.window :]
+    logits = repetition_penalty(logits, recent, jnp.asarray(penalties.repetition))
+    logits = presence_penalty(logits, recent, jnp.asarray(penalties.presence))
+    return frequency_penalty(logits, recent, jnp.asarray(penalties.frequency))
