@@ -227,18 +227,21 @@ class _TemplateConversation:
                 "messages are unknown. Restart with --plain to continue without them."
             )
         history = read_config(history_path, _MAX_HISTORY)
-        fits = isinstance(history, dict) and history.keys() == {"messages", "tokens"}
-        if not fits or not all(isinstance(value, list) for value in history.values()):
+        match history:
+            case {"messages": list(messages), "tokens": list(ids), **others} if not others:
+                pass
+            case _:
+                raise CheckpointError(
+                    f"{history_path} is not a file that /save writes beside a state. Load another "
+                    "one."
+                )
+        if len(ids) != int(state.position) + 1:
             raise CheckpointError(
-                f"{history_path} is not a file that /save writes beside a state. Load another one."
-            )
-        if len(history["tokens"]) != int(state.position) + 1:
-            raise CheckpointError(
-                f"{history_path} has {len(history['tokens'])} tokens, but the state {path} has "
+                f"{history_path} has {len(ids)} tokens, but the state {path} has "
                 f"read {int(state.position) + 1}. Keep the two files of a /save together."
             )
-        self._messages = history["messages"]
-        self._snapshots = [_Snapshot(history["tokens"], state)]
+        self._messages = messages
+        self._snapshots = [_Snapshot(ids, state)]
 
 
 _Conversation: TypeAlias = _PlainConversation | _TemplateConversation

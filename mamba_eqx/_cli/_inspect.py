@@ -26,9 +26,8 @@ def add_inspect(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as headers:
-        description = describe(
-            open_checkpoint(args.source, hub_from_args(args), heads=Path(headers))
-        )
+        hub, header_folder = hub_from_args(args), Path(headers)
+        description = describe(open_checkpoint(args.source, hub, header_folder=header_folder))
     if args.json:
         write(json.dumps(description.to_json(), indent=2, allow_nan=False) + "\n")
     else:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from ..formats import CheckpointError, read_config
 from ..text import ByteTokenizer, TextTokenizer
-from ._checkpoint import CONFIGS, find_files
 from ._hub import Hub
-from ._source import CONFIG, Find
+from ._source import CONFIG, CONFIGS, Source, open_source
 
 
 TOKENIZER = "tokenizer.json"
@@ -62,48 +61,47 @@ def load_tokenizer(
 
 
 def _load(name_or_path: str | os.PathLike[str], hub: Hub) -> TextTokenizer | ByteTokenizer:
-    find, where = find_files(name_or_path, hub, settled_by=(*CONFIGS, TOKENIZER))
-    return read_tokenizer(find, where, hub)
+    source = open_source(name_or_path, hub, entry_files=(*CONFIGS, TOKENIZER))
+    return read_tokenizer(source, hub)
 
 
-def read_tokenizer(find: Find, where: str, hub: Hub) -> TextTokenizer | ByteTokenizer:
+def read_tokenizer(source: Source, hub: Hub) -> TextTokenizer | ByteTokenizer:
     """Reads the tokenizer from the files of a checkpoint.
 
     **Arguments:**
 
-    - `find`: finds a file of the checkpoint by name.
-    - `where`: the name of the checkpoint in messages.
+    - `source`: the files of the checkpoint.
     - `hub`: the access to the Hub, for a tokenizer that is in another repository.
 
     **Returns:** the tokenizer.
 
     **Raises:** as `load_tokenizer`.
     """
-    config_path = find(TOKENIZER_CONFIG)
+    config_path = source.find(TOKENIZER_CONFIG)
     config = {} if config_path is None else read_config(config_path, _MAX_CONFIG)
     if not isinstance(config, dict):
         raise CheckpointError(f"{config_path}: it must be a JSON object.")
-    path = find(TOKENIZER)
+    path = source.find(TOKENIZER)
     if path is not None:
-        template = find(CHAT_TEMPLATE)
+        template = source.find(CHAT_TEMPLATE)
         if template is not None:
             # transformers now writes templates here; one in the config is from an older version.
             config = config | {"chat_template": _read_text(template)}
         return _text_tokenizer(path, config)
     if config.get("tokenizer_class") == _BYTES["tokenizer_class"]:
         return ByteTokenizer()
-    if _is_original(find):
+    if _is_original(source):
         other = Hub(None, hub.token, hub.cache_dir, hub.local_files_only, endpoint=hub.endpoint)
         try:
             return _load(_NEOX, other)
         except CheckpointError as error:
             raise CheckpointError(
-                f"{where} has no {TOKENIZER}: its model was trained with the tokenizer of {_NEOX}, "
-                f"which could not be loaded: {error}"
+                f"{source.where} has no {TOKENIZER}: its model was trained with the tokenizer of "
+                f"{_NEOX}, which could not be loaded: {error}"
             ) from error
     raise CheckpointError(
-        f"{where} has no {TOKENIZER}: use the tokenizer of the repository that the model was "
-        f"trained with. If its tokens are bytes, add a {TOKENIZER_CONFIG} that contains "
+        f"{source.where} has no {TOKENIZER}: use the tokenizer of the repository that the model "
+        f"was trained with. If its tokens are bytes, add a {TOKENIZER_CONFIG} that contains "
         f"{json.dumps(_BYTES)}, as `mamba_eqx.save_tokenizer` writes it."
     )
 
@@ -154,9 +152,9 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _is_original(find: Find) -> bool:
+def _is_original(source: Source) -> bool:
     """Returns whether a checkpoint looks like an original `state-spaces` repository."""
-    path = find(CONFIG)
+    path = source.find(CONFIG)
     values = None if path is None else read_config(path)
     return (
         isinstance(values, dict)

@@ -1,4 +1,4 @@
-"""Safetensors files: what is read and written, and that damaged ones get a `CheckpointError`."""
+"""Reading and writing safetensors files; damaged files raise a `CheckpointError`."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def field(dtype: object = "F32", shape: object = (2,), begin: object = 0, end: o
 
 @pytest.fixture(autouse=True, scope="module")
 def _as_users_run():
-    """Without run-time type checks, which take a hundred times as long as an instruction."""
+    """Disables run-time type checks, which take a hundred times as long as the code itself."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -46,7 +46,9 @@ def opened(tmp_path_factory) -> Callable[[bytes], dict[str, StoredTensor]]:
     path = tmp_path_factory.mktemp("safetensors") / "model.safetensors"
 
     def open_bytes(data: bytes) -> dict[str, StoredTensor]:
-        path.unlink(missing_ok=True)  # the mapping of an earlier file stays what it was
+        path.unlink(
+            missing_ok=True
+        )  # A new file, so that the mapping of the earlier one is unchanged.
         path.write_bytes(data)
         return open_safetensors(path)
 
@@ -63,10 +65,10 @@ def check_readable(tensors: dict[str, StoredTensor], limit: int) -> None:
         assert array.nbytes <= limit
 
 
-# What is read and written.
+# Reading and writing.
 
 
-def test_reads_what_the_package_writes(opened):
+def test_reads_files_of_the_package(opened):
     arrays = {**ARRAYS, "scalar": np.array(3.0), "empty": np.ones((0, 3)), "one": np.ones((1, 1))}
     tensors = opened(safetensors.numpy.save(arrays, metadata={"format": "pt"}))
     check_readable(tensors, 48)
@@ -75,7 +77,7 @@ def test_reads_what_the_package_writes(opened):
         np.testing.assert_array_equal(tensors[name].read(), array, strict=True)
 
 
-def test_writes_what_the_package_reads(tmp_path):
+def test_package_reads_our_files(tmp_path):
     path = tmp_path / "model.safetensors"
     arrays = {**ARRAYS, "scalar": np.array(3.0), "empty": np.ones((0, 3))}
     write_safetensors(path, arrays, {"format": "pt"})
@@ -84,13 +86,13 @@ def test_writes_what_the_package_reads(tmp_path):
         assert sorted(file.keys()) == sorted(arrays)
     for name, stored in open_safetensors(path).items():
         np.testing.assert_array_equal(stored.read(), arrays[name], strict=True)
-    del arrays["bfloat16"]  # which the package reads with torch only
+    del arrays["bfloat16"]  # The package reads bfloat16 with torch only.
     write_safetensors(path, arrays, {})
     for name, array in safetensors.numpy.load_file(path).items():
         np.testing.assert_array_equal(array, arrays[name], strict=True)
 
 
-def test_writes_values_whatever_their_layout(tmp_path):
+def test_writes_arrays_of_any_memory_layout(tmp_path):
     base = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     arrays = {
         "transposed": base.T,
@@ -110,13 +112,13 @@ def test_writes_values_whatever_their_layout(tmp_path):
         np.testing.assert_array_equal(tensors[name].read(), array)
 
 
-def test_writes_all_or_nothing(tmp_path, monkeypatch):
+def test_failed_write_leaves_old_file(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     write_safetensors(path, {"old": np.ones(2)}, {})
     mode = path.stat().st_mode
     plain = tmp_path / "plain"
     plain.touch()
-    assert mode == plain.stat().st_mode  # not the 0600 of a temporary file
+    assert mode == plain.stat().st_mode  # Not the 0600 of a temporary file.
     plain.unlink()
 
     def fail(*_: object) -> None:
@@ -133,7 +135,7 @@ def test_writes_all_or_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_writes_beside_an_open_file(tmp_path):
+def test_write_does_not_change_an_open_file(tmp_path):
     path = tmp_path / "model.safetensors"
     write_safetensors(path, {"x": np.zeros(1000)}, {})
     before = open_safetensors(path)["x"].read()
@@ -142,14 +144,14 @@ def test_writes_beside_an_open_file(tmp_path):
     assert open_safetensors(path)["x"].read().sum() == 1000
 
 
-def test_forms(opened):
+def test_reads_all_valid_forms(opened):
     assert opened(file_bytes({})) == {}
     assert opened(file_bytes({"__metadata__": {"a": "b"}})) == {}
     # A header of 60 bytes begins with "<", as a web page does.
     header = json.dumps({"x": field()}, separators=(",", ":")).encode().ljust(60)
     assert file_bytes(header)[:1] == b"<"
     assert opened(file_bytes(header, bytes(8)))["x"].read().tolist() == [0, 0]
-    # The order is that of the header; tensors may lie anywhere, also off their boundaries.
+    # Tensors have the order of the header. Their data may be anywhere, aligned or not.
     a, b, e = field("BOOL", [1], 0, 1), field("F32", [2], 1, 9), field("I8", [0], 9, 9)
     header = {"b": b, "a": a, "e": e}
     tensors = opened(file_bytes(header, b"\x07" + struct.pack("<2f", 1, 2)))
@@ -159,7 +161,7 @@ def test_forms(opened):
     assert tensors["a"].read().view(np.uint8).tolist() == [1]
 
 
-# What is refused.
+# Invalid files.
 
 
 def one(**options: object) -> bytes:
@@ -195,13 +197,13 @@ REFUSED = {
     "a long number": (file_bytes(b'{"x": ' + b"9" * 100_000 + b"}"), "number"),
     "a name twice": (
         file_bytes(b'{"x": %b, "x": %b}' % ((json.dumps(field()).encode(),) * 2), bytes(8)),
-        "'x' more than once",
+        "'x' occurs twice",
     ),
     "a field twice": (
         file_bytes(b'{"x":{"dtype":"F32","dtype":"F32"}}'),
-        "'dtype' more than once",
+        "'dtype' occurs twice",
     ),
-    "metadata twice": (file_bytes(b'{"__metadata__":{},"__metadata__":{}}'), "more than once"),
+    "metadata twice": (file_bytes(b'{"__metadata__":{},"__metadata__":{}}'), "occurs twice"),
     "metadata of numbers": (file_bytes({"__metadata__": {"a": 1}}), "strings"),
     "metadata of None": (file_bytes({"__metadata__": None}), "strings"),
     "tensor of None": (file_bytes({"x": None}), "fields"),
@@ -247,7 +249,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("data", "word"), REFUSED.values(), ids=REFUSED)
-def test_refused(opened, data, word):
+def test_invalid_file_raises(opened, data, word):
     with (
         bounded(),
         pytest.raises(CheckpointError, match=rf"model\.safetensors: .*{word}") as caught,
@@ -280,7 +282,7 @@ def test_memory_is_bounded(opened, header):
 SMALL = safetensors.numpy.save({"x": np.ones((2, 3), np.float32), "y": np.ones(2, np.int8)})
 
 
-def test_truncated(opened):
+def test_truncated_file_raises(opened):
     for length in range(len(SMALL)):
         with pytest.raises(CheckpointError):
             opened(SMALL[:length])
@@ -288,7 +290,7 @@ def test_truncated(opened):
 
 @settings(max_examples=max(100, settings().max_examples))
 @given(flips=st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 7)), min_size=1, max_size=3))
-def test_flipped_bits(opened, flips):
+def test_flipped_bits_raise_or_are_harmless(opened, flips):
     data = bytearray(SMALL)
     for position, bit in flips:
         data[position % len(data)] ^= 1 << bit
@@ -299,7 +301,7 @@ def test_flipped_bits(opened, flips):
     check_readable(tensors, len(data))
 
 
-def test_every_byte_of_the_header(opened):
+def test_changed_bytes_of_the_header_raise_or_are_harmless(opened):
     for position in range(len(SMALL) - 26):
         for byte in b'\x00\xff"{}[],:-09eu':
             try:
@@ -310,7 +312,7 @@ def test_every_byte_of_the_header(opened):
 
 
 @pytest.mark.parity
-def test_parity(opened, tmp_path):
+def test_parity_with_the_package(opened, tmp_path):
     torch = pytest.importorskip("torch")
     files = pytest.importorskip("safetensors.torch")
     state = {

@@ -1,4 +1,4 @@
-"""`open_torch`: what it reads, and that hostile files get a `CheckpointError` and nothing else."""
+"""Reading the files of `torch.save`; hostile files only raise a `CheckpointError`."""
 
 import collections
 import io
@@ -29,7 +29,7 @@ from tests.support.torch_attacks import (
 
 @pytest.fixture(autouse=True, scope="module")
 def _as_users_run():
-    """Without run-time type checks, which take a hundred times as long as an instruction."""
+    """Disables run-time type checks, which take a hundred times as long as the code itself."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -40,7 +40,9 @@ def opened(tmp_path_factory) -> Callable[[bytes], dict[str, StoredTensor]]:
     path = tmp_path_factory.mktemp("torch") / "pytorch_model.bin"
 
     def open_bytes(data: bytes) -> dict[str, StoredTensor]:
-        path.unlink(missing_ok=True)  # the mapping of an earlier file stays what it was
+        path.unlink(
+            missing_ok=True
+        )  # A new file, so that the mapping of the earlier one is unchanged.
         path.write_bytes(data)
         return open_torch(path)
 
@@ -58,11 +60,11 @@ def check_readable(tensors: dict[str, StoredTensor], limit: int) -> None:
         assert array.nbytes <= limit
 
 
-# What it reads.
+# Valid files.
 
 
 @pytest.mark.parametrize("byteorder", ["little", "big"])
-def test_every_dtype(opened, byteorder):
+def test_reads_every_dtype(opened, byteorder):
     arrays = {
         name: np.array([[0, 1, 2], [3, 100, 1]]).astype(dtype) for name, dtype in tf.DTYPES.items()
     }
@@ -73,7 +75,7 @@ def test_every_dtype(opened, byteorder):
         np.testing.assert_array_equal(tensors[name].read(), array, strict=True)
 
 
-def test_shapes(opened):
+def test_reads_every_shape(opened):
     arrays = {str(s): np.ones(s, np.float32) for s in [(), (1,), (0,), (3, 0), (2, 1, 3, 1)]}
     tensors = opened(tf.torch_bytes(arrays))
     check_readable(tensors, 24)
@@ -82,7 +84,7 @@ def test_shapes(opened):
     }
 
 
-def test_views_of_one_storage(opened):
+def test_views_of_one_storage_share_memory(opened):
     tensors = opened(small())
     check_readable(tensors, 24)
     w, t, p = (tensors[name].read() for name in "wtp")
@@ -110,17 +112,17 @@ def test_views_of_one_storage(opened):
     ],
     ids=["cuda", "unused stride", "metadata None", "metadata empty", "parameter with attributes"],
 )
-def test_forms_of_a_tensor(opened, value):
+def test_reads_all_forms_of_a_tensor(opened, value):
     array = opened(holding(value))["x"].read()
     np.testing.assert_array_equal(array.ravel(), np.array([2, 5], np.float32))
 
 
-def test_nothing_from_beyond_the_end(opened):
+def test_empty_tensor_may_be_beyond_the_end(opened):
     array = opened(holding(tf.tensor(SOURCE, (0, 3), (3, 1), offset=2**62)))["x"].read()
     assert array.shape == (0, 3)
 
 
-def test_forms_of_a_state_dict(opened):
+def test_reads_all_forms_of_a_state_dict(opened):
     metadata = b"}" + tf.text("_metadata") + tf.state_dict({"": b"}" + tf.text("v") + b"K\1s"})
     plain = tf.state_dict(ITEMS, ordered=False)
     one_by_one = b"}" + b"".join(tf.text(name) + item + b"s" for name, item in ITEMS.items())
@@ -129,13 +131,13 @@ def test_forms_of_a_state_dict(opened):
     assert opened(small(tf.program(tf.ordered_dict()))) == {}
 
 
-def test_forms_of_an_archive(opened):
+def test_reads_all_forms_of_an_archive(opened):
     entries = tf.archive_entries(tf.program(tf.state_dict(ITEMS)), STORAGES)
     without_byteorder = [entry for entry in entries if "byteorder" not in entry.name]
     for data in (
         tf.zip_bytes(entries, zip64=True),
         tf.zip_bytes(without_byteorder),
-        tf.zip_bytes(entries, alignment=1),  # tensors off their natural boundaries
+        tf.zip_bytes(entries, alignment=1),  # Unaligned tensors.
         small(crc=0),  # `torch.serialization.set_crc32_options(False)`
     ):
         tensors = opened(data)
@@ -143,7 +145,7 @@ def test_forms_of_an_archive(opened):
         np.testing.assert_array_equal(tensors["w"].read(), [[0, 1, 2], [3, 4, 5]])
 
 
-def test_a_bool_is_zero_or_one(opened):
+def test_bools_are_zero_or_one(opened):
     pickle = tf.program(
         tf.state_dict({"x": tf.tensor(tf.storage("BoolStorage", "0", 3), (3,), (1,))})
     )
@@ -151,7 +153,7 @@ def test_a_bool_is_zero_or_one(opened):
     assert opened(data)["x"].read().view(np.uint8).tolist() == [0, 1, 1]
 
 
-# What it refuses.
+# Hostile files.
 
 ATTACKS = [
     *(pytest.param(small(d), word, id=f"pickle: {n}") for n, (d, word) in PICKLES.items()),
@@ -161,7 +163,7 @@ ATTACKS = [
 
 
 @pytest.mark.parametrize(("data", "word"), ATTACKS)
-def test_refused(opened, data, word):
+def test_hostile_file_raises(opened, data, word):
     with (
         bounded(),
         pytest.raises(CheckpointError, match=rf"pytorch_model\.bin: .*{word}") as caught,
@@ -171,7 +173,7 @@ def test_refused(opened, data, word):
     assert str(caught.value).isprintable()
 
 
-def test_nothing_is_run(opened, tmp_path):
+def test_no_code_is_run(opened, tmp_path):
     for module in ("os", "posix", "nt"):
         attack = tf.call(tf.function(module, "system"), tf.text(f"touch {tmp_path / 'run'}"))
         for value in (attack, tf.state_dict({"x": attack}), tf.ordered_dict() + attack + b"b"):
@@ -201,7 +203,7 @@ def test_nothing_is_run(opened, tmp_path):
     ids=["objects", "memo", "tensors"],
 )
 def test_memory_is_bounded(opened, pickle, monkeypatch):
-    # A tenth of the true bound, because tracing is slow.
+    # A tenth of the actual limit, because tracing is slow.
     monkeypatch.setattr("mamba_eqx.formats.torch._pickle._MAX_INSTRUCTIONS", 25_000)
     data = small(pickle)
     tracemalloc.start()
@@ -215,8 +217,8 @@ def test_memory_is_bounded(opened, pickle, monkeypatch):
     assert peak < 8e6
 
 
-def test_one_large_dict_under_many_names(opened):
-    """The look for a nested state dict takes quadratic time if each name is looked into."""
+def test_large_dict_under_many_names_takes_linear_time(opened):
+    """The search for a nested state dict must not search the same dict once for each name."""
     items = b"(" + b"".join(tf.text(str(i)) + b"h\0" for i in range(4900)) + b"u"
     large = b"}q\1(" + tf.text("t") + ITEMS["w"] + b"q\0u" + items * 10 + tf.text("z") + b"Ns"
     names = b"(" + b"".join(tf.text(f"m{i}") + b"h\1" for i in range(4900)) + b"u"
@@ -224,17 +226,17 @@ def test_one_large_dict_under_many_names(opened):
         opened(small(tf.program(b"}" + tf.text("m") + large + b"s" + names)))
 
 
-# Damage of every kind.
+# Damaged files.
 
 
-def test_truncated(opened):
+def test_truncated_file_raises(opened):
     data = small()
     for length in range(len(data)):
         with pytest.raises(CheckpointError):
             opened(data[:length])
 
 
-def test_truncated_pickle(opened):
+def test_truncated_pickle_raises(opened):
     pickle = tf.program(tf.state_dict(ITEMS))
     for length in range(len(pickle)):
         with pytest.raises(CheckpointError):
@@ -254,7 +256,7 @@ FLIPS = st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 7)), min_size=1
 
 @settings(max_examples=max(100, settings().max_examples))
 @given(flips=FLIPS, crc=st.sampled_from([None, 0]), zip64=st.booleans())
-def test_flipped_bits(opened, flips, crc, zip64):
+def test_flipped_bits_raise_or_are_harmless(opened, flips, crc, zip64):
     pickle = tf.program(tf.state_dict(ITEMS))
     original = tf.zip_bytes(tf.archive_entries(pickle, STORAGES, crc=crc), zip64=zip64)
     data = bytearray(original)
@@ -263,7 +265,7 @@ def test_flipped_bits(opened, flips, crc, zip64):
     check_damaged(opened, bytes(data))
     values = {byte for s in STORAGES.values() for byte in span(original, s)}
     if crc is None and values.isdisjoint(position % len(data) for position, _ in flips):
-        # Everything but the values of tensors is covered by a checksum, or checked.
+        # Everything except the values of tensors is validated or covered by a checksum.
         try:
             tensors = opened(bytes(data))
         except CheckpointError:
@@ -278,8 +280,8 @@ def span(data: bytes, part: bytes) -> range:
     return range(start, start + len(part))
 
 
-def test_every_byte_of_the_pickle(opened):
-    """Each byte replaced by some that are instructions or extreme values."""
+def test_changed_bytes_of_the_pickle_raise_or_are_harmless(opened):
+    """Each byte is replaced by instructions and by extreme values."""
     pickle = tf.program(tf.state_dict(ITEMS))
     for position in range(len(pickle)):
         for byte in (0, 0xFF, pickle[position] ^ 1, *b"(tR"):
@@ -300,11 +302,11 @@ PARTS = st.sampled_from(
 
 @settings(max_examples=max(100, settings().max_examples))
 @given(parts=st.lists(PARTS, max_size=12))
-def test_any_program(opened, parts):
+def test_random_programs_raise_or_are_harmless(opened, parts):
     check_damaged(opened, small(tf.program(b"".join(parts))))
 
 
-# What torch itself writes.
+# Files written by torch.
 
 
 def saved(torch, value: object, **options) -> bytes:
@@ -315,12 +317,12 @@ def saved(torch, value: object, **options) -> bytes:
 
 @pytest.mark.parity
 @pytest.mark.parametrize("byteorder", ["little", "big"])
-def test_parity_of_every_dtype(opened, byteorder):
+def test_reads_every_dtype_of_torch(opened, byteorder):
     torch = pytest.importorskip("torch")
     values = torch.tensor([[0, 1, 2], [3, 100, 1]])
     state = collections.OrderedDict((n, values.to(getattr(torch, n))) for n in tf.DTYPES)
     data = saved(torch, state)
-    if byteorder == "big":  # torch has no option for it
+    if byteorder == "big":  # torch cannot write big-endian files.
         data = tf.torch_bytes({n: s.read() for n, s in opened(data).items()}, byteorder="big")
         assert sorted(torch.load(io.BytesIO(data))) == sorted(state)
     tensors = opened(data)
@@ -332,7 +334,7 @@ def test_parity_of_every_dtype(opened, byteorder):
 
 
 @pytest.mark.parity
-def test_parity_of_views(opened):
+def test_reads_views_of_torch(opened):
     torch = pytest.importorskip("torch")
     base = torch.randn(4, 5, 6)
     state = {
@@ -353,7 +355,7 @@ def test_parity_of_views(opened):
 
 
 @pytest.mark.parity
-def test_parity_of_modules(opened):
+def test_reads_modules_of_torch(opened):
     torch = pytest.importorskip("torch")
     module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     module.register_parameter("A_log", torch.nn.Parameter(torch.randn(2)))
@@ -369,8 +371,7 @@ def test_parity_of_modules(opened):
 
 
 @pytest.mark.parity
-def test_parity_of_our_writer(tmp_path):
-    """What the tests above call well formed, torch reads as well."""
+def test_torch_reads_the_files_of_these_tests(tmp_path):
     torch = pytest.importorskip("torch")
     (tmp_path / "small.bin").write_bytes(small())
     state = torch.load(tmp_path / "small.bin")
@@ -380,7 +381,7 @@ def test_parity_of_our_writer(tmp_path):
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
-def test_parity_of_refusals(opened):
+def test_refuses_other_files_of_torch(opened):
     torch = pytest.importorskip("torch")
     module = torch.nn.Linear(2, 2)
     state = module.state_dict()

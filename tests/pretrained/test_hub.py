@@ -1,4 +1,4 @@
-"""`from_pretrained` against a Hub on this machine: `huggingface_hub` itself, over HTTP."""
+"""`from_pretrained` with `huggingface_hub` over HTTP, from a local server in place of the Hub."""
 
 import functools
 import hashlib
@@ -33,7 +33,7 @@ MODEL, OTHER = make(BOTH["tied"]), make(BOTH["untied"])
 
 @functools.cache
 def files(name: str = "tied", **options) -> dict[str, bytes]:
-    """The files of a checkpoint."""
+    """Returns the files of a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(make(BOTH[name]), folder, **options)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
@@ -41,7 +41,7 @@ def files(name: str = "tied", **options) -> dict[str, bytes]:
 
 @functools.cache
 def torch_files() -> dict[str, bytes]:
-    """The same model as the official repositories have theirs."""
+    """Returns the same checkpoint in the form of the official repositories."""
     arrays = {k: np.asarray(v) for k, v in state_dict(MODEL, layout="state-spaces").items()}
     arrays["lm_head.weight"] = arrays["backbone.embedding.weight"]
     config = files(layout="state-spaces")["config.json"]
@@ -49,18 +49,18 @@ def torch_files() -> dict[str, bytes]:
 
 
 def downloaded(hub: Hub, content: dict[str, bytes]) -> set[str]:
-    """The names of the files whose content was sent."""
+    """Returns the names of the files whose content was sent."""
     names = {hashlib.sha256(body).hexdigest(): name for name, body in content.items()}
     found = {request.path.split("/")[-1] for request in hub.asked("^GET ")}
     return {names.get(name, name) for name in found}
 
 
 def cached(tmp_path: Path) -> list[str]:
-    """The files of the cache that hold content."""
+    """Returns the names of the files in the cache that hold content."""
     return sorted(p.name for p in (tmp_path / "cache").glob("models--*/blobs/*"))
 
 
-# What is downloaded.
+# Downloads.
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def cached(tmp_path: Path) -> list[str]:
     ],
     ids=["safetensors", "both", "bin", "shards"],
 )
-def test_only_what_is_needed_is_downloaded_and_only_once(content, needed, hub, load):
+def test_only_necessary_files_are_downloaded_and_only_once(content, needed, hub, load):
     extras = dict.fromkeys(
         ["README.md", "consolidated.safetensors", "flax_model.msgpack", "onnx/model.bin"], b"x"
     )
@@ -83,13 +83,13 @@ def test_only_what_is_needed_is_downloaded_and_only_once(content, needed, hub, l
 
     hub.requests.clear()
     assert_same(load(), MODEL)
-    # Whether the branch has moved is all that has to be asked.
+    # The only request asks whether the branch has moved.
     assert [(r.method, r.path) for r in hub.requests] == [
         ("HEAD", "/me/mine/resolve/main/config.json")
     ]
 
 
-def test_a_commit_in_the_cache_needs_no_network(hub, load):
+def test_cached_commit_needs_no_network(hub, load):
     commit = hub.add(NAME, files()).refs["main"]
     assert_same(load(revision=commit), MODEL)
     hub.requests.clear()
@@ -98,7 +98,7 @@ def test_a_commit_in_the_cache_needs_no_network(hub, load):
 
 
 @pytest.mark.parametrize("how", ["local_files_only", "HF_HUB_OFFLINE"])
-def test_offline(how, hub, load, monkeypatch):
+def test_loads_from_cache_when_offline(how, hub, load, monkeypatch):
     from huggingface_hub import constants
 
     hub.add(NAME, files())
@@ -107,7 +107,7 @@ def test_offline(how, hub, load, monkeypatch):
         offline = functools.partial(monkeypatch.setattr, constants, "HF_HUB_OFFLINE")
     else:
         options["local_files_only"] = True
-        offline = lambda on: None  # noqa: E731
+        offline = lambda on: None
     offline(True)
     with pytest.raises(CheckpointError, match=r"'me/mine'.*not in the local cache.*while online"):
         load(**options)
@@ -121,21 +121,21 @@ def test_offline(how, hub, load, monkeypatch):
     assert hub.requests == []
 
 
-def test_offline_with_half_of_a_checkpoint(hub, load):
+def test_offline_with_incomplete_cache_raises(hub, load):
     hub.add(NAME, {"config.json": files()["config.json"]})
     with pytest.raises(CheckpointError, match=r"'me/mine'.*has no weights: none of model.safet"):
         load()
-    with pytest.raises(CheckpointError, match=r"^What the cache has of the repository 'me/mine'"):
+    with pytest.raises(CheckpointError, match=r"^The cached part of the repository 'me/mine'"):
         load(local_files_only=True)
 
 
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
-def test_the_revision_is_resolved_once(method, hub, load):
-    """Someone pushes while a model is being downloaded, after the first request or the second."""
+def test_revision_is_resolved_once(method, hub, load):
+    """A push during a download, after the first or the second request, has no effect on it."""
     repository = hub.add(NAME, files())
     first = repository.refs["main"]
     config = files()["config.json"]
-    # As long as the true one, which is all that `huggingface_hub` compares.
+    # As long as the original, because `huggingface_hub` compares only the size.
     pushed = files("untied") | {"config.json": config.replace(b'"silu"', b'"gelu"')}
 
     def push(request):
@@ -152,18 +152,18 @@ def test_the_revision_is_resolved_once(method, hub, load):
     assert_same(load(revision=first), MODEL)
 
 
-def test_branches_tags_and_pull_requests(hub, load):
+def test_loads_branches_tags_and_pull_requests(hub, load):
     repository = hub.add(NAME, files())
     for name in ("v2", "refs/pr/4", "a/b#?c"):
         repository.commit(files("untied"), name)
         assert_same(load(revision=name), OTHER)
         assert_same(load(revision=name, local_files_only=True), OTHER)
     assert_same(load(), MODEL)
-    with pytest.raises(CheckpointError, match=r"at revision 'v3'.*not there.*listed at http"):
+    with pytest.raises(CheckpointError, match=r"at revision 'v3'.*does not exist.*listed at http"):
         load(revision="v3")
 
 
-def test_force_download(hub, load):
+def test_force_download_downloads_again(hub, load):
     hub.add(NAME, files())
     load()
     hub.requests.clear()
@@ -174,7 +174,7 @@ def test_force_download(hub, load):
         load(force_download=True, local_files_only=True)
 
 
-# What is refused.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_force_download(hub, load):
         ({"token": "hf_bad"}, "the token is not valid.*401"),
     ],
 )
-def test_gated(options, message, hub, load, tmp_path):
+def test_gated_repository_raises(options, message, hub, load, tmp_path):
     hub.add(NAME, files(), gated=True)
     with pytest.raises(CheckpointError, match=message) as error:
         load(**options)
@@ -195,19 +195,19 @@ def test_gated(options, message, hub, load, tmp_path):
 
 
 @pytest.mark.parametrize("token", [None, "hf_good"])
-def test_no_such_repository(token, hub, load):
+def test_missing_repository_raises(token, hub, load):
     with pytest.raises(CheckpointError, match=r"'me/mine'.*does not exist, or is private.*log in"):
         load(token=token)
 
 
-def test_private(hub, load):
+def test_private_repository_raises(hub, load):
     hub.add(NAME, files(), private=True)
     with pytest.raises(CheckpointError, match="does not exist, or is private"):
         load()
     assert_same(load(token="hf_good"), MODEL)
 
 
-def test_missing_files(hub, load):
+def test_missing_files_raise(hub, load):
     repository = hub.add(NAME, {"model.safetensors": b""})
     with pytest.raises(CheckpointError, match=r"'me/mine'.* has no config\.json"):
         load()
@@ -218,7 +218,7 @@ def test_missing_files(hub, load):
         load()
 
 
-def test_an_index_cannot_lead_out_of_the_repository(hub, load):
+def test_index_cannot_lead_out_of_the_repository(hub, load):
     index = {"weight_map": {"x": "../../../../secret.safetensors"}}
     content = {"model.safetensors.index.json": json.dumps(index).encode()}
     hub.add(NAME, {"config.json": files()["config.json"], **content})
@@ -227,17 +227,17 @@ def test_an_index_cannot_lead_out_of_the_repository(hub, load):
     assert not hub.asked("secret")
 
 
-def test_not_a_name(load):
+def test_invalid_name_raises(load):
     with pytest.raises(CheckpointError, match="neither a local folder nor a valid name"):
         from_pretrained("a--b/..c")
 
 
-# What networks do.
+# Network failures.
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 @pytest.mark.parametrize("path", ["HEAD .*main/config.json", "HEAD .*/model.safetensors"])
-def test_a_busy_hub_is_asked_again(path, status, hub, load):
+def test_requests_are_retried_when_the_hub_is_busy(path, status, hub, load):
     hub.add(NAME, files())
     hub.faults.append(Fault(path, times=2, status=status, headers={"Retry-After": "0"}))
     assert_same(load(), MODEL)
@@ -254,32 +254,34 @@ def test_a_busy_hub_is_asked_again(path, status, hub, load):
         ("GET /large/", 403, r"does not permit it \(403\)"),
     ],
 )
-def test_and_given_up(path, status, message, hub, load, tmp_path):
+def test_persistent_failures_raise(path, status, message, hub, load, tmp_path):
     hub.add(NAME, torch_files() | files())
     hub.faults.append(Fault(path, times=99, status=status))
     with pytest.raises(CheckpointError, match=f"'me/mine'.*{message}"):
         load()
-    # In particular, the weights of another format are not taken for these.
+    # In particular, the weights in the other format are not loaded instead.
     assert not hub.asked("pytorch_model")
     assert len(cached(tmp_path)) <= 1
     hub.faults.clear()
     assert_same(load(), MODEL)
 
 
-def test_nobody_answers(hub, tmp_path):
+def test_unreachable_hub_raises(hub, tmp_path):
     hub.add(NAME, files())
     options = {"cache_dir": tmp_path / "cache", "endpoint": "http://127.0.0.1:9"}
     with pytest.raises(CheckpointError, match=r"127.0.0.1:9\) could not be read.*network"):
         from_pretrained(NAME, **options)
     assert_same(from_pretrained(NAME, **options | {"endpoint": hub.endpoint}), MODEL)
-    # What was loaded before can be loaded without.
+    # A cached model can be loaded without the Hub.
     assert_same(from_pretrained(NAME, **options), MODEL)
 
 
-def test_a_cut_body_is_resumed(hub, load, monkeypatch):
+def test_interrupted_download_resumes(hub, load, monkeypatch):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)  # What it goes on from.
+    monkeypatch.setattr(
+        constants, "DOWNLOAD_CHUNK_SIZE", 100
+    )  # It resumes from a multiple of this.
     hub.add(NAME, files())
     hub.faults.append(Fault("GET /large/", times=2, cut=500))
     assert_same(load(), MODEL)
@@ -287,7 +289,7 @@ def test_a_cut_body_is_resumed(hub, load, monkeypatch):
     assert ranges == [None, "bytes=500-", "bytes=1000-"]
 
 
-def test_a_body_that_is_always_cut(hub, load, tmp_path):
+def test_download_that_is_always_interrupted_raises(hub, load, tmp_path):
     hub.add(NAME, files())
     hub.faults.append(Fault("GET /large/", times=99, cut=0))
     with pytest.raises(CheckpointError, match=r"'me/mine'.*could not be read"):
@@ -297,7 +299,7 @@ def test_a_body_that_is_always_cut(hub, load, tmp_path):
 
 @pytest.mark.parametrize("symlinks", [True, False])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_other_bytes_of_the_same_size_are_refused(name, symlinks, hub, load, tmp_path, monkeypatch):
+def test_wrong_content_of_the_right_size_raises(name, symlinks, hub, load, tmp_path, monkeypatch):
     from huggingface_hub import constants, file_download
 
     if not symlinks:
@@ -306,19 +308,19 @@ def test_other_bytes_of_the_same_size_are_refused(name, symlinks, hub, load, tmp
     content = files()
     hub.add(NAME, content)
     wrong = bytearray(content[name])
-    # Both are well formed: nothing but the checksum can tell.
+    # Both are well formed, so that only the checksum can detect the change.
     at = wrong.index(b'"mamba"') if name == "config.json" else len(wrong) - 3
     wrong[at : at + 1] = b"'" if name == "config.json" else bytes([wrong[at] ^ 1])
     path = "GET /me/mine/resolve/.*json" if name == "config.json" else "GET /large/"
     hub.faults.append(Fault(path, times=2, body=bytes(wrong)))
-    with pytest.raises(CheckpointError, match=f"'{name}' came with other bytes.*removed"):
+    with pytest.raises(CheckpointError, match=f"'{name}' does not have the checksum.*removed"):
         load()
     hub.faults.clear()
-    # It does not stay in the cache, where it would be taken for good.
+    # The file does not stay in the cache, where it would be trusted.
     assert_same(load(), MODEL)
 
 
-def test_a_body_of_another_size_is_refused(hub, load):
+def test_content_of_the_wrong_size_raises(hub, load):
     hub.add(NAME, files())
     hub.faults.append(Fault("GET /large/", body=b"<html>Log in</html>"))
     with pytest.raises(CheckpointError, match=r"'me/mine'.*could not be read: .*should be of size"):
@@ -326,7 +328,7 @@ def test_a_body_of_another_size_is_refused(hub, load):
     assert_same(load(), MODEL)
 
 
-def test_a_ctrl_c_while_verifying_leaves_nothing_unverified(hub, load, tmp_path, monkeypatch):
+def test_interrupt_during_verification_removes_the_file(hub, load, tmp_path, monkeypatch):
     hub.add(NAME, files())
 
     def interrupt(*_):
@@ -340,19 +342,19 @@ def test_a_ctrl_c_while_verifying_leaves_nothing_unverified(hub, load, tmp_path,
     assert_same(load(), MODEL)
 
 
-def test_a_token_stays_with_the_hub(hub, load):
+def test_token_is_sent_to_the_hub_only(hub, load):
     hub.add(NAME, files(), private=True)
     load(token="hf_good")
     seen = {r.server: r.headers.get("authorization") for r in hub.requests}
     assert seen == {"hub": "Bearer hf_good", "storage": None}
 
 
-def test_the_cache_may_lie_anywhere(hub, tmp_path, monkeypatch):
+def test_cache_may_be_in_any_folder(hub, tmp_path, monkeypatch):
     hub.add(NAME, files())
     monkeypatch.chdir(tmp_path)
     model = from_pretrained(NAME, endpoint=hub.endpoint, cache_dir="here")
     assert eqx.tree_equal(model, MODEL)
-    # A snapshot is a folder like any other.
+    # A snapshot in the cache can be loaded like any other folder.
     (snapshot,) = (tmp_path / "here").glob("models--me--mine/snapshots/*")
     assert eqx.tree_equal(from_pretrained(snapshot), MODEL)
     assert "model.safetensors" in os.listdir(snapshot)

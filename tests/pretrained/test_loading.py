@@ -1,4 +1,4 @@
-"""What loading costs, and that damage done to a checkpoint on disk never passes for a model."""
+"""Loading needs memory for one tensor besides the model, and damaged checkpoints are refused."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.support import torch_files as tf
 from tests.support.bounded import bounded
 
 
-# 12 layers with a matrix of 1 MB each, and more.
+# 12 layers, each with a matrix of 1 MB and others.
 LARGE = config(
     mbx.Mamba1Config(d_model=256, d_inner=512, d_state=4), n_layer=12, tie_embeddings=False
 )
@@ -29,7 +29,7 @@ MATRIX = 2 * 512 * 256 * 4
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """The same model in both formats."""
+    """Returns a folder with the same model in both formats."""
     folder = tmp_path_factory.mktemp("large")
     model = make(LARGE)
     save_pretrained(model, folder / "safetensors", layout="state-spaces")
@@ -44,9 +44,8 @@ def large(tmp_path_factory):
 @pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_one_tensor_at_a_time(kind, dtype, large):
-    """Beside the model itself there is no more than one tensor in memory."""
-    from_pretrained(large / kind, dtype=dtype)  # What is only made once does not count.
+def test_at_most_one_tensor_is_in_memory_besides_the_model(kind, dtype, large):
+    from_pretrained(large / kind, dtype=dtype)  # Memory that is allocated only once does not count.
     tracemalloc.start()
     try:
         model = from_pretrained(large / kind, dtype=dtype)
@@ -60,7 +59,7 @@ def test_one_tensor_at_a_time(kind, dtype, large):
 
 
 @pytest.mark.usefixtures("as_users_run")
-def test_opening_does_not_read_the_tensors(large):
+def test_opening_does_not_read_tensors(large):
     files = {
         open_torch: large / "bin" / "pytorch_model.bin",
         open_safetensors: large / "safetensors" / "model.safetensors",
@@ -80,12 +79,12 @@ def test_opening_does_not_read_the_tensors(large):
             open_file(path)
 
 
-# Damage.
+# Damaged files.
 
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
-    """A function that loads the model from its files, one of them changed."""
+    """Returns a function that loads the model after changing one of its files."""
     folder = tmp_path_factory.mktemp("damaged")
     model = make(BOTH["tied"])
     save_pretrained(model, folder)
@@ -108,8 +107,7 @@ FLIPS = st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 7)), min_size=1
 @pytest.mark.usefixtures("as_users_run")
 @settings(max_examples=max(30, settings().max_examples))
 @given(flips=FLIPS)
-def test_bits_of_a_header(damaged, flips):
-    """A flipped bit in a description of tensors is an error, or means nothing."""
+def test_flipped_bits_in_header_never_change_the_model(damaged, flips):
     load, original, model = damaged
     data = bytearray(original["model.safetensors"])
     header = 8 + int.from_bytes(data[:8], "little")
@@ -124,7 +122,7 @@ def test_bits_of_a_header(damaged, flips):
 
 @pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_what_comes_in_place_of_a_file(name, damaged):
+def test_other_content_in_place_of_a_file_raises(name, damaged):
     load, original, _ = damaged
     whole = original[name]
     for data, word in [
@@ -144,14 +142,14 @@ def test_what_comes_in_place_of_a_file(name, damaged):
 
 @pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("kind", ["lists", "keys"])
-def test_large_json(kind, damaged):
+def test_large_json_is_refused_quickly(kind, damaged):
     load, _, _ = damaged
     others = {"model.safetensors": None}
     for name, limit in (("config.json", 2**18), ("model.safetensors.index.json", 2**21)):
         if kind == "lists":
             text = b"[" + b"[]," * (limit // 3 - 1) + b"0]"
         else:
-            # All different but for the last, which takes quadratic time if looked for plainly.
+            # Only the last key is a duplicate, which takes quadratic time to find naively.
             text = b"{" + b"".join(b'"%x":0,' % i for i in range(limit // 11)) + b'"1":0}'
         for size, word in ((limit, "JSON object|weight_map|occurs twice"), (limit + 1, "at most")):
             with bounded(), pytest.raises(CheckpointError, match=f"{name}.*({word})"):
@@ -159,7 +157,7 @@ def test_large_json(kind, damaged):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_not_a_regular_file(tmp_path):
+def test_irregular_files_raise(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(CheckpointError, match=r"config\.json: it is not a regular file"):
         from_pretrained(tmp_path)
@@ -172,8 +170,8 @@ def test_not_a_regular_file(tmp_path):
         open_torch(tmp_path / "absent.bin")
 
 
-def test_why_arrays_are_made_contiguous(tmp_path):
-    """The package itself writes other values for arrays that are not."""
+def test_safetensors_package_needs_contiguous_arrays(tmp_path):
+    """Documents why we copy: the package writes wrong values for other arrays."""
     array = np.arange(6, dtype=np.float32).reshape(2, 3).T
     safetensors.numpy.save_file({"x": array}, tmp_path / "theirs")
     theirs = open_safetensors(tmp_path / "theirs")["x"].read()

@@ -1,5 +1,7 @@
-"""The configs of public checkpoints, as published: they are read, and mean models of the published
-size. (The weights themselves are gigabytes, and not needed for that.)"""
+"""The configs of public checkpoints, as published, give models of the published sizes.
+
+The weights, which are gigabytes, are not needed for that.
+"""
 
 import math
 
@@ -7,7 +9,7 @@ import jax
 import pytest
 
 from mamba_eqx.pretrained._state_dict import LAYOUTS
-from mamba_eqx.pretrained.layouts._layout import skeleton_of
+from mamba_eqx.pretrained.layouts import skeleton_of
 
 
 MAMBA = {
@@ -26,7 +28,7 @@ MAMBA2 = MAMBA | {
     "pad_vocab_size_multiple": 16,
     "tie_embeddings": True,
 }
-# What conversions kept of the official config, which nobody reads, is in there as well.
+# The converted configs still contain the fields of the official ones, which nobody reads.
 MAMBA_HF = {
     "architectures": ["MambaForCausalLM"],
     "model_type": "mamba",
@@ -95,7 +97,7 @@ FALCON = {
     "vocab_size": 65024,
     "hidden_size": 4096,
     "num_hidden_layers": 64,
-    "expand": 16,  # and not what counts
+    "expand": 16,  # Ignored in favour of `intermediate_size`.
     "intermediate_size": 8192,
     "state_size": 16,
     "conv_kernel": 4,
@@ -167,7 +169,7 @@ CHECKPOINTS = {
     "state-spaces/mamba2-2.7b": (official(MAMBA2, 64, 2560), 2_702_599_680),
     "state-spaces/mamba2attn-2.7b": (official(MAMBA2_ATTENTION, 64, 2560), 2_697_590_880),
     "state-spaces/mamba3-siso-187m": (mamba3(12, 768, 1536), 186_849_600),
-    # The width in the weights is rounded up to 1280.
+    # The width of the MLP is rounded up to 1280 in the weights.
     "state-spaces/mamba3-mimo-187m": (
         mamba3(12, 768, 1264, is_mimo=True, chunk_size=16),
         187_291_968,
@@ -178,12 +180,12 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_the_config_means_a_model_of_the_published_size(name):
+def test_config_gives_model_of_published_size(name):
     values, parameters = CHECKPOINTS[name]
     layout = LAYOUTS["transformers" if "model_type" in values else "state-spaces"]
     config = layout.read_config(values)
     model = skeleton_of(config)
     assert sum(leaf.size for leaf in jax.tree.leaves(model)) == parameters
-    # Every parameter has its one name.
+    # Every parameter has exactly one name.
     names = [entry.name for entry in layout.entries(config)]
     assert len(set(names)) == len(names) == len(jax.tree.leaves(model))

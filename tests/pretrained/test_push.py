@@ -1,4 +1,4 @@
-"""`push_to_hub` against a Hub on this machine, and back again."""
+"""`push_to_hub` to a local server that speaks the Hub's protocol, and loading from there."""
 
 import json
 
@@ -12,7 +12,7 @@ from tests.support.hub_server import Fault
 MODEL, OTHER = make(BOTH["tied"]), make(BOTH["untied"])
 NAME = "me/mine"
 
-# Of the HTTP library about `huggingface_hub`.
+# A warning of the HTTP library about `huggingface_hub`.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
@@ -35,21 +35,21 @@ def load(hub, tmp_path):
 
 @pytest.mark.parametrize("layout", ["transformers", "state-spaces"])
 @pytest.mark.parametrize("max_shard_size", ["5GB", 1000])
-def test_there_and_back(layout, max_shard_size, hub, push, load):
+def test_pushed_model_can_be_loaded(layout, max_shard_size, hub, push, load):
     url = push(layout=layout, max_shard_size=max_shard_size, private=True)
     repository = hub.repositories[NAME]
     assert url == f"{hub.endpoint}/{NAME}/commit/{repository.refs['main']}"
     assert repository.private
-    assert len(repository.commits) == 2  # Of the repository itself, and ours.
+    assert len(repository.commits) == 2  # The initial one, and ours.
     files = repository.commits[repository.refs["main"]]
     assert f'mbx.from_pretrained("{NAME}")' in files["README.md"].decode()
     assert ("model.safetensors" in files) == (max_shard_size == "5GB")
     assert_same(load(), MODEL)
-    # Whoever is asked to keep the large files is not shown the token.
+    # The storage server for large files does not receive the token.
     assert {r.headers.get("authorization") for r in hub.requests if r.server == "storage"} == {None}
 
 
-def test_what_was_there_is_replaced_in_one_commit(hub, push, load):
+def test_old_weights_are_replaced_in_one_commit(hub, push, load):
     old = {"README.md": b"mine", "tokenizer.json": b"{}", "pytorch_model.bin": b"old"}
     repository = hub.add(NAME, old)
     push(max_shard_size=1000)
@@ -65,7 +65,7 @@ def test_what_was_there_is_replaced_in_one_commit(hub, push, load):
     assert header["value"]["summary"] == "Another"
 
 
-def test_branches_and_pull_requests(hub, push, load):
+def test_pushes_to_branches_and_pull_requests(hub, push, load):
     push()
     push(OTHER, revision="v2")
     assert_same(load(), MODEL)
@@ -75,7 +75,7 @@ def test_branches_and_pull_requests(hub, push, load):
     assert_same(load(), MODEL)
 
 
-def test_a_model_that_cannot_be_saved_makes_nothing(hub, push):
+def test_model_that_cannot_be_saved_creates_nothing(hub, push):
     with pytest.raises(CheckpointError, match="layers have an MLP"):
         push(make(config(d_intermediate=128)))
     assert hub.requests == []
@@ -91,7 +91,7 @@ def test_a_model_that_cannot_be_saved_makes_nothing(hub, push):
     ],
     ids=lambda value: value.pattern if isinstance(value, Fault) else None,
 )
-def test_a_failure_leaves_the_repository_as_it_was(fault, message, hub, push, load):
+def test_failure_leaves_repository_unchanged(fault, message, hub, push, load):
     if "create" not in fault.pattern:
         push(OTHER)
     hub.faults.append(fault)
@@ -106,13 +106,13 @@ def test_a_failure_leaves_the_repository_as_it_was(fault, message, hub, push, lo
     ("options", "message"),
     [({"token": "hf_bad"}, "the token is not valid"), ({"token": False}, "log in")],
 )
-def test_who_may_push(options, message, hub):
+def test_push_without_permission_raises(options, message, hub):
     with pytest.raises(CheckpointError, match=rf"'me/mine'.*{message}"):
         push_to_hub(MODEL, NAME, endpoint=hub.endpoint, **options)
     assert hub.repositories == {}
 
 
-def test_offline(push, monkeypatch):
+def test_offline_push_raises(push, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -1,4 +1,4 @@
-"""Loading onto several devices: each gets its part of every tensor, and reads no other."""
+"""Loading onto several devices, each of which reads only its own part of every tensor."""
 
 import os
 import subprocess
@@ -57,7 +57,7 @@ for dtype in (None, "bfloat16"):
 assert "layers.layers.1.mixer.in_proj.weight" in asked
 assert {s.data.shape for s in sharded.embedding.weight.addressable_shards} == {(16, 2)}
 
-# What is read of a file: never more than a part at a time.
+# Only a part of a file is read at a time.
 class File(np.ndarray):
     def __getitem__(self, index):
         parts.append(super().__getitem__(index).nbytes)
@@ -69,13 +69,13 @@ dtype, half = np.dtype(ml_dtypes.bfloat16), NamedSharding(mesh, P("model"))
 array = to_jax("x", [stored], dtype, NamedSharding(mesh, P(None, "model")))
 assert parts == [64] * 4
 np.testing.assert_array_equal(np.asarray(array, np.float32), stored)
-# One array of several tensors, whose borders are not those of the devices.
+# One array of several tensors, whose boundaries differ from those of the devices.
 for place in (half, NamedSharding(mesh, P(None, "model")), NamedSharding(mesh, P())):
     array = to_jax("x", [stored[:3], stored[3:5], stored[5:]], dtype, place)
     assert array.sharding == place
     np.testing.assert_array_equal(np.asarray(array, np.float32), stored)
 
-# Nothing is loaded if one of them does not fit.
+# Nothing is loaded if one of the shardings does not fit.
 try:
     mbx.from_pretrained(folder, sharding=NamedSharding(mesh, P("model")))
 except ValueError as error:
@@ -88,7 +88,7 @@ print("all is well")
 """
 
 
-def test_four_devices(tmp_path: Path):
+def test_loads_onto_four_devices(tmp_path: Path):
     model = make(config(mbx.Mamba1Config(d_model=8, d_state=4), padded_vocab_size=16))
     mbx.save_pretrained(model, tmp_path)
     result = subprocess.run(
@@ -101,7 +101,7 @@ def test_four_devices(tmp_path: Path):
     assert result.stdout == "all is well\n", result.stderr
 
 
-def test_one_sharding_for_all(tmp_path: Path):
+def test_one_sharding_applies_to_all_parameters(tmp_path: Path):
     model = make(BOTH["tied"])
     mbx.save_pretrained(model, tmp_path)
     place = SingleDeviceSharding(jax.devices()[0])
@@ -111,9 +111,9 @@ def test_one_sharding_for_all(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("as_users_run")
-def test_a_function_must_give_shardings(tmp_path: Path):
+def test_function_must_return_shardings(tmp_path: Path):
     mbx.save_pretrained(make(BOTH["tied"]), tmp_path)
-    with pytest.raises(ValueError, match=r"for 'embedding.weight' gave 'cpu'"):
+    with pytest.raises(ValueError, match=r"for 'embedding.weight' returned 'cpu'"):
         mbx.from_pretrained(
             tmp_path,
             sharding=lambda *_: "cpu",  # pyright: ignore[reportArgumentType]

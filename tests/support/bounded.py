@@ -1,4 +1,4 @@
-"""For what must not hang, nor take time that grows with the square of what a file says."""
+"""A time limit for code that must not hang or take quadratic time."""
 
 import contextlib
 import gc
@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def bounded(seconds: float = 10.0) -> Iterator[None]:
-    """Holds that this thread works for no more than that.
+    """Asserts that this thread computes for less than `seconds` within the block.
 
-    Here each such case takes less than one second. The bound is wide, since machines differ, and
-    what it is there for takes minutes. Python's collector of garbage is off meanwhile: it goes
-    through all that the other tests have left behind.
+    Each case usually takes less than one second. The limit is generous because machines differ and
+    the failures it detects take minutes. Garbage collection is off within the block, because it
+    would traverse the objects of all other tests.
     """
     gc.disable()
     began = time.thread_time()

@@ -1,7 +1,7 @@
-"""A small Hugging Face Hub on this machine: as much of its HTTP as `huggingface_hub` uses.
+"""A local server in place of the Hugging Face Hub, with the part of its API that is used here.
 
-Large files are kept by a second server, of another origin, to which the Hub redirects. Both note
-every request, and can be told to fail in the ways that networks do.
+Large files are on a second server with another origin, to which the Hub redirects. Both servers
+record every request, and can simulate network failures.
 """
 
 import base64
@@ -10,11 +10,12 @@ import functools
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from socketserver import BaseServer
 from urllib.parse import unquote, urlsplit
 
 
@@ -29,7 +30,7 @@ class Repository:
     private: bool = False
 
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
-        """Makes `files` all there is on a branch."""
+        """Commits `files` as the whole content of a branch, and returns the commit."""
         content = repr(sorted(files.items())) + str(len(self.commits))
         sha = hashlib.sha1(content.encode()).hexdigest()
         self.commits[sha] = dict(files)
@@ -48,11 +49,11 @@ class Request:
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests whose "METHOD /path" the pattern is found in.
+    """A failure of the next `times` requests whose `"METHOD /path"` contains the pattern.
 
-    - `status`: is answered, with those headers.
-    - `cut`: so many bytes of the body are sent, and the connection is closed.
-    - `body`: is sent in place of the true one.
+    - `status`, `headers`: the answer, if any.
+    - `cut`: the number of bytes of the body after which the connection is closed.
+    - `body`: a body that is sent instead of the true one.
     """
 
     pattern: str
@@ -64,7 +65,10 @@ class Fault:
 
 
 class Hub:
-    """The state of both servers."""
+    """The state of both servers.
+
+    - `afterwards`: called with `"METHOD /path"` after each request.
+    """
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
@@ -72,7 +76,7 @@ class Hub:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.valid_tokens = {"hf_good"}
-        self.members = {"hf_member"}  # Tokens of those who accepted the licences.
+        self.members = {"hf_member"}  # Tokens of accounts that have accepted the licences.
         self.afterwards: Callable[[str], None] = lambda request: None
         self.lock = threading.Lock()
         self.endpoint = self.storage = ""
@@ -117,11 +121,18 @@ def running() -> Iterator[Hub]:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, hub: Hub, name: str, *args: Any):
+    def __init__(
+        self,
+        hub: Hub,
+        name: str,
+        request: socket.socket,
+        address: tuple[str, int],
+        server: BaseServer,
+    ):
         self.hub, self.name = hub, name
-        super().__init__(*args)  # This handles the request.
+        super().__init__(request, address, server)  # The base class handles the request here.
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
     def handle_one(self) -> None:
@@ -140,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fault is not None and self.fault.status is not None:
             self.answer(self.fault.status, b"{}", self.fault.headers)
         else:
-            # Slashes within a revision are quoted.
+            # The quoted path, because revisions may contain slashes.
             self.route(urlsplit(self.path).path, body)
         self.hub.afterwards(f"{self.command} {path}")
 
@@ -168,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.wfile.write(body)
 
-    def json(self, value: Any, status: int = 200, **headers: str) -> None:
+    def json(self, value: object, status: int = 200, **headers: str) -> None:
         named = {key.replace("_", "-"): header for key, header in headers.items()}
         body = json.dumps(value).encode()
         self.answer(status, body, {"Content-Type": "application/json", **named})
@@ -183,7 +194,7 @@ class _StorageHandler(_Handler):
     def route(self, path: str, body: bytes) -> None:
         key = path.rsplit("/", 1)[1]
         if self.command == "PUT":
-            # As the storage behind the Hub, which knows what was announced.
+            # The real storage also verifies the announced checksum.
             if hashlib.sha256(body).hexdigest() != key:
                 self.answer(400)
                 return
@@ -230,10 +241,10 @@ class _HubHandler(_Handler):
         return not token or token in self.hub.valid_tokens | self.hub.members
 
     def repository(self, name: str) -> Repository | None:
-        """The repository, if it may be seen; else this answers as the Hub does."""
+        """Returns the repository if it is visible, and otherwise answers as the Hub does."""
         repository = self.hub.repositories.get(name)
         if repository is None or (repository.private and not self.token()):
-            # The Hub does not tell which.
+            # The Hub does not reveal which of the two it is.
             self.json({}, 404 if self.token() else 401, X_Error_Code="RepoNotFound")
             return None
         return repository
@@ -297,7 +308,7 @@ class _HubHandler(_Handler):
         else:
             self.answer(404)
 
-    def batch(self, request: dict[str, Any]) -> None:
+    def batch(self, request: dict[str, list[dict[str, object]]]) -> None:
         objects = [
             {
                 "oid": wanted["oid"],

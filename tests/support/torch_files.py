@@ -1,4 +1,4 @@
-"""Writes archives of `torch.save` in Python, well formed or not, for tests that need no torch."""
+"""Writing archives of `torch.save` without torch, well formed or not."""
 
 import struct
 import zlib
@@ -28,7 +28,7 @@ DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
 START, STOP = b"\x80\x02", b"."
 
 
-# Instructions. Each of these functions returns the bytes that push one value.
+# Pickle instructions. Each function returns the bytes that push one value.
 
 
 def text(value: str) -> bytes:
@@ -111,7 +111,7 @@ def program(value: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Entry:
-    """A zip entry. What is None follows from `data`; what is given is written, true or not."""
+    """A zip entry. Fields that are `None` are computed from `data`; others are written as given."""
 
     name: str
     data: bytes
@@ -124,7 +124,7 @@ class Entry:
 
 
 def zip_bytes(entries: Iterable[Entry], *, zip64: bool = False, alignment: int = 64) -> bytes:
-    """Lays entries out as torch does: padded, sizes in the directory, and a descriptor behind."""
+    """Returns an archive in torch's form: padding, sizes in the directory, data descriptors."""
     body, directory, count = b"", b"", 0
     for entry in entries:
         name, count = entry.name.encode(), count + 1
@@ -168,7 +168,7 @@ def archive_entries(
 
 
 def torch_bytes(arrays: Mapping[str, np.ndarray], *, byteorder: str = "little") -> bytes:
-    """What `torch.save` would write for a state dict of these arrays."""
+    """Returns the file that `torch.save` would write for a state dict of these arrays."""
     items: dict[str, bytes] = {}
     storages: dict[str, bytes] = {}
     for number, (name, array) in enumerate(arrays.items()):
