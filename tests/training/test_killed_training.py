@@ -17,7 +17,7 @@ STEPS = killed_training.STEPS
 
 
 def start(folder, *options):
-    command = [sys.executable, "-m", "tests.killed_training", str(folder), *options]
+    command = [sys.executable, "-m", "tests.support.killed_training", str(folder), *options]
     # What one has compiled, the next need not.
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "xla"),
