@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from .._atomic import rename_all, temporary_folder
 from ..formats import CheckpointError, write_safetensors
 from ..layers import recurrence_mask
 from ..models import LanguageModel
@@ -80,10 +79,9 @@ def save_pretrained(
     # A link is followed here, so as to work beside the folder itself.
     target = path.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
-    new, old = temporary / "new", temporary / "old"
-    try:
-        new.mkdir(parents=True)
+    with temporary_folder(target) as temporary:
+        new, old = temporary / "new", temporary / "old"
+        new.mkdir()
         _write_tensors(new, tensors, shard_size, chosen.weights_file)
         (new / chosen.config_file).write_text(
             json.dumps(fields, indent=2, allow_nan=False) + "\n", "utf-8"
@@ -96,8 +94,6 @@ def save_pretrained(
             _swap(target, new, old, chosen)
         else:
             new.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_weights(name: str) -> bool:
@@ -165,15 +161,7 @@ def _swap(target: Path, new: Path, old: Path, layout: Layout) -> None:
     moves.sort(key=lambda move: move[0].name not in configs)
     arrivals = [(new / name, target / name) for name in os.listdir(new)]
     arrivals.sort(key=lambda move: move[0].name in configs)
-    done: list[tuple[Path, Path]] = []
-    try:
-        for source, destination in moves + arrivals:
-            os.replace(source, destination)
-            done.append((source, destination))
-    except BaseException:
-        for source, destination in reversed(done):
-            os.replace(destination, source)
-        raise
+    rename_all(moves + arrivals)
 
 
 def _dtype(model: LanguageModel) -> np.dtype:
