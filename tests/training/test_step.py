@@ -49,7 +49,7 @@ def test_a_step_goes_down_the_gradient():
     grads = gradient_of(batch)
     close(state.model, jax.tree.map(jnp.subtract, model(), grads))
     close(metrics["gradient_norm"], optax.tree.norm(grads))
-    assert int(metrics["tokens"]) == int(batch.mask.sum())
+    assert int(metrics["weight"]) == int(batch.mask.sum())
     assert int(state.step) == 1
 
 

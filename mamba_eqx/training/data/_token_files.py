@@ -3,7 +3,6 @@
 import io
 import lzma
 import os
-import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Integer
 
+from ..._atomic import atomic_file
 from ...text import Tokenizer
 
 
@@ -97,7 +97,7 @@ def write_tokens(
 ) -> int:
     """Tokenizes documents one at a time and writes them to a token file.
 
-    The file appears when it is complete.
+    The file appears under its name only when it is complete.
 
     ```python
     import mamba_eqx as mbx
@@ -127,21 +127,16 @@ def write_tokens(
         raise ValueError(f"`path` must end in .npy, but got {path}.")
     highest = max(tokenizer.vocab_size - 1, separator)
     dtype = np.min_scalar_type(highest)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     count = 0
-    try:
-        with open(temporary, "xb") as file:
-            file.write(_header(dtype, 0))
-            for document in documents:
-                tokens = np.asarray([separator, *tokenizer.encode(document)], dtype)
-                file.write(tokens.tobytes())
-                count += len(tokens)
-            # NumPy pads a header so that a larger length fits into the same space.
-            file.seek(0)
-            file.write(_header(dtype, count))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(_header(dtype, 0))
+        for document in documents:
+            tokens = np.asarray([separator, *tokenizer.encode(document)], dtype)
+            file.write(tokens.tobytes())
+            count += len(tokens)
+        # NumPy pads a header so that a larger length fits into the same space.
+        file.seek(0)
+        file.write(_header(dtype, count))
     return count
 
 
