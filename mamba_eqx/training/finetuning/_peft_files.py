@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..._dtypes import at_least_float32
-from ..._trees import path_name
 from ...formats import (
     CheckpointError,
     StoredTensor,
@@ -23,12 +22,12 @@ from ...models import LanguageModel
 from ...pretrained import (
     Fields,
     Slot,
-    by_leaf,
+    assign,
     config_of,
-    layout_named,
+    get_layout,
     listing,
     skeleton_of,
-    slots,
+    state_dict,
 )
 from ._lora import LoRA, LoRAPair, linear_maps
 
@@ -214,11 +213,9 @@ def _table(model: LanguageModel, layout: str) -> dict[str, tuple[Any, list[Slot]
     layers `Unrolled`."""
     config = config_of(model)
     skeleton = skeleton_of(config)
-    leaves = jax.tree.leaves_with_path(skeleton)
-    paths = [path_name(path) for path, _ in leaves]
-    found = slots(layout_named(layout), config, skeleton)
-    parts = by_leaf([(slot, leaves[slot.index][1]) for slot in found])
-    named = {paths[index]: [slot for slot, _ in found] for index, found in parts.items()}
+    shapes = jax.eval_shape(lambda tree: state_dict(tree, layout=layout), skeleton)
+    assignments = assign(get_layout(layout), config, skeleton, shapes, floating=True)
+    named = {found.path: [slot for slot, _ in found.parts] for found in assignments}
     return {
         path: (linear.weight, named[f"{path}.weight"])
         for path, linear in linear_maps(skeleton).items()
