@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import arguments, mamba_130m, print_facts, print_table, small_model
+from _common import arguments, model_130m, print_facts, print_table, small_model
 
 import mamba_eqx as mbx
 
 
 def make(folder: Path, quick: bool) -> list[str]:
     """Checkpoints of one model in both formats, if torch is there."""
-    model = small_model() if quick else mamba_130m()
+    model = small_model("mamba1") if quick else model_130m("mamba1")
     mbx.save_pretrained(model, folder / "safetensors", layout="state-spaces")
     try:
         import torch
