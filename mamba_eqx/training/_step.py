@@ -123,7 +123,7 @@ class TrainStep:
 
         **Returns:** a [`mamba_eqx.training.TrainState`][].
         """
-        copy = lambda leaf: jnp.copy(leaf) if eqx.is_array(leaf) else leaf  # noqa: E731
+        copy = lambda leaf: jnp.copy(leaf) if eqx.is_array(leaf) else leaf
         model = jax.tree.map(copy, model)
         with jax.numpy_dtype_promotion("standard"):  # optax relies on promotion.
             opt_state = self.optimiser.init(eqx.filter(model, eqx.is_inexact_array))
@@ -236,7 +236,7 @@ class TrainStep:
         loss, grads = jax.tree.map(
             lambda leaf: leaf / weight.astype(leaf.dtype), (total.loss, total.grads)
         )
-        join = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
+        join = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])
         return _Gradient(loss, grads, total.weight, jax.tree.map(join, carry))
 
 

@@ -107,7 +107,7 @@ def test_average_is_exponential_moving_average():
     state, _ = after(training.TrainStep(SGD, average_decay=0.75), batch, batch)
     once, _ = after(training.TrainStep(SGD), batch)
     twice, _ = after(training.TrainStep(SGD), batch, batch)
-    mix = lambda a, b, c: 0.75**2 * a + 0.75 * 0.25 * b + 0.25 * c  # noqa: E731
+    mix = lambda a, b, c: 0.75**2 * a + 0.75 * 0.25 * b + 0.25 * c
     close(state.average, jax.tree.map(mix, model(), once.model, twice.model))
 
 
@@ -134,7 +134,7 @@ def test_non_finite_step_changes_nothing(fault):
     assert int(state.skipped) == int(metrics["skipped"]) == 1
     assert int(state.step) == 2
     assert np.isfinite(metrics["loss"]) == (fault == "gradient")
-    parts = lambda state: (state.model, state.opt_state, state.carry, state.average)  # noqa: E731
+    parts = lambda state: (state.model, state.opt_state, state.carry, state.average)
     for a, b in zip(*map(jax.tree.leaves, (parts(state), before)), strict=True):
         np.testing.assert_array_equal(a, b)
     state, metrics = step(state, good)
