@@ -64,7 +64,17 @@ def fit(
     one.
 
     ```python
-    state = training.fit(step, state, data, steps=5000, folder="runs/mine").state
+    import jax
+    import jax.numpy as jnp
+    from mamba_eqx import training
+
+    @jax.jit
+    def step(state, batch):
+        error = state - batch
+        return state - 0.1 * error, {"loss": error**2}
+
+    data = [float(i % 2) for i in range(100)]
+    state = training.fit(step, jnp.zeros(()), data, steps=100, folder="runs/mean").state
     ```
 
     `fit` is model-agnostic: `step` and `state` may be anything. A run that is killed, at any
