@@ -1,13 +1,13 @@
-"""Ways to write the same thing, of which the package uses the first: milliseconds.
+"""Measures several implementations of the same operation; the package uses the first of each.
 
     python benchmarks/forms.py [--quick]
 
-docs/speed.md says why they differ. The shape is mamba-130m's, in float32: one sequence, and
-batches of one and of four under `jax.vmap`.
+Times are in milliseconds, for one sequence and for batches of one and four under `jax.vmap`. The
+shape is mamba-130m's, in float32. docs/speed.md explains the differences.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,21 @@ import mamba_eqx as mbx
 
 
 Form = Callable[..., jax.Array]
-# Arguments, which of them have a batch axis, and the forms.
-Case = tuple[tuple[jax.Array, ...], tuple[int | None, ...], dict[str, Form]]
+Token = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""`x`, `dt`, `B` and `C` of one token."""
+
+
+class Case(NamedTuple):
+    """One operation, with its implementations by name."""
+
+    args: tuple[jax.Array, ...]
+    axes: tuple[int | None, ...]
+    """The batch axes of `args`, as for `jax.vmap`."""
+    forms: dict[str, Form]
 
 
 def sums(d_inner: int, seq: int) -> Case:
-    """A loop over time whose only difference is how the state is summed."""
+    """Returns loops over time that differ only in the sum over the state."""
 
     def chain(t: jax.Array) -> jax.Array:
         total = t[0]
@@ -36,30 +45,30 @@ def sums(d_inner: int, seq: int) -> Case:
 
     def loop(add: Callable[[jax.Array], jax.Array]) -> Form:
         def run(
-            u: jax.Array, dt: jax.Array, At: jax.Array, B: jax.Array, C: jax.Array
+            x: jax.Array, dt: jax.Array, At: jax.Array, B: jax.Array, C: jax.Array
         ) -> jax.Array:
-            def step(h: jax.Array, token: Any) -> tuple[jax.Array, jax.Array]:
-                u, dt, B, C = token
-                h = jnp.exp(dt * At) * h + B[:, None] * (dt * u)
+            def step(h: jax.Array, token: Token) -> tuple[jax.Array, jax.Array]:
+                x, dt, B, C = token
+                h = jnp.exp(dt * At) * h + B[:, None] * (dt * x)
                 return h, add(C[:, None] * h)
 
-            return lax.scan(step, jnp.zeros_like(At), (u, dt, B, C))[1]
+            return lax.scan(step, jnp.zeros_like(At), (x, dt, B, C))[1]
 
         return run
 
     def channels_first(
-        u: jax.Array, dt: jax.Array, At: jax.Array, B: jax.Array, C: jax.Array
+        x: jax.Array, dt: jax.Array, At: jax.Array, B: jax.Array, C: jax.Array
     ) -> jax.Array:
-        def step(h: jax.Array, token: Any) -> tuple[jax.Array, jax.Array]:
-            u, dt, B, C = token
-            h = jnp.exp(dt[:, None] * At.T) * h + (dt * u)[:, None] * B
+        def step(h: jax.Array, token: Token) -> tuple[jax.Array, jax.Array]:
+            x, dt, B, C = token
+            h = jnp.exp(dt[:, None] * At.T) * h + (dt * x)[:, None] * B
             return h, jnp.sum(h * C, axis=1)
 
-        return lax.scan(step, jnp.zeros_like(At.T), (u, dt, B, C))[1]
+        return lax.scan(step, jnp.zeros_like(At.T), (x, dt, B, C))[1]
 
-    u, dt, A, B, C, _, _ = inputs(d_inner, seq)
-    return (
-        (u, dt, A.T, B, C),
+    x, dt, A, B, C, _, _ = inputs(d_inner, seq)
+    return Case(
+        (x, dt, A.T, B, C),
         (0, 0, None, 0, 0),
         {
             "a chain of additions": loop(chain),
@@ -72,8 +81,8 @@ def sums(d_inner: int, seq: int) -> Case:
 def products(d_inner: int, seq: int) -> Case:
     x = jr.normal(jr.key(0), (seq, d_inner // 2))
     W = jr.normal(jr.key(1), (2 * d_inner, d_inner // 2))
-    # What follows a projection wants it in this order; a product alone would hide the copy.
-    return (
+    # The operation after a projection needs this order; a product alone would hide the copy.
+    return Case(
         (x, W),
         (0, None),
         {
@@ -97,7 +106,7 @@ def convolutions(d_inner: int, seq: int) -> Case:
 
     x = jr.normal(jr.key(0), (seq, d_inner))
     w = jr.normal(jr.key(1), (4, d_inner))
-    return (
+    return Case(
         (x, w),
         (0, None),
         {
@@ -134,8 +143,8 @@ def main() -> None:
 
 def lifted(
     form: Form, args: tuple[jax.Array, ...], axes: tuple[int | None, ...], batch: int | None
-) -> tuple[Any, ...]:
-    """The form and its arguments, with a batch axis if wanted."""
+) -> tuple[Form, *tuple[jax.Array, ...]]:
+    """Returns a form and its arguments, with a batch axis unless `batch` is `None`."""
     if batch is None:
         return form, *args
     stacked = (

@@ -1,9 +1,9 @@
-"""The selective scan: time per token and layer, and memory, of every method and of the peers.
+"""Measures the selective scan: time per token and layer, and memory, of all methods and peers.
 
     python benchmarks/scan.py [--quick] [--no-peers]
 
-The shape is mamba-130m's, d_inner 1536 and d_state 16, in float32. "both" is a forward and a
-backward pass, with gradients for all inputs.
+The shape is mamba-130m's (d_inner 1536, d_state 16), in float32. "both" is a forward and a
+backward pass, with gradients of all inputs.
 """
 
 from collections.abc import Callable
@@ -32,11 +32,14 @@ import mamba_eqx as mbx
 
 
 Inputs = tuple[jax.Array, ...]
+Pair = tuple[Callable[[], Any], Callable[[], Any]]
+"""The forward pass alone, and the forward and backward pass."""
+
 D_STATE = 16
 
 
 def inputs(d_inner: int, seq: int, batch: int | None = None) -> Inputs:
-    """`x, dt, A, B, C, D`, and the gradient of the outputs."""
+    """Returns `x`, `dt`, `A`, `B`, `C`, `D` and the gradient of the outputs."""
     lead = (seq,) if batch is None else (batch, seq)
     x_key, dt_key, B_key, C_key, y_key = jr.split(jr.key(0), 5)
     x = jr.normal(x_key, (*lead, d_inner))
@@ -67,18 +70,19 @@ def batched(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def mapped(run: Callable[..., Any]) -> Callable[..., Any]:
-    """One sequence after another, in place of `vmap`."""
+    """Runs one sequence after another instead of using `jax.vmap`."""
 
-    def over_batch(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, y_bar: Any) -> Any:
+    def over_batch(*args: jax.Array) -> Any:
+        x, dt, A, B, C, D, y_bar = args
         return lax.map(lambda t: run(t[0], t[1], A, t[2], t[3], D, t[4]), (x, dt, B, C, y_bar))
 
     return over_batch
 
 
-def ours(d_inner: int, seq: int, batch: int | None) -> dict[str, tuple[Any, Any]]:
+def ours(d_inner: int, seq: int, batch: int | None) -> dict[str, Pair]:
     args = inputs(d_inner, seq, batch)
     lift = batched if batch else lambda run: run
-    variants: dict[str, tuple[Any, Any]] = {}
+    variants: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
     for method in ("chunked", "sequential", "associative"):
         variants[method] = (lift(forward(method=method)), lift(both(method=method)))
     if batch:
@@ -88,8 +92,8 @@ def ours(d_inner: int, seq: int, batch: int | None) -> dict[str, tuple[Any, Any]
     }
 
 
-def peers(d_inner: int, seq: int, batch: int | None) -> dict[str, tuple[Any, Any]]:
-    """transformers' and mamba.py's functions, on the same numbers."""
+def peers(d_inner: int, seq: int, batch: int | None) -> dict[str, Pair]:
+    """Returns the functions of transformers and mamba.py, on the same numbers."""
     import torch
 
     torch.set_num_threads(cores())
@@ -100,7 +104,7 @@ def peers(d_inner: int, seq: int, batch: int | None) -> dict[str, tuple[Any, Any
     for t in args:
         t.requires_grad_()
 
-    def pair(run: Callable[..., Any]) -> tuple[Any, Any]:
+    def pair(run: Callable[..., Any]) -> Pair:
         def forward() -> Any:
             with torch.no_grad():
                 return run(*args)
@@ -126,7 +130,7 @@ def peers(d_inner: int, seq: int, batch: int | None) -> dict[str, tuple[Any, Any
     return found
 
 
-def check(peers: dict[str, tuple[Any, Any]], args: Inputs) -> None:
+def check(peers: dict[str, Pair], args: Inputs) -> None:
     y = forward()(*args)
     for name, (run, _) in peers.items():
         check_agrees(name, run()[0], y)

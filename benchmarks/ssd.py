@@ -1,13 +1,13 @@
-"""The state-space model of Mamba-2: time per token and layer, and memory, by chunk size.
+"""Measures the op of Mamba-2: time per token and layer, and memory, by chunk size.
 
     python benchmarks/ssd.py [--quick] [--no-peers]
 
-The shape is mamba2-130m's, 24 heads of 64 channels, one group, d_state 128, in float32. "both" is a
-forward and a backward pass, with gradients for all inputs.
+The shape is mamba2-130m's (24 heads of 64 channels, one group, d_state 128), in float32. "both" is
+a forward and a backward pass, with gradients of all inputs.
 
-Older releases of transformers have no function for this alone, and go through tensors of (chunk,
-chunk, heads, d_state) instead of products of matrices. With one of these installed the whole mixer
-is measured beside ours, between projections so narrow that they take no time:
+Older releases of transformers have no separate function for this op, and use tensors of shape
+`(chunk, chunk, heads, d_state)` instead of matrix products. With such a release installed, the
+whole mixers are compared, between projections so narrow that their time is negligible:
 
     pip install "transformers==4.57.1" && python benchmarks/ssd.py
 """
@@ -35,10 +35,12 @@ import mamba_eqx as mbx
 
 
 Inputs = tuple[jax.Array, ...]
+Pair = tuple[Callable[[], Any], Callable[[], Any]]
+"""The forward pass alone, and the forward and backward pass."""
 
 
 def inputs(mixer: mbx.Mamba2Config, seq: int) -> Inputs:
-    """`x, dt, A, B, C, D`, and the gradient of the outputs."""
+    """Returns `x`, `dt`, `A`, `B`, `C`, `D` and the gradient of the outputs."""
     nheads = mixer.d_ssm // mixer.headdim
     x_key, dt_key, A_key, B_key, C_key, y_key = jr.split(jr.key(0), 6)
     x = jr.normal(x_key, (seq, nheads, mixer.headdim))
@@ -61,8 +63,8 @@ def both(**options: Any) -> Callable[..., Any]:
     return run
 
 
-def ours(args: Inputs, chunks: list[int]) -> tuple[dict[str, tuple[Any, Any]], dict[str, float]]:
-    """A forward and a backward pass of each variant, and the temporary memory of the latter."""
+def ours(args: Inputs, chunks: list[int]) -> tuple[dict[str, Pair], dict[str, float]]:
+    """Returns the passes of each variant, and the temporary memory in MiB of both passes."""
     variants: dict[str, dict[str, Any]] = {
         f"chunks of {size}": {"chunk_size": size} for size in chunks
     }
@@ -75,8 +77,8 @@ def ours(args: Inputs, chunks: list[int]) -> tuple[dict[str, tuple[Any, Any]], d
     return runs, used
 
 
-def peers(args: Inputs, chunks: list[int]) -> dict[str, tuple[Any, Any]]:
-    """What transformers' `Mamba2Mixer` runs without kernels, on the same numbers."""
+def peers(args: Inputs, chunks: list[int]) -> dict[str, Pair]:
+    """Returns the function that transformers' `Mamba2Mixer` runs without kernels."""
     import torch
     from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
@@ -85,7 +87,7 @@ def peers(args: Inputs, chunks: list[int]) -> dict[str, tuple[Any, Any]]:
     for t in tensors:
         t.requires_grad_()
 
-    def pair(chunk_size: int) -> tuple[Any, Any]:
+    def pair(chunk_size: int) -> Pair:
         def run(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any) -> Any:
             return mamba2_chunk_scan(x, dt, A, B, C, chunk_size, D=D)
 
@@ -98,10 +100,11 @@ def peers(args: Inputs, chunks: list[int]) -> dict[str, tuple[Any, Any]]:
     return {f"transformers, chunks of {size}": pair(size) for size in chunks}
 
 
-def narrow_mixers(seq: int, chunks: list[int], *, quick: bool) -> dict[str, tuple[Any, Any]]:
-    """Forward and backward passes of mixers with `d_model` 8, and everything else as before."""
+def narrow_mixers(seq: int, chunks: list[int], *, quick: bool) -> dict[str, Pair]:
+    """Returns the passes of whole mixers with `d_model` 8 and otherwise the same sizes."""
     import torch
-    from transformers.models.mamba2.modeling_mamba2 import Mamba2Config, Mamba2Mixer
+    from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
     config = mbx.Mamba2Config(8, d_inner=256 if quick else 1536, headdim=64, d_state=128)
     mixer = config.build(key=jr.key(0))

@@ -21,6 +21,12 @@ LEVELS = {
         "_cli",
         "__main__ __init__",
     ],
+    "ops": [
+        "_arguments _chunks _masks _norm _rotary",
+        "_attention _conv _mamba3 _recurrence _ssd",
+        "_selective_scan",
+        "__init__",
+    ],
     "layers": [
         "_protocol _recurrence_parameters _initialisers",
         "_arguments _cache",
