@@ -1,5 +1,5 @@
-"""Mamba-1's norms of `dt`, `B` and `C`: weighted ones against weightless ones, which the parity tests
-compare with transformers."""
+"""Mamba-1's norms of `dt`, `B` and `C`: weighted norms against weightless ones, which the parity
+tests compare with transformers."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ from tests.support.registry import SIZES, make_inputs, make_layer
 
 
 def test_weights_equal_scaled_projections():
-    """The weight of `dt_norm` equals a scaled `dt_proj`. The weight of `B_norm` scales the state, and
-    the inverse weight of `C_norm` undoes this in the output."""
+    """The weight of `dt_norm` equals a scaled `dt_proj`. The weight of `B_norm` scales the state,
+    and the inverse weight of `C_norm` undoes the scaling in the output."""
     s = SIZES[0]
     weighted = make_layer("mamba1_normed", s, "float32", 0)
     assert isinstance(weighted, mbx.Mamba1)
