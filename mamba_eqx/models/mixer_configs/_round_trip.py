@@ -11,6 +11,7 @@ from jaxtyping import PRNGKeyArray
 
 
 ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+_PARTS = (eqx.Module, *ARRAYS)
 
 
 @runtime_checkable
@@ -67,7 +68,7 @@ def _differences(
                 below = f"{path}.{field.name}" if path else field.name
                 parts = (getattr(side, field.name) for side in (got, want))
                 yield from _differences(*parts, path=below)
-    elif type(got) is not type(want) or got != want:
+    elif isinstance(got, _PARTS) or isinstance(want, _PARTS) or got != want:
         yield path, _describe(got), _describe(want)
 
 
