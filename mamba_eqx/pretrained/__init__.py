@@ -27,9 +27,9 @@ from ._tokenizer import (
 from .layouts import (
     Fields as Fields,
     Slot as Slot,
-    by_leaf as by_leaf,
-    config_of as config_of,
+    config_from as config_from,
+    group_by_leaf as group_by_leaf,
     listing as listing,
-    skeleton_of as skeleton_of,
+    skeleton as skeleton,
     slots as slots,
 )

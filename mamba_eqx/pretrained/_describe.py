@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from .._trees import path_name
 from ..formats import CheckpointError
 from ..layers import recurrence_mask
 from ..models import BlockConfig, LanguageModel, LanguageModelConfig
 from ._checkpoint import Checkpoint
 from ._load import loaded_dtype
-from .layouts import by_leaf, match, skeleton_of
+from .layouts import group_by_leaf, match, skeleton
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,17 +62,19 @@ def describe(checkpoint: Checkpoint) -> Description:
     **Raises:** `CheckpointError` for one that cannot.
     """
     config = checkpoint.config
-    skeleton = skeleton_of(config)
-    leaves, structure = jax.tree.flatten(skeleton)
-    recurrence = jax.tree.leaves(recurrence_mask(skeleton))
-    paths = [path for path, _ in jax.tree.leaves_with_path(skeleton)]
+    model = skeleton(config)
+    leaves, structure = jax.tree.flatten(model)
+    recurrence = jax.tree.leaves(recurrence_mask(model))
+    paths = [path for path, _ in jax.tree.leaves_with_path(model)]
+    index_of = {path_name(path): index for index, path in enumerate(paths)}
     try:
-        found = match(checkpoint.layout, config, skeleton, checkpoint.tensors, floating=True)
+        found = match(checkpoint.layout, config, model, checkpoint.tensors, floating=True)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.where}: {error}") from None
     parameters: dict[str, int] = {}
     dtypes: dict[str, int] = {}
-    for index, parts in by_leaf(found).items():
+    for path, parts in group_by_leaf(found).items():
+        index = index_of[path]
         leaf, part = leaves[index], str(paths[index][0]).removeprefix(".")
         tensors = [tensor for _, tensor in parts]
         parameters[part] = parameters.get(part, 0) + leaf.size

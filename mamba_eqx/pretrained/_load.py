@@ -17,7 +17,7 @@ from ..models import LanguageModel
 from ._arrays import check_dtype, check_tied_head, one_dtype, to_jax
 from ._checkpoint import Checkpoint, open_checkpoint
 from ._hub import Hub
-from .layouts import Slot, by_leaf, match, skeleton_of
+from .layouts import Slot, group_by_leaf, match, skeleton
 
 
 _ShardingOf = Callable[[str, jax.ShapeDtypeStruct], Sharding]
@@ -89,13 +89,15 @@ def load(
 ) -> LanguageModel:
     """The model of an open checkpoint; the arguments are those of `from_pretrained`."""
     layout, config, tensors = checkpoint.layout, checkpoint.config, checkpoint.tensors
-    skeleton = skeleton_of(config)
+    model = skeleton(config)
     leaves: list[Any]
-    leaves, structure = jax.tree.flatten(skeleton)
-    recurrence = jax.tree.leaves(recurrence_mask(skeleton))
-    paths = [path for path, _ in jax.tree.leaves_with_path(skeleton)]
+    leaves, structure = jax.tree.flatten(model)
+    recurrence = jax.tree.leaves(recurrence_mask(model))
+    paths = [path for path, _ in jax.tree.leaves_with_path(model)]
+    index_of = {path_name(path): index for index, path in enumerate(paths)}
     try:
-        found = by_leaf(match(layout, config, skeleton, tensors, floating=True))
+        grouped = group_by_leaf(match(layout, config, model, tensors, floating=True))
+        found = {index_of[path]: parts for path, parts in grouped.items()}
         targets = {
             index: loaded_dtype([tensor for _, tensor in parts], dtype, recurrence[index])
             for index, parts in found.items()
@@ -106,7 +108,7 @@ def load(
         }
         check_tied_head(layout, config, tensors, lambda tensor: tensor.read())
         for index, parts in found.items():
-            arrays = [slot.entry.transform.from_file(tensor.read()) for slot, tensor in parts]
+            arrays = [slot.from_file(tensor.read()) for slot, tensor in parts]
             leaf = to_jax(_names(parts), arrays, targets[index], places[index])
             # One by one, or what is on its way to a device piles up in memory.
             leaves[index] = jax.block_until_ready(leaf)

@@ -18,7 +18,7 @@ from ..models import LanguageModel
 from ._card import CARD, model_card
 from ._source import CONFIG, SAFETENSORS, SAFETENSORS_INDEX
 from ._state_dict import layout_named, state_dict
-from .layouts import Layout, config_of, match, skeleton_of
+from .layouts import Layout, config_from, match, skeleton
 
 
 # What `save_pretrained` writes, and so replaces, beside the files that a layout names itself.
@@ -64,14 +64,14 @@ def save_pretrained(
             f"{path} holds the weights of another checkpoint, {torch_files[0]}, which some readers "
             "would take for the ones to be saved. Remove them, or choose another folder."
         )
-    chosen, config = layout_named(layout), config_of(model)
+    chosen, config = layout_named(layout), config_from(model)
     tensors = state_dict(model, layout=layout)
     if chosen.weights_file != SAFETENSORS and len(_shards(tensors, shard_size)) > 1:
         raise CheckpointError(
             f"The {layout!r} layout has one file for all weights: give `max_shard_size=None`."
         )
     # What could not be loaded is not saved: a part of a model, or an ensemble.
-    match(chosen, config, skeleton_of(config), tensors, floating=True)
+    match(chosen, config, skeleton(config), tensors, floating=True)
     fields = chosen.write_config(config, _dtype(model))
     head = chosen.tied_head(config)
     if head is not None and chosen.keeps_tied_head:

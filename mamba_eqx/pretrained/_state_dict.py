@@ -1,7 +1,6 @@
 """Trees under the names and shapes of a checkpoint layout, in memory."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -9,26 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from .._trees import named_leaves
 from ..formats import CheckpointError
 from ..models import LanguageModel
 from ._arrays import check_tied_head, one_dtype, to_jax
 from .layouts import (
-    MISTRAL,
-    STATE_SPACES,
-    TRANSFORMERS,
+    LAYOUTS as LAYOUTS,
     Layout,
-    by_leaf,
-    config_of,
+    check_storable,
+    config_from,
+    group_by_leaf,
     match,
     renamed,
     restacked,
     slots,
     unrolled,
-)
-
-
-LAYOUTS = MappingProxyType(
-    {layout.name: layout for layout in (TRANSFORMERS, STATE_SPACES, MISTRAL)}
 )
 
 
@@ -62,11 +56,12 @@ def state_dict(tree: LanguageModel, *, layout: str = "transformers") -> dict[str
     **Raises:** [`mamba_eqx.CheckpointError`][] if the layout cannot hold the model.
     """
     chosen = layout_named(layout)
-    config = config_of(tree)
+    config = config_from(tree)
+    check_storable(chosen, config)
     tree = unrolled(tree)
-    leaves = jax.tree.leaves(tree)
+    leaves = named_leaves(tree)
     return {
-        slot.entry.name: slot.to_file(_jax(slot.entry.name, leaves[slot.index]))
+        slot.name: slot.to_file(_jax(slot.name, leaves[slot.path]))
         for slot in slots(chosen, config, tree)
     }
 
@@ -90,19 +85,18 @@ def load_state_dict(
     are unexpected, and which have another shape.
     """
     chosen = layout_named(layout)
-    config = config_of(like)
+    config = config_from(like)
+    check_storable(chosen, config)
     tensors = renamed(chosen, {name: _array(name, tensor) for name, tensor in tensors.items()})
     flat = jax.eval_shape(unrolled, like)
-    leaves, structure = jax.tree.flatten(flat)
+    leaves = named_leaves(flat)
     found = match(chosen, config, flat, tensors, floating=False)
     check_tied_head(chosen, config, tensors, np.asarray)
-    for index, parts in by_leaf(found).items():
-        one_dtype({slot.entry.name: tensor.dtype for slot, tensor in parts})
-        arrays = [
-            _jax(slot.entry.name, slot.entry.transform.from_file(tensor)) for slot, tensor in parts
-        ]
-        leaves[index] = arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
-    return restacked(jax.tree.unflatten(structure, leaves), like)
+    for path, parts in group_by_leaf(found).items():
+        one_dtype({slot.name: tensor.dtype for slot, tensor in parts})
+        arrays = [_jax(slot.name, slot.from_file(tensor)) for slot, tensor in parts]
+        leaves[path] = arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
+    return restacked(jax.tree.unflatten(jax.tree.structure(flat), leaves.values()), like)
 
 
 def _jax(name: str, leaf: Any) -> Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..._dtypes import at_least_float32
-from ..._trees import path_name
+from ..._trees import named_leaves
 from ...formats import (
     CheckpointError,
     StoredTensor,
@@ -23,11 +23,11 @@ from ...models import LanguageModel
 from ...pretrained import (
     Fields,
     Slot,
-    by_leaf,
-    config_of,
+    config_from,
+    group_by_leaf,
     layout_named,
     listing,
-    skeleton_of,
+    skeleton,
     slots,
 )
 from ._lora import LoRA, LoRAPair, linear_maps
@@ -201,7 +201,7 @@ def _joined(found: list[_Found], rows: int, *, whole: bool) -> LoRAPair:
     rank = len(a[0])
     joined = np.zeros((rows, rank * len(found)), b[0].dtype)
     for i, (slot, _, _) in enumerate(found):
-        joined[slice(*(slot.entry.rows or (0, rows))), i * rank : (i + 1) * rank] = b[i]
+        joined[slice(*(slot.rows or (0, rows))), i * rank : (i + 1) * rank] = b[i]
     return LoRAPair(jnp.asarray(np.concatenate(a)), jnp.asarray(joined))
 
 
@@ -212,21 +212,20 @@ def _wide(tensor: StoredTensor) -> np.ndarray:
 def _table(model: LanguageModel, layout: str) -> dict[str, tuple[Any, list[Slot]]]:
     """The weight (its shape) and the names of every linear map, by its path in the model with its
     layers `Unrolled`."""
-    config = config_of(model)
-    skeleton = skeleton_of(config)
-    leaves = jax.tree.leaves_with_path(skeleton)
-    paths = [path_name(path) for path, _ in leaves]
-    found = slots(layout_named(layout), config, skeleton)
-    parts = by_leaf([(slot, leaves[slot.index][1]) for slot in found])
-    named = {paths[index]: [slot for slot, _ in found] for index, found in parts.items()}
+    config = config_from(model)
+    shapes = skeleton(config)
+    leaves = named_leaves(shapes)
+    found = slots(layout_named(layout), config, shapes)
+    parts = group_by_leaf([(slot, leaves[slot.path]) for slot in found])
+    named = {path: [slot for slot, _ in found] for path, found in parts.items()}
     return {
         path: (linear.weight, named[f"{path}.weight"])
-        for path, linear in linear_maps(skeleton).items()
+        for path, linear in linear_maps(shapes).items()
     }
 
 
 def _module(slot: Slot) -> str:
-    return slot.entry.name.removesuffix(".weight")
+    return slot.name.removesuffix(".weight")
 
 
 def _tensor(slot: Slot, which: str) -> str:
