@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -178,6 +178,28 @@ FAMILIES: Mapping[str, Models] = {
 }
 
 
+class Stored(NamedTuple):
+    """A model of the registry, and the layout that stores it."""
+
+    layout: str
+    family: str
+    name: str
+    config: mbx.LanguageModelConfig
+
+    @property
+    def stackable(self) -> bool:
+        """Whether all layers are alike, as `Stacked` needs them to be."""
+        return len(set(self.config.layers)) == 1
+
+
+STORED = [
+    Stored(layout, family, name, config)
+    for family, layouts in FAMILIES.items()
+    for layout, models in layouts.items()
+    for name, config in models.items()
+]
+
+
 @functools.cache
 def make(config: mbx.LanguageModelConfig, dtype: Any = None, **how: bool) -> mbx.LanguageModel:
     """Builds a model with random values everywhere, so that no two arrays can be confused."""
@@ -214,3 +236,12 @@ def edit_config(folder: Path, fields: Mapping[str, object], file: str = "config.
         else:
             inner[name] = value
     (folder / file).write_text(json.dumps(values))
+
+
+def save_edited(
+    config: mbx.LanguageModelConfig, folder: Path, layout: str, fields: Mapping[str, object]
+) -> Path:
+    """Saves a model, edits fields of its config (see `edit_config`), and returns the folder."""
+    mbx.save_pretrained(make(config), folder, layout=layout)
+    edit_config(folder, fields)
+    return folder
