@@ -1,4 +1,4 @@
-"""Timing, the limits of the machine, the models and the tables: what all benchmarks share."""
+"""Shared by all benchmarks: options, timing, limits of the machine, models and tables."""
 
 import argparse
 import datetime
@@ -24,23 +24,32 @@ MIB = 1 << 20
 Competitors = dict[str, Callable[[], Any]]
 
 
-# What `--mixer` chooses from.
+# The choices of `--mixer`.
 MIXERS = {config.kind: config for config in (mbx.Mamba1Config, mbx.Mamba2Config, mbx.Mamba3Config)}
 
 
 def arguments(
     description: str | None, *, mixers: bool = False, tokens: list[int] | None = None
 ) -> argparse.Namespace:
+    """Parses the options of a benchmark.
+
+    **Arguments:**
+
+    - `description`: the docstring of the script.
+    - `mixers`: whether to add `--mixer`.
+    - `tokens`: the default of `--tokens`; `None` leaves that option out.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
-    parser.add_argument("--no-peers", action="store_true", help="measure mamba_eqx alone")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to check that the script runs"
+    )
+    parser.add_argument("--no-peers", action="store_true", help="measure mamba_eqx only")
     if mixers:
-        parser.add_argument("--mixer", choices=MIXERS, default="mamba1", help="of all layers")
+        parser.add_argument("--mixer", choices=MIXERS, default="mamba1", help="mixer of all layers")
     if tokens is not None:
-        help = "lengths of the prompts"
-        parser.add_argument("--tokens", type=int, nargs="+", default=tokens, help=help)
+        parser.add_argument("--tokens", type=int, nargs="+", default=tokens, help="prompt lengths")
     return parser.parse_args()
 
 
@@ -48,9 +57,9 @@ def arguments(
 
 
 def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[[], Any], Any]:
-    """`function(*args)` compiled afresh: a call without arguments, and the executable.
+    """Compiles `function(*args)` and returns a call without arguments, and the executable.
 
-    The arrays of `args` are inputs of the compiled function, never constants in it.
+    Arrays in `args` are inputs of the compiled function, so XLA cannot fold them as constants.
     """
     arrays, static = eqx.partition(args, eqx.is_array)
     leaves, structure = jax.tree.flatten(arrays)
@@ -65,14 +74,15 @@ def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[[], Any
 def medians(
     competitors: Competitors, *, repeats: int = 7, budget: float = 20.0, warm: bool = True
 ) -> dict[str, float]:
-    """The median seconds of a call to each of the competitors, which take turns, so that whatever
-    else the machine does falls on all of them alike.
+    """Returns the median seconds per call of each competitor.
+
+    The competitors take turns, so that other load on the machine affects all of them alike.
 
     **Arguments:**
 
-    - `repeats`: the most measurements of each.
-    - `budget`: whoever has used this many seconds is not called again.
-    - `warm`: whether each is called once before, unmeasured.
+    - `repeats`: maximum number of measurements per competitor.
+    - `budget`: a competitor that has used this many seconds is not called again.
+    - `warm`: whether to call each competitor once before measuring.
     """
     if warm:
         for run in competitors.values():
@@ -81,7 +91,7 @@ def medians(
     for _ in range(repeats):
         for name, run in competitors.items():
             if sum(seconds[name]) < budget:
-                time.sleep(0.02)  # the last one's threads go to sleep
+                time.sleep(0.02)  # let the threads of the previous call go to sleep
                 seconds[name].append(once(run))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -89,8 +99,10 @@ def medians(
 def beside(
     base: Callable[[], Any], runs: Competitors, *, repeats: int
 ) -> dict[str, tuple[float, float]]:
-    """The median seconds of each run, and the median of its time over that of `base`, which runs
-    before and after it: so a slow minute of the machine is no one's cost."""
+    """Returns the median seconds of each run, and the median ratio of its time to that of `base`.
+
+    `base` runs before and after each run, so that a slow minute of the machine cancels out.
+    """
     for run in (base, *runs.values()):
         jax.block_until_ready(run())
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
@@ -107,6 +119,7 @@ def beside(
 
 
 def once(run: Callable[[], Any]) -> float:
+    """Returns the seconds of one call, including the wait for its result."""
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start
@@ -116,8 +129,11 @@ def once(run: Callable[[], Any]) -> float:
 
 
 def limits(*, quick: bool = False) -> tuple[float, float]:
-    """What the machine can do through XLA: bytes per second read from memory, float32 operations
-    per second in a matrix product."""
+    """Measures the machine through XLA.
+
+    **Returns:** bytes per second read from memory, and float32 operations per second in a matrix
+    product.
+    """
     rows = 1 << (12 if quick else 15)
     big = jnp.ones((rows, 4096), jnp.float32)
     side = 1024 if quick else 2048
@@ -134,13 +150,13 @@ def limits(*, quick: bool = False) -> tuple[float, float]:
 
 
 def print_facts(title: str, *, quick: bool = False) -> tuple[float, float]:
-    """Prints the heading of a report, and returns the limits of the machine."""
+    """Prints the heading of a report and returns the limits of the machine (see `limits`)."""
     packages = ("jax", "jaxlib", "equinox", "torch", "transformers", "mambapy", "llama_cpp_python")
     versions = ", ".join(f"{name} {v}" for name in packages if (v := _version(name)))
     read, product = limits(quick=quick)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    print(f"## {title}{' (quick: sizes are not the real ones)' if quick else ''}\n")
+    print(f"## {title}{' (quick: tiny sizes, numbers mean nothing)' if quick else ''}\n")
     print(f"{now}; mamba_eqx {mbx.__version__}, {versions}, Python {platform.python_version()}.\n")
     print(
         f"{jax.devices()[0].platform.upper()}: {_cpu()}, {cores()} cores, load {load:.1f}. "
@@ -152,6 +168,7 @@ def print_facts(title: str, *, quick: bool = False) -> tuple[float, float]:
 
 
 def cores() -> int:
+    """Returns the number of cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:
@@ -178,40 +195,44 @@ def _version(package: str) -> str | None:
 
 
 def model_130m(mixer: str, *, stacked: bool = False) -> mbx.LanguageModel:
-    """In the shape of mamba-130m, mamba2-130m and so on: all sizes but these are the defaults."""
+    """Builds a model in the shape of mamba-130m, mamba2-130m etc. with random weights."""
     block = mbx.BlockConfig(MIXERS[mixer](d_model=768))
     padded = 50280 if mixer == "mamba1" else 50288
     config = mbx.LanguageModelConfig(50277, (block,) * 24, padded_vocab_size=padded)
     return config.build(stacked=stacked, key=jr.key(0))
 
 
-def small_model(mixer: str, *, stacked: bool = False, remat: Any = False) -> mbx.LanguageModel:
-    """The one that is trained."""
+def small_model(mixer: str, *, stacked: bool = False, remat: bool = False) -> mbx.LanguageModel:
+    """Builds the model of the training benchmarks: `d_model` 256, 8 layers, bytes."""
     block = mbx.BlockConfig(MIXERS[mixer](d_model=256))
     config = mbx.LanguageModelConfig(256, (block,) * 8)
     return config.build(stacked=stacked, remat=remat, key=jr.key(0))
 
 
 def byte_model(*, stacked: bool = False) -> mbx.LanguageModel:
-    """1.5 million parameters."""
+    """Builds a model in the shape of the bundled one: 1.5 million parameters."""
     block = mbx.BlockConfig(mbx.Mamba1Config(d_model=192, d_state=8))
     config = mbx.LanguageModelConfig(256, (block,) * 6)
     return config.build(stacked=stacked, key=jr.key(0))
 
 
 def random_tokens(model: mbx.LanguageModel, *shape: int) -> jax.Array:
+    """Returns random token ids below the vocabulary size."""
     return jr.randint(jr.key(1), shape, 0, model.vocab_size, jnp.int32)
 
 
 def parameter_bytes(model: mbx.LanguageModel) -> int:
+    """Returns the size of all weights in bytes."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_array)))
 
 
 # --- Tables ---
 
 
-def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    def line(cells: Sequence[Any]) -> str:
+def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Prints a markdown table. `None` is shown as a dash, floats with three digits."""
+
+    def line(cells: Sequence[object]) -> str:
         return "| " + " | ".join(_shown(cell) for cell in cells) + " |"
 
     print(line(header))
@@ -221,7 +242,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     print(flush=True)
 
 
-def _shown(cell: Any) -> str:
+def _shown(cell: object) -> str:
     if cell is None:
         return "-"
     if isinstance(cell, float):
@@ -230,7 +251,7 @@ def _shown(cell: Any) -> str:
 
 
 def print_verdict(what: str, value: float | None, wanted: float, *, at_most: bool = False) -> None:
-    """Says whether a requirement of the project is met."""
+    """Prints whether a measured value meets a requirement of the project."""
     if value is None:
         print(f"- {what}: not measured (wanted: {wanted:g})")
         return

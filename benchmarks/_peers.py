@@ -1,5 +1,6 @@
-"""The other libraries, with the weights of one of our models. All of them are optional."""
+"""Other libraries running the weights of a model of ours. All of them are optional."""
 
+import importlib
 import importlib.util
 import logging
 import tempfile
@@ -14,23 +15,31 @@ import mamba_eqx as mbx
 
 
 def available(package: str) -> bool:
+    """Returns whether a package is installed."""
     return importlib.util.find_spec(package) is not None
 
 
-# Who has which mixers, on a CPU and as far as we can give them our weights.
+# The peers that run each mixer on a CPU and can read our weights.
 _PEERS = {"mamba1": ("transformers", "mambapy", "llama_cpp"), "mamba2": ("transformers",)}
 
 
 def has(package: str, mixer: str) -> bool:
-    """Whether the package is installed, and has models of that mixer."""
+    """Returns whether a package is installed and has models of this mixer."""
     return available(package) and package in _PEERS.get(mixer, ())
 
 
-def transformers_model(model: mbx.LanguageModel) -> Any:
-    """transformers' own model of that kind, from a checkpoint that `save_pretrained` wrote.
+def mamba1_config(model: mbx.LanguageModel) -> mbx.Mamba1Config:
+    """Returns the config of the mixers of a model of Mamba-1 layers."""
+    config = mbx.LanguageModelConfig.of(model).layers[0].mixer
+    assert isinstance(config, mbx.Mamba1Config)
+    return config
 
-    Without CUDA kernels it runs its own path in PyTorch: a Python loop over time for Mamba-1,
-    chunks of 256 tokens, all at once, for Mamba-2.
+
+def transformers_model(model: mbx.LanguageModel) -> Any:
+    """Loads a model of ours into transformers, through a checkpoint written by `save_pretrained`.
+
+    Without CUDA kernels transformers runs its own path in PyTorch: a Python loop over time for
+    Mamba-1, chunks of 256 tokens for Mamba-2.
     """
     import torch
     import transformers
@@ -47,14 +56,17 @@ def transformers_model(model: mbx.LanguageModel) -> Any:
 
 
 def mambapy_model(model: mbx.LanguageModel) -> Any:
-    """mamba.py's blocks in a small language model of our own, as `mambapy.lm` does not import
-    without mamba_ssm. They run its parallel scan in PyTorch."""
-    import torch
-    from mambapy.mamba import Mamba, MambaConfig, RMSNorm
+    """Loads a model of ours into mamba.py's blocks, which run a parallel scan in PyTorch.
 
+    The embedding, the final norm and the head are defined here, because `mambapy.lm` cannot be
+    imported without mamba_ssm.
+    """
+    import torch
+
+    mambapy = importlib.import_module("mambapy.mamba")
     torch.set_num_threads(cores())
-    mixer = mbx.LanguageModelConfig.of(model).layers[0].mixer
-    config = MambaConfig(
+    mixer = mamba1_config(model)
+    config = mambapy.MambaConfig(
         d_model=mixer.d_model,
         n_layers=model.layers.n_layer,
         dt_rank=mixer.dt_rank,
@@ -66,8 +78,8 @@ def mambapy_model(model: mbx.LanguageModel) -> Any:
         def __init__(self):
             super().__init__()
             self.embeddings = torch.nn.Embedding(model.padded_vocab_size, mixer.d_model)
-            self.layers = Mamba(config)
-            self.norm_f = RMSNorm(mixer.d_model, config.rms_norm_eps, False)
+            self.layers = mambapy.Mamba(config)
+            self.norm_f = mambapy.RMSNorm(mixer.d_model, config.rms_norm_eps, False)
 
         def forward(self, tokens: Any) -> Any:
             x = self.norm_f(self.layers(self.embeddings(tokens)))
@@ -81,7 +93,7 @@ def mambapy_model(model: mbx.LanguageModel) -> Any:
             inputs = torch.zeros(batch, config.d_inner, config.d_conv - 1)
             return [(None, inputs) for _ in range(config.n_layers)]
 
-    # A tied head is the embedding, and transformers' names differ from mamba.py's by a prefix.
+    # The head is the embedding, and transformers' names differ from mamba.py's by a prefix only.
     tensors = {}
     for name, tensor in mbx.state_dict(model, layout="transformers").items():
         name = name.removeprefix("backbone.").replace("layers.", "layers.layers.", 1)
@@ -93,9 +105,9 @@ def mambapy_model(model: mbx.LanguageModel) -> Any:
 
 
 def check_agrees(name: str, theirs: Any, ours: jax.Array, tolerance: float = 1e-3) -> None:
-    """Stops a comparison of two different models."""
-    ours = np.asarray(ours)
-    error = np.max(np.abs(np.asarray(theirs) - ours)) / np.max(np.abs(ours))
+    """Raises a `RuntimeError` if the outputs of a peer differ from ours."""
+    want = np.asarray(ours)
+    error = np.max(np.abs(np.asarray(theirs) - want)) / np.max(np.abs(want))
     if not error < tolerance:
-        raise RuntimeError(f"The outputs of {name} differ from ours, relatively by {error:.2g}.")
+        raise RuntimeError(f"The outputs of {name} differ from ours by {error:.2g} (relative).")
     print(f"{name} agrees with mamba_eqx: relative difference {error:.1g}.\n", flush=True)

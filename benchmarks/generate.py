@@ -109,7 +109,7 @@ def overheads(model: mbx.LanguageModel, new: int, repeats: int) -> None:
         for name, chosen in options(model).items():
             runs[f"generate, {name}"] = functools.partial(run, chosen)
         if batch == 1:
-            stream = lambda start=start: list(mbx.stream(model, None, new, state=start))  # noqa: E731
+            stream = lambda start=start: list(mbx.stream(model, None, new, state=start))
             runs["stream, greedy"] = stream
         rows = []
         found = beside(bare(model, start, new), runs, repeats=repeats)

@@ -1,9 +1,10 @@
-"""What it takes to open and to load a checkpoint of mamba-130m's shape: time, and memory beyond the
-model that is left.
+"""Opening and loading a checkpoint in the shape of mamba-130m: time, and peak memory beyond the
+model itself.
 
-    python benchmarks/load.py [--quick]
+    python benchmarks/load.py [--quick] [--no-peers]
 
-Every load is a process of its own; medians of several. `pytorch_model.bin` needs torch to be made.
+Every load runs in a process of its own; the numbers are medians. `pytorch_model.bin` is measured if
+torch is installed, which writes it, and left out with `--no-peers`.
 """
 
 import json
@@ -14,25 +15,29 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from _common import arguments, mamba_130m, print_facts, print_table, small_model
+from _common import arguments, model_130m, print_facts, print_table, small_model
 
 import mamba_eqx as mbx
 
 
-def make(folder: Path, quick: bool) -> list[str]:
-    """Checkpoints of one model in both formats, if torch is there."""
-    model = small_model() if quick else mamba_130m()
+def make(folder: Path, *, quick: bool, peers: bool) -> list[str]:
+    """Writes checkpoints of one model, and returns the names of their folders.
+
+    The `"bin"` checkpoint is written only with `peers`, and if torch is installed.
+    """
+    model = small_model("mamba1") if quick else model_130m("mamba1")
     mbx.save_pretrained(model, folder / "safetensors", layout="state-spaces")
+    if not peers:
+        return ["safetensors"]
     try:
         import torch
     except ImportError:
         return ["safetensors"]
     named = mbx.state_dict(model, layout="state-spaces")
     state = {name: torch.from_numpy(np.array(tensor)) for name, tensor in named.items()}
-    state["lm_head.weight"] = state["backbone.embedding.weight"]  # Shared, as the official ones.
+    state["lm_head.weight"] = state["backbone.embedding.weight"]  # Shared, as in official files.
     (folder / "bin").mkdir()
     torch.save(state, folder / "bin" / "pytorch_model.bin")
     text = (folder / "safetensors" / "config.json").read_text()
@@ -41,20 +46,21 @@ def make(folder: Path, quick: bool) -> list[str]:
 
 
 def anonymous() -> int:
-    """The memory of this process in bytes, mapped files aside."""
+    """Returns the memory of this process in bytes, without mapped files."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no RssAnon: this needs Linux.")
+    raise RuntimeError("/proc/self/status has no RssAnon: run this benchmark on Linux.")
 
 
 def child(folder: Path, dtype: str | None) -> dict[str, float]:
+    """Measures this process. Returns seconds to open and to load, and sizes in megabytes."""
     import jax
 
     from mamba_eqx.pretrained import Hub, open_checkpoint
 
     jax.block_until_ready(jax.numpy.zeros(4) + 1)
-    mbx.from_pretrained(mbx.SHIPPED)  # what is made once
+    mbx.from_pretrained(mbx.SHIPPED)  # Everything that is set up only once.
     start = time.perf_counter()
     open_checkpoint(folder, Hub())
     seconds = {"open": time.perf_counter() - start}
@@ -78,9 +84,10 @@ def child(folder: Path, dtype: str | None) -> dict[str, float]:
     return seconds | {"model": size / 1e6, "beyond": (peak - anonymous()) / 1e6}
 
 
-def measured(folder: Path, dtype: str | None, repeats: int) -> dict[str, float]:
+def measure(folder: Path, dtype: str | None, repeats: int) -> dict[str, float]:
+    """Returns the medians of `child` over several processes."""
     command = [sys.executable, __file__, "--child", str(folder), str(dtype)]
-    runs: list[dict[str, Any]] = []
+    runs: list[dict[str, float]] = []
     for _ in range(repeats):
         out = subprocess.run(command, check=True, capture_output=True, text=True)
         runs.append(json.loads(out.stdout.splitlines()[-1]))
@@ -93,10 +100,10 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for kind in make(folder, args.quick):
+        for kind in make(folder, quick=args.quick, peers=not args.no_peers):
             size = max(file.stat().st_size for file in (folder / kind).iterdir()) / 1e6
             for dtype in (None, "bfloat16"):
-                found = measured(folder / kind, dtype, 2 if args.quick else 7)
+                found = measure(folder / kind, dtype, 2 if args.quick else 7)
                 rows.append(
                     [
                         f"{kind}, {size:.0f} MB",
@@ -107,7 +114,7 @@ def main() -> None:
                         f"{found['beyond']:.0f} MB",
                     ]
                 )
-    print_table(["file", "dtype", "opened in", "loaded in", "model", "peak beyond it"], rows)
+    print_table(["file", "dtype", "open", "load", "model", "peak beyond it"], rows)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def wrapped(model: Any, lora: LoRA) -> Any:
         pair = lora.pairs.get(jax.tree_util.keystr(path, simple=True, separator="."))
         return node if pair is None else Wrapper(node, pair.a, lora.scale * pair.b)
 
-    is_linear = lambda node: isinstance(node, mbx.layers.Linear)  # noqa: E731
+    is_linear = lambda node: isinstance(node, mbx.layers.Linear)
     return jax.tree_util.tree_map_with_path(wrap, model, is_leaf=is_linear)
 
 

@@ -1,4 +1,4 @@
-"""Running prompts through mamba-130m's shape, random float32 weights: tokens per second.
+"""Prefill of mamba-130m's shape with random float32 weights: tokens per second.
 
 python benchmarks/model.py [--mixer mamba2] [--tokens 512] [--quick] [--no-peers]
 """
@@ -33,11 +33,12 @@ ALL, LAST = "all logits", "last logits"
 
 
 def last_logits(model: mbx.LanguageModel, tokens: jax.Array) -> jax.Array:
+    """Returns the logits after the last token only."""
     return model.logits(model.backbone(tokens)[0][-1])
 
 
 def op(mixer: Any, seq: int) -> Callable[[], Any] | None:
-    """The part of a layer that is not linear in the tokens, alone."""
+    """Returns the scan (or ssd) of a mixer as a call of its own, or `None` if it has neither."""
     if isinstance(mixer, mbx.Mamba1):
         return compiled(scan.forward(), *scan.inputs(mixer.d_inner, seq))[0]
     if isinstance(mixer, mbx.Mamba2):
@@ -47,7 +48,7 @@ def op(mixer: Any, seq: int) -> Callable[[], Any] | None:
 
 
 def torch_peers(model: mbx.LanguageModel, mixer: str) -> dict[str, Any]:
-    """From a name to a function of tokens and of whether all logits are wanted."""
+    """Returns peers by name, as functions of the tokens and of whether to compute all logits."""
     import torch
 
     peers = {}
@@ -98,7 +99,9 @@ def main() -> None:
     for seq in lengths:
         tokens = random_tokens(unrolled, seq)
         numbers = np.array(tokens, np.int64)
-        alone = op(unrolled.layers.layers[0].mixer, seq)
+        block = unrolled.layers.unstack()[0]
+        assert isinstance(block, mbx.Block)
+        alone = op(block.mixer, seq)
         runs: dict[tuple[str, str], Any] = {
             (ALL, "unrolled"): compiled(lambda model, t: model(t), unrolled, tokens)[0],
             (ALL, "stacked"): compiled(lambda model, t: model(t), stacked, tokens)[0],
@@ -106,7 +109,7 @@ def main() -> None:
             (LAST, "stacked"): compiled(last_logits, stacked, tokens)[0],
         }
         for name, run in peers.items():
-            # Nobody waits a minute for what shorter prompts tell already.
+            # These peers are slow, and shorter prompts show the same ratio.
             if name != "mamba.py" or seq <= 512:
                 runs[ALL, name] = partial(run, numbers, True)
             if name == "llama.cpp" or (name == "transformers" and seq <= 512):
@@ -128,11 +131,11 @@ def main() -> None:
                 for seq, theirs in zip(lengths, speeds, strict=True)
             ]
             rows.append((which, name, *speeds, *ratios))
-    print("Tokens per second, and how many times faster `Unrolled` is:\n")
+    print("Tokens per second, and the speed of `Unrolled` divided by each:\n")
     columns = [f"{seq} tokens" for seq in lengths]
     print_table(("", "", *columns, *(f"ratio {seq}" for seq in lengths)), rows)
     if shares:
-        print("Share of the scan (or ssd), timed alone, in the time of `Unrolled`:\n")
+        print("Time of the scan (or ssd) alone, as a share of the time of `Unrolled`:\n")
         print_table(("seq", "", "share"), shares)
 
     if quick or mixer != "mamba1":

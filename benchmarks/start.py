@@ -1,8 +1,9 @@
-"""How long it takes until something happens: import, first tokens cold and warm.
+"""Start-up times: import, first token with cold and warm caches.
 
     python benchmarks/start.py [--quick]
 
-Every line is a process of its own; medians of several.
+Every measurement runs in a new process; the medians of several are printed. Other libraries are not
+measured, except for the time to import those that mamba_eqx builds on.
 """
 
 import json
@@ -13,17 +14,17 @@ import sys
 import tempfile
 import time
 from functools import partial
-from typing import Any
 
 
 def import_seconds(module: str) -> dict[str, float]:
+    """Measures the import of a module."""
     start = time.perf_counter()
     __import__(module)
     return {"import": time.perf_counter() - start}
 
 
 def token_seconds(which: str, stacked: bool) -> dict[str, float]:
-    """From a prompt of 16 tokens to the first token, and to 16 tokens."""
+    """Measures building a model and generating from a prompt of 16 tokens."""
     import jax
     import numpy as np
     from _common import byte_model, model_130m
@@ -41,12 +42,13 @@ def token_seconds(which: str, stacked: bool) -> dict[str, float]:
         next(mbx.stream(model, prompt, 16))
         seconds[f"first token, {temperature}"] = time.perf_counter() - start
     start = time.perf_counter()
-    jax.block_until_ready(mbx.generate(model, prompt, 16).tokens)  # compiled by `stream`
+    jax.block_until_ready(mbx.generate(model, prompt, 16).tokens)  # `stream` has compiled the loop
     seconds["16 tokens, warm"] = time.perf_counter() - start
     return seconds
 
 
 def child(task: list[str], environment: dict[str, str] | None = None) -> dict[str, float]:
+    """Runs a task in a new process and returns its measurements."""
     start = time.perf_counter()
     out = subprocess.run(
         [sys.executable, __file__, "--child", *task],
@@ -58,7 +60,10 @@ def child(task: list[str], environment: dict[str, str] | None = None) -> dict[st
     return json.loads(out.stdout.splitlines()[-1]) | {"process": time.perf_counter() - start}
 
 
-def medians_of(task: list[str], repeats: int, environment: Any = None) -> dict[str, float]:
+def medians_of(
+    task: list[str], repeats: int, environment: dict[str, str] | None = None
+) -> dict[str, float]:
+    """Runs a task several times and returns the medians of its measurements."""
     runs = [child(task, environment) for _ in range(repeats)]
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
@@ -77,7 +82,7 @@ def main() -> None:
 
     args = arguments(__doc__)
     repeats = 1 if args.quick else 3
-    print_facts("Starting", quick=args.quick)
+    print_facts("Start-up", quick=args.quick)
     rows = []
     for module in ("numpy", "jax", "equinox", "mamba_eqx"):
         seconds = medians_of(["import", module], repeats)
@@ -99,7 +104,7 @@ def main() -> None:
                 child(task, cache)
                 seconds = medians_of(task, repeats, cache)
             rows.append((which, layers, "filled", *(seconds[name] for name in columns)))
-    print("A prompt of 16 tokens, to the first token (`stream`) and to 16 (`generate`), seconds:\n")
+    print("Seconds to the first token (`stream`) and to 16 tokens (`generate`), 16-token prompt:\n")
     print_table(("model", "layers", "compilation cache", *columns), rows)
 
 

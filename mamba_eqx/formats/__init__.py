@@ -1,4 +1,4 @@
-"""File formats of weights: bytes to named tensors and back, without any model."""
+"""File formats of checkpoints: reading and writing named tensors and JSON, without any model."""
 
 from ._json import (
     decode_numbers as decode_numbers,

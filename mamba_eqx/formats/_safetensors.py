@@ -1,18 +1,18 @@
-"""Reads and writes safetensors files."""
+"""Reading and writing safetensors files."""
 
 import functools
 import json
 import math
 import os
-import secrets
-import stat
 from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple, NoReturn
 
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from .._atomic import atomic_file
+from ._json import unique_keys
 from ._tensors import (
     DAMAGED,
     CheckpointError,
@@ -25,7 +25,7 @@ from ._tensors import (
 )
 
 
-# Parsed JSON can take thirty times the memory of its text. This is room for 25,000 tensors.
+# Parsed JSON can take thirty times the memory of its text. This allows for 25,000 tensors.
 _MAX_HEADER = 2**22
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -45,11 +45,20 @@ _DTYPES = {
 _SUPPORTED = ", ".join(_DTYPES)
 
 
-def open_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
-    """Opens a safetensors file; the values of its tensors stay on disk until they are read.
+class _Tensor(NamedTuple):
+    """The description of a tensor; `begin` and `end` are bytes from the start of the data."""
 
-    The whole header is checked first. This is as strict as the `safetensors` package, and
-    stricter on two points: a name that occurs twice and an unknown field are errors.
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def open_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
+    """Opens a safetensors file without reading the values of its tensors.
+
+    The whole header is checked. The checks are those of the `safetensors` package and two more:
+    duplicate names and unknown fields are errors.
 
     **Arguments:**
 
@@ -61,7 +70,7 @@ def open_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
 
     **Raises:**
 
-    `CheckpointError` for any content that is not a well-formed file of float, bfloat16, integer
+    `CheckpointError` unless the file is a well-formed safetensors file of float, bfloat16, integer
     or bool tensors.
     """
     try:
@@ -75,43 +84,35 @@ def write_safetensors(
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes a safetensors file. It appears under its name complete or not at all.
+    """Writes a safetensors file, which appears under its name complete or not at all.
 
     **Arguments:**
 
-    - `path`: the file, replaced if it exists.
+    - `path`: the file, which is replaced if it exists.
     - `tensors`: the arrays by name, in any memory layout and byte order.
-    - `metadata`: free text by name, kept in the header.
+    - `metadata`: arbitrary strings by name, stored in the header.
+
+    **Raises:** `ValueError` for a dtype or a name that safetensors does not support.
     """
-    arrays = {name: _native(name, tensor) for name, tensor in tensors.items()}
-    target = os.fspath(path)
-    folder, name = os.path.split(target)
-    # Beside the target, because a rename is atomic within one file system only.
-    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            mode = os.fstat(file.fileno()).st_mode
+    arrays = {name: _writable(name, tensor) for name, tensor in tensors.items()}
+    with atomic_file(path) as temporary:
         save_file(arrays, temporary, metadata=dict(metadata))
-        # The package puts a file there that only its owner may read.
-        os.chmod(temporary, stat.S_IMODE(mode))
-        os.replace(temporary, target)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
 
 
-def _native(name: str, tensor: np.ndarray) -> np.ndarray:
+def _writable(name: str, tensor: np.ndarray) -> np.ndarray:
+    """Returns a tensor as a C-contiguous array in native byte order."""
     if name == "__metadata__":
-        raise ValueError("A tensor may not be named '__metadata__': safetensors reserves the name.")
+        raise ValueError(
+            "A tensor must not be named '__metadata__', which safetensors reserves: rename it."
+        )
     dtype = tensor.dtype.newbyteorder("=")
     if dtype not in _DTYPES.values():
         raise ValueError(
             f"Tensor {quote(name)} has dtype {tensor.dtype}, but only {_SUPPORTED} are written: "
             "convert it first."
         )
-    # The package takes the memory as it lies and so writes other values for, say, a transpose.
-    # Not `np.ascontiguousarray`, which turns a scalar into a vector.
+    # The package writes the memory of an array in order, and so wrong values for a transpose.
+    # `np.ascontiguousarray` would turn a scalar into a vector.
     return np.asarray(tensor, dtype=dtype, order="C")
 
 
@@ -119,17 +120,18 @@ def _open(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     buffer = map_file(path)
     if buffer[:4] == b"PK\3\4":
         raise CheckpointError(
-            "the file is a zip archive, as `torch.save` writes, not safetensors: check its name."
+            "the file is a zip archive, as written by `torch.save`, not safetensors: check its "
+            "name."
         )
     length = int.from_bytes(buffer[:8], "little")
     if len(buffer) < 8 or length > len(buffer) - 8:
         raise CheckpointError(
-            f"its header should be {length} bytes long, but the file has {len(buffer)} bytes. It "
-            "is not a safetensors file, or it is incomplete: download or save it again."
+            f"its header should have {length} bytes, but the file has {len(buffer)} bytes. It is "
+            "not a safetensors file, or it is incomplete: download or save it again."
         )
     if length > _MAX_HEADER:
         raise CheckpointError(
-            f"its header is {length} bytes long, but at most {_MAX_HEADER} are read: "
+            f"its header has {length} bytes, but at most {_MAX_HEADER} are read: "
             "split the checkpoint into several files."
         )
     header = _parse(buffer[8 : 8 + length])
@@ -142,62 +144,64 @@ def _open(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     spans: list[tuple[int, int, str]] = []
     for name, fields in header.items():
         try:
-            dtype, shape, begin, end = _describe(fields)
+            tensor = _parse_tensor(fields)
         except CheckpointError as error:
             raise CheckpointError(f"tensor {quote(name)} is malformed: {error} {DAMAGED}") from None
-        read = functools.partial(read_array, buffer, start + begin, shape, dtype)
-        tensors[name] = StoredTensor(name, shape, dtype, read)
-        spans.append((begin, end, name))
+        offset = start + tensor.begin
+        read = functools.partial(read_array, buffer, offset, tensor.shape, tensor.dtype)
+        tensors[name] = StoredTensor(name, tensor.shape, tensor.dtype, read)
+        spans.append((tensor.begin, tensor.end, name))
     _check_tiling(spans, size)
     return tensors
 
 
-def _parse(text: bytes) -> dict[str, Any]:
+def _parse(text: bytes) -> dict[str, object]:
+    """Returns the header, a JSON object, as a dict."""
     try:
         header = json.loads(
             text.decode(),
-            object_pairs_hook=_unique,
+            object_pairs_hook=_header_object,
             parse_int=_parse_int,
             parse_float=_refuse_number,
             parse_constant=_refuse_number,
         )
     except CheckpointError:
         raise
-    # Deep nesting ends in a `RecursionError`; all else that may be wrong is a `ValueError`.
+    # Deep nesting raises a `RecursionError`, any other fault a `ValueError`.
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"its header is not valid JSON ({quote(str(error))}). It is not a safetensors file, "
-            "or it is damaged: download or save it again."
+            f"its header is not valid JSON ({quote(str(error))}). The file is damaged or not a "
+            "safetensors file: download or save it again."
         ) from None
     if not isinstance(header, dict) or not text.startswith(b"{"):
-        raise CheckpointError("its header is not a JSON object: not a safetensors file.")
+        raise CheckpointError(
+            "its header is not a JSON object, so it is not a safetensors file: check its name."
+        )
     return header
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in unique:
-            raise CheckpointError(
-                f"its header has the name {quote(name)} more than once, so which is meant cannot "
-                "be known: save the file again."
-            )
-        name.encode()  # A lone surrogate fails here, not later when someone prints it.
-        unique[name] = value
-    return unique
+def _header_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    try:
+        fields = unique_keys(pairs)
+    except CheckpointError as error:
+        raise CheckpointError(f"in its header {error}") from None
+    for name in fields:
+        name.encode()  # A lone surrogate would otherwise raise later, when the name is printed.
+    return fields
 
 
 def _parse_int(digits: str) -> int:
     return int(digits) if len(digits) <= 20 else _refuse_number(digits)
 
 
-def _refuse_number(text: str) -> int:
+def _refuse_number(text: str) -> NoReturn:
     raise CheckpointError(
         f"its header has the number {quote(text)}, but only 64-bit integers belong there. {DAMAGED}"
     )
 
 
-def _describe(fields: object) -> tuple[np.dtype, tuple[int, ...], int, int]:
+def _parse_tensor(fields: object) -> _Tensor:
+    """Returns the description of a tensor in the header."""
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError("the fields must be exactly `dtype`, `shape` and `data_offsets`.")
     code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
@@ -206,8 +210,8 @@ def _describe(fields: object) -> tuple[np.dtype, tuple[int, ...], int, int]:
     if code not in _DTYPES:
         if code.startswith(("F8", "F6", "F4")):
             raise CheckpointError(
-                f"its dtype {quote(code)} is a float8 or smaller format, which is not read: take "
-                "a checkpoint that is not quantised, or convert it to bfloat16."
+                f"its dtype {quote(code)} is a format of 8 bits or less (float8), which is not "
+                "supported: use a checkpoint that is not quantised, or convert it to bfloat16."
             )
         raise CheckpointError(f"the dtype {quote(code)} is not one of {_SUPPORTED}.")
     dtype = _DTYPES[code]
@@ -223,20 +227,21 @@ def _describe(fields: object) -> tuple[np.dtype, tuple[int, ...], int, int]:
             f"the shape {quote(sizes)} of {code} takes {nbytes} bytes, but the data_offsets "
             f"[{begin}, {end}] hold {end - begin}."
         )
-    return dtype, sizes, begin, end
+    return _Tensor(dtype, sizes, begin, end)
 
 
 def _check_tiling(spans: list[tuple[int, int, str]], size: int) -> None:
+    """Checks that the tensors cover the data without gaps and overlaps."""
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:
             fault = "overlaps the tensor before it" if begin < position else "leaves a gap"
             raise CheckpointError(
-                f"tensor {quote(name)} begins at byte {begin} of the data, but should at "
-                f"{position}: it {fault}. {DAMAGED}"
+                f"tensor {quote(name)} begins at byte {begin} of the data, but should begin at "
+                f"byte {position}: it {fault}. {DAMAGED}"
             )
         position = end
     if position != size:
         raise CheckpointError(
-            f"its tensors take {position} bytes, but {size} bytes of data are there. {DAMAGED}"
+            f"its tensors take {position} bytes, but it has {size} bytes of data. {DAMAGED}"
         )

@@ -1,4 +1,4 @@
-"""What the checkpoint readers share: the error they raise, and the tensors they return."""
+"""Types and checks shared by the readers of all formats."""
 
 import math
 import mmap
@@ -16,21 +16,22 @@ _MAX_BYTES = 2**62
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read as what it claims to be.
+    """An error in a checkpoint, or in the use of one.
 
-    The file is damaged, of another format, holds something other than plain tensors, or does not
-    fit the model asked of it. The message names the file, the offending thing, and the remedy.
-    A file that is missing or may not be opened raises the usual `OSError` instead.
+    A file is damaged, has another format, contains something other than plain tensors, or does not
+    fit the model. The message names the file, the fault and the remedy. A file that is missing or
+    must not be opened raises the usual `OSError` instead.
     """
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a checkpoint file: its description, and a function that reads its values.
+    """A tensor in a checkpoint file, whose values are read on demand.
 
-    `read` returns a C-contiguous array in native byte order. It may be a read-only view of the
-    mapped file, which stays mapped for as long as the tensor or the array is alive and must not
-    be written to meanwhile.
+    - `name`, `shape`, `dtype`: the description of the tensor.
+    - `read`: reads the values, and returns a C-contiguous array in native byte order. The array may
+        be a read-only view of the mapped file. The file stays mapped while the tensor or the array
+        is alive, and must not be written to.
     """
 
     name: str
@@ -40,8 +41,13 @@ class StoredTensor:
 
 
 def map_file(path: str | os.PathLike[str]) -> mmap.mmap:
-    """Maps a file read-only, refusing what a failed download leaves in place of a checkpoint."""
-    # Before opening, because opening a named pipe waits for its writer. A folder is left to `open`.
+    """Maps a file into memory, read-only.
+
+    **Raises:** `CheckpointError` for an empty file, a git-LFS pointer or a web page, which failed
+    downloads leave behind.
+    """
+    # Checked before opening, because opening a named pipe waits for a writer. Folders make `open`
+    # raise an error that is clear enough.
     mode = os.stat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise CheckpointError("it is not a regular file: give the path of a checkpoint file.")
@@ -55,36 +61,48 @@ def map_file(path: str | os.PathLike[str]) -> mmap.mmap:
             "the file is a git-LFS pointer, not the weights it points to: "
             "run `git lfs pull`, or download the file itself."
         )
-    # Whole words: "<" alone also starts a safetensors file whose header is 60 bytes long.
+    # Not "<" alone, with which a safetensors file with a header of 60 bytes begins as well.
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
         raise CheckpointError(
-            "the file is a web page, not weights: the download was answered with an error or a "
-            "login page. Check the address and your access to it, and download the file again."
+            "the file is a web page, not weights: the download returned an error or a login page. "
+            "Check the address and your access to it, and download the file again."
         )
     return buffer
 
 
 def quote(text: str | tuple[int, ...]) -> str:
-    """Text from a file for use in a message: escaped, and cut to a readable length."""
+    """Formats text from a file for a message: escaped, and truncated to a readable length."""
     quoted = ascii(text[:100])
     return quoted if len(quoted) <= 100 else quoted[:97] + "..."
 
 
 def check_shape(shape: Sequence[object], itemsize: int) -> tuple[int, ...]:
-    """Returns `shape` as a tuple of integers if an array of that shape can exist at all."""
+    """Returns a shape as a tuple of integers.
+
+    **Arguments:**
+
+    - `shape`: the sizes as a file gives them.
+    - `itemsize`: the size of an element in bytes.
+
+    **Raises:** `CheckpointError` if no array can have the shape.
+    """
     if len(shape) > _MAX_DIMENSIONS:
         raise CheckpointError(
             f"it has {len(shape)} dimensions, but at most {_MAX_DIMENSIONS} are read."
         )
     sizes = check_naturals(shape, "shape")
-    # NumPy leaves zeros out too when it decides whether the size of an array overflows.
+    # NumPy, too, ignores zeros when it decides whether the size of an array overflows.
     if math.prod(size for size in sizes if size) * itemsize >= _MAX_BYTES:
         raise CheckpointError(f"the shape {quote(sizes)} overflows.")
     return sizes
 
 
 def check_naturals(values: Sequence[object], what: str) -> tuple[int, ...]:
-    """Returns `values` as a tuple if each is a nonnegative integer (and none a bool)."""
+    """Returns values as a tuple of integers.
+
+    **Raises:** `CheckpointError`, calling the values `what`, if any is a bool, negative, or not an
+    integer.
+    """
     naturals = tuple(value for value in values if type(value) is int and value >= 0)
     if len(naturals) != len(values):
         raise CheckpointError(f"the {what} must be integers >= 0.")
@@ -100,22 +118,27 @@ def read_array(
     strides: tuple[int, ...] | None = None,
     swap: bool = False,
 ) -> np.ndarray:
-    """Reads an array whose bounds have been checked, without a copy where that is possible.
+    """Reads an array whose bounds have been checked, without a copy if possible.
 
     **Arguments:**
 
-    - `strides`: in bytes, as NumPy has them; C order if not given.
-    - `swap`: whether the file's byte order is not that of this machine.
+    - `buffer`: the mapped file.
+    - `offset`: the position of the first element, in bytes.
+    - `shape`, `dtype`: those of the array.
+    - `strides`: in bytes, as in NumPy; C order if `None`.
+    - `swap`: whether the byte order of the file differs from that of this machine.
+
+    **Returns:** a C-contiguous array in native byte order.
     """
     if 0 in shape:
         return np.empty(shape, dtype)
-    # Read as bits, because byte order means nothing to the extension type bfloat16.
+    # Read as integers, because the extension type bfloat16 has no byte order.
     bits = np.ndarray(shape, np.dtype(f"u{dtype.itemsize}"), buffer, offset, strides)
     if not (bits.flags.c_contiguous and bits.flags.aligned):
         bits = bits.copy(order="C")
     if swap:
         bits = bits.byteswap()
     if dtype == np.bool_:
-        # A byte other than 0 and 1 is not a valid NumPy bool.
+        # Bytes other than 0 and 1 would not be valid NumPy bools.
         return np.not_equal(bits, 0, out=np.empty(shape, np.bool_))
     return bits.view(dtype)

@@ -1,9 +1,10 @@
-"""Checkpoints: loading, saving, pushing and describing them."""
+"""Loading, saving, uploading and describing checkpoints."""
 
 from ..formats import CheckpointError as CheckpointError
 from ._arrays import check_dtype as check_dtype
+from ._assign import Assignment as Assignment, assign as assign
 from ._checkpoint import (
-    find_files as find_files,
+    Checkpoint as Checkpoint,
     open_checkpoint as open_checkpoint,
     read_checkpoint as read_checkpoint,
 )
@@ -12,9 +13,10 @@ from ._hub import Hub as Hub
 from ._load import from_pretrained as from_pretrained, load as load
 from ._push import push_to_hub as push_to_hub
 from ._save import save_pretrained as save_pretrained
+from ._source import Source as Source, open_source as open_source
 from ._state_dict import (
     LAYOUTS as LAYOUTS,
-    layout_named as layout_named,
+    get_layout as get_layout,
     load_state_dict as load_state_dict,
     state_dict as state_dict,
 )
@@ -28,8 +30,6 @@ from .layouts import (
     Fields as Fields,
     Slot as Slot,
     config_from as config_from,
-    group_by_leaf as group_by_leaf,
     listing as listing,
     skeleton as skeleton,
-    slots as slots,
 )

@@ -195,13 +195,13 @@ REFUSED = {
     "a long number": (file_bytes(b'{"x": ' + b"9" * 100_000 + b"}"), "number"),
     "a name twice": (
         file_bytes(b'{"x": %b, "x": %b}' % ((json.dumps(field()).encode(),) * 2), bytes(8)),
-        "'x' more than once",
+        "'x' occurs twice",
     ),
     "a field twice": (
         file_bytes(b'{"x":{"dtype":"F32","dtype":"F32"}}'),
-        "'dtype' more than once",
+        "'dtype' occurs twice",
     ),
-    "metadata twice": (file_bytes(b'{"__metadata__":{},"__metadata__":{}}'), "more than once"),
+    "metadata twice": (file_bytes(b'{"__metadata__":{},"__metadata__":{}}'), "occurs twice"),
     "metadata of numbers": (file_bytes({"__metadata__": {"a": 1}}), "strings"),
     "metadata of None": (file_bytes({"__metadata__": None}), "strings"),
     "tensor of None": (file_bytes({"x": None}), "fields"),

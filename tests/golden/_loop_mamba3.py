@@ -31,7 +31,7 @@ def loop(weights: Tensors, tokens: torch.Tensor, cfg: Any) -> Tensors:
         return x
 
     layers = range(len([name for name in weights if name.endswith("in_proj.weight")]))
-    zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64)  # noqa: E731
+    zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64)
     angle = [[zeros(turned) for _ in heads] for _ in layers]
     ssm = [[zeros(p, n) for _ in heads] for _ in layers]
     k = [[[zeros(n) for _ in heads] for _ in ranks] for _ in layers]

@@ -190,7 +190,7 @@ def make_op(name: str, references: Any) -> Tensors:
                 for c in (3, s["seq"])
             )
         else:
-            state = lambda leaves: [v for k, v in leaves.items() if k.startswith("state.")]  # noqa: E731
+            state = lambda leaves: [v for k, v in leaves.items() if k.startswith("state.")]
             witness = answers(
                 lambda leaves, arguments: flat(
                     references.siso_step(**arguments, Input_States=state(leaves))

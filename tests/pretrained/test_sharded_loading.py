@@ -113,7 +113,7 @@ def test_one_sharding_for_all(tmp_path: Path):
 @pytest.mark.usefixtures("as_users_run")
 def test_a_function_must_give_shardings(tmp_path: Path):
     mbx.save_pretrained(make(BOTH["tied"]), tmp_path)
-    with pytest.raises(ValueError, match=r"for 'embedding.weight' gave 'cpu'"):
+    with pytest.raises(ValueError, match=r"for 'embedding.weight' returned 'cpu'"):
         mbx.from_pretrained(
             tmp_path,
             sharding=lambda *_: "cpu",  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Hostile and damaged archives of `torch.save`, each with a word of the error it should get."""
+"""Hostile and damaged archives of `torch.save`, each with a part of the error it should raise."""
 
 import io
 import zipfile
@@ -28,7 +28,7 @@ def small(pickle: bytes = tf.program(tf.state_dict(ITEMS)), **options) -> bytes:
 
 
 def holding(value: bytes) -> bytes:
-    """A file with one name, `x`, for what `value` pushes."""
+    """Returns a file whose state dict has the single name `x` for the value that is pushed."""
     return small(tf.program(tf.state_dict({"x": value})))
 
 
@@ -42,7 +42,7 @@ PICKLES = {
     "global in two dots": (tf.program(tf.function("torch", "os.system")), "torch.os.system"),
     "long global": (tf.program(b"c" + b"a" * 1000 + b"\nb\n"), "without a name"),
     "global without end": (b"\x80\x02cos\nsystem", "without a name"),
-    "global after a newline": (b"\x80\x02\nc", "not run"),
+    "global after a newline": (b"\x80\x02\nc", "not supported"),
     "inst": (b"\x80\x02(X\1\0\0\0xios\nsystem\n.", "INST"),
     "stack_global": (b"\x80\x02X\2\0\0\0osX\6\0\0\0system\x93.", "STACK_GLOBAL"),
     "obj": (b"\x80\x02(o.", "OBJ"),
@@ -55,9 +55,9 @@ PICKLES = {
     "decimal integer": (b"\x80\x02I" + b"9" * 9999 + b"\n.", "INT"),
     "no instruction": (b"\x80\x02\xf0.", "xf0"),
     "protocol 4": (b"\x80\x04}.", "protocol 2"),
-    "build on a function": (tf.program(TENSOR + b"}b"), "attributes of what"),
-    "build on a dict": (tf.program(b"}}b"), "attributes of what"),
-    "build on a tensor": (tf.program(ITEMS["w"] + b"}b"), "attributes of what"),
+    "build on a function": (tf.program(TENSOR + b"}b"), "attributes of a value"),
+    "build on a dict": (tf.program(b"}}b"), "attributes of a value"),
+    "build on a tensor": (tf.program(ITEMS["w"] + b"}b"), "attributes of a value"),
     "build with a tuple": (tf.program(tf.ordered_dict() + b")b"), "not a dict"),
     "call of a value": (tf.program(b"})R"), "not a function"),
     "call of a storage class": (tf.program(tf.call(tf.function("torch", "LongStorage"))), "calls"),
@@ -77,9 +77,9 @@ PICKLES = {
     "a surrogate": (b"\x80\x02X\3\0\0\0\xed\xa0\x80.", "UTF-8"),
     "huge integer": (b"\x80\x02\x8a\x09" + b"\xff" * 9 + b".", "64 bits"),
     "unknown memo": (b"\x80\x02h\0.", "not stored"),
-    "memo of nothing": (b"\x80\x02q\0.", "not there"),
-    "empty stack": (b"\x80\x02R.", "not there"),
-    "tuple of nothing": (b"\x80\x02\x87.", "not there"),
+    "memo of nothing": (b"\x80\x02q\0.", "empty stack"),
+    "empty stack": (b"\x80\x02R.", "empty stack"),
+    "tuple of nothing": (b"\x80\x02\x87.", "empty stack"),
     "tuple without a mark": (b"\x80\x02t.", "mark"),
     "append to a dict": (b"\x80\x02}Na.", "not a list"),
     "items of a list": (b"\x80\x02]NNs.", "not a dict"),
@@ -95,7 +95,7 @@ PICKLES = {
     "a dict in itself": (tf.program(b"}q\0X\1\0\0\0xh\0s"), "a dict under 'x'"),
     "doubling": (tf.program(b")" + b"q\0h\0\x86" * 80_000), "tuple"),
     "wide doubling": (tf.program(b"()q\0" + b"h\0" * 5000 + b"t"), "tuple"),
-    "a long pickle": (tf.START + b"N" * 2**22, "data.pkl is"),
+    "a long pickle": (tf.START + b"N" * 2**22, "data.pkl has"),
     "a list": (tf.program(b"]"), "list"),
     "a tensor": (tf.program(ITEMS["w"]), "a tensor, not a state dict"),
     "a storage": (tf.program(SOURCE), "storage"),
@@ -171,7 +171,10 @@ VALUES = {
     "larger storage": (tf.storage("FloatStorage", "0", 7), "24 bytes"),
     "smaller storage": (tf.storage("FloatStorage", "0", 5), "24 bytes"),
     "negative storage": (tf.storage("FloatStorage", "0", -6), "24 bytes"),
-    "storage of no class": (SOURCE.replace(b"torch\nFloatStorage", b"torch\nuint16"), "for a st"),
+    "storage of no class": (
+        SOURCE.replace(b"torch\nFloatStorage", b"torch\nuint16"),
+        "as a storage",
+    ),
     "storage of another kind": (tf.sequence(tf.text("module")) + b"Q", "other than a storage"),
     "storage of a tuple": (b")Q", "other than a storage"),
     "storage of a number": (b"K\1Q", "other than a storage"),
@@ -225,14 +228,17 @@ ARCHIVES = {
     "backslash": (entry_named("archive\\..\\x"), "do not trust"),
     "zero byte": (entry_named("archive/x\0y"), "do not trust"),
     "folder": (entry_named("archive/x/"), "do not trust"),
-    "another local name": (with_storage(local_name="archive/data/1"), "no header like it"),
+    "another local name": (with_storage(local_name="archive/data/1"), "no matching header"),
     "overlap": (with_storage(size=200), "overlap"),
-    "overlap by offset": (with_storage(offset=0, local_name="archive/data/0"), "no header"),
+    "overlap by offset": (
+        with_storage(offset=0, local_name="archive/data/0"),
+        "no matching header",
+    ),
     "past the end": (with_storage(size=10**6), "overlap"),
     "past 2**32": (with_storage(size=2**40), "overlap"),
     "size of 2**64 - 1": (with_storage(size=2**64 - 1), "overlap"),
-    "offset past the end": (with_storage(offset=10**6), "no header"),
-    "offset of 2**64 - 1": (with_storage(offset=2**64 - 1), "no header"),
+    "offset past the end": (with_storage(offset=10**6), "no matching header"),
+    "offset of 2**64 - 1": (with_storage(offset=2**64 - 1), "no matching header"),
     "zip64 missing": (
         small().replace(b"\x18\0\0\0\x18\0\0\0\x0e\0", b"\xff\xff\xff\xff\xff\xff\xff\xff\x0e\0"),
         "zip64",

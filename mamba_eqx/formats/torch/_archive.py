@@ -1,7 +1,7 @@
-"""Reads the zip archives that `torch.save` writes.
+"""Reading the zip archives that `torch.save` writes.
 
-The standard library's `zipfile` is made to open whatever can be opened. torch writes one plain
-form, so anything else is damage or an attack, and the reader here refuses it.
+The standard library's `zipfile` is lenient and opens whatever can be opened. torch writes archives
+in a single plain form, so anything else is damage or an attack, and is refused here.
 """
 
 import mmap
@@ -25,12 +25,12 @@ _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
-_TAKEN = 0xFFFFFFFF  # "see the 64-bit field"
+_IN_ZIP64 = 0xFFFFFFFF  # A 32-bit field whose value is in the zip64 extra field.
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where in the file the data of an entry lies, and its checksum."""
+    """The position, size and checksum of the data of a zip entry."""
 
     start: int
     size: int
@@ -38,7 +38,11 @@ class Entry:
 
 
 def read_zip(buffer: mmap.mmap) -> dict[str, Entry]:
-    """Returns the entries by name, each inside the file, plain, and apart from the others."""
+    """Returns the entries of an archive by name.
+
+    **Raises:** `CheckpointError` for a file that is not a zip archive, and unless all entries are
+    uncompressed, within the file, and without overlaps.
+    """
     _check_magic(buffer)
     position, end, count = directory, _, _ = _find_directory(buffer)
     entries: dict[str, Entry] = {}
@@ -61,8 +65,8 @@ def read_zip(buffer: mmap.mmap) -> dict[str, Entry]:
             raise CheckpointError(f"its zip entry {quote(name)} occurs twice. {DAMAGED}")
         if method != 0 or packed != size or flags & 1:
             raise CheckpointError(
-                f"its zip entry {quote(name)} is compressed or encrypted, but `torch.save` stores "
-                "plainly: unpack the archive and pack it without compression (`zip -0`)."
+                f"its zip entry {quote(name)} is compressed or encrypted, unlike those of "
+                "`torch.save`: unpack the archive and pack it without compression (`zip -0`)."
             )
         start = _data_start(buffer, offset, raw_name, directory)
         entries[name] = Entry(start, size, crc)
@@ -87,8 +91,8 @@ def _check_magic(buffer: mmap.mmap) -> None:
         buffer[257:262] == b"ustar"
     ):
         raise CheckpointError(
-            "the file is in the legacy format from before torch 1.6, which is not read. In torch: "
-            "`torch.save(torch.load(path, weights_only=True), path)`."
+            "the file is in the legacy format of torch before 1.6, which is not supported. "
+            "In torch: `torch.save(torch.load(path, weights_only=True), path)`."
         )
     if head[:1] == b"\x80":
         raise CheckpointError(
@@ -106,7 +110,7 @@ def _check_magic(buffer: mmap.mmap) -> None:
 
 
 def _find_directory(buffer: mmap.mmap) -> tuple[int, int, int]:
-    """Returns where the central directory begins and ends, and its number of entries."""
+    """Returns the start and the end of the central directory, and its number of entries."""
     end = len(buffer) - _END.size
     if end < 0 or buffer[end : end + 4] != b"PK\5\6":
         raise CheckpointError(f"it does not end as a zip archive does. {DAMAGED}")
@@ -128,17 +132,17 @@ def _find_directory(buffer: mmap.mmap) -> tuple[int, int, int]:
 
 
 def _widen(values: list[int], extra: bytes) -> list[int]:
-    """Replaces the 32-bit values that say so by those of the zip64 extra field."""
+    """Replaces 32-bit values that refer to the zip64 extra field by the values there."""
     wide: list[int] = []
     while len(extra) >= 4:
         kind, length = struct.unpack_from("<2H", extra)
         if kind == 1:
             wide = [value for (value,) in struct.iter_unpack("<Q", extra[4 : 4 + length // 8 * 8])]
         extra = extra[4 + length :]
-    missing = values.count(_TAKEN)
+    missing = values.count(_IN_ZIP64)
     if missing > len(wide):
         raise CheckpointError(f"its zip64 sizes are missing. {DAMAGED}")
-    return [wide.pop(0) if value == _TAKEN else value for value in values]
+    return [wide.pop(0) if value == _IN_ZIP64 else value for value in values]
 
 
 def _check_name(raw: bytes) -> str:
@@ -147,22 +151,22 @@ def _check_name(raw: bytes) -> str:
     except UnicodeDecodeError:
         raise CheckpointError(f"it has a zip entry whose name is not UTF-8. {DAMAGED}") from None
     parts = name.split("/")
-    # Here, because torch compresses the code, and that it is code is the better thing to say.
+    # Checked here because torch compresses code, and the check for compression would hide this.
     if parts[1:2] == ["code"] or parts[1:] == ["constants.pkl"]:
         raise CheckpointError(
-            "the file is a TorchScript archive, a program and not a state dict. In torch: "
+            "the file is a TorchScript archive, a program rather than a state dict. In torch: "
             "`torch.save(torch.jit.load(path).state_dict(), new_path)`."
         )
     if "\\" in name or "\0" in name or {"", ".", ".."} & set(parts):
         raise CheckpointError(
-            f"its zip entry {quote(name)} is named by a path that `torch.save` does not write: "
-            "do not trust this file."
+            f"its zip entry {quote(name)} has a path that `torch.save` does not write: do not "
+            "trust this file."
         )
     return name
 
 
 def _data_start(buffer: mmap.mmap, offset: int, name: bytes, directory: int) -> int:
-    """Returns where the data of an entry starts, which only its local header tells."""
+    """Returns the start of the data of an entry, which only its local header contains."""
     if offset + _LOCAL.size <= directory:
         signature, _, _, method, *_, name_length, extra_length = _LOCAL.unpack_from(buffer, offset)
         name_start = offset + _LOCAL.size
@@ -170,12 +174,12 @@ def _data_start(buffer: mmap.mmap, offset: int, name: bytes, directory: int) -> 
         if signature == b"PK\3\4" and method == 0 and buffer[name_start:name_end] == name:
             return name_end + extra_length
     raise CheckpointError(
-        f"its zip entry {quote(name.decode())} has no header like it at byte {offset}. {DAMAGED}"
+        f"its zip entry {quote(name.decode())} has no matching header at byte {offset}. {DAMAGED}"
     )
 
 
 def find_root(entries: Mapping[str, Entry]) -> str:
-    """Returns the folder that holds everything in the archive."""
+    """Returns the name of the folder that holds all entries."""
     roots = {name.split("/")[0] for name in entries}
     root = next(iter(roots), "")
     if len(roots) != 1 or f"{root}/data.pkl" not in entries:
@@ -190,20 +194,20 @@ def read_pickle(buffer: mmap.mmap, entry: Entry) -> bytes:
     """Returns the pickle that describes the tensors."""
     if entry.size > _MAX_PICKLE:
         raise CheckpointError(
-            f"its data.pkl is {entry.size} bytes long, but at most {_MAX_PICKLE} are read: a state "
-            f"dict takes far less, so it holds other things than tensors. {ADVICE}"
+            f"its data.pkl has {entry.size} bytes, but at most {_MAX_PICKLE} are read: a state "
+            f"dict takes far less, so the file holds more than tensors. {ADVICE}"
         )
     pickle = buffer[entry.start : entry.start + entry.size]
-    # torch writes 0 where it was told to save the time (`set_crc32_options(False)`).
+    # torch writes 0 if checksums are switched off (`set_crc32_options(False)`).
     if entry.crc not in (0, zlib.crc32(pickle)):
         raise CheckpointError(f"its data.pkl does not match its checksum. {DAMAGED}")
     return pickle
 
 
 def read_byte_order(buffer: mmap.mmap, entry: Entry | None) -> str:
-    """Returns the byte order of the storages, "little" or "big"."""
+    """Returns the byte order of the storages, `"little"` or `"big"`."""
     if entry is None:
-        return "little"  # written before torch 2.1
+        return "little"  # Written by torch before 2.1.
     order = buffer[entry.start : entry.start + min(entry.size, 16)]
     if order not in (b"little", b"big"):
         raise CheckpointError(f"its byteorder is {order!a}, not 'little' or 'big'. {DAMAGED}")

@@ -1,8 +1,8 @@
 """A stack machine for pickles that cannot run code.
 
-A pickle is a program for a small stack machine that can import and call any Python function. The
-machine here has only the instructions that `torch.save` writes for a state dict, and the functions
-in it are records of a name: what they mean is for a subclass to say.
+A pickle is a program for a small stack machine that can import and call any Python function. This
+machine has only the instructions that `torch.save` writes for a state dict. Functions are never
+resolved: they are records of a name, which a subclass interprets.
 """
 
 import abc
@@ -14,8 +14,8 @@ from .._tensors import DAMAGED, CheckpointError
 from ._archive import ADVICE
 
 
-# Bounds on memory and time, some ten times what public checkpoints need: an instruction can be one
-# byte in the file and leave a Python object of a hundred.
+# Bounds on memory and time, about ten times what public checkpoints need. They are needed because
+# an instruction of one byte can create a Python object of a hundred bytes.
 _MAX_INSTRUCTIONS = 250_000
 _MAX_STACK = 10_000
 _MAX_DEPTH = 20
@@ -24,14 +24,14 @@ _OPCODE_NAMES = {opcode.code: opcode.name for opcode in pickletools.opcodes}
 
 @dataclass(frozen=True, slots=True)
 class PickledGlobal:
-    """A function or class of Python by name: never the thing itself."""
+    """The name of a Python function or class, which is never resolved."""
 
     name: str
 
 
 @dataclass(slots=True, eq=False)
 class PickledDict:
-    """A dict or OrderedDict of the pickle. Pairs, so that nothing from the file is hashed."""
+    """A dict or OrderedDict of the pickle, as pairs, so that nothing from the file is hashed."""
 
     ordered: bool
     pairs: list[tuple[object, object]] = field(default_factory=list)
@@ -39,31 +39,35 @@ class PickledDict:
 
 @dataclass
 class PickleMachine(abc.ABC):
-    """Runs a pickle of protocol 2 and returns what it describes.
+    """A machine that runs a pickle of protocol 2.
 
-    A value is None, a bool, int, float, str, tuple or list of Python, a `PickledDict`, or what a
-    subclass makes. Values may share and even contain one another; nothing here walks through them.
+    A value is None, a bool, int, float, str, tuple or list, a `PickledDict`, or made by a subclass.
+    Values may share and even contain one another, and are therefore never traversed here.
     """
 
     pickle: bytes
     stack: list[object] = field(default_factory=list)
-    outer: list[list[object]] = field(default_factory=list)  # the stacks below each mark
+    outer: list[list[object]] = field(default_factory=list)  # The stack below each mark.
     memo: dict[int, object] = field(default_factory=dict)
     position: int = 0
 
     @abc.abstractmethod
     def find(self, name: str) -> object:
-        """Returns what the pickle gets for the function or class `name`, or refuses it."""
+        """Returns the value of the function or class `name`, or raises `CheckpointError`."""
 
     @abc.abstractmethod
     def load(self, identifier: object) -> object:
-        """Returns what the pickle gets for a persistent identifier (in torch: a storage)."""
+        """Returns the value of a persistent identifier (in torch: a storage)."""
 
     @abc.abstractmethod
     def call(self, function: object, arguments: object) -> object:
-        """Returns what the pickle gets for a call."""
+        """Returns the value of a function call."""
 
     def run(self) -> object:
+        """Runs the pickle and returns its value.
+
+        **Raises:** `CheckpointError` for a pickle that `torch.save` would not write.
+        """
         if self._take(2) != b"\x80\x02":
             raise CheckpointError(
                 "its pickle is not of protocol 2: save it with the default `pickle_protocol`."
@@ -109,7 +113,7 @@ class PickleMachine(abc.ABC):
             case b"h" | b"j":  # BINGET, LONG_BINGET
                 key = self._number(1 if opcode == b"h" else 4)
                 if key not in self.memo:
-                    raise self.malformed("it recalls what it has not stored")
+                    raise self.malformed("it recalls a value that it has not stored")
                 push(self.memo[key])
             case b"(":  # MARK
                 self.outer.append(self.stack)
@@ -128,7 +132,7 @@ class PickleMachine(abc.ABC):
                 items = [self._pop()] if opcode == b"a" else self._pop_to_mark()
                 target = self._top()
                 if not isinstance(target, list):
-                    raise self.malformed("it appends to what is not a list")
+                    raise self.malformed("it appends to a value that is not a list")
                 target.extend(items)
             case b"}":  # EMPTY_DICT
                 push(PickledDict(ordered=False))
@@ -136,7 +140,7 @@ class PickleMachine(abc.ABC):
                 items = self._pop_to_mark() if opcode == b"u" else [self._pop(), self._pop()][::-1]
                 target = self._top()
                 if not isinstance(target, PickledDict) or len(items) % 2:
-                    raise self.malformed("it sets items of what is not a dict")
+                    raise self.malformed("it sets items of a value that is not a dict")
                 target.pairs.extend(zip(items[::2], items[1::2], strict=True))
             case b"c":  # GLOBAL
                 push(self.find(self._global_name()))
@@ -145,17 +149,17 @@ class PickleMachine(abc.ABC):
             case b"R":  # REDUCE
                 arguments, function = self._pop(), self._pop()
                 push(self.call(function, arguments))
-            case b"b":  # BUILD: the attributes of the state dict (`_metadata`), of no use here
+            case b"b":  # BUILD: the attributes of the state dict (`_metadata`), not needed here
                 attributes, target = self._pop(), self._top()
                 if not (isinstance(target, PickledDict) and target.ordered):
-                    raise self.malformed("it sets attributes of what is not an OrderedDict")
+                    raise self.malformed("it sets attributes of a value that is not an OrderedDict")
                 if not isinstance(attributes, PickledDict):
                     raise self.malformed("it sets attributes that are not a dict")
             case _:
                 known = _OPCODE_NAMES.get(opcode.decode("latin-1"))
                 raise CheckpointError(
-                    f"its pickle uses the instruction {known or opcode!a}, which "
-                    f"is not needed for a state dict and not run. {ADVICE}"
+                    f"its pickle uses the instruction {known or opcode!a}, which a state dict does "
+                    f"not need and which is not supported. {ADVICE}"
                 )
 
     def _take(self, length: int) -> bytes:
@@ -170,7 +174,7 @@ class PickleMachine(abc.ABC):
 
     def _top(self) -> object:
         if not self.stack:
-            raise self.malformed("it uses a value that is not there")
+            raise self.malformed("it uses a value of an empty stack")
         return self.stack[-1]
 
     def _pop(self) -> object:
@@ -180,12 +184,12 @@ class PickleMachine(abc.ABC):
 
     def _pop_to_mark(self) -> list[object]:
         if not self.outer:
-            raise self.malformed("it uses a mark that is not there")
+            raise self.malformed("it uses a mark that it has not set")
         items, self.stack = self.stack, self.outer.pop()
         return items
 
     def malformed(self, fault: str) -> CheckpointError:
-        """Makes the error for a pickle that torch would not write."""
+        """Returns the error for a pickle that torch would not write."""
         return CheckpointError(
             f"its pickle is malformed at byte {self.position}: {fault}. {DAMAGED}"
         )

@@ -1,8 +1,8 @@
-"""Reads the files of `torch.save` without torch, and without running what is in them.
+"""Reading the files of `torch.save` without torch and without running code from them.
 
-Such a file is a zip archive of one pickle, `data.pkl`, which describes the tensors, and their
-storages, `data/0` and so on. The pickle is run by `PickleMachine`, for which the functions it
-names are no more than names.
+Such a file is a zip archive of one pickle, `data.pkl`, which describes the tensors, and of their
+storages, `data/0` and so on. The pickle is run by `PickleMachine`, which never resolves the
+functions that the pickle names.
 """
 
 import functools
@@ -41,7 +41,7 @@ _DTYPES = {
     "torch.CharStorage": np.dtype(np.int8),
     "torch.ByteStorage": np.dtype(np.uint8),
     "torch.BoolStorage": np.dtype(np.bool_),
-    # Newer dtypes have no storage class: theirs is untyped, and the tensor names the dtype.
+    # Newer dtypes have no storage class. Their storage is untyped, and the tensor names the dtype.
     "torch.uint16": np.dtype(np.uint16),
     "torch.uint32": np.dtype(np.uint32),
     "torch.uint64": np.dtype(np.uint64),
@@ -52,7 +52,7 @@ _TENSOR = "torch._utils._rebuild_tensor_v2"
 _TENSOR_WITH_DTYPE = "torch._utils._rebuild_tensor_v3"
 _PARAMETERS = {
     "torch._utils._rebuild_parameter": 3,
-    # With attributes set on the parameter, as Mamba sets `_no_weight_decay`.
+    # With attributes of the parameter, such as Mamba's `_no_weight_decay`.
     "torch._utils._rebuild_parameter_with_state": 4,
 }
 _SUPPORTED = ", ".join(str(dtype) for dtype in _DTYPES.values())
@@ -62,6 +62,8 @@ _STATE_DICT_NAMES = ("state_dict", "model_state_dict", "model", "module", "model
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
+    """The position of a storage in the file, and its dtype unless it is untyped."""
+
     start: int
     size: int
     dtype: np.dtype | None
@@ -69,6 +71,8 @@ class _Storage:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
+    """The position of a tensor in the file, and its description; `strides` are in bytes."""
+
     start: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -76,24 +80,24 @@ class _Tensor:
 
 
 def open_torch(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
-    """Opens a state dict saved by `torch.save`; its values stay on disk until they are read.
+    """Opens a state dict saved by `torch.save` without reading the values of its tensors.
 
-    The file is treated as hostile: everything it says is checked before any tensor is read, and
-    nothing in it is run. Checksums of tensor values are not verified.
+    The file is treated as hostile: its whole description is checked before any tensor is read, and
+    no code from it is run. Checksums of tensor values are not verified.
 
     **Arguments:**
 
-    - `path`: the file, by custom `pytorch_model.bin`.
+    - `path`: the file, conventionally `pytorch_model.bin`.
 
     **Returns:**
 
-    The tensors by name, in the order of the file. Names that share a storage in the file ("tied"
-    tensors) share its memory here.
+    The tensors by name, in the order of the file. Tensors that share a storage in the file ("tied"
+    tensors) share memory.
 
     **Raises:**
 
-    `CheckpointError` for any content that is not a flat dict of names to dense tensors of a
-    float, bfloat16, integer or bool dtype.
+    `CheckpointError` unless the content is a flat dict from names to dense tensors of a float,
+    bfloat16, integer or bool dtype.
     """
     try:
         buffer = map_file(path)
@@ -128,7 +132,7 @@ def open_torch(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
 
 @dataclass
 class _StateDictMachine(PickleMachine):
-    """Gives the names in the pickle of a state dict their meaning, as records."""
+    """A pickle machine that interprets the names in the pickle of a state dict."""
 
     storages: Mapping[str, Entry] = field(kw_only=True)
 
@@ -138,8 +142,8 @@ class _StateDictMachine(PickleMachine):
         shown = quote(name)[1:-1]
         if name.startswith(("torch.float8", "torch.float4")):
             raise CheckpointError(
-                f"it holds tensors of the float8 or smaller format `{shown}`, which is not read: "
-                "take a checkpoint that is not quantised, or convert it to bfloat16."
+                f"it holds tensors of the format `{shown}` of 8 bits or less (float8), which is "
+                "not supported: use a checkpoint that is not quantised, or convert it to bfloat16."
             )
         if name.startswith("torch.") and name.endswith("Storage"):
             raise CheckpointError(
@@ -148,21 +152,22 @@ class _StateDictMachine(PickleMachine):
         if not self.stack and not self.outer:
             raise CheckpointError(
                 f"it is the pickle of a whole object, made by `{shown}`, not a state dict. Such a "
-                f"file can be read only by running code that it names, which is not done. {ADVICE}"
+                f"file can be read only by running code that it names. {ADVICE}"
             )
         raise CheckpointError(
-            f"it uses `{shown}`{self._place()}, but only plain tensors are read, since anything "
-            f"else can run code. {self._hint()}"
+            f"it uses `{shown}`{self._place()}, but only plain tensors are supported, because "
+            f"anything else can run code. {self._hint()}"
         )
 
     def _place(self) -> str:
-        """Says for which name of the outermost dict a value is being made, if that can be told."""
+        """Names the entry of the outermost dict whose value is being made, if it is known."""
         levels = [*self.outer, self.stack]
         items = levels[0][1:] or (levels[1] if len(levels) > 1 else [])
         name = items[(len(items) - 1) // 2 * 2] if items else None
         return f" for {quote(name)}" if isinstance(name, str) else ""
 
     def _hint(self) -> str:
+        """Returns a remedy, which names the state dict within a trainer's checkpoint if any."""
         for name in _STATE_DICT_NAMES:
             if struct.pack("<cI", b"X", len(name)) + name.encode() in self.pickle:
                 return _extract(name)
@@ -176,7 +181,7 @@ class _StateDictMachine(PickleMachine):
                 raise self.malformed("it refers to something other than a storage")
         dtype = _DTYPES.get(kind)
         if kind != _UNTYPED and (dtype is None or not kind.endswith("Storage")):
-            raise self.malformed(f"it takes {kind} for a storage")
+            raise self.malformed(f"it uses {kind} as a storage")
         entry = self.storages.get(key)
         if entry is None:
             raise CheckpointError(f"its storage {quote(key)} is missing. {DAMAGED}")
@@ -190,7 +195,7 @@ class _StateDictMachine(PickleMachine):
 
     def call(self, function: object, arguments: object) -> object:
         if not isinstance(function, PickledGlobal) or not isinstance(arguments, tuple):
-            raise self.malformed("it calls what is not a function")
+            raise self.malformed("it calls a value that is not a function")
         name = function.name
         if name == _ORDERED_DICT and arguments == ():
             return PickledDict(ordered=True)
@@ -216,7 +221,7 @@ class _StateDictMachine(PickleMachine):
                 if isinstance(kind, PickledGlobal) and not kind.name.endswith("Storage"):
                     dtype = _DTYPES.get(kind.name)
             case _:
-                raise self.malformed("it makes a tensor in a way that torch does not")
+                raise self.malformed("it makes a tensor with arguments that torch does not write")
         if dtype is None:
             raise self.malformed("it makes a tensor without a known dtype")
         match arguments[7 if has_dtype else 6 :]:
@@ -224,8 +229,8 @@ class _StateDictMachine(PickleMachine):
                 pass
             case _:
                 raise CheckpointError(
-                    f"it holds a tensor{self._place()} that is conjugated or negated only by a "
-                    "flag. In torch: `tensor.resolve_conj().resolve_neg()` before saving."
+                    f"it holds a tensor{self._place()} that is conjugated or negated by a flag "
+                    "only. In torch: `tensor.resolve_conj().resolve_neg()` before saving."
                 )
         try:
             return _view(storage, dtype, offset, size, stride)
@@ -242,13 +247,16 @@ def _view(
     size: tuple[object, ...],
     stride: tuple[object, ...],
 ) -> _Tensor:
-    """Returns the tensor of these sizes and strides, if it lies within the storage."""
+    """Returns the tensor with a size and strides (in elements) in a storage.
+
+    **Raises:** `CheckpointError` if the tensor is not within the storage.
+    """
     shape = check_shape(size, dtype.itemsize)
     (begin,) = check_naturals((offset,), "offset")
     steps = check_naturals(stride, "strides")
     if len(steps) != len(shape):
         raise CheckpointError(
-            f"the shape {quote(shape)} has not as many dimensions as the strides {quote(steps)}."
+            f"the shape {quote(shape)} and the strides {quote(steps)} differ in length. {DAMAGED}"
         )
     count, available = math.prod(shape), storage.size // dtype.itemsize
     last = begin + sum((n - 1) * step for n, step in zip(shape, steps, strict=True))
@@ -257,13 +265,13 @@ def _view(
             f"the shape {quote(shape)} with strides {quote(steps)} from offset {begin} runs past "
             f"its storage of {available} elements. {DAMAGED}"
         )
-    # A stride of 0 can make any size of one element.
+    # With a stride of 0, a single element can become a tensor of any size.
     if count > available:
         raise CheckpointError(
-            f"the shape {quote(shape)} has {count} elements, but its storage {available}. An "
-            "expanded tensor needs `tensor.contiguous()` in torch before it is saved."
+            f"the shape {quote(shape)} has {count} elements, but its storage has {available}. Call "
+            "`tensor.contiguous()` in torch on expanded tensors before saving."
         )
-    # The stride of a dimension of size 1 is never used, and may be too large for NumPy.
+    # The stride of a dimension of size 1 is not used, and may be too large for NumPy.
     strides = tuple(
         step * dtype.itemsize if n > 1 else 0 for n, step in zip(shape, steps, strict=True)
     )
@@ -271,7 +279,10 @@ def _view(
 
 
 def _state_dict(result: object) -> dict[str, _Tensor]:
-    """Returns the tensors by name, if that is what the pickle describes."""
+    """Returns the value of the pickle as tensors by name.
+
+    **Raises:** `CheckpointError` if the value is not a flat dict of tensors.
+    """
     if not isinstance(result, PickledDict):
         raise CheckpointError(f"it holds {_kind(result)}, not a state dict. {ADVICE}")
     tensors: dict[str, _Tensor] = {}
@@ -281,7 +292,7 @@ def _state_dict(result: object) -> dict[str, _Tensor]:
         if name in tensors:
             raise CheckpointError(f"it names {quote(name)} twice. {DAMAGED}")
         if not isinstance(value, _Tensor):
-            # By identity, because a pickle can name one large dict very often.
+            # Checked once for each object, because a pickle can refer to one large dict very often.
             distinct = {id(v): (n, v) for n, v in result.pairs}.values()
             nested = next((n for n, v in distinct if isinstance(n, str) and _is_flat(v)), None)
             raise CheckpointError(
@@ -301,13 +312,15 @@ def _is_flat(value: object) -> bool:
 
 
 def _extract(name: str) -> str:
+    """Returns the advice to extract the state dict from a trainer's checkpoint."""
     return (
-        f"It seems to be the checkpoint of a trainer, with the state dict under {quote(name)}. In "
+        f"It seems to be a trainer's checkpoint with the state dict under {quote(name)}. In "
         f"torch, if you trust the file: `torch.save(torch.load(path)[{quote(name)}], new_path)`."
     )
 
 
 def _kind(value: object) -> str:
+    """Describes the type of a value for a message."""
     match value:
         case None:
             return "None"

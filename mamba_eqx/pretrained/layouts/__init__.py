@@ -3,6 +3,7 @@
 from ._fields import Fields as Fields
 from ._layout import Described as Described, Layout as Layout, Slot as Slot
 from ._match import (
+    check_tied_head as check_tied_head,
     group_by_leaf as group_by_leaf,
     listing as listing,
     match as match,

@@ -1,6 +1,6 @@
 """Strict matching of the tensors of a checkpoint with the leaves of a model, by name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from ._layout import Described, Layout, Slot
 _LISTED = 8
 
 Tensor = TypeVar("Tensor", bound=Described)
+Stored = TypeVar("Stored")
 
 
 def slots(layout: Layout, config: LanguageModelConfig, tree: PyTree) -> list[Slot]:
@@ -134,6 +135,39 @@ def group_by_leaf(found: list[tuple[Slot, Tensor]]) -> dict[str, list[tuple[Slot
     for parts in leaves.values():
         parts.sort(key=lambda part: part[0].rows or (0, 0))
     return leaves
+
+
+def check_tied_head(
+    layout: Layout,
+    config: LanguageModelConfig,
+    tensors: Mapping[str, Stored],
+    read: Callable[[Stored], np.ndarray],
+) -> None:
+    """Checks that a head that is tied to the embedding, if it is stored as well, equals it.
+
+    **Arguments:**
+
+    - `layout`, `config`: the layout, and the config of the model.
+    - `tensors`: the tensors by name.
+    - `read`: returns the values of a tensor.
+
+    **Raises:** `CheckpointError` if the two differ.
+    """
+    head, embedding = layout.tied_head(config), layout.embedding(config)
+    if head is None or head not in tensors or embedding not in tensors:
+        return
+    one, other = read(tensors[head]), read(tensors[embedding])
+    # Compared as bits, because NaN is not equal to itself.
+    if one.dtype != other.dtype or not np.array_equal(_bits(one), _bits(other)):
+        raise CheckpointError(
+            f"{head} differs from {embedding}, although the config says that they are tied. "
+            "If the head is meant, set `tie_word_embeddings` (in official configs "
+            "`tie_embeddings`) to false."
+        )
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
 
 
 def listing(names: list[str]) -> str:

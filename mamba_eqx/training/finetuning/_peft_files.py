@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..._dtypes import at_least_float32
-from ..._trees import named_leaves
 from ...formats import (
     CheckpointError,
     StoredTensor,
@@ -23,12 +22,12 @@ from ...models import LanguageModel
 from ...pretrained import (
     Fields,
     Slot,
+    assign,
     config_from,
-    group_by_leaf,
-    layout_named,
+    get_layout,
     listing,
     skeleton,
-    slots,
+    state_dict,
 )
 from ._lora import LoRA, LoRAPair, linear_maps
 
@@ -181,7 +180,8 @@ def _read_config(path: Path) -> tuple[int, float]:
     fields.only("init_lora_weights", _PLAIN_STARTS, True)
     fields.ignore(_IGNORED)
     # PEFT writes out every option that it has; what is off changes nothing.
-    fields.ignore([key for key, value in values.items() if value in (None, False, {}, [])])
+    options = values if isinstance(values, dict) else {}
+    fields.ignore([key for key, value in options.items() if value in (None, False, {}, [])])
     rank = fields.size("r")
     by_root = fields.flag("use_rslora", False)
     scale = fields.number("lora_alpha", 8) / (rank**0.5 if by_root else rank)
@@ -213,14 +213,13 @@ def _table(model: LanguageModel, layout: str) -> dict[str, tuple[Any, list[Slot]
     """The weight (its shape) and the names of every linear map, by its path in the model with its
     layers `Unrolled`."""
     config = config_from(model)
-    shapes = skeleton(config)
-    leaves = named_leaves(shapes)
-    found = slots(layout_named(layout), config, shapes)
-    parts = group_by_leaf([(slot, leaves[slot.path]) for slot in found])
-    named = {path: [slot for slot, _ in found] for path, found in parts.items()}
+    model_shapes = skeleton(config)
+    shapes = jax.eval_shape(lambda tree: state_dict(tree, layout=layout), model_shapes)
+    assignments = assign(get_layout(layout), config, model_shapes, shapes, floating=True)
+    named = {found.path: [slot for slot, _ in found.parts] for found in assignments}
     return {
         path: (linear.weight, named[f"{path}.weight"])
-        for path, linear in linear_maps(shapes).items()
+        for path, linear in linear_maps(model_shapes).items()
     }
 
 
