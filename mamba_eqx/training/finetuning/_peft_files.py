@@ -23,10 +23,10 @@ from ...pretrained import (
     Fields,
     Slot,
     assign,
-    config_of,
+    config_from,
     get_layout,
     listing,
-    skeleton_of,
+    skeleton,
     state_dict,
 )
 from ._lora import LoRA, LoRAPair, linear_maps
@@ -201,7 +201,7 @@ def _joined(found: list[_Found], rows: int, *, whole: bool) -> LoRAPair:
     rank = len(a[0])
     joined = np.zeros((rows, rank * len(found)), b[0].dtype)
     for i, (slot, _, _) in enumerate(found):
-        joined[slice(*(slot.entry.rows or (0, rows))), i * rank : (i + 1) * rank] = b[i]
+        joined[slice(*(slot.rows or (0, rows))), i * rank : (i + 1) * rank] = b[i]
     return LoRAPair(jnp.asarray(np.concatenate(a)), jnp.asarray(joined))
 
 
@@ -212,19 +212,19 @@ def _wide(tensor: StoredTensor) -> np.ndarray:
 def _table(model: LanguageModel, layout: str) -> dict[str, tuple[Any, list[Slot]]]:
     """The weight (its shape) and the names of every linear map, by its path in the model with its
     layers `Unrolled`."""
-    config = config_of(model)
-    skeleton = skeleton_of(config)
-    shapes = jax.eval_shape(lambda tree: state_dict(tree, layout=layout), skeleton)
-    assignments = assign(get_layout(layout), config, skeleton, shapes, floating=True)
+    config = config_from(model)
+    model_shapes = skeleton(config)
+    shapes = jax.eval_shape(lambda tree: state_dict(tree, layout=layout), model_shapes)
+    assignments = assign(get_layout(layout), config, model_shapes, shapes, floating=True)
     named = {found.path: [slot for slot, _ in found.parts] for found in assignments}
     return {
         path: (linear.weight, named[f"{path}.weight"])
-        for path, linear in linear_maps(skeleton).items()
+        for path, linear in linear_maps(model_shapes).items()
     }
 
 
 def _module(slot: Slot) -> str:
-    return slot.entry.name.removesuffix(".weight")
+    return slot.name.removesuffix(".weight")
 
 
 def _tensor(slot: Slot, which: str) -> str:
