@@ -1,9 +1,11 @@
-"""The Python code of the README and of the docs runs, and the docs name all that is public."""
+"""The Python code of the README and of the docs runs, and every public name has a page."""
 
 import re
 import sys
 import types
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -27,19 +29,23 @@ page = pytest.mark.parametrize(
 
 @page
 def test_code_runs(path: Path, tmp_path, monkeypatch, as_users_run, compile_fast):
-    """The blocks of a page, one after another, in an empty folder. A block that cannot run has the
-    comment `<!-- not run: reason -->` directly before it."""
+    """Runs the blocks of a page one after another in an empty folder.
+
+    A block that cannot run has the comment `<!-- not run: reason -->` directly before it.
+    """
     text = path.read_text("utf-8")
     blocks = list(BLOCK.finditer(text))
-    assert len(blocks) == len(ANY_BLOCK.findall(text)), "a code block is indented or misspelt"
-    # A module, because dataclasses look theirs up.
+    assert len(blocks) == len(ANY_BLOCK.findall(text)), (
+        "a code block is indented, or its fence is misspelt"
+    )
+    # Dataclasses look up the module that defines them, so it has to exist.
     module = types.ModuleType(f"code_of_{path.stem}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.chdir(tmp_path)
     for block in blocks:
         if block["skip"]:
             continue
-        # Lines are counted as in the page.
+        # Empty lines make the line numbers of a traceback those of the page.
         lines = text.count("\n", 0, block.start("code"))
         code = compile("\n" * lines + block["code"], str(path), "exec")
         with jax.numpy_dtype_promotion("standard"):
@@ -53,25 +59,32 @@ def test_links_lead_to_files(path: Path):
 
 
 @page
-def test_nothing_is_left_to_fill_in(path: Path):
+def test_pages_have_no_todo(path: Path):
     assert "TODO" not in path.read_text("utf-8")
 
 
-def test_the_api_is_documented():
-    documented = {
+def test_every_public_name_has_a_page():
+    documented = [
         name
         for path in (ROOT / "docs" / "api").glob("*.md")
         for name in re.findall(r"^::: (\S+)$", path.read_text("utf-8"), re.MULTILINE)
-    }
-    public = {f"mamba_eqx.{name}" for name in vars(mbx) if is_public(mbx, name)}
+    ]
+    assert sorted(documented) == sorted(public_objects())
+
+
+def public_objects() -> dict[str, Any]:
+    """Returns everything public, by its full name."""
+    found = names_in("mamba_eqx", mbx, vars(mbx))
     for space in ("ops", "training"):
         part = getattr(mbx, space)
-        public |= {f"mamba_eqx.{space}.{name}" for name in vars(part) if is_public(part, name)}
+        found |= names_in(f"mamba_eqx.{space}", part, vars(part))
     for space in ("generation", "layers", "models", "sampling", "text"):
-        names = set(getattr(mbx, space).__all__) - set(vars(mbx))
-        public |= {f"mamba_eqx.{space}.{name}" for name in names}
-    assert documented == public
+        part = getattr(mbx, space)
+        found |= names_in(f"mamba_eqx.{space}", part, set(part.__all__) - set(vars(mbx)))
+    return found
 
 
-def is_public(module: types.ModuleType, name: str) -> bool:
-    return not (name.startswith("_") or isinstance(getattr(module, name), types.ModuleType))
+def names_in(prefix: str, module: types.ModuleType, names: Iterable[str]) -> dict[str, Any]:
+    """Returns the named attributes of a module, without private names and submodules."""
+    values = {f"{prefix}.{n}": getattr(module, n) for n in names if not n.startswith("_")}
+    return {name: v for name, v in values.items() if not isinstance(v, types.ModuleType)}
