@@ -38,7 +38,7 @@ def test_leaf_is_split_into_tensors():
         load_state_dict(model, {k: v for k, v in named.items() if k != key})
     with pytest.raises(CheckpointError, match=rf"{key} is \(15, 6\) and should be \(16, 6\)"):
         load_state_dict(model, named | {key: named[key][:15]})
-    with pytest.raises(CheckpointError, match=r"k_proj.weight is bfloat16.*of one dtype"):
+    with pytest.raises(CheckpointError, match=r"k_proj.weight is bfloat16.*the same dtype"):
         load_state_dict(model, named | {key: named[key].astype(jnp.bfloat16)})
 
 
@@ -50,7 +50,7 @@ def test_parts_of_a_leaf_must_share_a_dtype(tmp_path):
     tensors = {name: np.array(tensor) for name, tensor in tensors.items()}
     tensors[key] = tensors[key].astype(np.float16)
     write_safetensors(file, tensors, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"up_proj.weight is float16.*of one dtype"):
+    with pytest.raises(CheckpointError, match=r"up_proj.weight is float16.*the same dtype"):
         from_pretrained(tmp_path)
     assert from_pretrained(tmp_path, dtype="float32").embedding.weight.dtype == jnp.float32
 
