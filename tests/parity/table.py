@@ -1,4 +1,4 @@
-"""Prints the tables of docs/parity.md: how far we are from others, in the cases of the tests.
+"""Prints the tables of docs/parity.md: the differences from other implementations.
 
     python -m tests.parity.table
 
@@ -15,13 +15,12 @@ import numpy as np
 from safetensors.numpy import load_file
 
 import mamba_eqx as mbx
-from tests.parity.test_mamba1 import OURS, THEIRS
 from tests.support import parity
 from tests.support.checkpoints import make
 
 
 def errors(pairs):
-    """The largest absolute error, and the largest one relative to the largest entry there."""
+    """Returns the largest absolute error, and the largest error relative to its array."""
     worst = np.zeros(2)
     for got, want in pairs:
         got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
@@ -31,9 +30,9 @@ def errors(pairs):
 
 
 def state_pairs(i, state, golden):
-    """Pairs of what is left in a state and what should be."""
+    """Returns pairs of the arrays of a state and those of a golden file."""
     pairs = [(array, golden[name]) for name, array in parity.named_state(i, state, golden).items()]
-    # The oldest input of a convolution is of no use to what follows.
+    # Nothing that follows uses the oldest input of a convolution.
     return [(a, b if a.shape == b.shape else b[:, 1:]) for a, b in pairs]
 
 
@@ -67,7 +66,7 @@ def live_rows():
         logits = eqx.filter_jit(model)(jnp.asarray(tokens))
         return errors([(logits, parity.their_logits(torch, theirs, tokens))])
 
-    for name, config in OURS.items():
+    for name, config in parity.OURS["mamba"].items():
         model = jax.tree.map(lambda leaf: 0.5 * leaf, make(config))
         with tempfile.TemporaryDirectory() as folder:
             mbx.save_pretrained(model, folder)
@@ -76,7 +75,7 @@ def live_rows():
                 "transformers loads ours",
                 *compare(model, parity.load_theirs(folder), 7),
             )
-    for name, fields in THEIRS.items():
+    for name, fields in parity.THEIRS["mamba"].items():
         theirs = parity.their_model(torch, fields)
         with tempfile.TemporaryDirectory() as folder:
             theirs.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Checkpoints of whole models: what is saved is what is loaded, and what others load."""
+"""Saving and loading: dtypes, shards, gradients, and folders that are not empty."""
 
 import itertools
 import json
@@ -45,7 +45,7 @@ def test_state_dict_of_gradients_and_moments(stacked):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_state_dict_of_a_part_has_a_part_of_the_names(stacked):
+def test_names_of_recurrence_parameters(stacked):
     model = make(BOTH["untied"], stacked=stacked)
     part, _ = eqx.partition(model, mbx.recurrence_mask(model))
     named = state_dict(part)
@@ -96,7 +96,7 @@ def test_too_large_for_float16(stored, tmp_path):
         from_pretrained(tmp_path, dtype="float16")
 
 
-def test_what_is_loaded_does_not_hang_on_the_file(tmp_path):
+def test_loaded_arrays_do_not_depend_on_the_file(tmp_path):
     model = make(BOTH["tied"])
     save_pretrained(model, tmp_path)
     loaded = from_pretrained(tmp_path)
@@ -130,7 +130,7 @@ def test_shards(layout, wanted, max_shard_size, tmp_path):
     assert {*index["weight_map"].values()} == {shard.name for shard in shards}
 
 
-def test_config_of_a_saved_model_can_be_read_by_others(tmp_path):
+def test_written_fields(tmp_path):
     save_pretrained(make(BOTH["tied"], "bfloat16"), tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
     assert fields["model_type"] == "mamba"
@@ -139,7 +139,7 @@ def test_config_of_a_saved_model_can_be_read_by_others(tmp_path):
     assert fields["intermediate_size"] == 9
 
 
-# Saving over something.
+# Saving to an existing folder.
 
 
 def test_saving_replaces_a_checkpoint_and_nothing_else(tmp_path):
@@ -157,7 +157,7 @@ def test_saving_replaces_a_checkpoint_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("layout", MODELS)
-def test_a_card_is_written_if_there_is_none(layout, tmp_path):
+def test_model_card_is_written_unless_present(layout, tmp_path):
     save_pretrained(make(BOTH["tied"]), tmp_path / "me", layout=layout)
     card = tmp_path / "me" / "README.md"
     _, metadata, text = card.read_text().split("---\n")
@@ -171,7 +171,7 @@ def test_a_card_is_written_if_there_is_none(layout, tmp_path):
 
 
 @pytest.mark.parametrize("at", range(6))
-def test_a_failure_while_saving_leaves_the_old_checkpoint(at, tmp_path, monkeypatch):
+def test_failed_save_keeps_the_old_checkpoint(at, tmp_path, monkeypatch):
     folder = tmp_path / "folder"
     old, new = make(BOTH["tied"]), make(BOTH["untied"])
     save_pretrained(old, folder)
@@ -200,7 +200,7 @@ def test_a_failure_while_saving_leaves_the_old_checkpoint(at, tmp_path, monkeypa
 
 
 def write(path, tensors, metadata):
-    """`write_safetensors` without its own use of `os.replace`."""
+    """Does the same as `write_safetensors`, but without `os.replace`."""
     from safetensors.numpy import save_file
 
     save_file({k: np.array(v, order="C") for k, v in tensors.items()}, path, metadata=metadata)
@@ -225,11 +225,11 @@ def test_save_refuses_bad_targets(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "old"]
 
 
-# What a layout cannot hold.
+# What cannot be saved.
 
 
-def test_no_parameter_is_left_out():
-    """A bias that the layout has no name for is an error, not lost."""
+def test_parameter_without_a_name_is_refused():
+    """A bias that the layout has no name for is not silently dropped."""
     model = make(config(d_intermediate=128))
     mlp = eqx.filter_eval_shape(lambda: mbx.GatedMLP(6, 128, bias=True, key=jr.key(0)))
     model = eqx.tree_at(lambda model: model.layers.layers[1].mlp, model, mlp)

@@ -1,5 +1,6 @@
 """Comparisons with golden files and with transformers as installed."""
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from jaxtyping import Array, PyTree
 
 import mamba_eqx as mbx
 from mamba_eqx.pretrained import from_pretrained, save_pretrained, state_dict
+from tests.support.checkpoints import BIASED, HYBRIDS, ODD, config
 
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -80,7 +82,183 @@ def named_state(i: int, state: Any, golden: dict[str, np.ndarray]) -> dict[str, 
     return {f"state.{i}.conv": state.conv.T, f"state.{i}.ssm": jnp.moveaxis(state.ssm, 0, -1)}
 
 
-# transformers.
+# Models that we save and transformers loads, by model type and name.
+OURS: dict[str, dict[str, mbx.LanguageModelConfig]] = {
+    "mamba": {
+        "odd": config(ODD, norm_eps=3e-4, padded_vocab_size=16),
+        "biased_untied": config(BIASED, tie_embeddings=False, residual_in_fp32=False),
+        "wide_taps": config(
+            mbx.Mamba1Config(d_model=11, d_inner=37, d_state=5, d_conv=2, dt_rank=9, bias=True),
+            n_layer=3,
+            norm_eps=1e-3,
+        ),
+    },
+    "falcon_mamba": {
+        "eps": config(
+            mbx.Mamba1Config(
+                d_model=6,
+                d_inner=9,
+                d_state=3,
+                d_conv=5,
+                dt_rank=2,
+                select_norm="weightless",
+                select_norm_eps=0.03,
+            ),
+            tie_embeddings=False,
+        ),
+        "biased": config(
+            mbx.Mamba1Config(
+                d_model=9, d_state=5, bias=True, conv_bias=False, select_norm="weightless"
+            ),
+            tie_embeddings=False,
+        ),
+    },
+    "mamba2": {
+        "groups": config(
+            mbx.Mamba2Config(
+                d_model=7, d_inner=21, d_state=5, d_conv=3, headdim=3, ngroups=1, norm_eps=3e-4
+            ),
+            norm_eps=3e-4,
+            padded_vocab_size=16,
+        ),
+        "biased_untied": config(
+            mbx.Mamba2Config(
+                d_model=9, d_state=6, headdim=3, ngroups=3, bias=True, conv_bias=False
+            ),
+            tie_embeddings=False,
+            residual_in_fp32=False,
+        ),
+        "limits": config(
+            mbx.Mamba2Config(
+                d_model=5, d_inner=20, d_state=3, headdim=5, ngroups=2, dt_limit=(0.4, 1.0)
+            ),
+            n_layer=3,
+        ),
+        "lower_limit": config(
+            mbx.Mamba2Config(
+                d_model=4, d_inner=24, d_state=3, headdim=3, ngroups=4, dt_limit=(0.7, math.inf)
+            )
+        ),
+    },
+    "bamba": {name: HYBRIDS["transformers"][name] for name in ("bamba", "bamba_bias")},
+    "jamba": {name: HYBRIDS["transformers"][name] for name in ("jamba", "jamba_untied")},
+}
+
+# Configs of models that transformers saves and we load, by model type and name.
+THEIRS: dict[str, dict[str, dict[str, Any]]] = {
+    "mamba": {
+        "odd": {
+            "vocab_size": 31,
+            "hidden_size": 17,
+            "state_size": 5,
+            "num_hidden_layers": 3,
+            "layer_norm_epsilon": 2e-3,
+            "expand": 3,
+            "intermediate_size": 29,
+            "conv_kernel": 6,
+            "use_bias": True,
+            "use_conv_bias": False,
+            "residual_in_fp32": False,
+            "time_step_rank": 7,
+            "tie_word_embeddings": False,
+            "initializer_range": 0.5,
+            "time_step_floor": 1e-3,
+        },
+        "default": {"vocab_size": 30, "hidden_size": 24, "num_hidden_layers": 2},
+        "expand": {"vocab_size": 30, "hidden_size": 9, "num_hidden_layers": 1, "expand": 3},
+    },
+    "falcon_mamba": {
+        # As published: `intermediate_size` is not `expand` times `hidden_size`.
+        "published": {
+            "vocab_size": 31,
+            "hidden_size": 16,
+            "expand": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "layer_norm_epsilon": 1e-5,
+            "time_step_rank": 5,
+            "tie_word_embeddings": False,
+        },
+        "every_field": {
+            "vocab_size": 30,
+            "hidden_size": 9,
+            "expand": 3,
+            "state_size": 5,
+            "num_hidden_layers": 1,
+            "layer_norm_epsilon": 2e-3,
+            "mixer_rms_eps": 0.1,
+            "conv_kernel": 6,
+            "use_bias": True,
+            "use_conv_bias": False,
+            "residual_in_fp32": False,
+        },
+    },
+    "mamba2": {
+        "odd": {
+            "vocab_size": 31,
+            "hidden_size": 15,
+            "expand": 3,
+            "num_heads": 9,
+            "head_dim": 5,
+            "n_groups": 3,
+            "state_size": 7,
+            "num_hidden_layers": 3,
+            "layer_norm_epsilon": 2e-3,
+            "conv_kernel": 6,
+            "chunk_size": 11,
+            "use_bias": True,
+            "use_conv_bias": False,
+            "residual_in_fp32": False,
+            "tie_word_embeddings": False,
+            "initializer_range": 0.5,
+            "time_step_limit": [0.3, 1.1],
+        },
+        "default_groups": {
+            "vocab_size": 30,
+            "hidden_size": 16,
+            "num_heads": 16,
+            "head_dim": 2,
+            "num_hidden_layers": 2,
+            "chunk_size": 8,
+        },
+        "tied": {
+            "vocab_size": 30,
+            "hidden_size": 9,
+            "num_heads": 6,
+            "head_dim": 3,
+            "n_groups": 1,
+            "num_hidden_layers": 1,
+            "tie_word_embeddings": True,
+        },
+    },
+    "bamba": {
+        "bamba": {
+            "vocab_size": 30,
+            "hidden_size": 32,
+            "intermediate_size": 7,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "attn_layer_indices": [0, 2],
+            "mamba_n_heads": 8,
+            "mamba_d_state": 3,
+        }
+    },
+    "jamba": {
+        "jamba": {
+            "vocab_size": 30,
+            "hidden_size": 12,
+            "intermediate_size": 7,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 0,
+            "num_experts": 1,
+            "tie_word_embeddings": True,
+        }
+    },
+}
 
 
 def their_model(torch: Any, fields: dict[str, Any], model_type: str = "mamba") -> Any:
