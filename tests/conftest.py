@@ -101,8 +101,6 @@ SLOW_FILES = {
     "training/test_killed_training.py",
     "training/test_lora.py",
     "ops/test_mamba3.py",
-    "parity/test_hybrid.py",
-    "parity/test_mamba3.py",
     "pretrained/test_hybrid.py",
     "pretrained/test_mamba2.py",
     "generation/test_speculate.py",

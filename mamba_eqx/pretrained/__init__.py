@@ -29,7 +29,7 @@ from ._tokenizer import (
 from .layouts import (
     Fields as Fields,
     Slot as Slot,
-    config_of as config_of,
+    config_from as config_from,
     listing as listing,
-    skeleton_of as skeleton_of,
+    skeleton as skeleton,
 )

@@ -7,10 +7,10 @@ from typing import Generic, TypeVar
 import jax
 from jaxtyping import PyTree
 
-from .._trees import path_name
+from .._trees import named_leaves
 from ..layers import recurrence_mask
 from ..models import LanguageModelConfig
-from .layouts import Described, Layout, Slot, by_leaf, match
+from .layouts import Described, Layout, Slot, group_by_leaf, match
 
 
 Tensor = TypeVar("Tensor", bound=Described)
@@ -55,10 +55,9 @@ def assign(
     **Raises:** one `CheckpointError` that lists all missing, unexpected, mis-shaped and
     non-floating-point tensors.
     """
-    found = by_leaf(match(layout, config, tree, tensors, floating=floating))
-    leaves = jax.tree.leaves_with_path(tree)
+    found = group_by_leaf(match(layout, config, tree, tensors, floating=floating))
     recurrence = jax.tree.leaves(recurrence_mask(tree))
     return [
-        Assignment(path_name(path), leaf, recurrence[index], found[index])
-        for index, (path, leaf) in enumerate(leaves)
+        Assignment(path, leaf, mask, found[path])
+        for (path, leaf), mask in zip(named_leaves(tree).items(), recurrence, strict=True)
     ]

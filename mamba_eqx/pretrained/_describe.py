@@ -15,7 +15,7 @@ from ..models import BlockConfig, LanguageModel, LanguageModelConfig
 from ._assign import assign
 from ._checkpoint import Checkpoint
 from ._load import loaded_dtype
-from .layouts import skeleton_of
+from .layouts import skeleton
 
 
 _Field: TypeAlias = int | float | str | bool | tuple[float, ...] | None
@@ -70,9 +70,9 @@ def describe(checkpoint: Checkpoint) -> Description:
     **Raises:** `CheckpointError` if the checkpoint cannot be loaded.
     """
     layout, config, tensors = checkpoint.layout, checkpoint.config, checkpoint.tensors
-    skeleton = skeleton_of(config)
+    shapes = skeleton(config)
     try:
-        assignments = assign(layout, config, skeleton, tensors, floating=True)
+        assignments = assign(layout, config, shapes, tensors, floating=True)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.where}: {error}") from None
     parameters: dict[str, int] = {}
@@ -88,7 +88,7 @@ def describe(checkpoint: Checkpoint) -> Description:
             dtype = loaded_dtype(assignment, None)
         leaves.append(jax.ShapeDtypeStruct(shape, dtype))
     with jax.enable_x64("float64" in dtypes):
-        model = jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
+        model = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
         one, two = (_state_bytes(model, max_len) for max_len in (1, 2))
     return Description(
         where=checkpoint.where,

@@ -16,7 +16,7 @@ from ._arrays import check_dtype, common_dtype, to_jax
 from ._assign import Assignment, assign
 from ._checkpoint import Checkpoint, open_checkpoint
 from ._hub import Hub
-from .layouts import check_tied_head, skeleton_of
+from .layouts import check_tied_head, skeleton
 
 
 _Shardings: TypeAlias = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
@@ -90,15 +90,15 @@ def load(
 ) -> LanguageModel:
     """Loads the model of an open checkpoint. For the arguments see `from_pretrained`."""
     layout, config, tensors = checkpoint.layout, checkpoint.config, checkpoint.tensors
-    skeleton = skeleton_of(config)
+    shapes = skeleton(config)
     try:
-        assignments = assign(layout, config, skeleton, tensors, floating=True)
+        assignments = assign(layout, config, shapes, tensors, floating=True)
         targets = [_target(assignment, dtype, sharding) for assignment in assignments]
         check_tied_head(layout, config, tensors, lambda tensor: tensor.read())
         leaves = [_read(*pair) for pair in zip(assignments, targets, strict=True)]
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.where}: {error}") from None
-    return jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def loaded_dtype(assignment: Assignment[StoredTensor], dtype: np.dtype | None) -> np.dtype:
@@ -147,7 +147,7 @@ def _target(
 
 
 def _read(assignment: Assignment[StoredTensor], target: jax.ShapeDtypeStruct) -> jax.Array:
-    arrays = [slot.entry.transform.from_file(tensor.read()) for slot, tensor in assignment.parts]
+    arrays = [slot.from_file(tensor.read()) for slot, tensor in assignment.parts]
     names = ", ".join(tensor.name for _, tensor in assignment.parts)
     leaf = to_jax(names, arrays, target.dtype, target.sharding)
     # Without waiting, transfers to a device would pile up in memory.

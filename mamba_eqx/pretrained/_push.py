@@ -9,7 +9,7 @@ from ._card import CARD, model_card
 from ._folder import is_weights
 from ._hub_errors import Place, failure
 from ._save import save_pretrained
-from .layouts import config_of
+from .layouts import config_from
 
 
 def push_to_hub(
@@ -67,7 +67,7 @@ def push_to_hub(
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             siblings = api.model_info(repo_id, revision=revision).siblings or []
             there = {file.rfilename for file in siblings}
-            card = model_card(config_of(model), layout=layout, name=repo_id)
+            card = model_card(config_from(model), layout=layout, name=repo_id)
             (folder / CARD).write_text(card, "utf-8")
             new = {name for name in os.listdir(folder) if name != CARD or name not in there}
             stale = {name for name in there - new if is_weights(name)}

@@ -17,7 +17,7 @@ from ._card import CARD, model_card
 from ._folder import is_torch_weights, replace_checkpoint, shard_name
 from ._state_dict import get_layout, state_dict
 from ._weights import SAFETENSORS, SAFETENSORS_INDEX
-from .layouts import config_of, match, skeleton_of
+from .layouts import config_from, match, skeleton
 
 
 def save_pretrained(
@@ -56,14 +56,14 @@ def save_pretrained(
             f"{path} holds the weights of another checkpoint, {torch_files[0]}, which some readers "
             "would load instead of the saved ones. Remove them, or choose another folder."
         )
-    chosen, config = get_layout(layout), config_of(model)
+    chosen, config = get_layout(layout), config_from(model)
     tensors = state_dict(model, layout=layout)
     if chosen.weights_file != SAFETENSORS and len(_shards(tensors, shard_size)) > 1:
         raise CheckpointError(
             f"The {layout!r} layout has one file for all weights: give `max_shard_size=None`."
         )
     # A part of a model or an ensemble could not be loaded, and is not saved.
-    match(chosen, config, skeleton_of(config), tensors, floating=True)
+    match(chosen, config, skeleton(config), tensors, floating=True)
     fields = chosen.write_config(config, _config_dtype(model))
     head = chosen.tied_head(config)
     if head is not None and chosen.keeps_tied_head:

@@ -1,33 +1,27 @@
 """The arrays of a model under the names and in the shapes of a checkpoint layout."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from .._trees import named_leaves
 from ..formats import CheckpointError
 from ..models import LanguageModel
 from ._arrays import common_dtype, to_jax
 from ._assign import Assignment, assign
 from .layouts import (
-    MISTRAL,
-    STATE_SPACES,
-    TRANSFORMERS,
+    LAYOUTS as LAYOUTS,
     Layout,
+    check_storable,
     check_tied_head,
-    config_of,
+    config_from,
     renamed,
     restacked,
     slots,
     unrolled,
-)
-
-
-LAYOUTS = MappingProxyType(
-    {layout.name: layout for layout in (TRANSFORMERS, STATE_SPACES, MISTRAL)}
 )
 
 
@@ -65,11 +59,12 @@ def state_dict(tree: LanguageModel, *, layout: str = "transformers") -> dict[str
     layout cannot store the model.
     """
     chosen = get_layout(layout)
-    config = config_of(tree)
+    config = config_from(tree)
+    check_storable(chosen, config)
     tree = unrolled(tree)
-    leaves = jax.tree.leaves(tree)
+    leaves = named_leaves(tree)
     return {
-        slot.entry.name: slot.to_file(_to_jax_array(slot.entry.name, leaves[slot.index]))
+        slot.name: slot.to_file(_to_jax_array(slot.name, leaves[slot.path]))
         for slot in slots(chosen, config, tree)
     }
 
@@ -97,7 +92,8 @@ def load_state_dict(
     mis-shaped tensors.
     """
     chosen = get_layout(layout)
-    config = config_of(like)
+    config = config_from(like)
+    check_storable(chosen, config)
     tensors = renamed(chosen, {name: _check_array(name, value) for name, value in tensors.items()})
     tree = jax.eval_shape(unrolled, like)
     assignments = assign(chosen, config, tree, tensors, floating=False)
@@ -107,11 +103,8 @@ def load_state_dict(
 
 
 def _join(assignment: Assignment[Array | np.ndarray]) -> Array:
-    common_dtype({slot.entry.name: tensor.dtype for slot, tensor in assignment.parts})
-    arrays = [
-        _to_jax_array(slot.entry.name, slot.entry.transform.from_file(tensor))
-        for slot, tensor in assignment.parts
-    ]
+    common_dtype({slot.name: tensor.dtype for slot, tensor in assignment.parts})
+    arrays = [_to_jax_array(slot.name, slot.from_file(tensor)) for slot, tensor in assignment.parts]
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
 
 

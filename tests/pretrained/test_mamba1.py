@@ -1,6 +1,5 @@
-"""Checkpoints of whole models: what is saved is what is loaded, and what others load."""
+"""Saving and loading: dtypes, shards, gradients, and folders that are not empty."""
 
-import functools
 import itertools
 import json
 import os
@@ -22,94 +21,7 @@ from mamba_eqx.pretrained import (
     save_pretrained,
     state_dict,
 )
-
-
-ODD = mbx.Mamba1Config(d_model=6, d_inner=9, d_state=3, d_conv=5, dt_rank=2)
-BIASED = mbx.Mamba1Config(d_model=6, bias=True, conv_bias=False)
-
-
-def config(
-    mixer: mbx.models.AbstractMixerConfig = ODD,
-    *,
-    d_intermediate=None,
-    rms_norm=True,
-    norm_eps=1e-5,
-    n_layer=2,
-    **fields,
-):
-    block = mbx.BlockConfig(
-        mixer, d_intermediate=d_intermediate, rms_norm=rms_norm, norm_eps=norm_eps
-    )
-    return mbx.LanguageModelConfig(
-        13, (block,) * n_layer, rms_norm=rms_norm, norm_eps=norm_eps, **fields
-    )
-
-
-BOTH = {
-    "tied": config(padded_vocab_size=16),
-    "untied": config(BIASED, tie_embeddings=False, residual_in_fp32=False),
-}
-MODELS = {
-    "transformers": BOTH | {"eps": config(norm_eps=3e-4)},
-    "state-spaces": BOTH
-    | {
-        "mlp": config(d_intermediate=256),
-        "layer_norm": config(d_intermediate=128, rms_norm=False),
-        "padded_oddly": config(padded_vocab_size=50),
-    },
-}
-CASES = [(layout, name) for layout, models in MODELS.items() for name in models]
-
-
-@functools.cache
-def make(config, dtype=None, **how):
-    """A model with no zeros and ones in it, which could be mistaken for one another."""
-    shapes = eqx.filter_eval_shape(lambda: config.build(key=jr.key(0), dtype=dtype, **how))
-    random = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape).astype(x.dtype)), shapes)
-
-
-def assert_same(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
-        assert a.dtype == b.dtype, jax.tree_util.keystr(path)
-        assert np.array_equal(a, b), jax.tree_util.keystr(path)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize(("layout", "name"), CASES)
-def test_round_trip(layout, name, dtype, tmp_path):
-    model = make(MODELS[layout][name], dtype)
-    save_pretrained(model, tmp_path / "new", layout=layout)
-    assert_same(from_pretrained(tmp_path / "new"), model)
-    assert_same(from_pretrained(str(tmp_path / "new")), model)
-    assert os.listdir(tmp_path) == ["new"]
-
-
-@pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize(("layout", "name"), CASES)
-def test_state_dict_has_the_names_of_the_file(layout, name, stacked, tmp_path):
-    model = make(MODELS[layout][name], stacked=stacked)
-    tensors = state_dict(model, layout=layout)
-    save_pretrained(model, tmp_path, layout=layout)
-    stored = open_safetensors(tmp_path / "model.safetensors")
-    tied = {"lm_head.weight"} if model.lm_head is None and layout == "state-spaces" else set()
-    assert stored.keys() == tensors.keys() | tied
-    for key, tensor in tensors.items():
-        assert np.array_equal(stored[key].read(), tensor)
-    assert_same(load_state_dict(model, tensors, layout=layout), model)
-    hosted = {key: np.asarray(tensor) for key, tensor in tensors.items()}
-    shapes = eqx.filter_eval_shape(lambda: model)
-    assert_same(load_state_dict(shapes, hosted, layout=layout), model)
-
-
-@pytest.mark.parametrize("remat", [False, True])
-def test_stacked_is_saved_like_unrolled(remat, tmp_path):
-    stacked = make(BOTH["untied"], stacked=True, remat=remat)
-    save_pretrained(stacked, tmp_path)
-    loaded = from_pretrained(tmp_path)
-    layers = mbx.Unrolled(stacked.layers.unstack())
-    assert_same(loaded, eqx.tree_at(lambda model: model.layers, stacked, layers))
+from tests.support.checkpoints import BOTH, MAMBA1 as MODELS, assert_same, config, make
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -133,7 +45,7 @@ def test_state_dict_of_gradients_and_moments(stacked):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_state_dict_of_a_part_has_a_part_of_the_names(stacked):
+def test_names_of_recurrence_parameters(stacked):
     model = make(BOTH["untied"], stacked=stacked)
     part, _ = eqx.partition(model, mbx.recurrence_mask(model))
     named = state_dict(part)
@@ -184,7 +96,7 @@ def test_too_large_for_float16(stored, tmp_path):
         from_pretrained(tmp_path, dtype="float16")
 
 
-def test_what_is_loaded_does_not_hang_on_the_file(tmp_path):
+def test_loaded_arrays_do_not_depend_on_the_file(tmp_path):
     model = make(BOTH["tied"])
     save_pretrained(model, tmp_path)
     loaded = from_pretrained(tmp_path)
@@ -218,7 +130,7 @@ def test_shards(layout, wanted, max_shard_size, tmp_path):
     assert {*index["weight_map"].values()} == {shard.name for shard in shards}
 
 
-def test_config_of_a_saved_model_can_be_read_by_others(tmp_path):
+def test_written_fields(tmp_path):
     save_pretrained(make(BOTH["tied"], "bfloat16"), tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
     assert fields["model_type"] == "mamba"
@@ -227,7 +139,7 @@ def test_config_of_a_saved_model_can_be_read_by_others(tmp_path):
     assert fields["intermediate_size"] == 9
 
 
-# Saving over something.
+# Saving to an existing folder.
 
 
 def test_saving_replaces_a_checkpoint_and_nothing_else(tmp_path):
@@ -245,7 +157,7 @@ def test_saving_replaces_a_checkpoint_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("layout", MODELS)
-def test_a_card_is_written_if_there_is_none(layout, tmp_path):
+def test_model_card_is_written_unless_present(layout, tmp_path):
     save_pretrained(make(BOTH["tied"]), tmp_path / "me", layout=layout)
     card = tmp_path / "me" / "README.md"
     _, metadata, text = card.read_text().split("---\n")
@@ -259,7 +171,7 @@ def test_a_card_is_written_if_there_is_none(layout, tmp_path):
 
 
 @pytest.mark.parametrize("at", range(6))
-def test_a_failure_while_saving_leaves_the_old_checkpoint(at, tmp_path, monkeypatch):
+def test_failed_save_keeps_the_old_checkpoint(at, tmp_path, monkeypatch):
     folder = tmp_path / "folder"
     old, new = make(BOTH["tied"]), make(BOTH["untied"])
     save_pretrained(old, folder)
@@ -288,7 +200,7 @@ def test_a_failure_while_saving_leaves_the_old_checkpoint(at, tmp_path, monkeypa
 
 
 def write(path, tensors, metadata):
-    """`write_safetensors` without its own use of `os.replace`."""
+    """Does the same as `write_safetensors`, but without `os.replace`."""
     from safetensors.numpy import save_file
 
     save_file({k: np.array(v, order="C") for k, v in tensors.items()}, path, metadata=metadata)
@@ -313,39 +225,16 @@ def test_save_refuses_bad_targets(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "old"]
 
 
-# What a layout cannot hold.
+# What cannot be saved.
 
 
-def test_no_parameter_is_left_out():
-    """A bias that the layout has no name for is an error, not lost."""
+def test_parameter_without_a_name_is_refused():
+    """A bias that the layout has no name for is not silently dropped."""
     model = make(config(d_intermediate=128))
     mlp = eqx.filter_eval_shape(lambda: mbx.GatedMLP(6, 128, bias=True, key=jr.key(0)))
     model = eqx.tree_at(lambda model: model.layers.layers[1].mlp, model, mlp)
-    with pytest.raises(CheckpointError, match=r"no name for `.layers.layers\[1\].mlp.fc1.bias`"):
+    with pytest.raises(CheckpointError, match=r"no name for `layers.layers.1.mlp.fc1.bias`"):
         state_dict(model, layout="state-spaces")
-
-
-@pytest.mark.parametrize(
-    ("layout", "model", "message"),
-    [
-        ("transformers", config(d_intermediate=128), "layers have an MLP"),
-        ("transformers", config(rms_norm=False), "norms are not RMSNorm"),
-        ("state-spaces", config(norm_eps=1e-6), "`norm_eps` is not 1e-05"),
-        ("state-spaces", config(d_intermediate=100), "not a multiple of 128 wide"),
-    ],
-)
-def test_a_layout_refuses_what_it_cannot_hold(layout, model, message, tmp_path):
-    with pytest.raises(CheckpointError, match=message):
-        save_pretrained(make(model), tmp_path / "new", layout=layout)
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("layout", ["transformers", "state-spaces"])
-def test_layers_that_differ_are_refused(layout):
-    blocks = (mbx.BlockConfig(ODD), mbx.BlockConfig(BIASED))
-    model = make(mbx.LanguageModelConfig(13, blocks))
-    with pytest.raises(CheckpointError, match="layers differ"):
-        state_dict(model, layout=layout)
 
 
 def test_only_whole_models_are_saved(tmp_path):

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from mamba_eqx.pretrained._state_dict import LAYOUTS
-from mamba_eqx.pretrained.layouts import skeleton_of
+from mamba_eqx.pretrained.layouts import skeleton
 
 
 MAMBA = {
@@ -184,8 +184,8 @@ def test_config_gives_model_of_published_size(name):
     values, parameters = CHECKPOINTS[name]
     layout = LAYOUTS["transformers" if "model_type" in values else "state-spaces"]
     config = layout.read_config(values)
-    model = skeleton_of(config)
+    model = skeleton(config)
     assert sum(leaf.size for leaf in jax.tree.leaves(model)) == parameters
     # Every parameter has exactly one name.
-    names = [entry.name for entry in layout.entries(config)]
+    names = [slot.name for slot in layout.table(config)]
     assert len(set(names)) == len(names) == len(jax.tree.leaves(model))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mamba_eqx.pretrained import CheckpointError, from_pretrained, push_to_hub
-from tests.pretrained.test_mamba1 import BOTH, assert_same, config, make
+from tests.support.checkpoints import BOTH, assert_same, config, make
 from tests.support.hub_server import Fault
 
 
@@ -76,7 +76,7 @@ def test_pushes_to_branches_and_pull_requests(hub, push, load):
 
 
 def test_model_that_cannot_be_saved_creates_nothing(hub, push):
-    with pytest.raises(CheckpointError, match="layers have an MLP"):
+    with pytest.raises(CheckpointError, match="cannot store MLPs"):
         push(make(config(d_intermediate=128)))
     assert hub.requests == []
 

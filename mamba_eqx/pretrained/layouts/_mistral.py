@@ -2,34 +2,36 @@
 
 import dataclasses
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
-from ...formats import CheckpointError
 from ...models import BlockConfig, LanguageModelConfig, Mamba2Config
 from ._fields import Fields
-from ._layout import Entry, Layout
+from ._layout import Layout, Slot, Unstorable
 from ._state_spaces import STATE_SPACES
+from ._tables import JSON
 
 
+# The fields that both configs have, and that Mistral's requires.
 _FLAGS = ("rms_norm", "residual_in_fp32", "fused_add_norm", "tie_embeddings")
 
 
-# The fields of a mixer that a config says nothing about: `mistral_inference.mamba` leaves them to
-# the defaults of the official `Mamba2`, which are those of our config.
-_DEFAULTS = {
-    field.name: field.default
-    for field in dataclasses.fields(Mamba2Config)
-    if field.name not in ("d_model", "d_inner", "d_ssm", "ngroups")
-}
+# The config has no fields for these: `mistral_inference.mamba` leaves them to the defaults of the
+# official `Mamba2`, which are those of `Mamba2Config`.
+_DEFAULTS = MappingProxyType(
+    {
+        field.name: field.default
+        for field in dataclasses.fields(Mamba2Config)
+        if field.name not in ("d_model", "d_inner", "d_ssm", "ngroups")
+    }
+)
 
 
-def _read_config(values: object) -> LanguageModelConfig:
-    # As `mistral_inference.mamba` makes the official config of it. There, too, nothing is optional.
+def _read_mistral(values: object) -> LanguageModelConfig:
+    # `mistral_inference.mamba` makes the same official config, and has no optional fields either.
     fields = Fields(values, "the config")
     fields.only("model_type", ["mamba"], "mamba")
-    official = {
+    official: JSON = {
         "d_model": fields.size("dim"),
         "n_layer": fields.layers("n_layers"),
         "vocab_size": fields.size("vocab_size"),
@@ -44,24 +46,15 @@ def _read_config(values: object) -> LanguageModelConfig:
     return STATE_SPACES.read_config(official)
 
 
-def _write_config(config: LanguageModelConfig, dtype: np.dtype) -> dict[str, Any]:
+def _validate_mistral(config: LanguageModelConfig) -> None:
     for i, layer in enumerate(config.layers):
         if not _is_default(layer) or layer != config.layers[0]:
-            raise CheckpointError(
-                "The 'mistral' layout has only models of Mamba-2 layers that are alike, and in "
-                f"which all but `d_model` and `ngroups` has its default, but layer {i} is {layer}. "
-                'Use `layout="state-spaces"` if that fits.'
+            raise Unstorable(
+                "models other than those of equal Mamba-2 layers with `d_inner = 2 * d_model` and "
+                "defaults for all fields except `d_model` and `ngroups` "
+                f"(layer {i} is {layer})"
             )
-    official = STATE_SPACES.write_config(config, dtype)
-    return {
-        "dim": official["d_model"],
-        "n_layers": official["n_layer"],
-        "vocab_size": official["vocab_size"],
-        "n_groups": official["ssm_cfg"]["ngroups"],
-        "pad_vocab_size_multiple": official["pad_vocab_size_multiple"],
-        **{name: official[name] for name in _FLAGS},
-        "model_type": "mamba",
-    }
+    STATE_SPACES.validate(config)
 
 
 def _is_default(layer: BlockConfig) -> bool:
@@ -74,23 +67,33 @@ def _is_default(layer: BlockConfig) -> bool:
     )
 
 
-def _check(config: LanguageModelConfig) -> None:
-    _write_config(config, np.dtype(np.float32))
+def _write_mistral(config: LanguageModelConfig, dtype: np.dtype) -> JSON:
+    official = STATE_SPACES.write_config(config, dtype)
+    mixer = config.layers[0].mixer
+    assert isinstance(mixer, Mamba2Config)  # As `validate` ensures.
+    return {
+        "dim": official["d_model"],
+        "n_layers": official["n_layer"],
+        "vocab_size": official["vocab_size"],
+        "n_groups": mixer.ngroups,
+        "pad_vocab_size_multiple": official["pad_vocab_size_multiple"],
+        **{name: official[name] for name in _FLAGS},
+        "model_type": "mamba",
+    }
 
 
-def _entries(config: LanguageModelConfig) -> list[Entry]:
+def _name_mistral(config: LanguageModelConfig) -> list[Slot]:
     return [
-        dataclasses.replace(entry, name=f"model.{entry.name}")
-        for entry in STATE_SPACES.entries(config)
+        dataclasses.replace(slot, name=f"model.{slot.name}") for slot in STATE_SPACES.table(config)
     ]
 
 
 MISTRAL = Layout(
     name="mistral",
-    read_config=_read_config,
-    check=_check,
-    write_config=_write_config,
-    entries=_entries,
+    read_config=_read_mistral,
+    validate=_validate_mistral,
+    write_config=_write_mistral,
+    table=_name_mistral,
     embedding=lambda config: f"model.{STATE_SPACES.embedding(config)}",
     keeps_tied_head=True,
     renames=MappingProxyType({}),

@@ -1,233 +1,211 @@
-"""`ssm_cfg` and `attn_cfg` of the official configs: how mixers are read and written."""
+"""The tables of `ssm_cfg` and `attn_cfg` in configs of the official repository.
 
-import math
-from collections.abc import Callable
+The defaults are those of the official classes `Mamba`, `Mamba2`, `Mamba3` and `MHA`.
+"""
+
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ...formats import CheckpointError
 from ...models import AbstractMixerConfig, AttentionConfig, Mamba1Config, Mamba2Config, Mamba3Config
-from ._fields import Fields, limit_to_json
-
-
-EPS = 1e-5  # The official config has no field for it.
-
-
-# How to initialise, and which implementation to run.
-_MAMBA1_IGNORED = frozenset(
-    ["dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path"]
+from ._fields import Fields
+from ._mixers import D_MODEL, dt_rank, expand, whole_expand
+from ._tables import (
+    JSON,
+    Arguments,
+    Row,
+    Shared,
+    Table,
+    constant,
+    fixed,
+    flag,
+    limit,
+    natural,
+    number,
+    shared_eps,
+    size,
 )
-_MAMBA2_IGNORED = frozenset(
-    """
-    A_init_range chunk_size conv_init dt_init_floor dt_max dt_min sequence_parallel use_mem_eff_path
-    """.split()  # noqa: SIM905
+
+
+_MAMBA1 = Table(
+    Mamba1Config,
+    (
+        D_MODEL,
+        size("d_state", "d_state", 16),
+        size("d_conv", "d_conv", 4),
+        expand("expand"),
+        dt_rank("dt_rank"),
+        flag("bias", "bias", False),
+        flag("conv_bias", "conv_bias", True),
+        fixed("select_norm", None, "Mamba-1 layers that normalise `dt`, `B` and `C`"),
+    ),
+    # Initialisation, and the choice of an implementation.
+    ignored=("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path"),
 )
 
 
-# Beside these, official Mamba-3 takes fields that it has no use for, in silence; we refuse them.
-_MAMBA3_IGNORED = frozenset(["chunk_size", "dropout", "dt_init_floor", "dt_max", "dt_min"])
-
-
-def _read_mamba1(d_model: int, fields: Fields) -> Mamba1Config:
-    # The defaults are those of the official `Mamba.__init__`.
-    config = Mamba1Config(
-        d_model=d_model,
-        d_inner=fields.multiple_of(d_model, "expand", 2),
-        d_state=fields.size("d_state", 16),
-        d_conv=fields.size("d_conv", 4),
-        dt_rank=(
-            math.ceil(d_model / 16)
-            if fields.get("dt_rank", "auto") == "auto"
-            else fields.size("dt_rank")
-        ),
-        bias=fields.flag("bias", False),
-        conv_bias=fields.flag("conv_bias", True),
-    )
-    fields.ignore(_MAMBA1_IGNORED)
-    return config
-
-
-def _write_mamba1(config: Mamba1Config) -> dict[str, Any]:
-    if config.select_norm is not None:
-        raise inexpressible("`dt`, `B` and `C` are normed", f"select_norm={config.select_norm!r}")
-    return {
-        "d_state": config.d_state,
-        "d_conv": config.d_conv,
-        "expand": _expand(config.d_inner, config.d_model),
-        "dt_rank": config.dt_rank,
-        "bias": config.bias,
-        "conv_bias": config.conv_bias,
-    }
-
-
-def _expand(d_inner: int, d_model: int) -> int | float:
-    # The official width is `int(expand * d_model)`, which the last candidate is sure to hit.
-    candidates = (d_inner // d_model, d_inner / d_model, (d_inner + 0.5) / d_model)
-    return next(expand for expand in candidates if int(expand * d_model) == d_inner)
-
-
-def _read_mamba2(d_model: int, fields: Fields) -> Mamba2Config:
-    # The defaults are those of the official `Mamba2.__init__`.
-    fields.size("expand", 2)  # Only an integer will do.
-    d_inner = fields.multiple_of(d_model, "expand", 2)
-    all_of_them = fields.get("d_ssm", None) is None
+def _read_norm(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
+    del shared, known
     rms_norm = fields.flag("rmsnorm", True)
-    config = Mamba2Config(
-        d_model=d_model,
-        d_inner=d_inner,
-        d_ssm=d_inner if all_of_them else fields.size("d_ssm"),
-        d_state=fields.size("d_state", 128),
-        d_conv=fields.size("d_conv", 4),
-        headdim=fields.size("headdim", 64),
-        ngroups=fields.size("ngroups", 1),
-        D_has_hdim=fields.flag("D_has_hdim", False),
-        dt_limit=fields.limit("dt_limit"),
-        bias=fields.flag("bias", False),
-        conv_bias=fields.flag("conv_bias", True),
-        rms_norm=rms_norm,
-        # It says nothing where there is no norm.
-        norm_before_gate=fields.flag("norm_before_gate", False) and rms_norm,
-        norm_eps=EPS,
-    )
-    fields.ignore(_MAMBA2_IGNORED)
-    return config
+    # The official code ignores the order if there is no norm; our config does not allow one.
+    before = fields.flag("norm_before_gate", False)
+    return {"rms_norm": rms_norm, "norm_before_gate": before and rms_norm}
 
 
-def _write_mamba2(config: Mamba2Config) -> dict[str, Any]:
-    if config.d_inner % config.d_model:
-        raise inexpressible(
-            "`d_inner` is not a multiple of `d_model`",
-            f"d_inner={config.d_inner} and d_model={config.d_model}",
-        )
-    if config.norm_eps != EPS:
-        raise inexpressible(f"`norm_eps` is not {EPS}", f"{config.norm_eps} in the mixers")
-    fields = {
-        "d_state": config.d_state,
-        "d_conv": config.d_conv,
-        "expand": config.d_inner // config.d_model,
-        "headdim": config.headdim,
-        "ngroups": config.ngroups,
-        "D_has_hdim": config.D_has_hdim,
-        "rmsnorm": config.rms_norm,
-        "norm_before_gate": config.norm_before_gate,
-        "bias": config.bias,
-        "conv_bias": config.conv_bias,
-    }
-    if config.d_ssm != config.d_inner:
-        fields["d_ssm"] = config.d_ssm
-    if config.dt_limit != (0, math.inf):
-        # The official code has no spelling for infinity, other than the one outside of JSON.
-        fields["dt_limit"] = limit_to_json(config.dt_limit)
-    return fields
+def _write_norm(config: Mamba2Config) -> JSON:
+    return {"rmsnorm": config.rms_norm, "norm_before_gate": config.norm_before_gate}
 
 
-def read_attention(d_model: int, fields: Fields) -> AttentionConfig:
-    """`attn_cfg`."""
-    # The defaults are those of the official `MHA.__init__`, where attention is not even causal.
-    fields.only("causal", [True], False)
-    fields.only("mlp_dim", [0], 0)
-    nheads = fields.size("num_heads")
+def _read_d_ssm(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
+    del shared
+    return {"d_ssm": fields.optional_size("d_ssm", known["d_inner"])}
+
+
+def _write_d_ssm(config: Mamba2Config) -> JSON:
+    return {} if config.d_ssm == config.d_inner else {"d_ssm": config.d_ssm}
+
+
+_MAMBA2 = Table(
+    Mamba2Config,
+    (
+        D_MODEL,
+        size("d_state", "d_state", 128),
+        size("d_conv", "d_conv", 4),
+        whole_expand("expand"),
+        size("headdim", "headdim", 64),
+        size("ngroups", "ngroups", 1),
+        flag("D_has_hdim", "D_has_hdim", False),
+        Row(_read_norm, _write_norm),
+        flag("bias", "bias", False),
+        flag("conv_bias", "conv_bias", True),
+        Row(_read_d_ssm, _write_d_ssm),
+        # The official code has no spelling of infinity, except the one that is not JSON.
+        limit("dt_limit", "dt_limit"),
+        shared_eps(),
+    ),
+    ignored=(
+        "A_init_range",
+        "chunk_size",
+        "conv_init",
+        "dt_init_floor",
+        "dt_max",
+        "dt_min",
+        "sequence_parallel",
+        "use_mem_eff_path",
+    ),
+)
+
+
+def _read_rope_fraction(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
+    del shared, known
+    return {"rope_fraction": float(fields.only("rope_fraction", [0.5, 1.0, 1], 0.5))}
+
+
+def _write_rope_fraction(config: Mamba3Config) -> JSON:
+    return {"rope_fraction": config.rope_fraction}
+
+
+def _read_mimo(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
+    del shared, known
+    rank = fields.size("mimo_rank", 4)  # Ignored by SISO models, which may have it nonetheless.
+    return {"mimo_rank": rank if fields.flag("is_mimo", False) else None}
+
+
+def _write_mimo(config: Mamba3Config) -> JSON:
+    rank = config.mimo_rank
+    if rank is None:
+        return {"is_mimo": False}
+    # The official MIMO kernels need smaller chunks than their default of 64.
+    return {"is_mimo": True, "mimo_rank": rank, "chunk_size": max(1, 64 // rank)}
+
+
+def _read_A(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
+    del shared, known
+    # Our own field: which activation official code computes depends on its version alone.
+    return {"A_activation": fields.only("A_activation", ["heavy_tail", "softplus"], "heavy_tail")}
+
+
+def _write_A(config: Mamba3Config) -> JSON:
+    is_default = config.A_activation == "heavy_tail"
+    return {} if is_default else {"A_activation": config.A_activation}
+
+
+_MAMBA3 = Table(
+    Mamba3Config,
+    (
+        D_MODEL,
+        size("d_state", "d_state", 128),
+        expand("expand"),
+        size("headdim", "headdim", 64),
+        size("ngroups", "ngroups", 1),
+        Row(_read_rope_fraction, _write_rope_fraction),
+        number("A_floor", "A_floor", 1e-4),
+        flag("is_outproj_norm", "outproj_norm", False),
+        Row(_read_mimo, _write_mimo),
+        Row(_read_A, _write_A),
+        shared_eps(),
+    ),
+    # The official class silently accepts further fields that it does not use. They are refused.
+    ignored=("chunk_size", "dropout", "dt_init_floor", "dt_max", "dt_min"),
+)
+
+
+def _read_heads(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
+    del known
+    nheads, d_model = fields.size("num_heads"), shared.d_model
     if "head_dim" not in fields and d_model % nheads:
         raise fields.error("num_heads", f"must divide d_model={d_model}")
-    headdim = fields.optional_size("head_dim", max(1, d_model // nheads))
-    scale = headdim**-0.5
-    if fields.get("softmax_scale", None) is not None:
-        scale = fields.number("softmax_scale", scale)
-    return AttentionConfig(
-        d_model,
-        nheads=nheads,
-        nheads_kv=fields.optional_size("num_heads_kv", nheads),
-        headdim=headdim,
-        d_conv=fields.natural("d_conv", 0),
-        rotary_emb_dim=fields.natural("rotary_emb_dim", 0),
-        rotary_emb_base=fields.number("rotary_emb_base", 10000.0),
-        rotary_emb_interleaved=fields.flag("rotary_emb_interleaved", False),
-        softmax_scale=scale,
-        qkv_proj_bias=fields.flag("qkv_proj_bias", True),
-        out_proj_bias=fields.flag("out_proj_bias", True),
-    )
+    return {
+        "nheads": nheads,
+        "nheads_kv": fields.optional_size("num_heads_kv", nheads),
+        "headdim": fields.optional_size("head_dim", max(1, d_model // nheads)),
+    }
 
 
-def write_attention(config: AttentionConfig) -> dict[str, Any]:
-    """`attn_cfg`."""
-    if config.window is not None:
-        raise inexpressible("attention has a window", f"window={config.window}")
-    fields = {
-        "causal": True,
+def _write_heads(config: AttentionConfig) -> JSON:
+    return {
         "num_heads": config.nheads,
         "num_heads_kv": config.nheads_kv,
         "head_dim": config.headdim,
-        "d_conv": config.d_conv,
-        "rotary_emb_dim": config.rotary_emb_dim,
-        "rotary_emb_base": config.rotary_emb_base,
-        "rotary_emb_interleaved": config.rotary_emb_interleaved,
-        "qkv_proj_bias": config.qkv_proj_bias,
-        "out_proj_bias": config.out_proj_bias,
     }
-    if config.softmax_scale != config.headdim**-0.5:
-        fields["softmax_scale"] = config.softmax_scale
-    return fields
 
 
-def _read_mamba3(d_model: int, fields: Fields) -> Mamba3Config:
-    # The defaults are those of the official `Mamba3.__init__`.
-    mimo_rank = fields.size("mimo_rank", 4)  # It says nothing in the SISO form.
-    config = Mamba3Config(
-        d_model=d_model,
-        d_inner=fields.multiple_of(d_model, "expand", 2),
-        d_state=fields.size("d_state", 128),
-        headdim=fields.size("headdim", 64),
-        ngroups=fields.size("ngroups", 1),
-        mimo_rank=mimo_rank if fields.flag("is_mimo", False) else None,
-        rope_fraction=float(fields.only("rope_fraction", [0.5, 1.0, 1], 0.5)),
-        # Which one official code computes depends on its version, and no field of its own says it.
-        A_activation=fields.only("A_activation", ["heavy_tail", "softplus"], "heavy_tail"),
-        A_floor=fields.number("A_floor", 1e-4),
-        outproj_norm=fields.flag("is_outproj_norm", False),
-        norm_eps=EPS,
-    )
-    fields.ignore(_MAMBA3_IGNORED)
-    return config
+def _read_scale(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
+    del shared
+    scale = known["headdim"] ** -0.5
+    if fields.get("softmax_scale", None) is not None:
+        scale = fields.number("softmax_scale", scale)
+    return {"softmax_scale": scale}
 
 
-def _write_mamba3(config: Mamba3Config) -> dict[str, Any]:
-    if config.norm_eps != EPS:
-        raise inexpressible(f"`norm_eps` is not {EPS}", f"{config.norm_eps} in the mixers")
-    fields: dict[str, Any] = {
-        "d_state": config.d_state,
-        "expand": _expand(config.d_inner, config.d_model),
-        "headdim": config.headdim,
-        "ngroups": config.ngroups,
-        "rope_fraction": config.rope_fraction,
-        "A_floor": config.A_floor,
-        "is_outproj_norm": config.outproj_norm,
-        "is_mimo": config.mimo_rank is not None,
-    }
-    if config.mimo_rank is not None:
-        # Official MIMO kernels want smaller chunks than their default of 64.
-        fields |= {"mimo_rank": config.mimo_rank, "chunk_size": max(1, 64 // config.mimo_rank)}
-    if config.A_activation != "heavy_tail":
-        fields["A_activation"] = config.A_activation
-    return fields
+def _write_scale(config: AttentionConfig) -> JSON:
+    is_default = config.softmax_scale == config.headdim**-0.5
+    return {} if is_default else {"softmax_scale": config.softmax_scale}
 
 
-# One line for each mixer: its name as `ssm_cfg.layer`, and how the rest of `ssm_cfg` is read and
-# written.
-READERS: MappingProxyType[str, Callable[[int, Fields], AbstractMixerConfig]]
-READERS = MappingProxyType({"Mamba1": _read_mamba1, "Mamba2": _read_mamba2, "Mamba3": _read_mamba3})
-WRITERS: MappingProxyType[
-    type[AbstractMixerConfig], tuple[str, Callable[[Any], dict[str, Any]]]
-] = MappingProxyType(
-    {
-        Mamba1Config: ("Mamba1", _write_mamba1),
-        Mamba2Config: ("Mamba2", _write_mamba2),
-        Mamba3Config: ("Mamba3", _write_mamba3),
-    }
+ATTENTION = Table(
+    AttentionConfig,
+    (
+        D_MODEL,
+        # Official attention is not even causal by default.
+        constant("causal", True, default=False, written=True),
+        constant("mlp_dim", 0),
+        Row(_read_heads, _write_heads),
+        natural("d_conv", "d_conv", 0),
+        natural("rotary_emb_dim", "rotary_emb_dim", 0),
+        number("rotary_emb_base", "rotary_emb_base", 10000.0),
+        flag("rotary_emb_interleaved", "rotary_emb_interleaved", False),
+        flag("qkv_proj_bias", "qkv_proj_bias", True),
+        flag("out_proj_bias", "out_proj_bias", True),
+        Row(_read_scale, _write_scale),
+        fixed("window", None, "attention with a window"),
+    ),
 )
 
 
-def inexpressible(what: str, value: str) -> CheckpointError:
-    return CheckpointError(
-        f"The 'state-spaces' layout has no model whose {what} ({value}). "
-        'Use `layout="transformers"` if that fits.'
-    )
+# The tables of `ssm_cfg` by the name of the mixer, which is its field `layer`.
+MIXERS: Mapping[str, Table[Any]]
+MIXERS = MappingProxyType({"Mamba1": _MAMBA1, "Mamba2": _MAMBA2, "Mamba3": _MAMBA3})
+MIXER_NAMES: Mapping[type[AbstractMixerConfig], str] = MappingProxyType(
+    {Mamba1Config: "Mamba1", Mamba2Config: "Mamba2", Mamba3Config: "Mamba3"}
+)

@@ -24,10 +24,10 @@ from ...pretrained import (
     Fields,
     Slot,
     assign,
-    config_of,
+    config_from,
     get_layout,
     listing,
-    skeleton_of,
+    skeleton,
     state_dict,
 )
 from ._lora import LoRA, LoRAPair, linear_layers
@@ -212,7 +212,7 @@ def _join(found: list[_StoredPair], rows: int, *, whole: bool) -> LoRAPair:
     rank = len(a[0])
     joined = np.zeros((rows, rank * len(found)), b[0].dtype)
     for i, pair in enumerate(found):
-        covered = slice(*(pair.slot.entry.rows or (0, rows)))
+        covered = slice(*(pair.slot.rows or (0, rows)))
         joined[covered, i * rank : (i + 1) * rank] = b[i]
     return LoRAPair(jnp.asarray(np.concatenate(a)), jnp.asarray(joined))
 
@@ -231,19 +231,19 @@ class _Target(NamedTuple):
 
 def _targets(model: LanguageModel, layout: str) -> dict[str, _Target]:
     """Returns every linear layer by its path in the model with `Unrolled` layers."""
-    config = config_of(model)
-    skeleton = skeleton_of(config)
-    shapes = jax.eval_shape(lambda tree: state_dict(tree, layout=layout), skeleton)
-    assignments = assign(get_layout(layout), config, skeleton, shapes, floating=True)
+    config = config_from(model)
+    model_shapes = skeleton(config)
+    shapes = jax.eval_shape(lambda tree: state_dict(tree, layout=layout), model_shapes)
+    assignments = assign(get_layout(layout), config, model_shapes, shapes, floating=True)
     named = {found.path: [slot for slot, _ in found.parts] for found in assignments}
     return {
         path: _Target(linear.weight, named[f"{path}.weight"])
-        for path, linear in linear_layers(skeleton).items()
+        for path, linear in linear_layers(model_shapes).items()
     }
 
 
 def _module(slot: Slot) -> str:
-    return slot.entry.name.removesuffix(".weight")
+    return slot.name.removesuffix(".weight")
 
 
 def _tensor(slot: Slot, which: str) -> str:

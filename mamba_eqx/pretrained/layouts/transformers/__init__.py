@@ -1,3 +1,3 @@
-"""The layout of Hugging Face transformers, one file per family of models."""
+"""The layout of Hugging Face transformers, with one file per family of models."""
 
 from ._registry import TRANSFORMERS as TRANSFORMERS

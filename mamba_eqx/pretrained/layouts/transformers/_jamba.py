@@ -1,17 +1,23 @@
 """transformers' model type `jamba` without experts: Mamba-1 with norms of `dt`, `B` and `C`,
-attention without positions, and an MLP in every block."""
+attention without positions, and an MLP in every block.
 
-import math
-from typing import Any
+The defaults are those of `JambaConfig`.
+"""
 
-from ....models import AttentionConfig, BlockConfig, LanguageModelConfig, Mamba1Config
+from collections.abc import Collection
+
+from ....models import AttentionConfig, LanguageModelConfig, Mamba1Config
 from .._fields import Fields
-from ._common import inexpressible, read_model
-from ._hybrid import HYBRID_IGNORED, RESIDUAL, alike, read_heads, write_blocks, write_heads
+from .._layout import Unstorable
+from .._mixers import D_MODEL, dt_rank, whole_expand
+from .._tables import JSON, Table, constant, fixed, flag, shared_eps, size
+from ._family import Family, Hybrid, Pattern, model_rows
+from ._hybrid import HYBRID_IGNORED, heads
+from ._hybrid_names import EMBEDDING, hybrid_model
 
 
-# What experts there would be, and how they were trained; which implementation to run; what older
-# versions wrote.
+# Options of experts, which there are none of, and of training; the choice of an implementation;
+# and fields of older versions.
 _IGNORED = HYBRID_IGNORED | set(
     """
     expert_layer_offset expert_layer_period num_experts_per_tok output_router_logits
@@ -20,92 +26,87 @@ _IGNORED = HYBRID_IGNORED | set(
 )
 
 
-def read_jamba(fields: Fields) -> LanguageModelConfig:
-    # The defaults are those of transformers' `JambaConfig`.
-    d_model = fields.size("hidden_size", 4096)
-    eps = fields.number("rms_norm_eps", 1e-6)
-    fields.only("hidden_act", ["silu"], "silu")
-    fields.only("num_experts", [1], 16)
-    fields.only("sliding_window", [None], None)
-    fields.only("mamba_inner_layernorms", [True], True)
-    attention = AttentionConfig(d_model, **read_heads(fields, d_model, nheads=32, nheads_kv=8))
-    rank = fields.get("mamba_dt_rank", "auto")
-    mamba = Mamba1Config(
-        d_model,
-        d_inner=d_model * fields.size("mamba_expand", 2),
-        d_state=fields.size("mamba_d_state", 16),
-        d_conv=fields.size("mamba_d_conv", 4),
-        dt_rank=math.ceil(d_model / 16) if rank == "auto" else fields.size("mamba_dt_rank"),
-        bias=fields.flag("mamba_proj_bias", False),
-        conv_bias=fields.flag("mamba_conv_bias", True),
-        select_norm="weighted",
-        select_norm_eps=eps,
-    )
+def _read_period(fields: Fields, n_layer: int) -> Collection[int]:
     period = fields.size("attn_layer_period", 8)
     offset = fields.natural("attn_layer_offset", 4)
     if offset >= period:
         raise fields.error("attn_layer_offset", f"must be below attn_layer_period={period}")
-    width = fields.size("intermediate_size", 14336)
-    blocks = {
-        kind: BlockConfig(kind, d_intermediate=width, norm_eps=eps) for kind in (attention, mamba)
-    }
-    config = read_model(
-        fields,
-        (
-            blocks[attention if i % period == offset else mamba]
-            for i in range(fields.layers("num_hidden_layers", 32))
-        ),
-        vocab_size=65536,
-        norm_eps=eps,
-        tie_embeddings=False,
-        residual_in_fp32=False,
-    )
-    fields.ignore(_IGNORED)
-    return config
+    return range(offset, n_layer, period)
 
 
-def write_jamba(config: LanguageModelConfig) -> dict[str, Any]:
-    fields = {"model_type": "jamba", "architectures": ["JambaForCausalLM"], "num_experts": 1}
-    fields |= write_blocks(config) | {RESIDUAL: config.residual_in_fp32}
-    fields |= _write_pattern(config)
-    mamba, attention = alike(config, Mamba1Config), alike(config, AttentionConfig)
-    if mamba is None:
-        raise inexpressible("layers are all attention", f"{len(config.layers)} layers")
-    if mamba.select_norm != "weighted" or mamba.select_norm_eps != config.norm_eps:
-        raise inexpressible(
-            "layers have an MLP, but whose `dt`, `B` and `C` are not normed as its residual stream",
-            f"select_norm={mamba.select_norm!r}, select_norm_eps={mamba.select_norm_eps}",
-        )
-    if mamba.d_inner % mamba.d_model:
-        raise inexpressible(
-            "`d_inner` is not a multiple of `d_model`",
-            f"d_inner={mamba.d_inner} and d_model={mamba.d_model}",
-        )
-    fields |= {
-        "mamba_expand": mamba.d_inner // mamba.d_model,
-        "mamba_d_state": mamba.d_state,
-        "mamba_d_conv": mamba.d_conv,
-        "mamba_dt_rank": mamba.dt_rank,
-        "mamba_proj_bias": mamba.bias,
-        "mamba_conv_bias": mamba.conv_bias,
-    }
-    if attention is None:
-        return fields | {"num_attention_heads": 1, "num_key_value_heads": 1}
-    if attention.rotary_emb_dim > 0:
-        raise inexpressible(
-            "attention has a rotary embedding", f"rotary_emb_dim={attention.rotary_emb_dim}"
-        )
-    if attention.qkv_proj_bias or attention.out_proj_bias:
-        raise inexpressible("attention has biases", "qkv_proj_bias or out_proj_bias")
-    return fields | write_heads(attention)
-
-
-def _write_pattern(config: LanguageModelConfig) -> dict[str, int]:
-    places = [isinstance(layer.mixer, AttentionConfig) for layer in config.layers]
+def _find_period(indices: Collection[int], n_layer: int) -> tuple[int, int] | None:
+    """Returns the period and the offset of the attention layers, if they are periodic."""
     # The last period is longer than the model, so that there may be no attention at all.
-    for period in range(1, len(places) + 2):
+    for period in range(1, n_layer + 2):
         for offset in range(period):
-            if all((i % period == offset) == here for i, here in enumerate(places)):
-                return {"attn_layer_period": period, "attn_layer_offset": offset}
-    indices = [i for i, here in enumerate(places) if here]
-    raise inexpressible("attention is not in every so many layers", f"it is in {indices}")
+            if list(indices) == list(range(offset, n_layer, period)):
+                return period, offset
+    return None
+
+
+def _write_period(indices: Collection[int], n_layer: int) -> JSON:
+    found = _find_period(indices, n_layer)
+    assert found is not None  # As `_check_period` ensures.
+    return {"attn_layer_period": found[0], "attn_layer_offset": found[1]}
+
+
+def _check_period(indices: Collection[int], n_layer: int) -> None:
+    if _find_period(indices, n_layer) is None:
+        raise Unstorable(
+            "attention beside Mamba-1 at irregular intervals "
+            f"(in layers {list(indices)} of {n_layer})"
+        )
+
+
+JAMBA = Family(
+    model_type="jamba",
+    architecture="JambaForCausalLM",
+    d_model=4096,
+    n_layer=32,
+    norm_eps=("rms_norm_eps", 1e-6),
+    mixer=Table(
+        Mamba1Config,
+        (
+            D_MODEL,
+            fixed(
+                "select_norm",
+                "weighted",
+                "MLPs or attention beside Mamba-1 layers without norms of `dt`, `B` and `C`",
+            ),
+            shared_eps("select_norm_eps"),
+            whole_expand("mamba_expand"),
+            size("mamba_d_state", "d_state", 16),
+            size("mamba_d_conv", "d_conv", 4),
+            dt_rank("mamba_dt_rank"),
+            flag("mamba_proj_bias", "bias", False),
+            flag("mamba_conv_bias", "conv_bias", True),
+            constant("mamba_inner_layernorms", True),
+        ),
+    ),
+    model=Table(
+        LanguageModelConfig,
+        (
+            *model_rows(vocab_size=65536, tie_embeddings=False, residual_in_fp32=False),
+            constant("num_experts", 1, default=16, written=True),
+        ),
+        ignored=_IGNORED,
+    ),
+    slots=hybrid_model,
+    embedding=EMBEDDING,
+    hybrid=Hybrid(
+        attention=Table(
+            AttentionConfig,
+            (
+                D_MODEL,
+                *heads(nheads=32, nheads_kv=8),
+                fixed("rotary_emb_dim", 0, "attention beside Mamba-1 with a rotary embedding"),
+                fixed("qkv_proj_bias", False, "attention beside Mamba-1 with biases"),
+                fixed("out_proj_bias", False, "attention beside Mamba-1 with biases"),
+                constant("sliding_window", None),
+            ),
+        ),
+        pattern=Pattern(_read_period, _write_period, _check_period),
+        intermediate_size=14336,
+        no_attention={"num_attention_heads": 1, "num_key_value_heads": 1},
+    ),
+)

@@ -1,27 +1,23 @@
-"""The layout of Hugging Face's transformers: `config.json` with a `model_type`."""
+"""The layout of Hugging Face transformers: a `config.json` with a `model_type`."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
 from ....models import AttentionConfig, LanguageModelConfig, Mamba1Config, Mamba2Config
 from .._fields import Fields
-from .._layout import Entry, Layout
-from .._names import language_model
-from ._bamba import read_bamba, write_bamba
-from ._common import UNPADDED, inexpressible
-from ._hybrid_names import EMBEDDING as HYBRID_EMBEDDING, hybrid_model
-from ._jamba import read_jamba, write_jamba
-from ._mamba import read_falcon_mamba, read_mamba
-from ._mamba2 import read_mamba2
-from ._plain import EMBEDDING as PLAIN_EMBEDDING, write_plain
+from .._layout import Layout, Slot, Unstorable
+from .._mixers import layer_kind
+from .._tables import JSON
+from ._bamba import BAMBA
+from ._family import Family
+from ._jamba import JAMBA
+from ._mamba import EMBEDDING, FALCON_MAMBA, MAMBA
+from ._mamba2 import MAMBA2
 
 
-# Fields of every transformers config, old versions included, that matter to training, generation,
-# other heads or the file, but not to logits.
+# Fields of every transformers config, including old versions, that concern training, generation,
+# other heads or the file, but not the logits.
 _COMMON = frozenset(
     """
     _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention architectures
@@ -40,103 +36,71 @@ _COMMON = frozenset(
 )
 
 
-# One line for each model type: how its config is read.
-_READERS: MappingProxyType[str, Callable[[Fields], LanguageModelConfig]]
-_READERS = MappingProxyType(
-    {
-        "mamba": read_mamba,
-        "mamba2": read_mamba2,
-        "falcon_mamba": read_falcon_mamba,
-        "bamba": read_bamba,
-        "jamba": read_jamba,
-    }
+# One line for each model type.
+_FAMILIES = MappingProxyType(
+    {family.model_type: family for family in (MAMBA, MAMBA2, FALCON_MAMBA, BAMBA, JAMBA)}
 )
 
 
-@dataclass(frozen=True)
-class _Family:
-    """How a model is written: its config, `model_type` included, and its names."""
+def _family(config: LanguageModelConfig) -> Family:
+    """Returns the family that may store a model, judging by the kinds of its layers.
 
-    write: Callable[[LanguageModelConfig], dict[str, Any]]
-    entries: Callable[[LanguageModelConfig], list[Entry]]
-    embedding: str
-
-
-_PLAIN = _Family(
-    write=write_plain,
-    entries=lambda config: language_model(config, embedding=PLAIN_EMBEDDING),
-    embedding=PLAIN_EMBEDDING,
-)
-_BAMBA = _Family(write=write_bamba, entries=hybrid_model, embedding=HYBRID_EMBEDDING)
-_JAMBA = _Family(write=write_jamba, entries=hybrid_model, embedding=HYBRID_EMBEDDING)
-
-
-def _family(config: LanguageModelConfig) -> _Family:
-    """The one that may hold a model, by what its layers are; whether it does, `write` finds out."""
+    **Raises:** `Unstorable` if no family has layers of these kinds.
+    """
+    mixers = [layer.mixer for layer in config.layers]
+    kinds = {type(mixer) for mixer in mixers}
     has_mlp = any(layer.d_intermediate is not None for layer in config.layers)
-    kinds = {type(layer.mixer) for layer in config.layers}
     if AttentionConfig not in kinds and not has_mlp:
-        return _PLAIN
-    if kinds <= {Mamba2Config, AttentionConfig}:
-        return _BAMBA
-    if kinds <= {Mamba1Config, AttentionConfig}:
-        return _JAMBA
-    raise inexpressible(
-        "mixers are of these kinds", ", ".join(sorted(kind.__name__ for kind in kinds))
-    )
+        match mixers[0]:
+            case Mamba1Config(select_norm="weightless"):
+                return FALCON_MAMBA
+            case Mamba1Config():
+                return MAMBA
+            case Mamba2Config():
+                return MAMBA2
+    elif kinds <= {Mamba2Config, AttentionConfig}:
+        return BAMBA
+    elif kinds <= {Mamba1Config, AttentionConfig}:
+        return JAMBA
+    names = " and ".join(sorted({layer_kind(mixer) for mixer in mixers}))
+    raise Unstorable(f"{names} layers" + (" in one model" if len(kinds) > 1 else ""))
 
 
-def _read_config(values: object) -> LanguageModelConfig:
+def _read_transformers(values: object) -> LanguageModelConfig:
     fields = Fields(values, "the config")
-    reader = _READERS[fields.only("model_type", list(_READERS), None)]
+    family = _FAMILIES[fields.only("model_type", list(_FAMILIES), None)]
     fields.ignore(_COMMON)
-    config = reader(fields)
+    config = family.read(fields)
     fields.finish()
     return config
 
 
-def _write_config(config: LanguageModelConfig, dtype: np.dtype) -> dict[str, Any]:
-    for layer in config.layers:
-        if not (layer.rms_norm and config.rms_norm):
-            raise inexpressible("norms are not RMSNorm", "rms_norm=False")
-        if layer.norm_eps != config.norm_eps:
-            raise inexpressible(
-                "norms differ in `norm_eps`",
-                f"{layer.norm_eps} in the layers and {config.norm_eps} at the end",
-            )
-    fields = _family(config).write(config) | {
-        "hidden_size": config.d_model,
-        "num_hidden_layers": len(config.layers),
-        "hidden_act": "silu",
-        "vocab_size": config.padded_vocab_size,
-        "tie_word_embeddings": config.tie_embeddings,
-        # Spelt out, since the defaults would make token 0 end every text.
+def _validate_transformers(config: LanguageModelConfig) -> None:
+    _family(config).validate(config)
+
+
+def _write_transformers(config: LanguageModelConfig, dtype: np.dtype) -> JSON:
+    return _family(config).write(config) | {
+        # The defaults would make token 0 end every text.
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
         "dtype": dtype.name,
     }
-    if config.vocab_size != config.padded_vocab_size:
-        fields[UNPADDED] = config.vocab_size
-    return fields
 
 
-def _check(config: LanguageModelConfig) -> None:
-    _write_config(config, np.dtype(np.float32))
-
-
-def _entries(config: LanguageModelConfig) -> list[Entry]:
-    return _family(config).entries(config)
+def _name_transformers(config: LanguageModelConfig) -> list[Slot]:
+    return _family(config).slots(config)
 
 
 TRANSFORMERS = Layout(
     name="transformers",
-    read_config=_read_config,
-    check=_check,
-    write_config=_write_config,
-    entries=_entries,
+    read_config=_read_transformers,
+    validate=_validate_transformers,
+    write_config=_write_transformers,
+    table=_name_transformers,
     embedding=lambda config: _family(config).embedding,
     keeps_tied_head=False,
-    # As its `MambaModel.load_hook` does.
-    renames=MappingProxyType({"backbone.embedding.weight": PLAIN_EMBEDDING}),
+    # As `MambaModel.load_hook` of transformers does.
+    renames=MappingProxyType({"backbone.embedding.weight": EMBEDDING}),
 )

@@ -1,0 +1,176 @@
+"""Strict matching of the tensors of a checkpoint with the leaves of a model, by name."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from ..._trees import named_leaves
+from ...formats import CheckpointError, quote
+from ...models import LanguageModelConfig
+from ._layout import Described, Layout, Slot
+
+
+_LISTED = 8
+
+Tensor = TypeVar("Tensor", bound=Described)
+Stored = TypeVar("Stored")
+
+
+def slots(layout: Layout, config: LanguageModelConfig, tree: PyTree) -> list[Slot]:
+    """Returns the slots of the leaves of a tree.
+
+    A part of a model, such as `eqx.partition` returns, has the slots of the leaves that it has.
+
+    **Arguments:**
+
+    - `layout`, `config`: the layout, and the config of the model.
+    - `tree`: a model with `Unrolled` layers, or any tree of its structure.
+
+    **Raises:** `CheckpointError` for a config that the layout cannot store, and for leaves without
+    a name.
+    """
+    layout.check(config)
+    paths = named_leaves(tree).keys()
+    found = [slot for slot in layout.table(config) if slot.path in paths]
+    with_name = {slot.path for slot in found}
+    nameless = [f"`{path}`" for path in paths if path not in with_name]
+    if nameless:
+        raise CheckpointError(
+            f"The {layout.name!r} layout has no name for {listing(nameless)}, and so cannot store "
+            "this model."
+        )
+    return found
+
+
+def renamed(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors, with names of older versions replaced by those in the layout's table."""
+    current: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        new_name = layout.renames.get(name)
+        # If both names are present, the older one is kept, to be reported as unexpected.
+        current[name if new_name is None or new_name in tensors else new_name] = tensor
+    return current
+
+
+def match(
+    layout: Layout,
+    config: LanguageModelConfig,
+    tree: PyTree,
+    tensors: Mapping[str, Tensor],
+    *,
+    floating: bool,
+) -> list[tuple[Slot, Tensor]]:
+    """Finds the tensors of every leaf, and checks that they are the expected ones.
+
+    **Arguments:**
+
+    - `layout`, `config`: the layout, and the config of the model.
+    - `tree`: the tree to be filled, with `Unrolled` layers. Its leaves are arrays or their shapes.
+    - `tensors`: the tensors by name. See `renamed`.
+    - `floating`: whether tensors must have a floating-point dtype.
+
+    **Returns:**
+
+    The slots with their tensors.
+
+    **Raises:** one `CheckpointError` that lists all missing, unexpected, mis-shaped and
+    non-floating-point tensors; `CheckpointError` for a config that the layout cannot store.
+    """
+    leaves = named_leaves(tree)
+    found: list[tuple[Slot, Tensor]] = []
+    missing: list[str] = []
+    misshapen: list[str] = []
+    expected = slots(layout, config, tree)
+    for slot in expected:
+        tensor = tensors.get(slot.name)
+        if tensor is None:
+            missing.append(slot.name)
+            continue
+        found.append((slot, tensor))
+        shape = slot.file_shape(leaves[slot.path])
+        if tuple(tensor.shape) != shape:
+            misshapen.append(f"{slot.name} is {tuple(tensor.shape)} and should be {shape}")
+    names = {slot.name for slot in expected}
+    tied_head, embedding_name = layout.tied_head(config), layout.embedding(config)
+    unexpected = [quote(name) for name in tensors if name not in names and name != tied_head]
+    if tied_head is not None and tied_head in tensors and embedding_name in tensors:
+        head, embedding = tensors[tied_head], tensors[embedding_name]
+        if tuple(head.shape) != tuple(embedding.shape):
+            misshapen.append(
+                f"{tied_head} is {tuple(head.shape)} and, being tied to {embedding_name}, "
+                f"should be {tuple(embedding.shape)}"
+            )
+    mistyped = [
+        f"{quote(name)} is {tensor.dtype}"
+        for name, tensor in tensors.items()
+        if floating and not jnp.issubdtype(tensor.dtype, np.floating)
+    ]
+    faults = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": misshapen,
+        "not of a floating-point dtype": mistyped,
+    }
+    if any(faults.values()):
+        lines = [f"{len(n)} {what}: {listing(n)}" for what, n in faults.items() if n]
+        raise CheckpointError(
+            f"The tensors do not fit the config in the {layout.name!r} layout. "
+            + "; ".join(lines)
+            + ". Use the config and the weights of the same model."
+        )
+    return found
+
+
+def group_by_leaf(found: list[tuple[Slot, Tensor]]) -> dict[str, list[tuple[Slot, Tensor]]]:
+    """Groups the result of `match` by the path of the leaf.
+
+    The tensors of one leaf are in the order in which they are joined.
+    """
+    leaves: dict[str, list[tuple[Slot, Tensor]]] = {}
+    for slot, tensor in found:
+        leaves.setdefault(slot.path, []).append((slot, tensor))
+    for parts in leaves.values():
+        parts.sort(key=lambda part: part[0].rows or (0, 0))
+    return leaves
+
+
+def check_tied_head(
+    layout: Layout,
+    config: LanguageModelConfig,
+    tensors: Mapping[str, Stored],
+    read: Callable[[Stored], np.ndarray],
+) -> None:
+    """Checks that a head that is tied to the embedding, if it is stored as well, equals it.
+
+    **Arguments:**
+
+    - `layout`, `config`: the layout, and the config of the model.
+    - `tensors`: the tensors by name.
+    - `read`: returns the values of a tensor.
+
+    **Raises:** `CheckpointError` if the two differ.
+    """
+    head, embedding = layout.tied_head(config), layout.embedding(config)
+    if head is None or head not in tensors or embedding not in tensors:
+        return
+    one, other = read(tensors[head]), read(tensors[embedding])
+    # Compared as bits, because NaN is not equal to itself.
+    if one.dtype != other.dtype or not np.array_equal(_bits(one), _bits(other)):
+        raise CheckpointError(
+            f"{head} differs from {embedding}, although the config says that they are tied. "
+            "If the head is meant, set `tie_word_embeddings` (in official configs "
+            "`tie_embeddings`) to false."
+        )
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+
+
+def listing(names: list[str]) -> str:
+    """Joins names with commas, and abbreviates long lists."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

@@ -1,0 +1,126 @@
+"""What the layouts share about mixers: rows of their tables, and which mixers a model has."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
+
+from ...models import (
+    AbstractMixerConfig,
+    AttentionConfig,
+    LanguageModelConfig,
+    Mamba1Config,
+    Mamba2Config,
+    Mamba3Config,
+)
+from ._fields import Fields
+from ._layout import Unstorable
+from ._tables import JSON, Arguments, Row, Shared
+
+
+def _read_width(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
+    del fields, known
+    return {"d_model": shared.d_model}
+
+
+# The width of the model, which every mixer takes.
+D_MODEL: Row[object] = Row(read=_read_width, write=lambda config: {})
+
+
+def dt_rank(key: str) -> Row[Mamba1Config]:
+    """Returns the row of `dt_rank`, which may be "auto" in the file."""
+
+    def read(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
+        del known
+        if fields.get(key, "auto") == "auto":
+            return {"dt_rank": math.ceil(shared.d_model / 16)}
+        return {"dt_rank": fields.size(key)}
+
+    return Row(read=read, write=lambda config: {key: config.dt_rank})
+
+
+def expand(key: str) -> Row[Mamba1Config | Mamba3Config]:
+    """Returns the row of `d_inner`, which is a real multiple of `d_model` in the file."""
+
+    def read(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
+        del known
+        return {"d_inner": fields.multiple_of(shared.d_model, key, 2)}
+
+    def write(config: Mamba1Config | Mamba3Config) -> JSON:
+        # The official width is `int(expand * d_model)`, which the last candidate always matches.
+        d_inner, d_model = config.d_inner, config.d_model
+        candidates = (d_inner // d_model, d_inner / d_model, (d_inner + 0.5) / d_model)
+        return {key: next(value for value in candidates if int(value * d_model) == d_inner)}
+
+    return Row(read=read, write=write)
+
+
+def whole_expand(key: str) -> Row[Mamba1Config | Mamba2Config]:
+    """Returns the row of `d_inner`, which is a whole multiple of `d_model` in the file."""
+
+    def read(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
+        del known
+        fields.size(key, 2)
+        return {"d_inner": fields.multiple_of(shared.d_model, key, 2)}
+
+    def check(config: Mamba1Config | Mamba2Config, shared: Shared) -> None:
+        del shared
+        if config.d_inner % config.d_model:
+            raise Unstorable(
+                "mixers whose `d_inner` is not a multiple of `d_model` "
+                f"(d_inner={config.d_inner} and d_model={config.d_model})"
+            )
+
+    return Row(read=read, write=lambda config: {key: config.d_inner // config.d_model}, check=check)
+
+
+class Mixers(NamedTuple):
+    """The mixers of a model whose layers of one kind are equal.
+
+    - `mixer`: the mixer of the layers without attention, or `None` if there are none.
+    - `attention`: the mixer of the layers with attention, or `None` if there are none.
+    - `attention_layers`: the indices of the layers with attention.
+    """
+
+    mixer: AbstractMixerConfig | None
+    attention: AttentionConfig | None
+    attention_layers: tuple[int, ...]
+
+
+_Mixer = TypeVar("_Mixer", bound=AbstractMixerConfig)
+
+
+def find_mixers(config: LanguageModelConfig) -> Mixers:
+    """Returns the mixers of a model.
+
+    **Raises:** `Unstorable` if layers of one kind have different mixers, or layers differ in
+    anything but their mixers.
+    """
+    block = config.layers[0]
+    for i, layer in enumerate(config.layers):
+        if replace(layer, mixer=block.mixer) != block:
+            raise Unstorable(f"layers that differ (layer 0 is {block}, layer {i} is {layer})")
+    attention: list[AttentionConfig] = []
+    others: list[AbstractMixerConfig] = []
+    indices: list[int] = []
+    for i, layer in enumerate(config.layers):
+        if isinstance(layer.mixer, AttentionConfig):
+            attention.append(layer.mixer)
+            indices.append(i)
+        else:
+            others.append(layer.mixer)
+    return Mixers(_common(others), _common(attention), tuple(indices))
+
+
+def _common(mixers: Sequence[_Mixer]) -> _Mixer | None:
+    for mixer in mixers:
+        if mixer != mixers[0]:
+            raise Unstorable(
+                f"layers that differ within one kind of mixer ({mixers[0]} and {mixer})"
+            )
+    return mixers[0] if mixers else None
+
+
+def layer_kind(config: AbstractMixerConfig) -> str:
+    """Returns the name of a kind of layer for messages, such as "Mamba3"."""
+    return type(config).__name__.removesuffix("Config")

@@ -1,0 +1,125 @@
+"""Invalid configs, and what the errors say. Those of Mamba-1 are in `test_errors.py`."""
+
+import math
+
+import pytest
+
+from mamba_eqx.pretrained import CheckpointError, _load, from_pretrained, save_pretrained
+from mamba_eqx.pretrained.layouts import LAYOUTS
+from tests.support.checkpoints import DROPPED, FAMILIES, edit_config, make
+
+
+# By family, layout and name of a model: fields of its config that are edited, and the error.
+INVALID = {
+    ("mamba2", "transformers", "tied"): [
+        ({"num_heads": 5}, "`num_heads`.*times head_dim=3 must be .*= 18.*is 5"),
+        ({"expand": 3.0}, "`expand`.*integer.*3.0"),
+        ({"n_groups": 4}, "`ngroups` must divide.*ngroups=4 and 6 heads"),
+        ({"n_groups": 3}, "and should be"),
+        ({"hidden_act": "gelu"}, "`hidden_act`.*only as 'silu'"),
+        ({"time_step_limit": [0.1]}, "`time_step_limit`.*two numbers"),
+        ({"time_step_limit": [2, 1]}, "`time_step_limit`.*two numbers"),
+        ({"time_step_limit": [-1, 1]}, "`time_step_limit`.*two numbers"),
+        ({"time_step_limit": [0, 0]}, "`time_step_limit`.*two numbers"),
+        ({"time_step_limit": [math.inf] * 2}, "`time_step_limit`.*two numbers"),
+        ({"time_step_limit": [True, 1]}, "`time_step_limit`.*two numbers"),
+        ({"time_step_limit": [math.nan, 1]}, r"`time_step_limit\[0\]` is NaN"),
+        ({"D_has_hdim": True}, "unknown meaning.*'D_has_hdim'"),
+        ({"tie_word_embeddings": DROPPED}, "missing: lm_head.weight"),
+        ({"hidden_size": 2**24, "expand": 2**24}, "`expand`"),
+        ({"state_size": 2**24}, "should be"),
+    ],
+    ("mamba2", "state-spaces", "tied"): [
+        ({"ssm_cfg.d_state": 7}, "should be"),
+        ({"ssm_cfg.d_ssm": 21}, "`d_ssm` must be at most `d_inner`.*d_ssm=21"),
+        ({"ssm_cfg.d_ssm": 12}, "should be"),
+        ({"ssm_cfg.d_ssm": "12"}, "`d_ssm` of `ssm_cfg`.*integer"),
+        ({"ssm_cfg.expand": 2.5}, "`expand` of `ssm_cfg`.*2.5"),
+        ({"ssm_cfg.headdim": 4}, "`headdim` must divide `d_inner`"),
+        ({"ssm_cfg.rmsnorm": False}, "2 unexpected: .*mixer.norm.weight"),
+        ({"ssm_cfg.D_has_hdim": True}, r"mixer.D is \(6,\) and should be \(18,\)"),
+        ({"ssm_cfg.dt_limit": [0.5, "Infinity"]}, "`dt_limit`.*two numbers"),
+        ({"ssm_cfg.process_group": 1}, "`ssm_cfg` has fields.*'process_group'"),
+    ],
+    ("mamba3", "state-spaces", "siso"): [
+        ({"ssm_cfg.d_state": 7}, "should be"),
+        ({"ssm_cfg.ngroups": 4}, "`ngroups` must divide.*ngroups=4 and 6 heads"),
+        ({"ssm_cfg.headdim": 4}, "`headdim` must divide `d_inner`"),
+        (
+            {"ssm_cfg.rope_fraction": 0.25},
+            "`rope_fraction` of `ssm_cfg` is supported only as 0.5 or 1",
+        ),
+        ({"ssm_cfg.d_state": 3}, "`d_state \\* rope_fraction` must be at least 2"),
+        ({"ssm_cfg.is_mimo": True, "ssm_cfg.mimo_rank": 2}, "missing: .*mimo_x"),
+        ({"ssm_cfg.is_mimo": 1}, "`is_mimo` of `ssm_cfg` must be true or false"),
+        ({"ssm_cfg.mimo_rank": 0}, "`mimo_rank` of `ssm_cfg` must be an integer"),
+        ({"ssm_cfg.is_outproj_norm": True}, "missing: .*mixer.norm.weight"),
+        ({"ssm_cfg.A_floor": 0}, "`A_floor` of `ssm_cfg` must be above 0"),
+        ({"ssm_cfg.A_activation": "exp"}, "`A_activation`.*'heavy_tail' or 'softplus'"),
+        ({"ssm_cfg.expand": 0.1}, "`expand` of `ssm_cfg`"),
+        ({"ssm_cfg.d_conv": 4}, "`ssm_cfg` has fields.*'d_conv'"),
+    ],
+    ("hybrid", "transformers", "bamba"): [
+        ({"attn_layer_indices": [3]}, "`attn_layer_indices`.*from 0 to 2"),
+        ({"attn_layer_indices": [1, 1]}, "different integers"),
+        ({"attn_layer_indices": [True]}, "different integers"),
+        ({"attn_layer_indices": [2]}, "missing"),
+        ({"mlp_bias": True}, "`mlp_bias`.*only as False"),
+        ({"hidden_act": "gelu"}, "`hidden_act`.*only as 'silu'"),
+        ({"head_dim": DROPPED}, "`num_attention_heads`.*must divide"),
+        ({"attn_rotary_emb": 8}, "`attn_rotary_emb`.*0.5 of the 8"),
+        ({"partial_rotary_factor": 0.25}, "only as 0.5"),
+        ({"rope_scaling": {"type": "yarn"}}, "only as None"),
+        ({"rope_parameters.rope_type": "yarn"}, "only as 'default'"),
+        ({"rope_parameters.factor": 2.0}, "unknown meaning.*'factor"),
+        ({"rope_parameters": 3}, "`rope_parameters` must be a JSON obj"),
+        ({"mamba_n_heads": 5}, "`mamba_n_heads`.*times 3 per head.*18"),
+        ({"num_key_value_heads": 3}, "must divide `nheads`"),
+        ({"sliding_window": 4}, "unknown meaning.*'sliding_window'"),
+    ],
+    ("hybrid", "transformers", "jamba"): [
+        ({"num_experts": 2}, "`num_experts`.*only as 1"),
+        ({"num_experts": DROPPED}, "`num_experts`.*only as 1"),
+        ({"sliding_window": 4}, "`sliding_window`.*only as None"),
+        ({"attn_layer_offset": 5}, "below attn_layer_period=3"),
+        ({"mamba_inner_layernorms": False}, "only as True"),
+        ({"attention_bias": True}, "unknown meaning"),
+    ],
+    ("hybrid", "state-spaces", "mamba2"): [
+        ({"attn_layer_idx": [3]}, "`attn_layer_idx`.*from 0 to 2"),
+        ({"attn_layer_idx": 1}, "`attn_layer_idx`.*must be a list"),
+        ({"attn_cfg.causal": DROPPED}, "`causal`.*only as True"),
+        ({"attn_cfg.mlp_dim": 256}, "`mlp_dim`.*only as 0"),
+        ({"attn_cfg.num_heads": DROPPED}, "no `num_heads`"),
+        ({"attn_cfg.window": 5}, "`attn_cfg` has fields.*'window'"),
+        ({"attn_cfg.rotary_emb_dim": 5}, "`rotary_emb_dim` must be"),
+        ({"attn_cfg.qkv_proj_bias": DROPPED, "attn_cfg.d_conv": 4}, "should"),
+    ],
+    ("mistral", "mistral", "untied"): [
+        ({"dim": 63}, "`headdim` must divide"),
+        ({"n_groups": 1}, "should be"),
+        ({"n_layers": 2}, "missing"),
+        ({"model_type": "transformer"}, "`model_type`.*only as 'mamba'"),
+        ({"tie_embeddings": None}, "`tie_embeddings`.*true or false"),
+        ({"d_state": 16}, "unknown meaning.*'d_state'"),
+        ({"pad_vocab_size_multiple": 16}, "should be"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "message"),
+    [(model, *case) for model, cases in INVALID.items() for case in cases],
+)
+def test_invalid_config_is_refused(model, fields, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(_load, "to_jax", _nothing_is_loaded)
+    family, layout, name = model
+    save_pretrained(make(FAMILIES[family][layout][name]), tmp_path, layout=layout)
+    edit_config(tmp_path, fields, LAYOUTS[layout].config_file)
+    with pytest.raises(CheckpointError, match=f"(?s){message}") as error:
+        from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def _nothing_is_loaded(*_: object) -> None:
+    pytest.fail("an array was made before everything was checked")

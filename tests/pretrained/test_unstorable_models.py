@@ -1,0 +1,184 @@
+"""Models that a layout cannot store, and what the errors say."""
+
+import equinox as eqx
+import pytest
+
+import mamba_eqx as mbx
+from mamba_eqx.pretrained import CheckpointError, from_pretrained, save_pretrained, state_dict
+from mamba_eqx.pretrained.layouts import LAYOUTS
+from tests.support.checkpoints import (
+    BIASED,
+    NORMALISED,
+    ODD,
+    OFFICIAL,
+    ROTARY,
+    WEIGHTLESS,
+    attention,
+    config,
+    hybrid,
+    make,
+    mamba2,
+    mamba3,
+)
+
+
+# Models that a layout cannot store: the layout, the model, what the error says, and the layout that
+# it recommends, if any.
+UNSTORABLE = [
+    ("transformers", config(d_intermediate=128), "MLPs or attention beside", "state-spaces"),
+    ("transformers", config(d_intermediate=12), "MLPs or attention beside", None),
+    ("transformers", config(rms_norm=False), r"LayerNorm \(rms_norm=False\)", "state-spaces"),
+    ("state-spaces", config(norm_eps=1e-6), "`norm_eps` other than 1e-05", "transformers"),
+    ("state-spaces", config(d_intermediate=100), "not a multiple of 128", None),
+    ("state-spaces", config(d_intermediate=12), "not a multiple of 128", None),
+    (
+        "transformers",
+        mbx.LanguageModelConfig(13, (mbx.BlockConfig(ODD), mbx.BlockConfig(BIASED))),
+        "layers that differ",
+        None,
+    ),
+    (
+        "state-spaces",
+        mbx.LanguageModelConfig(13, (mbx.BlockConfig(ODD), mbx.BlockConfig(BIASED))),
+        "layers that differ",
+        None,
+    ),
+    (
+        "transformers",
+        config(mbx.Mamba1Config(d_model=6, select_norm="weighted")),
+        "select_norm='weighted'",
+        None,
+    ),
+    (
+        "state-spaces",
+        config(mbx.Mamba1Config(d_model=6, select_norm="weighted")),
+        "select_norm='weighted'",
+        None,
+    ),
+    ("state-spaces", config(WEIGHTLESS), "select_norm='weightless'", "transformers"),
+    ("transformers", config(mamba2(D_has_hdim=True)), "D_has_hdim=True", "state-spaces"),
+    ("transformers", config(mamba2(rms_norm=False)), "without a norm", "state-spaces"),
+    ("transformers", config(mamba2(d_ssm=12)), "d_ssm=12 and d_inner=18", "state-spaces"),
+    (
+        "transformers",
+        config(mamba2(norm_before_gate=True)),
+        "the norm before the gate",
+        "state-spaces",
+    ),
+    (
+        "transformers",
+        config(mamba2(norm_eps=1e-4)),
+        "norm_eps=0.0001 in a model with norm_eps=1e-05",
+        None,
+    ),
+    (
+        "transformers",
+        config(mamba2(d_inner=15, headdim=5, ngroups=3)),
+        "d_inner=15 and d_model=6",
+        None,
+    ),
+    (
+        "state-spaces",
+        config(mamba2(d_inner=15, headdim=5, ngroups=3)),
+        "d_inner=15 and d_model=6",
+        None,
+    ),
+    ("state-spaces", config(mamba2(norm_eps=1e-4)), "norm_eps=0.0001", None),
+    ("transformers", config(mamba3()), "Mamba3 layers", "state-spaces"),
+    ("state-spaces", config(mamba3(norm_eps=1e-4)), "norm_eps=0.0001", None),
+    ("transformers", hybrid(mamba2(), attention()), "without a rotary embedding", None),
+    ("transformers", hybrid(mamba2(), OFFICIAL), "attention with a convolution", None),
+    ("transformers", hybrid(mamba2(), attention(window=4)), "attention with a window", None),
+    ("transformers", hybrid(mamba2(), attention(softmax_scale=0.3)), "softmax_scale=0.3", None),
+    (
+        "transformers",
+        hybrid(mamba2(), ROTARY, attention()),
+        "layers that differ within one kind",
+        None,
+    ),
+    (
+        "transformers",
+        hybrid(mamba2(), ROTARY, d_intermediate=None),
+        "attention layers without an MLP",
+        "state-spaces",
+    ),
+    ("transformers", hybrid(ROTARY, ROTARY), "attention alone", None),
+    ("transformers", hybrid(NORMALISED, mamba2()), "Mamba1 and Mamba2 layers", None),
+    ("transformers", hybrid(NORMALISED, ROTARY), "Mamba-1 with a rotary embedding", None),
+    (
+        "transformers",
+        hybrid(NORMALISED, attention(out_proj_bias=True)),
+        "attention beside Mamba-1 with biases",
+        None,
+    ),
+    (
+        "transformers",
+        hybrid(NORMALISED, NORMALISED, attention(), attention()),
+        r"irregular intervals \(in layers \[2, 3\]",
+        None,
+    ),
+    ("transformers", hybrid(mbx.Mamba1Config(6)), "MLPs or attention beside Mamba-1", None),
+    (
+        "state-spaces",
+        hybrid(mamba2(), attention(window=4), d_intermediate=None),
+        "a window",
+        None,
+    ),
+    (
+        "state-spaces",
+        hybrid(mamba2(), ROTARY, OFFICIAL, d_intermediate=None),
+        "layers that differ within one kind",
+        None,
+    ),
+    ("state-spaces", hybrid(mamba2(), ROTARY), "not a multiple of 128", "transformers"),
+    (
+        "state-spaces",
+        hybrid(NORMALISED, ROTARY, d_intermediate=None),
+        "normalise `dt`, `B` and `C`",
+        None,
+    ),
+    ("mistral", config(mbx.Mamba1Config(d_model=32)), r"other than.*layer 0 is", "transformers"),
+    (
+        "mistral",
+        config(mbx.Mamba2Config(d_model=32, d_state=64)),
+        r"other than.*layer 0 is",
+        "transformers",
+    ),
+    (
+        "mistral",
+        config(mbx.Mamba2Config(d_model=32, d_inner=128)),
+        r"other than.*layer 0 is",
+        "transformers",
+    ),
+    (
+        "mistral",
+        config(mbx.Mamba2Config(d_model=64, d_ssm=64)),
+        r"other than.*layer 0 is",
+        "state-spaces",
+    ),
+    (
+        "mistral",
+        config(mbx.Mamba2Config(d_model=32), d_intermediate=128),
+        r"other than.*layer 0 is",
+        "transformers",
+    ),
+]
+
+
+@pytest.mark.parametrize(("layout", "model", "message", "remedy"), UNSTORABLE)
+def test_unstorable_model_is_refused(layout, model, message, remedy, tmp_path):
+    with pytest.raises(
+        CheckpointError, match=f"{layout!r} layout cannot store.*{message}"
+    ) as error:
+        save_pretrained(make(model), tmp_path / "new", layout=layout)
+    assert not (tmp_path / "new").exists()
+    # The remedy works, or there is none.
+    if remedy is None:
+        assert str(error.value).endswith("No layout can store this model.")
+        for other in LAYOUTS:
+            with pytest.raises(CheckpointError, match="cannot store"):
+                state_dict(make(model), layout=other)
+    else:
+        assert str(error.value).endswith(f"Use `layout={remedy!r}`.")
+        save_pretrained(make(model), tmp_path / "new", layout=remedy)
+        assert eqx.tree_equal(from_pretrained(tmp_path / "new"), make(model))
