@@ -1,9 +1,9 @@
-"""The gradient of LoRA by merging, as the package has it, and by wrappers around every layer.
+"""Measures the gradient of LoRA by merging, as in the package, and by wrapping each layer.
 
     python benchmarks/lora.py [--quick]
 
-Both train the same pairs in the model that ships; `all weights` is training without LoRA. The
-larger size has the width of mamba-130m, with four layers and a vocabulary of bytes.
+Both train the same pairs in the bundled model; `all weights` is training without LoRA. The larger
+size has the width of mamba-130m, with four layers and a byte vocabulary.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ from mamba_eqx.training import LoRA
 
 
 class Wrapper(eqx.Module):
-    """The usual design: `W x + b (a x)`."""
+    """A linear layer with a low-rank change, `W x + b (a x)`: the usual design of LoRA."""
 
     inner: mbx.layers.Linear
     a: jax.Array

@@ -1,13 +1,13 @@
-"""A training step, forward and backward, d_model 256, 8 layers, 256 tokens: tokens per second.
+"""Measures training steps, forward and backward (d_model 256, 8 layers, 256 tokens), in tokens/s.
 
     python benchmarks/train.py [--mixer mamba2] [--quick] [--no-peers]
 
-The loss is the mean cross-entropy of the next token. The optimizer's update, the same for all, is
-left out.
+The loss is the mean cross-entropy of the next token. The optimiser's update, which is the same for
+all, is excluded.
 
-The share of the limit is that of products of matrices: how many operations those of the model with
-its weights are, over how many the machine can do in the time. What else a step does, scans and
-what `remat` computes again, takes its time and counts as nothing.
+The share of the limit counts matrix products only: the operations of the model's products with its
+weights, divided by the operations that the machine could do in the same time. The other work of a
+step, such as scans and the recomputation by `remat`, takes time but is not counted.
 """
 
 from functools import partial
@@ -35,15 +35,18 @@ import mamba_eqx as mbx
 
 
 def loss(model: mbx.LanguageModel, tokens: jax.Array) -> jax.Array:
-    # A batch of one is no batch: `vmap` over one sequence is slower than the sequence alone.
+    # `vmap` over one sequence is slower than the sequence alone.
     logits = model(tokens) if tokens.ndim == 1 else jax.vmap(model)(tokens)
     log_probs = jax.nn.log_softmax(logits[..., :-1, :])
     return -jnp.mean(jnp.take_along_axis(log_probs, tokens[..., 1:, None], axis=-1))
 
 
 def operations(model: mbx.LanguageModel) -> int:
-    """Of a token in products with weights: a multiplication and an addition for each weight, going
-    forward; as many for the gradient of the inputs, and for that of the weights."""
+    """Returns the operations per token of all products with weights.
+
+    Each weight takes a multiplication and an addition in the forward pass, and as many each for the
+    gradients of inputs and weights.
+    """
 
     def is_linear(node: Any) -> bool:
         return isinstance(node, mbx.layers.Linear)
@@ -56,7 +59,7 @@ def operations(model: mbx.LanguageModel) -> int:
 
 
 def torch_peers(model: mbx.LanguageModel, mixer: str, tokens: jax.Array) -> dict[str, Any]:
-    """From a name to a function that returns the loss and leaves the gradients in the model."""
+    """Returns, by name, functions that return the loss and leave the gradients in the model."""
     import torch
 
     numbers = torch.from_numpy(np.array(tokens, np.int64))
@@ -73,7 +76,7 @@ def torch_peers(model: mbx.LanguageModel, mixer: str, tokens: jax.Array) -> dict
         return run
 
     peers = {}
-    # Four sequences take it a minute, and tell no more than one does.
+    # Four sequences would take a minute, and show no more than one does.
     if has("transformers", mixer) and len(tokens) == 1:
         transformers = transformers_model(model)
         peers["transformers"] = step(
@@ -121,7 +124,7 @@ def main() -> None:
             ours = runs["unrolled"]()[0]
             for name, run in found.items():
                 check_agrees(f"The loss of {name}", run(), ours)
-            # They have run once, to be compared.
+            # The peers are warm, because they have run once for the comparison.
             seconds = medians(runs) | medians(found, repeats=3, warm=False, budget=10)
         else:
             seconds = medians(runs)

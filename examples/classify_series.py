@@ -2,10 +2,9 @@
 
     python examples/classify_series.py
 
-A series is noise in which three short patterns are hidden, in one of six orders: that order is the
-class. Where they are, how large they are and how long the series is differ from one to the next,
-so that only a model that remembers what it has seen can tell. Batches are padded on the right, and
-`length` says how much of each series is real.
+A series is noise that contains three short patterns; their order, one of six, is the class. The
+places and sizes of the patterns and the length of the series vary, so only a model with memory can
+tell the order. Batches are padded on the right, and `length` is the number of real time steps.
 """
 
 import argparse
@@ -15,14 +14,16 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
 
 import mamba_eqx as mbx
+from mamba_eqx import training
 
 
-WIDTH = 8  # of a pattern
+WIDTH = 8  # The number of time steps of a pattern.
 TIME = np.linspace(0, 1, WIDTH)
 PATTERNS = np.stack([np.sin(2 * np.pi * TIME), np.sin(4 * np.pi * TIME), np.sin(np.pi * TIME)])
 ORDERS = list(itertools.permutations(range(3)))
@@ -40,39 +41,34 @@ class Classifier(eqx.Module):
         self.head = eqx.nn.Linear(d_model, len(ORDERS), key=head_key)
 
     def __call__(self, series: jax.Array, length: jax.Array) -> jax.Array:
-        """The logits of the classes; what comes after `length` is never looked at."""
+        """Returns the logits of the classes. Padding after `length` has no effect."""
         y = self.blocks(jax.vmap(self.encoder)(series), length=length)
         return self.head(y[length - 1])
 
 
 def make_series(rng: np.random.Generator, count: int, longest: int) -> tuple[np.ndarray, ...]:
-    """Padded series, their lengths and their classes."""
+    """Returns padded series, their lengths and their classes."""
     shortest = max(longest // 2, 3 * WIDTH)
     lengths = rng.integers(shortest, longest + 1, size=count)
     labels = rng.integers(len(ORDERS), size=count)
-    # The padding is large, so that it would be noticed if it were read.
+    # Large padding would show in the results if it were read.
     series = np.full((count, longest, 1), 100.0, np.float32)
     for row, length, label in zip(series, lengths, labels, strict=True):
         row[:length, 0] = 0.3 * rng.normal(size=length)
-        # Three places that leave each other room: three gaps of what is left over.
+        # Patterns do not overlap: the time steps left over are divided into random gaps.
         gaps = np.sort(rng.integers(length - 3 * WIDTH + 1, size=3)) + WIDTH * np.arange(3)
         for start, pattern in zip(gaps, ORDERS[label], strict=True):
             row[start : start + WIDTH, 0] += rng.uniform(1.0, 2.0) * PATTERNS[pattern]
     return series, lengths.astype(np.int32), labels.astype(np.int32)
 
 
-def loss_of(model: Classifier, series: Any, lengths: Any, labels: Any) -> jax.Array:
+def mean_loss(
+    model: Classifier, batch: Any, carry: Any, key: jax.Array
+) -> tuple[jax.Array, training.LossAux]:
+    series, lengths, labels = batch
     logits = jax.vmap(model)(series, lengths)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-@eqx.filter_jit
-def train_step(
-    optimiser: optax.GradientTransformation, model: Classifier, opt_state: Any, batch: Any
-) -> tuple[Classifier, Any, jax.Array]:
-    loss, grads = eqx.filter_value_and_grad(loss_of)(model, *batch)
-    updates, opt_state = optimiser.update(grads, opt_state, model)
-    return eqx.apply_updates(model, updates), opt_state, loss
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.mean(losses), training.LossAux(jnp.asarray(len(labels)), carry)
 
 
 @eqx.filter_jit
@@ -81,39 +77,41 @@ def logits(model: Classifier, series: Any, lengths: Any) -> jax.Array:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--d-model", type=int, default=16)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--longest", type=int, default=96, help="the most time steps of a series")
+    parser.add_argument("--longest", type=int, default=96, help="maximum time steps of a series")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.longest < 3 * WIDTH:
-        parser.error(f"--longest must have room for {3 * WIDTH} steps, but got {args.longest}")
+        parser.error(f"--longest must be at least {3 * WIDTH}, but got {args.longest}")
 
     model = Classifier(args.d_model, args.layers, key=jr.key(args.seed))
     schedule = optax.cosine_decay_schedule(args.lr, args.steps)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    opt_state, rng = optimiser.init(model), np.random.default_rng(args.seed)
+    train_step = training.TrainStep(optimiser, mean_loss)
+    state = train_step.init(model, key=jr.key(args.seed))
+    rng = np.random.default_rng(args.seed)
     start = time.process_time()
     for i in range(1, args.steps + 1):
         batch = make_series(rng, args.batch, args.longest)
-        model, opt_state, loss = train_step(optimiser, model, opt_state, batch)
+        state, metrics = train_step(state, batch)
         if i % 100 == 0 or i == args.steps:
-            print(f"step {i}: loss {float(loss):.3f}", flush=True)
+            print(f"step {i}: loss {float(metrics['loss']):.3f}", flush=True)
+    model = state.model
     series, lengths, labels = make_series(np.random.default_rng(args.seed + 1), 256, args.longest)
     found = np.argmax(logits(model, series, lengths), axis=-1)
     print(f"accuracy on 256 new series: {np.mean(found == labels):.1%} (chance {1 / 6:.1%})")
-    print(f"{time.process_time() - start:.0f} s of processor time")
+    print(f"{time.process_time() - start:.0f} s of CPU time")
 
-    # Padding changes nothing: a series alone, as long as it is, gives the logits that it gives in
-    # a padded batch.
+    # Padding has no effect: a series without padding has the same logits as in a padded batch.
     n = int(lengths[0])
     alone = logits(model, series[:1, :n], lengths[:1])
     padded = logits(model, series[:4], lengths[:4])[:1]
-    print(f"padded or not, logits differ by at most {np.abs(alone - padded).max():.1e}")
+    print(f"with and without padding, logits differ by at most {np.abs(alone - padded).max():.1e}")
 
 
 if __name__ == "__main__":

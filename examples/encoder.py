@@ -1,10 +1,10 @@
-"""Tags every token of a sequence with a bidirectional encoder, and with a causal one to compare.
+"""Tags each token of a sequence with a bidirectional encoder, and with a causal one to compare.
 
     python examples/encoder.py
 
-The tag of a letter says whether it is the first of its kind in the sequence, the last, both or
-neither. A causal model can know the first; only one that has seen the rest can know the last.
-Batches are padded on the right, and `length` keeps the padding out of both directions.
+The tag of a letter tells whether it is the first of its kind in the sequence, the last, both or
+neither. A causal model can recognise the first; the last depends on what follows. Batches are
+padded on the right, and `length` excludes the padding in both directions.
 """
 
 import argparse
@@ -26,7 +26,7 @@ TAGS = ("neither", "first", "last", "both")
 
 
 class EncoderBlock(eqx.Module):
-    """The norm and the residual go around both directions."""
+    """A residual block whose norm and residual connection enclose both directions."""
 
     norm: eqx.nn.RMSNorm
     mixer: mbx.Bidirectional | mbx.Mamba1
@@ -35,7 +35,7 @@ class EncoderBlock(eqx.Module):
         keys = jr.split(key)
         self.norm = eqx.nn.RMSNorm(d_model)
         if bidirectional:
-            # As many parameters as the causal one: two layers of half the width.
+            # Two layers of half the width have as many parameters as the causal one.
             forward, backward = (mbx.Mamba1(d_model, d_inner=d_model, key=k) for k in keys)
             self.mixer = mbx.Bidirectional(forward, backward)
         else:
@@ -66,7 +66,7 @@ class Tagger(eqx.Module):
 
 
 def make_sequences(rng: np.random.Generator, count: int, longest: int) -> tuple[np.ndarray, ...]:
-    """Padded letters, lengths and tags."""
+    """Returns padded letters, their lengths and their tags."""
     lengths = rng.integers(longest // 2, longest + 1, size=count)
     letters = rng.integers(LETTERS, size=(count, longest))
     tags = np.zeros((count, longest), np.int32)
@@ -92,7 +92,7 @@ def train_step(
     optimiser: optax.GradientTransformation, model: Tagger, opt_state: Any, batch: Any
 ) -> tuple[Tagger, Any, jax.Array]:
     loss, grads = eqx.filter_value_and_grad(loss_of)(model, *batch)
-    updates, opt_state = optimiser.update(grads, opt_state, model)
+    updates, opt_state = optimiser.update(grads, opt_state)
     return eqx.apply_updates(model, updates), opt_state, loss
 
 
@@ -102,10 +102,10 @@ def predict(model: Tagger, letters: Any, lengths: Any) -> jax.Array:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--d-model", type=int, default=16)
     parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--longest", type=int, default=48, help="the most letters of a sequence")
+    parser.add_argument("--longest", type=int, default=48, help="maximum letters of a sequence")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-2)
@@ -116,7 +116,7 @@ def main() -> None:
     letters, lengths, tags = make_sequences(np.random.default_rng(args.seed + 1), 256, args.longest)
     real = np.arange(args.longest) < lengths[:, None]
     often = np.bincount(tags[real]).max() / real.sum()
-    print(f"always the most frequent tag: {often:.1%}")
+    print(f"most frequent tag: {often:.1%} of all tags")
     for name in ("causal", "bidirectional"):
         model = Tagger(
             args.d_model,
@@ -126,7 +126,8 @@ def main() -> None:
         )
         schedule = optax.cosine_decay_schedule(args.lr, args.steps)
         optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-        opt_state, rng = optimiser.init(model), np.random.default_rng(args.seed)
+        opt_state = optimiser.init(eqx.filter(model, eqx.is_array))
+        rng = np.random.default_rng(args.seed)
         for _ in range(args.steps):
             batch = make_sequences(rng, args.batch, args.longest)
             model, opt_state, _ = train_step(optimiser, model, opt_state, batch)
@@ -135,10 +136,10 @@ def main() -> None:
         parts = (f"{tag} {np.mean((found == tags)[real & (tags == i)]):.1%}"
                  for i, tag in enumerate(TAGS) if np.any(real & (tags == i)))  # fmt: skip
         print(
-            f"{name}: {size:,} parameters, {np.mean((found == tags)[real]):.1%} of the tags right"
+            f"{name}: {size:,} parameters, {np.mean((found == tags)[real]):.1%} of the tags correct"
         )
-        print(f"  of those that are {', '.join(parts)}", flush=True)
-    print(f"{time.process_time() - start:.0f} s of processor time")
+        print(f"  by tag: {', '.join(parts)}", flush=True)
+    print(f"{time.process_time() - start:.0f} s of CPU time")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Adapts the model that ships, or another one over bytes, to a text: in three ways.
+"""Fine-tunes the bundled model, or another byte-level one, on a text by one of three methods.
 
     python examples/finetune.py --method lora --out runs/lora      # a low-rank change of weights
-    python examples/finetune.py --method state --out runs/state    # the initial state alone
+    python examples/finetune.py --method state --out runs/state    # the initial state only
     python examples/finetune.py --method freeze --out runs/freeze  # some parameters, by name
 
-All three train a part and leave the rest exactly as it is. The last tenth of the text is held out.
-By default the text is this package's documentation, which is not what Shakespeare wrote.
+Each method trains one part and leaves the rest unchanged. The last tenth of the text is held out.
+By default the text is the documentation of this package.
 """
 
 import argparse
@@ -26,18 +26,18 @@ from mamba_eqx.training import LoRA, load_lora, save_lora
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = mbx.ByteTokenizer()
-FIRST = ord("\n")  # every row begins with it, in training as in use
+FIRST = ord("\n")  # The first byte of every row, in training and in generation.
 
 
 def read(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
-    """The bytes to train on, and the held-out ones."""
+    """Returns the bytes to train on, and the held-out ones."""
     text = np.frombuffer(b"\n".join(path.read_bytes() for path in paths), np.uint8)
     cut = len(text) - len(text) // 10
     return text[:cut], text[cut:]
 
 
 def split(method: str, model: mbx.LanguageModel, args: argparse.Namespace) -> tuple[Any, Any]:
-    """What is trained, and what stays as it is."""
+    """Returns the part that is trained, and the rest."""
     if method == "lora":
         lora = LoRA.init(model, rank=args.rank, alpha=2 * args.rank, key=jr.key(args.seed))
         return lora, model
@@ -51,7 +51,7 @@ def split(method: str, model: mbx.LanguageModel, args: argparse.Namespace) -> tu
 
 
 def join(method: str, part: Any, rest: Any) -> tuple[mbx.LanguageModel, Any]:
-    """The model that the two make, and the state that a text begins from."""
+    """Returns the model made of both parts, and the state that a text starts from."""
     if method == "state":
         return rest, part
     model = part.merge(rest) if method == "lora" else eqx.combine(part, rest)
@@ -59,7 +59,7 @@ def join(method: str, part: Any, rest: Any) -> tuple[mbx.LanguageModel, Any]:
 
 
 def rows_of(text: np.ndarray, starts: np.ndarray, length: int) -> jax.Array:
-    """Rows of `length + 1` bytes, each with a newline in front."""
+    """Returns rows of `length + 1` bytes, each starting with a newline."""
     rows = text[starts[:, None] + np.arange(length)]
     return jnp.asarray(np.pad(rows, ((0, 0), (1, 0)), constant_values=FIRST), jnp.int32)
 
@@ -71,7 +71,7 @@ def nats(method: str, part: Any, rest: Any, rows: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
 
 
-# The rest is an argument too: what a compiled function closes over becomes a constant in its code.
+# `rest` is an argument, because arrays that a compiled function closes over become constants in it.
 @eqx.filter_jit
 def train_step(
     optimiser: Any, method: str, part: Any, opt_state: Any, rest: Any, rows: jax.Array
@@ -82,22 +82,20 @@ def train_step(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--method", choices=("lora", "state", "freeze"), default="lora")
-    parser.add_argument(
-        "--model", type=Path, default=mbx.SHIPPED, help="the folder of a checkpoint"
-    )
-    parser.add_argument("--text", type=Path, nargs="+", help="files (default: the documentation)")
-    parser.add_argument("--out", type=Path, required=True, help="a folder for the result")
-    parser.add_argument("--rank", type=int, default=8, help="of LoRA")
+    parser.add_argument("--model", type=Path, default=mbx.SHIPPED, help="folder of a checkpoint")
+    parser.add_argument("--text", type=Path, nargs="+", help="text files (default: our docs)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the result")
+    parser.add_argument("--rank", type=int, default=8, help="rank of LoRA")
     parser.add_argument(
         "--train", nargs="+", default=["norm", "A_log", "D", "dt_bias", "conv1d"],
-        help="with freeze: parts of the names of the parameters to train",
+        help="parameters to train with --method freeze, by parts of their names",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128, help="bytes of a row")
-    parser.add_argument("--lr", type=float, help="the peak (default: by the method)")
+    parser.add_argument("--length", type=int, default=128, help="bytes per row")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: by method)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -113,7 +111,7 @@ def main() -> None:
     check = rows_of(held_out, places, args.length)
     size = sum(leaf.size for leaf in jax.tree.leaves(part))
     whole = sum(leaf.size for leaf in jax.tree.leaves(model))
-    print(f"{args.method}: {size:,} numbers are trained, the model has {whole:,}")
+    print(f"{args.method}: training {size:,} parameters; the model has {whole:,}")
     print(f"{len(train):,} bytes to train on, {check.size - len(check):,} held out")
     before = float(nats(args.method, part, rest, check)) / np.log(2)
     opt_state, rng, start = (
@@ -129,7 +127,7 @@ def main() -> None:
             print(f"step {i}: {float(loss) / np.log(2):.3f} bits per byte", flush=True)
     after = float(nats(args.method, part, rest, check)) / np.log(2)
     print(f"held out: {before:.3f} bits per byte before, {after:.3f} after")
-    print(f"{args.steps} steps, {time.process_time() - start:.0f} s of processor time")
+    print(f"{args.steps} steps, {time.process_time() - start:.0f} s of CPU time")
 
     tuned, state = join(args.method, part, rest)
     prefix = mbx.decoding_state(tuned, state, FIRST)

@@ -1,14 +1,14 @@
-"""Hybrids of Mamba and attention, on a task of recall that a small state cannot hold.
+"""Trains hybrids of Mamba and attention on a recall task that exceeds a small state.
 
     python examples/hybrid.py
 
-A sequence lists pairs of a key and a value, all keys different, and then asks for keys; the model
-answers with the value of each. Attention looks the pair up, while a recurrent state must have kept
-all of them. Three models of two layers and about the same size are compared:
+A sequence lists pairs of a key and a value, with different keys, and then queries the keys; the
+model must answer each with its value. Attention looks the pair up, whereas a recurrent state must
+store all pairs. Three models with two layers and about the same size are compared:
 
-- Mamba alone;
-- a hybrid as the library writes it: a tuple of the configs of mixers;
-- a hybrid of one's own: an ordinary Equinox module around a `Block` and an
+- Mamba only;
+- a hybrid defined by a tuple of mixer configs;
+- a custom hybrid: an ordinary Equinox module with a `Block` and an
   `equinox.nn.MultiheadAttention`.
 """
 
@@ -26,9 +26,12 @@ import optax
 import mamba_eqx as mbx
 
 
-class Own(eqx.Module):
-    """The block comes first: its convolution puts a key and its value into one place, so that one
-    layer of attention is enough. There are no other positions."""
+class CustomHybrid(eqx.Module):
+    """A Mamba block followed by attention.
+
+    The convolution of the block combines each key with its value, so one layer of attention is
+    enough. There are no other positional encodings.
+    """
 
     embedding: eqx.nn.Embedding
     block: mbx.Block
@@ -52,25 +55,25 @@ class Own(eqx.Module):
 
 
 def make_models(vocab: int, d_model: int, d_state: int, key: jax.Array) -> dict[str, Any]:
-    def of(*mixers: mbx.models.AbstractMixerConfig) -> mbx.LanguageModel:
+    def build(*mixers: mbx.models.AbstractMixerConfig) -> mbx.LanguageModel:
         blocks = tuple(mbx.BlockConfig(mixer) for mixer in mixers)
         return mbx.LanguageModelConfig(vocab, blocks, tie_embeddings=False).build(key=key)
 
     mamba = mbx.Mamba1Config(d_model, d_state=d_state)
     attention = mbx.AttentionConfig(d_model, nheads=2)
     return {
-        "Mamba, Mamba": of(mamba, mamba),
-        "Mamba, attention": of(mamba, attention),
-        "a module of one's own": Own(vocab, d_model, d_state, key=key),
+        "Mamba, Mamba": build(mamba, mamba),
+        "Mamba, attention": build(mamba, attention),
+        "custom module": CustomHybrid(vocab, d_model, d_state, key=key),
     }
 
 
 def make_recall(
     rng: np.random.Generator, count: int, keys: int, pairs: int
 ) -> tuple[np.ndarray, ...]:
-    """Tokens, what is to follow each, and at which of them something is asked.
+    """Returns tokens, the target of each, and a mask of the queries, shared by all rows.
 
-    Keys are the tokens below `keys`, values those from there on.
+    Keys are the tokens below `keys`; values are the tokens from `keys` on.
     """
     chosen = np.argsort(rng.random((count, keys)), axis=1)[:, :pairs]
     values = keys + rng.integers(keys, size=(count, pairs))
@@ -93,7 +96,7 @@ def train_step(
     optimiser: optax.GradientTransformation, model: Any, opt_state: Any, batch: Any
 ) -> tuple[Any, Any, jax.Array]:
     loss, grads = eqx.filter_value_and_grad(loss_of)(model, *batch)
-    updates, opt_state = optimiser.update(grads, opt_state, model)
+    updates, opt_state = optimiser.update(grads, opt_state)
     return eqx.apply_updates(model, updates), opt_state, loss
 
 
@@ -103,9 +106,9 @@ def predict(model: Any, tokens: Any) -> jax.Array:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--keys", type=int, default=16, help="how many there are to choose from")
-    parser.add_argument("--pairs", type=int, default=8, help="in a sequence")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--keys", type=int, default=16, help="number of different keys")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs per sequence")
     parser.add_argument("--d-model", type=int, default=32)
     parser.add_argument("--d-state", type=int, default=4)
     parser.add_argument("--steps", type=int, default=400)
@@ -133,7 +136,7 @@ def main() -> None:
         size = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_array)))
         right = np.mean((found == targets)[:, asked])
         print(f"{name}: {size:,} parameters, {right:.1%} recalled", flush=True)
-    print(f"{time.process_time() - start:.0f} s of processor time")
+    print(f"{time.process_time() - start:.0f} s of CPU time")
 
 
 if __name__ == "__main__":

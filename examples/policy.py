@@ -1,12 +1,13 @@
-"""A recurrent policy, trained by policy gradients on a task that needs memory.
+"""Trains a recurrent policy by policy gradients on a task that requires memory.
 
     python examples/policy.py
 
-A corridor: its first step shows a colour, and then nothing but walls until the junction, some steps
-later, where the agent must turn to the side of that colour. Corridors differ in length, and the
-next one begins where the last one ended. The policy acts by `layer.step`, one step at a time in a
-`lax.scan`, its state emptied at the end of an episode; the update runs the whole stretch at once by
-`layer.scan` with `reset`. Both are the same function, and the script says how far apart they are.
+An episode is a corridor. Its first step shows a colour, the following steps show walls only, and at
+the junction the agent must turn to the side of the colour. Corridors differ in length, and each
+starts where the previous one ended. The policy acts by `layer.step`, one step at a time inside a
+`lax.scan`, and its state is reset at the end of an episode. The update runs the whole trajectory at
+once by `layer.scan` with `reset`. Both compute the same function, and the script prints by how much
+they differ.
 """
 
 import argparse
@@ -24,13 +25,13 @@ from jax import lax
 import mamba_eqx as mbx
 
 
-FEATURES = 4  # left colour, right colour, wall, junction
+FEATURES = 4  # Left colour, right colour, wall, junction.
 DISCOUNT = 0.5
-ENTROPY = 0.02  # what it is worth to stay undecided; without it the policy settles too early
+ENTROPY = 0.02  # Weight of the entropy bonus, without which the policy settles too early.
 
 
 class Corridor(eqx.Module):
-    """The state of the environment; `at` counts from 0, and the junction is at `length`."""
+    """The state of the environment. `at` counts from 0, and the junction is at `length`."""
 
     colour: jax.Array
     length: jax.Array
@@ -54,7 +55,7 @@ def observe(env: Corridor) -> jax.Array:
 def act(
     env: Corridor, action: jax.Array, key: jax.Array, longest: int
 ) -> tuple[Corridor, jax.Array, jax.Array]:
-    """The next state, the reward, and whether the episode has ended."""
+    """Returns the next state, the reward, and whether the episode has ended."""
     done = env.at == env.length
     reward = jnp.where(done, jnp.where(action == env.colour, 1.0, -1.0), 0.0)
     further = eqx.tree_at(lambda env: env.at, env, env.at + 1)
@@ -87,7 +88,7 @@ class Trajectory(eqx.Module):
     actions: jax.Array
     log_probs: jax.Array
     rewards: jax.Array
-    reset: jax.Array  # whether an episode began there
+    reset: jax.Array  # Whether an episode started at the step.
 
 
 def rollout(
@@ -109,8 +110,8 @@ def rollout(
 
 
 def returns_of(rewards: jax.Array) -> jax.Array:
-    """What an action at each step led to: the reward at the end of its episode, if that is seen,
-    and the less of it the longer it took."""
+    """Returns the discounted return at each step: the reward at the end of the episode, if the
+    trajectory contains it, times `DISCOUNT` for each step until then."""
 
     def back(later: jax.Array, reward: jax.Array) -> tuple[jax.Array, jax.Array]:
         value = jnp.where(reward != 0, reward, DISCOUNT * later)
@@ -130,7 +131,7 @@ def update(
     longest: int,
 ) -> tuple[Policy, Any, tuple[Corridor, Any], tuple[jax.Array, jax.Array]]:
     start = carry[1]
-    run = lambda env, state, key: rollout(policy, env, state, key, steps, longest)  # noqa: E731
+    run = lambda env, state, key: rollout(policy, env, state, key, steps, longest)
     carry, seen = jax.vmap(run)(*carry, keys)
     values = jax.vmap(returns_of)(seen.rewards)
 
@@ -142,19 +143,19 @@ def update(
         return -jnp.mean(values * chosen + ENTROPY * entropy), apart
 
     grads, apart = eqx.filter_grad(loss_of, has_aux=True)(policy)
-    updates, opt_state = optimiser.update(grads, opt_state, policy)
+    updates, opt_state = optimiser.update(grads, opt_state)
     ends = seen.rewards != 0
     right = jnp.sum(seen.rewards > 0) / jnp.maximum(1, jnp.sum(ends))
     return eqx.apply_updates(policy, updates), opt_state, carry, (right, apart)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--longest", type=int, default=12, help="the longest corridor")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--longest", type=int, default=12, help="maximum length of a corridor")
     parser.add_argument("--d-model", type=int, default=16)
     parser.add_argument("--updates", type=int, default=150)
-    parser.add_argument("--agents", type=int, default=32, help="corridors walked side by side")
-    parser.add_argument("--steps", type=int, default=48, help="of each agent for one update")
+    parser.add_argument("--agents", type=int, default=32, help="number of parallel agents")
+    parser.add_argument("--steps", type=int, default=48, help="steps of each agent per update")
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -162,7 +163,7 @@ def main() -> None:
     policy_key, env_key, key = jr.split(jr.key(args.seed), 3)
     policy = Policy(args.d_model, key=policy_key)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(args.lr))
-    opt_state = optimiser.init(policy)
+    opt_state = optimiser.init(eqx.filter(policy, eqx.is_array))
     envs = jax.vmap(lambda key: begin(key, args.longest))(jr.split(env_key, args.agents))
     states = jax.vmap(lambda _: policy.block.init_state())(envs.at)
     carry, rights, aparts = (envs, states), [], []
@@ -176,8 +177,8 @@ def main() -> None:
         aparts.append(float(apart))
         if i % 50 == 0 or i == args.updates:
             recent = np.mean(rights[-20:])
-            print(f"update {i}: {recent:.1%} of the last turns were right", flush=True)
-    print(f"without memory: 50%; {time.process_time() - start:.0f} s of processor time")
+            print(f"update {i}: {recent:.1%} of recent turns were correct", flush=True)
+    print(f"chance is 50%; {time.process_time() - start:.0f} s of CPU time")
     print(f"step and scan: log-probabilities differ by at most {max(aparts):.1e}")
 
 

@@ -1,15 +1,15 @@
-"""Train a byte-level Mamba language model on a text, from scratch, on a laptop's CPU.
+"""Trains a byte-level Mamba language model on a text, from scratch, on a laptop's CPU.
 
-    python examples/train_lm.py --out runs/shakespeare              # the model that ships
+    python examples/train_lm.py --out runs/shakespeare              # the bundled model
     python examples/train_lm.py --text book.txt --preset small --out runs/book
     python -m mamba_eqx generate --model runs/book "It was "
 
-Run the same command again after Ctrl-C, a kill or a crash, and it goes on where it was. Every row
-of the batch reads a stretch of the text, `--length` bytes a step, and carries its state from step
-to step (truncated backpropagation through time); at the end of the stretch it starts on another one
-with an empty state. A zero byte in the text separates documents: the model forgets there. The
-result is a checkpoint in the layout of transformers (of the official code for Mamba-3, which
-transformers lacks) with its tokenizer, curves of the training, and a record of the settings.
+After Ctrl-C, a kill or a crash, run the same command again and it resumes where it left off. Each
+row of the batch reads a stretch of the text, `--length` bytes per step, and carries its state from
+step to step (truncated backpropagation through time). At the end of a stretch it starts another one
+with an empty state. A zero byte in the text separates documents, and resets the state. The result
+is a checkpoint in the layout of transformers (for Mamba-3, which transformers lacks, in the layout
+of the official code) with its tokenizer, plots of the metrics, and a record of the settings.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from mamba_eqx import training
 
 
 CORPUS = Path(__file__).parent / "data" / "shakespeare.txt.xz"
-HELD_OUT = b"TWELFTH NIGHT"  # how the work begins that is never trained on
+HELD_OUT = b"TWELFTH NIGHT"  # The opening of the play that is held out.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Settings:
 
 
 HELP = {
-    "d_state": "by default 8 for mamba1, 32 for the others",
-    "length": "bytes a step and row",
-    "stretch": "steps before a row moves on",
-    "lr": "the peak learning rate",
+    "d_state": "state size (default: 8 for mamba1, 32 for the others)",
+    "length": "bytes per row and step",
+    "stretch": "steps before a row jumps to another stretch",
+    "lr": "peak learning rate",
 }
 D_STATE = {"mamba1": 8, "mamba2": 32, "mamba3": 32}
 PRESETS = {
@@ -57,7 +57,7 @@ PRESETS = {
 }
 
 
-def config_of(settings: Settings) -> mbx.LanguageModelConfig:
+def make_config(settings: Settings) -> mbx.LanguageModelConfig:
     d_model, d_state = settings.d_model, settings.d_state
     headdim = min(64, 2 * d_model)
     mixer = {
@@ -69,7 +69,8 @@ def config_of(settings: Settings) -> mbx.LanguageModelConfig:
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The bytes to train on, and the held-out ones: a work of the corpus, or a text's last part."""
+    """Returns the bytes to train on, and the held-out ones: a play of the corpus, or the last part
+    of any other text."""
     tokens = training.read_tokens(path)
     if path.resolve() == CORPUS.resolve():
         return training.hold_out_documents(tokens, [HELD_OUT], separator=0)
@@ -80,7 +81,7 @@ score = jax.jit(training.next_token_loss)
 
 
 def bits_per_byte(model: mbx.LanguageModel, text: np.ndarray, rows: int, piece: int = 512) -> float:
-    """The text as `rows` sequences side by side, by pieces, the state handed over."""
+    """Scores a text as `rows` parallel sequences, piece by piece, with the state carried over."""
     rows = min(rows, len(text) - 1)
     length = (len(text) - 1) // rows
     starts = np.arange(rows)[:, None] * length
@@ -95,11 +96,11 @@ def bits_per_byte(model: mbx.LanguageModel, text: np.ndarray, rows: int, piece: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--text", type=Path, default=CORPUS, help="a text file, or one in .xz")
-    parser.add_argument("--out", type=Path, required=True, help="the folder of the run")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--text", type=Path, default=CORPUS, help="text file, plain or .xz")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--preset", choices=PRESETS, default="shipped")
-    parser.add_argument("--prompt", default="ROMEO:", help="of the sample")
+    parser.add_argument("--prompt", default="ROMEO:", help="prompt of the sample")
     parser.add_argument("--every", type=int, default=500, help="steps between checkpoints")
     for field in dataclasses.fields(Settings):
         name, kind = field.name.replace("_", "-"), type(field.default)
@@ -117,11 +118,11 @@ def main() -> None:
     data = training.Streams(
         train, batch=s.batch, length=s.length, stretch=s.stretch, separator=0, seed=s.seed
     )
-    model = config_of(s).build(key=jr.key(s.seed))
+    model = make_config(s).build(key=jr.key(s.seed))
     size = sum(leaf.size for leaf in jax.tree.leaves(model))
     print(f"{size:,} parameters, {len(train):,} bytes to train on, {len(held_out):,} held out")
     earlier = training.Checkpoints(args.out / "checkpoints").steps
-    print(f"going on from step {earlier[-1]}" if earlier else "from the beginning")
+    print(f"resuming from step {earlier[-1]}" if earlier else "starting a new run")
     optimiser = training.recipe(
         model, learning_rate=s.lr, steps=s.steps, warmup=s.steps // 30, final=s.lr / 100
     )
@@ -138,7 +139,7 @@ def main() -> None:
         evaluate=lambda state: {"held_out_bits": bits_per_byte(state.model, held_out, rows=16)},
     )
     if fitted.interrupted:
-        print(f"stopped after step {fitted.step}; the same command goes on from there")
+        print(f"stopped after step {fitted.step}; run the same command again to resume")
         return
 
     shipped = mbx.cast(fitted.state.model, jnp.bfloat16)
@@ -156,9 +157,9 @@ def main() -> None:
     )
     print(args.prompt + tokenizer.decode(np.asarray(sample.tokens).tolist()))
     try:
-        print(f"curves: {training.plot_metrics(args.out)}")
+        print(f"metrics plotted in {training.plot_metrics(args.out)}")
     except ImportError as error:
-        print(f"no curves: {error}")
+        print(f"metrics not plotted: {error}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the experiments of the papers share: small models, one training loop, results in JSON.
+"""Shared by the papers' experiments: small models, the training loop, and results in JSON.
 
-The data of a task is a function from a key to one sequence, so that it is made on the device, and
-a call of `train`'s inner loop does many steps without returning to Python.
+A task is a function from a key to one sequence, so its data is generated on the device, and the
+inner loop of `train` makes many steps without returning to Python.
 """
 
 import argparse
@@ -21,11 +21,11 @@ import mamba_eqx as mbx
 from mamba_eqx import training
 
 
-RUNS = Path("runs/papers")  # where results go by default
+RUNS = Path("runs/papers")  # The default folder of results.
 
 
 class Example(NamedTuple):
-    """One sequence of a task; where `weight` is zero, nothing is asked."""
+    """One sequence of a task. Where `weight` is zero, the target does not count."""
 
     tokens: Int[Array, " seq"]
     targets: Int[Array, " seq"]
@@ -35,8 +35,10 @@ class Example(NamedTuple):
 Sample = Callable[[PRNGKeyArray], Example]
 
 
-def mixer_config(kind: str, d_model: int, d_state: int, headdim: int = 16) -> Any:
-    """A layer of the kind `mamba1`, `mamba2`, `mamba3` or `attention`."""
+def mixer_config(
+    kind: str, d_model: int, d_state: int, headdim: int = 16
+) -> mbx.models.AbstractMixerConfig:
+    """Returns the config of a mixer: `mamba1`, `mamba2`, `mamba3` or `attention`."""
     if kind == "mamba1":
         return mbx.Mamba1Config(d_model, d_state=d_state)
     if kind == "mamba2":
@@ -46,21 +48,27 @@ def mixer_config(kind: str, d_model: int, d_state: int, headdim: int = 16) -> An
     return mbx.AttentionConfig(d_model, nheads=d_model // headdim, rotary_emb_dim=headdim)
 
 
-def build(mixer: Any, vocab_size: int, layers: int, key: PRNGKeyArray) -> mbx.LanguageModel:
-    """A model of equal blocks; those of attention have an MLP, as in a transformer."""
+def build(
+    mixer: mbx.models.AbstractMixerConfig, vocab_size: int, layers: int, key: PRNGKeyArray
+) -> mbx.LanguageModel:
+    """Builds a model of equal blocks. Attention blocks have an MLP, as in a transformer."""
     mlp = 2 * mixer.d_model if isinstance(mixer, mbx.AttentionConfig) else None
     block = mbx.BlockConfig(mixer, d_intermediate=mlp)
     return mbx.LanguageModelConfig(vocab_size, (block,) * layers).build(key=key)
 
 
 def size(model: mbx.LanguageModel) -> int:
+    """Returns the number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
 def make_optimiser(
     model: mbx.LanguageModel, lr: float, steps: int, weight_decay: float
 ) -> optax.GradientTransformation:
-    """AdamW, warm-up, cosine; the recurrence, norms and biases are not decayed."""
+    """Returns AdamW with a warm-up and a cosine decay of the learning rate.
+
+    Weight decay excludes the parameters of recurrences, norms and biases.
+    """
     warm = max(1, steps // 20)
     schedule = optax.warmup_cosine_decay_schedule(0.0, lr, warm, max(steps, warm + 1), lr / 20)
     decay = training.decay_mask(model)
@@ -69,7 +77,7 @@ def make_optimiser(
 
 
 def loss_and_accuracy(model: mbx.LanguageModel, examples: Example) -> tuple[Array, Array]:
-    """The means over all that is asked in a batch."""
+    """Returns the mean loss and accuracy over the targets that count."""
     logits = jax.vmap(model)(examples.tokens)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples.targets)
     right = jnp.argmax(logits, axis=-1) == examples.targets
@@ -88,9 +96,9 @@ def train(
     per_call: int = 100,
     label: str = "",
 ) -> tuple[mbx.LanguageModel, list[dict[str, float]], float]:
-    """Trains on each of the tasks for so many steps, under one schedule.
+    """Trains on each task for its number of steps, with one learning-rate schedule.
 
-    **Returns:** the model, a curve of means over `per_call` steps, and the minutes it took.
+    **Returns:** the model, a curve of means over `per_call` steps, and the minutes of training.
     """
     steps = sum(n for _, n in stages)
     optimiser = make_optimiser(model, lr, steps, weight_decay)
@@ -129,7 +137,7 @@ def train(
 def accuracy_of(
     model: mbx.LanguageModel, sample: Sample, *, batch: int, batches: int, key: PRNGKeyArray
 ) -> float:
-    """On fresh sequences."""
+    """Returns the accuracy on fresh sequences."""
 
     @jax.jit
     def run(model: mbx.LanguageModel, keys: PRNGKeyArray) -> Array:
@@ -143,13 +151,17 @@ def accuracy_of(
 
 
 def arguments(doc: str | None, **defaults: Any) -> argparse.Namespace:
-    """The options of a script: `--out`, `--smoke`, and one for each default."""
+    """Parses the options of a script: `--out`, `--smoke`, `--plot-only` and one per default."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=RUNS, help="the folder of the results")
-    parser.add_argument("--smoke", action="store_true", help="a few steps of a tiny model")
-    parser.add_argument("--plot-only", action="store_true", help="draw the results there are")
+    parser.add_argument("--out", type=Path, default=RUNS, help="folder of the results")
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="a few steps of a tiny model, as a test",
+    )
+    parser.add_argument("--plot-only", action="store_true", help="plot existing results only")
     for name, value in defaults.items():
         several = isinstance(value, list)
         parser.add_argument(
@@ -157,33 +169,33 @@ def arguments(doc: str | None, **defaults: Any) -> argparse.Namespace:
             type=type(value[0] if several else value),
             nargs="+" if several else None,
             default=value,
-            help="by default " + (" ".join(map(str, value)) if several else str(value)),
+            help="default: " + (" ".join(map(str, value)) if several else str(value)),
         )
     args = parser.parse_args()
-    if args.smoke:  # nearly all of its time goes into compilation
+    if args.smoke:  # Compilation takes nearly all of its time.
         jax.config.update("jax_disable_most_optimizations", True)
     args.out.mkdir(parents=True, exist_ok=True)
     return args
 
 
 def options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Those of a script that belong in its results."""
+    """Returns the named options, for the record of a run."""
     return {name: getattr(args, name) for name in names}
 
 
 def load(path: Path) -> list[dict[str, Any]]:
-    """The runs of a file of results, one a line."""
+    """Reads the runs of a result file, one per line."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def record(path: Path, run: dict[str, Any], *, same: tuple[str, ...]) -> None:
-    """Adds a run to a file of results, in place of the one with the `same` entries."""
+    """Adds a run to a result file, replacing the run whose `same` entries are equal."""
     runs = [r for r in load(path) if any(r[name] != run[name] for name in same)]
     path.write_text("".join(json.dumps(r) + "\n" for r in [*runs, run]))
 
 
 def report(path: Path, plot: Callable[[list[dict[str, Any]]], Any]) -> None:
-    """Draws all runs of a file of results, and says where both are."""
+    """Plots all runs of a result file, and prints the paths of the results and the plot."""
     picture = path.with_suffix(".png")
     figure = plot(load(path))
     for axes in figure.axes:

@@ -2,10 +2,10 @@
 
     python examples/papers/induction_heads.py
 
-Somewhere in a sequence of random tokens stands a special one, which comes again at the very end.
-The model has to say which token followed it the first time. Two layers are trained at length 256,
-after shorter lengths, and then read sequences of up to 2^20 tokens: in chunks, the state handed
-over from one to the next, and once more token by token with `step`. Memory is that of a chunk.
+A sequence of random tokens contains a special token, which appears again at the end. The model must
+predict the token that followed its first occurrence. Two layers are trained at length 256, after
+shorter lengths, and tested on sequences of up to 2^20 tokens: in chunks, with the state passed from
+one to the next, and again token by token with `step`. Memory use is that of one chunk.
 """
 
 import time
@@ -26,7 +26,7 @@ from _common import (
     size,
     train,
 )
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 import mamba_eqx as mbx
 
@@ -36,8 +36,8 @@ SPECIAL = VOCAB - 1
 
 
 def token_at(key: PRNGKeyArray, length: int, index: Int[Array, ""]) -> Int[Array, ""]:
-    """The token at an index of the sequence that the key stands for, so that a sequence of any
-    length can be read without ever being held."""
+    """Returns the token at an index of the sequence that the key determines, so that a sequence of
+    any length can be generated piece by piece."""
     place_key, token_key = jr.split(key)
     place = jr.randint(place_key, (), 0, length - 2)
     token = jr.randint(jr.fold_in(token_key, index), (), 0, SPECIAL)
@@ -59,8 +59,11 @@ def task(length: int) -> Sample:
     return sample
 
 
-def guess_by_scan(model: mbx.LanguageModel, key: PRNGKeyArray, length: int, chunk: int) -> Any:
-    """The model's answer, by chunks: only the state and one chunk exist at a time."""
+def right_by_scan(
+    model: mbx.LanguageModel, key: PRNGKeyArray, length: int, chunk: int
+) -> Bool[Array, ""]:
+    """Returns whether the model, reading in chunks, predicts the answer. Only the state and one
+    chunk are in memory at a time."""
     chunk = min(chunk, length)
 
     def read(state: Any, start: Int[Array, ""]) -> Any:
@@ -72,8 +75,8 @@ def guess_by_scan(model: mbx.LanguageModel, key: PRNGKeyArray, length: int, chun
     return jnp.argmax(model.logits(last[-1])) == answer(key, length)
 
 
-def guess_by_step(model: mbx.LanguageModel, key: PRNGKeyArray, length: int) -> Any:
-    """The model's answer, token by token."""
+def right_by_step(model: mbx.LanguageModel, key: PRNGKeyArray, length: int) -> Bool[Array, ""]:
+    """Returns whether the model, reading token by token, predicts the answer."""
 
     def read(index: Any, carry: Any) -> Any:
         return model.backbone_step(token_at(key, length, index), carry[1])
@@ -93,9 +96,9 @@ def evaluate(model: mbx.LanguageModel, args: Any, key: PRNGKeyArray) -> list[dic
                 continue
             start = time.perf_counter()
             if way == "scan":
-                run = jax.jit(jax.vmap(lambda k, n=length: guess_by_scan(model, k, n, args.chunk)))
+                run = jax.jit(jax.vmap(lambda k, n=length: right_by_scan(model, k, n, args.chunk)))
             else:
-                run = jax.jit(jax.vmap(lambda k, n=length: guess_by_step(model, k, n)))
+                run = jax.jit(jax.vmap(lambda k, n=length: right_by_step(model, k, n)))
             asked = keys if way == "scan" else keys[: args.step_count]
             parts = [run(asked[i : i + batch]) for i in range(0, len(asked), batch)]
             right = int(jnp.sum(jnp.concatenate(parts)))
@@ -121,7 +124,7 @@ def plot(runs: list[dict[str, Any]]) -> Any:
             axes.plot(lengths, shares, style, color=colour, markersize=3, label=label)
     axes.axvline(256, color="grey", linewidth=0.8)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="length of the test (trained at 256)", ylabel="accuracy", ylim=(-0.03, 1.03))
+    axes.set(xlabel="test length (trained at 256)", ylabel="accuracy", ylim=(-0.03, 1.03))
     return figure
 
 

@@ -2,9 +2,9 @@
 
     python examples/papers/mqar.py
 
-First come pairs of a key and a value, then the keys again, in another order and with gaps between
-them; after each the model has to say its value. All pairs have to be in the state at once, so that
-its size matters: every kind of layer is trained with several.
+A sequence starts with pairs of a key and a value. Then the keys appear again in another order, with
+gaps between them, and after each the model must predict its value. The state must store all pairs
+at once, so its size matters: each kind of layer is trained with several sizes.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ NAMES = {"mamba1": "Mamba-1", "mamba2": "Mamba-2", "mamba3": "Mamba-3", "attenti
 
 
 def task(pairs: int, length: int, keys: int) -> Sample:
-    """Token 0 is the gap, then come `keys` keys, and as many values."""
+    """Token 0 is the gap, the next `keys` tokens are keys, and the next `keys` tokens values."""
 
     def sample(key: PRNGKeyArray) -> Example:
         k_key, v_key, order_key, place_key = jr.split(key, 4)
@@ -60,7 +60,7 @@ def plot(runs: list[dict[str, Any]]) -> Any:
             chosen = [r for r in mine if (sum(r["steps"]), r["seed"]) == (steps, seed)]
             points = sorted((r["d_state"], r["accuracy"]) for r in chosen)
             color, style = f"C{i}", "-" if steps == longest else ":"
-            if kind == "attention":  # which has no state of one size
+            if kind == "attention":  # Its state has no fixed size.
                 axes.axhline(points[0][1], color=color, linestyle=style, label=label)
             else:
                 x, y = zip(*points, strict=True)

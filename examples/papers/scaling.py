@@ -1,10 +1,10 @@
-"""Loss against parameters, the kind of figure that each of the Mamba papers has.
+"""Loss against number of parameters, a small version of the Mamba papers' scaling figures.
 
     python examples/papers/scaling.py
 
-Models of three sizes read the same million bytes of Shakespeare; *Twelfth Night* is held out, as
-for the model that ships. The attention model is a transformer: rotary attention and a gated MLP in
-every block. This is a very small corner of the papers' figures.
+Models of three sizes are trained on the same million bytes of Shakespeare; *Twelfth Night* is held
+out, as for the bundled model. The attention model is a transformer with rotary attention and a
+gated MLP in every block. All sizes are far below those in the papers.
 """
 
 from pathlib import Path
@@ -34,12 +34,12 @@ from mamba_eqx import training
 
 
 CORPUS = Path(__file__).parents[1] / "data" / "shakespeare.txt.xz"
-HELD_OUT = b"TWELFTH NIGHT"  # as in train_lm.py
+HELD_OUT = b"TWELFTH NIGHT"  # The same play as in train_lm.py.
 NAMES = {"mamba1": "Mamba-1", "mamba2": "Mamba-2", "mamba3": "Mamba-3", "attention": "attention"}
 
 
 def task(data: np.ndarray, length: int) -> Sample:
-    """A piece from anywhere in the text. Few of them have the end of a play in them."""
+    """Returns a task of random pieces of the text. Few pieces contain the end of a play."""
     text = jnp.asarray(data)
 
     def sample(key: PRNGKeyArray) -> Example:
@@ -51,7 +51,7 @@ def task(data: np.ndarray, length: int) -> Sample:
 
 
 def bits_per_byte(model: mbx.LanguageModel, data: np.ndarray, length: int) -> float:
-    """Piece by piece, each from an empty state, since that is what attention was trained for."""
+    """Scores a text piece by piece, each from an empty state, as attention was trained."""
     pieces = (len(data) - 1) // length
     tokens = data[: pieces * length].reshape(pieces, 1, length).astype(np.int32)
     targets = data[1 : pieces * length + 1].reshape(pieces, 1, length).astype(np.int32)
@@ -113,7 +113,7 @@ def main() -> None:
     runs = [(d, n, kind, seed) for d, n in sizes for kind in args.models for seed in args.seeds]
     for d_model, layers, kind, seed in [] if args.plot_only else runs:
         model_key, data_key = jr.split(jr.key(seed))
-        # A block with an MLP has more parameters than one without, so there is one less.
+        # A block with an MLP has more parameters, so there is one block fewer.
         count = layers - 1 if kind == "attention" else layers
         model = build(mixer_config(kind, d_model, args.d_state), 256, count, model_key)
         label = f"{kind}, {size(model):,} parameters, seed {seed}"

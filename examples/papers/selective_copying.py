@@ -2,10 +2,10 @@
 
     python examples/papers/selective_copying.py
 
-Among many tokens of noise stand a few of data, at random places. At the end the model has to say
-the data in their order. A layer that does the same at every token cannot tell data from noise; one
-that selects can. So the Mamba-1 layer is trained as it is, with its selection switched off (B, C
-and dt are learned, and do not depend on the input), and both ways without its gate.
+A sequence of noise tokens contains a few data tokens at random places. At the end the model must
+repeat the data in order. A time-invariant layer cannot tell data from noise; a selective one can.
+The Mamba-1 layer is therefore trained unchanged, without selection (B, C and dt are learned but do
+not depend on the input), and both with and without its gate.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ import mamba_eqx as mbx
 
 
 VOCAB = 16
-NOISE, ASK = 0, 1  # the other tokens are data
+NOISE, ASK = 0, 1  # The other tokens are data.
 NAMES = {
     "mamba1": "Mamba-1: selective, gated",
     "mamba1 -gate": "Mamba-1 without its gate",
@@ -44,7 +44,7 @@ NAMES = {
 
 
 class Ablated(mbx.AbstractSequenceLayer[mbx.Mamba1State]):
-    """A `Mamba1` in which `dt`, `B` and `C` may be constants, and the gate may be missing."""
+    """A `Mamba1` with optionally constant `dt`, `B` and `C`, and an optional gate."""
 
     mamba: mbx.Mamba1
     B: Float[Array, " d_state"]
@@ -109,7 +109,7 @@ class Ablated(mbx.AbstractSequenceLayer[mbx.Mamba1State]):
 
 
 def task(length: int, data: int) -> Sample:
-    """`data` tokens among `length`, and then `data` times the question for the next of them."""
+    """Returns a task of `data` tokens among `length`, followed by `data` queries."""
 
     def sample(key: PRNGKeyArray) -> Example:
         place_key, token_key = jr.split(key)
@@ -131,6 +131,7 @@ def make(name: str, d_model: int, d_state: int, key: PRNGKeyArray) -> mbx.Langua
         if not without:
             return mixer
         selective, gated = "selection" not in without, "gate" not in without
+        assert isinstance(mixer, mbx.Mamba1), name
         return Ablated(mixer, selective, gated, jr.fold_in(key, 1))
 
     model_key, *keys = jr.split(key, 3)

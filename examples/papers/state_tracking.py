@@ -2,10 +2,10 @@
 
     python examples/papers/state_tracking.py
 
-After every token the model has to say what all tokens so far add up to, modulo two or five. It is
-trained on short sequences and tested on longer ones. A state that can only shrink (Mamba-1,
-Mamba-2, and Mamba-3 whose rotation is held at zero) can count by no rule that goes on for ever; a
-state that turns by an angle which depends on the token can.
+After each token the model must predict the sum of all tokens so far, modulo two or five. It is
+trained on short sequences and tested on longer ones. A state that can only decay (Mamba-1, Mamba-2,
+and Mamba-3 with its rotation set to zero) cannot count without limit; a state that rotates by an
+angle that depends on the token can.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ NAMES = {
 
 
 class WithoutRotation(mbx.AbstractSequenceLayer[mbx.Mamba3State]):
-    """A `Mamba3` whose angles are zero, whatever is learned."""
+    """A `Mamba3` whose rotation angles are always zero."""
 
     mamba: mbx.Mamba3
     d_model: int = eqx.field(static=True)
@@ -39,8 +39,8 @@ class WithoutRotation(mbx.AbstractSequenceLayer[mbx.Mamba3State]):
         self.mamba, self.d_model = mamba, mamba.d_model
 
     @property
-    def still(self) -> mbx.Mamba3:
-        mamba = self.mamba  # the last rows of `in_proj` are those of the angles
+    def unrotated(self) -> mbx.Mamba3:
+        mamba = self.mamba  # The last rows of `in_proj` project to the angles.
         weight = mamba.in_proj.weight.at[-mamba.pairs :].set(0.0)
         return eqx.tree_at(lambda m: m.in_proj.weight, mamba, weight)
 
@@ -55,12 +55,12 @@ class WithoutRotation(mbx.AbstractSequenceLayer[mbx.Mamba3State]):
         reset: Bool[Array, " seq"] | None = None,
         length: Int[Array, ""] | int | None = None,
     ) -> tuple[Float[Array, "seq d_model"], mbx.Mamba3State]:
-        return self.still.scan(x, state, reset=reset, length=length)
+        return self.unrotated.scan(x, state, reset=reset, length=length)
 
     def step(
         self, x: Float[Array, " d_model"], state: mbx.Mamba3State
     ) -> tuple[Float[Array, " d_model"], mbx.Mamba3State]:
-        return self.still.step(x, state)
+        return self.unrotated.step(x, state)
 
 
 def task(length: int, modulus: int) -> Sample:
@@ -79,7 +79,7 @@ def make(name: str, args: Any, modulus: int, key: PRNGKeyArray) -> mbx.LanguageM
             return mbx.Mamba1(args.d_model, key=key, **sizes)
         if name == "mamba2":
             return mbx.Mamba2(args.d_model, headdim=16, key=key, **sizes)
-        # The rate of decay is the paper's.
+        # The paper computes the decay rate with softplus.
         mamba = mbx.Mamba3(args.d_model, headdim=16, A_activation="softplus", key=key, **sizes)
         return mamba if name == "mamba3" else WithoutRotation(mamba)
 
@@ -89,7 +89,7 @@ def make(name: str, args: Any, modulus: int, key: PRNGKeyArray) -> mbx.LanguageM
 
 
 def accuracies(model: mbx.LanguageModel, args: Any, modulus: int, key: PRNGKeyArray) -> list[float]:
-    """At the last of so many tokens, for all of `args.tests`."""
+    """Returns the accuracy at each token number in `args.tests`."""
     examples = jax.vmap(task(max(args.tests), modulus))(jr.split(key, args.count))
     guesses = jnp.argmax(jax.jit(jax.vmap(model))(examples.tokens), axis=-1)
     right = jnp.mean(guesses == examples.targets, axis=0)
@@ -110,7 +110,7 @@ def plot(runs: list[dict[str, Any]]) -> Any:
             axis.axvline(max(run["lengths"]), color="grey", linewidth=0.8)
         axis.axhline(1 / MODULUS[name], color="grey", linewidth=0.8, linestyle=":")
         axis.set_xscale("log", base=2)
-        axis.set(title=name, xlabel="tokens so far", ylabel="accuracy", ylim=(-0.03, 1.03))
+        axis.set(title=name, xlabel="token number", ylabel="accuracy", ylim=(-0.03, 1.03))
     return figure
 
 

@@ -10,8 +10,8 @@ from ..pretrained import (
     LAYOUTS,
     TOKENIZER_FILES,
     check_dtype,
-    find_files,
     load,
+    open_source,
     read_checkpoint,
     save_pretrained,
 )
@@ -58,11 +58,11 @@ def _run(args: argparse.Namespace) -> None:
             "checkpoint in it."
         )
     dtype = None if args.dtype is None else check_dtype("The model", args.dtype)
-    find, where = find_files(args.source, hub_of(args))
-    model = load(read_checkpoint(find, where), dtype)
+    source = open_source(args.source, hub_of(args))
+    model = load(read_checkpoint(source), dtype)
     save_pretrained(model, args.dest, layout=args.layout, max_shard_size=args.max_shard_size)
     for name in TOKENIZER_FILES:
-        path = find(name)
+        path = source.find(name)
         if path is not None and path.resolve() != (args.dest / name).resolve():
             shutil.copyfile(path, args.dest / name)
     count = sum(leaf.size for leaf in jax.tree.leaves(model))

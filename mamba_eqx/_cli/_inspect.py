@@ -23,8 +23,9 @@ def add_inspect(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as heads:
-        description = describe(open_checkpoint(args.source, hub_of(args), heads=Path(heads)))
+    with tempfile.TemporaryDirectory() as headers:
+        hub, header_folder = hub_of(args), Path(headers)
+        description = describe(open_checkpoint(args.source, hub, header_folder=header_folder))
     if args.json:
         write(json.dumps(description.to_json(), indent=2, allow_nan=False) + "\n")
     else:

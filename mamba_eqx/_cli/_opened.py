@@ -11,7 +11,7 @@ import jax.random as jr
 
 from ..generation import DecodingState, Stream, sampling, stream
 from ..models import LanguageModel
-from ..pretrained import find_files, load, load_tokenizer, read_checkpoint, read_tokenizer
+from ..pretrained import load, load_tokenizer, open_source, read_checkpoint, read_tokenizer
 from ..shipped import SHIPPED
 from ..text import ByteTokenizer, TextTokenizer
 from ._terminal import add_hub, hub_of
@@ -63,9 +63,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def open_model(args: argparse.Namespace) -> Opened:
     """The model and the tokenizer that the arguments of `add_model` name."""
     hub = hub_of(args)
-    find, where = find_files(_shipped_model() if args.model is None else args.model, hub)
+    source = open_source(_shipped_model() if args.model is None else args.model, hub)
     if args.tokenizer is None:
-        tokenizer = read_tokenizer(find, where, hub)
+        tokenizer = read_tokenizer(source, hub)
     elif args.tokenizer == _BYTES:
         tokenizer = ByteTokenizer()
     else:
@@ -76,11 +76,11 @@ def open_model(args: argparse.Namespace) -> Opened:
             endpoint=args.endpoint,
         )
     dtype = None if args.dtype == "stored" else jnp.dtype(args.dtype)
-    model = load(read_checkpoint(find, where), dtype)
+    model = load(read_checkpoint(source), dtype)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens, but the model at {where} has a "
-            f"vocabulary of {model.vocab_size}: give the tokenizer that it was trained with, by "
+            f"The tokenizer has {tokenizer.vocab_size} tokens, but the model at {source.where} "
+            f"has a vocabulary of {model.vocab_size}: give the tokenizer that it was trained with, by "
             "--tokenizer."
         )
     return Opened(model, tokenizer)

@@ -4,8 +4,6 @@ import functools
 import json
 import math
 import os
-import secrets
-import stat
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +11,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from .._atomic import atomic_file
 from ._tensors import (
     DAMAGED,
     CheckpointError,
@@ -84,21 +83,8 @@ def write_safetensors(
     - `metadata`: free text by name, kept in the header.
     """
     arrays = {name: _native(name, tensor) for name, tensor in tensors.items()}
-    target = os.fspath(path)
-    folder, name = os.path.split(target)
-    # Beside the target, because a rename is atomic within one file system only.
-    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            mode = os.fstat(file.fileno()).st_mode
+    with atomic_file(path) as temporary:
         save_file(arrays, temporary, metadata=dict(metadata))
-        # The package puts a file there that only its owner may read.
-        os.chmod(temporary, stat.S_IMODE(mode))
-        os.replace(temporary, target)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
 
 
 def _native(name: str, tensor: np.ndarray) -> np.ndarray:

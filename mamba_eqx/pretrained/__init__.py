@@ -1,9 +1,10 @@
-"""Checkpoints: loading, saving, pushing and describing them."""
+"""Loading, saving, uploading and describing checkpoints."""
 
 from ..formats import CheckpointError as CheckpointError
 from ._arrays import check_dtype as check_dtype
+from ._assign import Assignment as Assignment, assign as assign
 from ._checkpoint import (
-    find_files as find_files,
+    Checkpoint as Checkpoint,
     open_checkpoint as open_checkpoint,
     read_checkpoint as read_checkpoint,
 )
@@ -12,9 +13,10 @@ from ._hub import Hub as Hub
 from ._load import from_pretrained as from_pretrained, load as load
 from ._push import push_to_hub as push_to_hub
 from ._save import save_pretrained as save_pretrained
+from ._source import Source as Source, open_source as open_source
 from ._state_dict import (
     LAYOUTS as LAYOUTS,
-    layout_named as layout_named,
+    get_layout as get_layout,
     load_state_dict as load_state_dict,
     state_dict as state_dict,
 )
@@ -27,9 +29,7 @@ from ._tokenizer import (
 from .layouts import (
     Fields as Fields,
     Slot as Slot,
-    by_leaf as by_leaf,
     config_of as config_of,
     listing as listing,
     skeleton_of as skeleton_of,
-    slots as slots,
 )

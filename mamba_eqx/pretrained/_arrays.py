@@ -1,7 +1,6 @@
-"""From the arrays of a checkpoint to JAX's."""
+"""Converting the arrays of a checkpoint to JAX arrays."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +8,16 @@ import ml_dtypes
 import numpy as np
 from jax import dtypes
 from jax.sharding import Sharding
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from ..formats import CheckpointError
-from ..models import LanguageModelConfig
-from .layouts import Layout
 
 
-_T = TypeVar("_T")
+def check_dtype(name: str, dtype: DTypeLike) -> np.dtype:
+    """Returns `dtype` as a NumPy dtype.
 
-
-def check_dtype(name: str, dtype: Any) -> np.dtype:
-    """`dtype` as JAX has it.
-
-    **Raises:** `CheckpointError` if JAX would have another one in its place.
+    **Raises:** `CheckpointError` if JAX would silently replace it by a narrower dtype.
     """
     dtype = np.dtype(dtype)
     if dtypes.canonicalize_dtype(dtype) != dtype:
@@ -40,15 +35,17 @@ def to_jax(
     dtype: np.dtype,
     sharding: Sharding | None = None,
 ) -> Array:
-    """A copy of `parts` in JAX, joined along their first axis if there are several, in one step
-    from their own dtype to the one wanted.
+    """Copies arrays to JAX, joined along their first axis, and casts them in the same step.
 
     **Arguments:**
 
-    - `parts`: may be views of files: no more of it is touched than there is room for here.
-    - `sharding`: where it goes, each device reading its own part; JAX's default device if `None`.
+    - `name`: how messages refer to the arrays.
+    - `parts`: one or more arrays, which may be views of files. A device that holds a part of the
+        result reads only that part.
+    - `dtype`: the dtype of the result.
+    - `sharding`: the sharding of the result; JAX's default device if `None`.
 
-    **Raises:** `CheckpointError` if a finite value has no finite counterpart in `dtype`.
+    **Raises:** `CheckpointError` if a finite value is not finite in `dtype`.
     """
     check_dtype(name, dtype)
     if sharding is None:
@@ -63,8 +60,10 @@ def to_jax(
     )
 
 
-def _cut(parts: Sequence[np.ndarray], index: Any) -> list[np.ndarray]:
-    """The parts of what is at `index` in all of them joined."""
+def _cut(parts: Sequence[np.ndarray], index: tuple[slice, ...] | None) -> list[np.ndarray]:
+    """Returns the pieces of `parts` that an index into the joined array selects."""
+    if index is None:
+        return [*parts]
     if len(parts) == 1:
         return [parts[0][index]]
     rows, *others = index
@@ -79,12 +78,12 @@ def _cut(parts: Sequence[np.ndarray], index: Any) -> list[np.ndarray]:
 
 def _copy(name: str, parts: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
     if dtype == np.float16:
-        # Exact, and NumPy's own casts report an overflow.
+        # NumPy's own casts report an overflow, that of bfloat16 does not. The detour is exact.
         bfloat16 = ml_dtypes.bfloat16
         parts = [part.astype(np.float32) if part.dtype == bfloat16 else part for part in parts]
     try:
         with np.errstate(over="raise", invalid="ignore"):
-            # A copy in any case: JAX may keep the memory it is given, which here is a file's.
+            # JAX may keep the memory it is given, which here is a mapped file: always copy.
             if len(parts) == 1:
                 return np.array(parts[0], dtype=dtype, order="C")
             return np.concatenate(parts, dtype=dtype, casting="unsafe")
@@ -94,39 +93,19 @@ def _copy(name: str, parts: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray
         ) from None
 
 
-def one_dtype(dtypes: Mapping[str, Any]) -> np.dtype:
-    """The dtype of the parts of one array, by their names.
+def common_dtype(dtypes: Mapping[str, np.dtype]) -> np.dtype:
+    """Returns the dtype that the tensors of one array share.
+
+    **Arguments:**
+
+    - `dtypes`: the dtypes by the names of the tensors.
 
     **Raises:** `CheckpointError` if they differ.
     """
     if len({np.dtype(dtype) for dtype in dtypes.values()}) > 1:
         listed = ", ".join(f"{name} is {dtype}" for name, dtype in dtypes.items())
         raise CheckpointError(
-            f"{listed}, but they are parts of one array here, and must be of one dtype: convert "
+            f"{listed}, but they are parts of one array here and must have the same dtype. Convert "
             "them (`from_pretrained(..., dtype=jnp.float32)`)."
         )
     return np.dtype(next(iter(dtypes.values())))
-
-
-def check_tied_head(
-    layout: Layout,
-    config: LanguageModelConfig,
-    tensors: Mapping[str, _T],
-    read: Callable[[_T], np.ndarray],
-) -> None:
-    """**Raises:** `CheckpointError` if the head is there and is not the embedding it is tied to."""
-    head, embedding = layout.tied_head(config), layout.embedding(config)
-    if head is None or head not in tensors or embedding not in tensors:
-        return
-    one, other = read(tensors[head]), read(tensors[embedding])
-    # As bits, because NaN is not equal to itself.
-    if one.dtype != other.dtype or not np.array_equal(_bits(one), _bits(other)):
-        raise CheckpointError(
-            f"{head} differs from {embedding}, although the config says that they are tied. "
-            "If the head is meant, set `tie_word_embeddings` (in official configs "
-            "`tie_embeddings`) to false."
-        )
-
-
-def _bits(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")

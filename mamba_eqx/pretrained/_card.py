@@ -1,4 +1,4 @@
-"""The model card of a checkpoint that has none: its metadata, and how it is loaded."""
+"""The model card of a checkpoint: metadata, and how to load the model."""
 
 from ..models import LanguageModelConfig
 
@@ -14,8 +14,8 @@ tags:
 
 # {title}
 
-A language model made of {kinds} layers. Please say here what it was trained on, how good it is,
-and under which licence it may be used.
+A language model of {kinds} layers. Please add here what it was trained on, how well it performs,
+and its licence.
 
 ```python
 import mamba_eqx as mbx
@@ -24,7 +24,7 @@ model = mbx.from_pretrained("{name}")
 ```
 """
 _TRANSFORMERS = """
-It is in the layout of transformers, which loads it as well:
+The checkpoint is in the layout of transformers, which can load it as well:
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -35,13 +35,15 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 
 
 def model_card(config: LanguageModelConfig, *, layout: str, name: str) -> str:
-    """The text of the card.
+    """Returns the text of a model card.
 
-    It has no number in it: a card stays when another model is saved over this one.
+    The card contains no numbers, because it is kept when another model is saved in its place.
 
     **Arguments:**
 
-    - `name`: what to load: a repository, or the name of a folder.
+    - `config`: the config of the model.
+    - `layout`: the name of the layout.
+    - `name`: the repository or folder to load the model from.
     """
     kinds = list(dict.fromkeys(layer.mixer.kind for layer in config.layers))
     tags = ["mamba_eqx", "jax", "state-space-model", *kinds]

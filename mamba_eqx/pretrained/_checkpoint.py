@@ -1,28 +1,26 @@
-"""A checkpoint whose files have been found and read, but for the values of its tensors."""
+"""A checkpoint whose config and tensor headers have been read and validated."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..formats import CheckpointError, StoredTensor, read_config
 from ..models import LanguageModelConfig
-from ._hub import Hub, find_on_hub
-from ._source import CONFIG, Find, open_weights
-from ._state_dict import LAYOUTS
+from ._hub import Hub
+from ._source import CONFIG, CONFIGS, Source, open_source
+from ._state_dict import get_layout
+from ._weights import open_weights
 from .layouts import MISTRAL, Layout, renamed
-
-
-CONFIGS = (CONFIG, MISTRAL.config_file)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What there is to know before anything is loaded.
+    """A checkpoint with a validated config and tensor headers. Tensor values are not read.
 
-    - `where`: what to call it in messages.
-    - `tensors`: by their names in the layout; their values are still on disk.
+    - `where`: how messages refer to the checkpoint.
+    - `layout`: the layout that its config is written in.
+    - `config`: the config of the model.
+    - `tensors`: the tensors under their names in the layout; their values are still on disk.
     """
 
     where: str
@@ -31,114 +29,55 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
 
 
-def find_files(
-    name_or_path: str | os.PathLike[str],
-    hub: Hub,
-    *,
-    settled_by: Sequence[str] = CONFIGS,
-    heads: Path | None = None,
-) -> tuple[Find, str]:
-    """A function that finds the files of a checkpoint, here or on the Hub, and what to call it.
-
-    **Arguments:** as for `open_checkpoint`, and
-
-    - `settled_by`: the files that may settle the commit on the Hub: see `find_on_hub`.
-    """
-    folder = Path(name_or_path)
-    if folder.is_dir() or _is_path(name_or_path):
-        return _find_in(folder), os.fspath(name_or_path)
-    return find_on_hub(str(name_or_path), hub, settled_by, heads)
-
-
 def open_checkpoint(
-    name_or_path: str | os.PathLike[str], hub: Hub, *, heads: Path | None = None
+    name_or_path: str | os.PathLike[str], hub: Hub, *, header_folder: Path | None = None
 ) -> Checkpoint:
-    """Finds a checkpoint and reads its config and the descriptions of its tensors.
+    """Finds a checkpoint and reads its config and tensor headers.
 
     **Arguments:**
 
     - `name_or_path`: a local folder, or else the name of a repository on the Hub.
-    - `hub`: how to get at the Hub.
-    - `heads`: a folder for downloads of what describes tensors, if that is all that is wanted: see
-        `find_on_hub`. Values read from there are wrong.
+    - `hub`: how to access the Hub.
+    - `header_folder`: a folder. If given, only the headers of safetensors files are downloaded, to
+        this folder, and the values of their tensors must not be read; see `open_repository`.
+
+    **Raises:** `FileNotFoundError` if a path does not exist; `CheckpointError` if the checkpoint
+    cannot be found or read, or its config is not valid.
     """
-    return read_checkpoint(*find_files(name_or_path, hub, heads=heads))
+    return read_checkpoint(open_source(name_or_path, hub, header_folder=header_folder))
 
 
-def read_checkpoint(find: Find, where: str) -> Checkpoint:
-    """The checkpoint whose files `find` finds."""
-    path = next(filter(None, map(find, CONFIGS)), None)
+def read_checkpoint(source: Source) -> Checkpoint:
+    """Reads the config and the tensor headers of a checkpoint.
+
+    **Raises:** `CheckpointError` if files are missing or damaged, or the config is not valid.
+    """
+    path = next(filter(None, map(source.find, CONFIGS)), None)
     if path is None:
-        raise CheckpointError(f"{where} has no {CONFIG}: give the folder of a checkpoint.")
+        raise CheckpointError(f"{source.where} has no {CONFIG}: give the folder of a checkpoint.")
     values = read_config(path)
     try:
         layout = _layout_of(path.name, values)
         config = layout.read_config(values)
-    except ValueError as error:  # Of a config class of ours, or a `CheckpointError`.
+    except ValueError as error:  # From a config class, or a `CheckpointError`.
         raise CheckpointError(f"{path}: {error}") from None
-    tensors = renamed(layout, open_weights(find, where, layout.weights_file))
+    tensors = renamed(layout, open_weights(source, layout.weights_file))
     if len(config.layers) > len(tensors):
-        # Before a table of names is made, be they a thousand layers.
+        # Checked here because a config of a billion layers would fill the memory with names.
         raise CheckpointError(
-            f"{where}: the config has {len(config.layers)} layers, but the weights have only "
-            f"{len(tensors)} tensors. Take the config and the weights of one and the same model."
+            f"{source.where}: the config has {len(config.layers)} layers, but the weights have "
+            f"only {len(tensors)} tensors. Take the config and the weights of the same model."
         )
-    return Checkpoint(where, layout, config, tensors)
+    return Checkpoint(source.where, layout, config, tensors)
 
 
-def _layout_of(file: str, values: Any) -> Layout:
+def _layout_of(file: str, values: object) -> Layout:
+    """Returns the layout of a config file by its name and keys."""
     if file == MISTRAL.config_file:
         return MISTRAL
-    # Its `model_type` is the one of Mamba-1 in transformers, but no other layout has a `dim`.
-    if isinstance(values, dict) and "dim" in values and "hidden_size" not in values:
+    keys = values.keys() if isinstance(values, dict) else set[str]()
+    # Mistral's `model_type` is transformers' name of Mamba-1, but no other layout has a `dim`.
+    if "dim" in keys and "hidden_size" not in keys:
         return MISTRAL
-    # Not by any other key: configs that transformers wrote may carry official keys as well.
-    has_type = isinstance(values, dict) and "model_type" in values
-    return LAYOUTS["transformers" if has_type else "state-spaces"]
-
-
-def _is_path(name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether this cannot be the name of a repository, which is `name` or `owner/name`."""
-    if not isinstance(name_or_path, str):
-        return True
-    return (
-        name_or_path.startswith((".", "/", "~"))
-        or "\\" in name_or_path
-        or name_or_path.count("/") > 1
-        or Path(name_or_path).exists()
-    )
-
-
-def _find_in(folder: Path) -> Find:
-    if not folder.exists():
-        raise FileNotFoundError(
-            f"There is no folder {str(folder)!r}. Give the folder of a checkpoint, or the name of "
-            "a repository on the Hugging Face Hub."
-        )
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is a file: give the folder that holds it, with its {CONFIG}."
-        )
-
-    def find(name: str) -> Path | None:
-        path = folder / name
-        if not path.exists():
-            return None
-        if not _is_inside(path, folder):
-            # A folder from elsewhere has no business with other files of this machine.
-            raise CheckpointError(
-                f"{path} is a link that leaves the folder: copy the file it leads to into its "
-                "place, or give the folder in which that is."
-            )
-        return path
-
-    return find
-
-
-def _is_inside(path: Path, folder: Path) -> bool:
-    roots = [folder]
-    repository = folder.absolute().parent.parent
-    if folder.absolute().parent.name == "snapshots" and repository.name.startswith("models--"):
-        # The Hub's cache keeps the files in a folder beside, or in one for all repositories.
-        roots += [repository / "blobs", repository.parent / "blobs"]
-    return any(path.resolve().is_relative_to(root.resolve()) for root in roots)
+    # No other key will do: configs written by transformers may contain official keys as well.
+    return get_layout("transformers" if "model_type" in keys else "state-spaces")

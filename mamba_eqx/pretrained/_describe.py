@@ -1,30 +1,38 @@
-"""What there is to say about a checkpoint without reading the values of its tensors."""
+"""Describing a checkpoint without reading the values of its tensors."""
 
 import dataclasses
 import itertools
 import json
 import math
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from ..formats import CheckpointError
-from ..layers import recurrence_mask
 from ..models import BlockConfig, LanguageModel, LanguageModelConfig
+from ._assign import assign
 from ._checkpoint import Checkpoint
 from ._load import loaded_dtype
-from .layouts import by_leaf, match, skeleton_of
+from .layouts import skeleton_of
+
+
+_Field: TypeAlias = int | float | str | bool | tuple[float, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A checkpoint in numbers.
+    """A summary of a checkpoint.
 
-    - `parameters`: how many, by the part of the model.
-    - `dtypes`: how many parameters are stored in which.
-    - `weight_bytes`: what they take when they are loaded as they are.
-    - `state_bytes`, `state_bytes_per_token`: of one sequence.
+    - `where`: how messages refer to the checkpoint.
+    - `layout`: the name of its layout.
+    - `config`: the config of the model.
+    - `parameters`: the number of parameters by part of the model (`embedding`, `layers`, ...).
+    - `dtypes`: the number of parameters by the dtype in which they are stored.
+    - `weight_bytes`: the size of the loaded parameters in their own dtypes.
+    - `state_bytes`, `state_bytes_per_token`: the size of the state of one sequence: the constant
+        part, and the part that grows with each token.
     """
 
     where: str
@@ -37,12 +45,13 @@ class Description:
     state_bytes_per_token: int
 
     @property
-    def blocks(self) -> list[tuple[int, dict[str, Any]]]:
-        """Layers that follow one another and are alike: how many, and what they are."""
+    def blocks(self) -> list[tuple[int, dict[str, _Field]]]:
+        """The runs of equal consecutive layers: the length of each, and the fields of the layer."""
         runs = [(len([*run]), block) for block, run in itertools.groupby(self.config.layers)]
         return [(count, _fields(block)) for count, block in runs]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
+        """Returns the description as a JSON object."""
         return {
             "checkpoint": self.where,
             "layout": self.layout,
@@ -56,36 +65,34 @@ class Description:
 
 
 def describe(checkpoint: Checkpoint) -> Description:
-    """Describes a checkpoint that can be loaded.
+    """Describes a checkpoint.
 
-    **Raises:** `CheckpointError` for one that cannot.
+    **Raises:** `CheckpointError` if the checkpoint cannot be loaded.
     """
-    config = checkpoint.config
+    layout, config, tensors = checkpoint.layout, checkpoint.config, checkpoint.tensors
     skeleton = skeleton_of(config)
-    leaves, structure = jax.tree.flatten(skeleton)
-    recurrence = jax.tree.leaves(recurrence_mask(skeleton))
-    paths = [path for path, _ in jax.tree.leaves_with_path(skeleton)]
     try:
-        found = match(checkpoint.layout, config, skeleton, checkpoint.tensors, floating=True)
+        assignments = assign(layout, config, skeleton, tensors, floating=True)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.where}: {error}") from None
     parameters: dict[str, int] = {}
     dtypes: dict[str, int] = {}
-    for index, parts in by_leaf(found).items():
-        leaf, part = leaves[index], str(paths[index][0]).removeprefix(".")
-        tensors = [tensor for _, tensor in parts]
-        parameters[part] = parameters.get(part, 0) + leaf.size
-        dtypes[tensors[0].dtype.name] = dtypes.get(tensors[0].dtype.name, 0) + leaf.size
-        # The wide types may be described whether or not they may be loaded.
+    leaves: list[jax.ShapeDtypeStruct] = []
+    for assignment in assignments:
+        shape, part = assignment.leaf.shape, assignment.path.split(".")[0]
+        stored = assignment.parts[0][1].dtype.name
+        parameters[part] = parameters.get(part, 0) + math.prod(shape)
+        dtypes[stored] = dtypes.get(stored, 0) + math.prod(shape)
+        # Wide dtypes can be described even where JAX's 64-bit mode is needed to load them.
         with jax.enable_x64(True):
-            dtype = loaded_dtype(tensors, None, recurrence[index])
-        leaves[index] = jax.ShapeDtypeStruct(leaf.shape, dtype)
+            dtype = loaded_dtype(assignment, None)
+        leaves.append(jax.ShapeDtypeStruct(shape, dtype))
     with jax.enable_x64("float64" in dtypes):
-        model = jax.tree.unflatten(structure, leaves)
+        model = jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
         one, two = (_state_bytes(model, max_len) for max_len in (1, 2))
     return Description(
         where=checkpoint.where,
-        layout=checkpoint.layout.name,
+        layout=layout.name,
         config=config,
         parameters=parameters,
         dtypes=dtypes,
@@ -99,14 +106,14 @@ def _state_bytes(model: LanguageModel, max_len: int) -> int:
     return _bytes(jax.eval_shape(lambda model: model.init_state(max_len=max_len), model))
 
 
-def _bytes(tree: Any) -> int:
+def _bytes(tree: PyTree[jax.ShapeDtypeStruct]) -> int:
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
 
 
-def _fields(block: BlockConfig) -> dict[str, Any]:
-    """All sizes, and whatever else is not as it is by default."""
-    fields: dict[str, Any] = {"kind": block.mixer.kind}
+def _fields(block: BlockConfig) -> dict[str, _Field]:
+    """Returns all integer fields of a block, and the other fields that differ from the default."""
+    fields: dict[str, _Field] = {"kind": block.mixer.kind}
     for field in dataclasses.fields(block.mixer):  # pyright: ignore[reportArgumentType]
         value = getattr(block.mixer, field.name)
         if type(value) is int or value != field.default:

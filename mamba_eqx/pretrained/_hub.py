@@ -1,10 +1,11 @@
-"""Checkpoints on the Hugging Face Hub: downloads, and the cache, are those of `huggingface_hub`.
+"""Checkpoints on the Hugging Face Hub, downloaded and cached by `huggingface_hub`.
 
-`huggingface_hub` is imported where it is used, because it takes long and local checkpoints do
-without.
+`huggingface_hub` is imported inside the functions that need it, because its import is slow and
+local checkpoints do not need it.
 """
 
 import dataclasses
+import enum
 import hashlib
 import os
 import re
@@ -13,12 +14,11 @@ from pathlib import Path
 
 from ..formats import CheckpointError, quote
 from ._hub_errors import Place, failure, is_absence
-from ._source import Find
 
 
 @dataclasses.dataclass(frozen=True)
 class Hub:
-    """How to get at the Hub: options of `huggingface_hub`, by its names."""
+    """How to access the Hub: options of `huggingface_hub` under its own names."""
 
     revision: str | None = None
     token: str | bool | None = None
@@ -29,79 +29,109 @@ class Hub:
 
     def __post_init__(self):
         if self.force_download and self.local_files_only:
-            raise ValueError("`force_download` and `local_files_only` exclude each other.")
+            raise ValueError(
+                "`force_download` and `local_files_only` exclude each other. Set only one of them."
+            )
 
     @property
     def cache(self) -> Path | None:
         return None if self.cache_dir is None else Path(self.cache_dir)
 
+    @property
+    def offline(self) -> bool:
+        """Whether only the cache may be used."""
+        from huggingface_hub import constants
 
-def find_on_hub(
-    repository: str, hub: Hub, configs: Sequence[str], heads: Path | None = None
-) -> tuple[Find, str]:
-    """A function that downloads the files of a repository one by one, or finds them in the cache.
+        return self.local_files_only or constants.HF_HUB_OFFLINE
 
-    The first file settles the revision: all others are of the very same commit, whatever is
-    pushed meanwhile.
+
+def open_repository(
+    repository: str, hub: Hub, entry_files: Sequence[str], header_folder: Path | None = None
+) -> "_Repository":
+    """Opens a repository, whose files are then downloaded one by one or found in the cache.
+
+    The first file found resolves the revision to a commit. All other files are taken from that
+    commit, whatever is pushed meanwhile.
 
     **Arguments:**
 
-    - `configs`: the names that a config may have; the first that is there settles the revision.
-    - `heads`: a folder. If given, safetensors that are not in the cache are not downloaded, but
-        for their beginnings, which describe the tensors: they are put there, as files of the right
-        size with nothing but zeros behind.
+    - `repository`: the name, `owner/name`.
+    - `hub`: how to access the Hub.
+    - `entry_files`: names of files, of which the repository must have at least one. The first that
+        exists resolves the revision.
+    - `header_folder`: a folder. If given, safetensors files that are not in the cache are not
+        downloaded. Only their headers, which describe the tensors, are written to this folder, as
+        files of the full size that contain zeros for the values.
 
-    **Returns:** the function, and what to call the checkpoint in messages.
-
-    **Raises:** `CheckpointError` if the repository has no config, or cannot be reached.
+    **Raises:** `CheckpointError` if the repository has none of `entry_files` or cannot be read.
     """
     place = Place(repository, hub.revision, hub.endpoint)
-    found = (_fetch(place, name, hub) for name in configs)
-    config = next((path for path in found if path is not None), None)
-    if config is None:
+    found = (_fetch(place, name, hub) for name in entry_files)
+    entry = next((path for path in found if path is not None), None)
+    if entry is None:
         raise CheckpointError(
-            f"{place} has no {configs[0]}: it is not a model's, or of another kind."
+            f"{place} has no {entry_files[0]}: it is not a model repository, or its layout is not "
+            "supported. Check the name and the revision."
         )
-    commit = config.parent.name
-    pinned = dataclasses.replace(hub, revision=commit)
-    place = dataclasses.replace(place, commit=commit)
-
-    def find(name: str) -> Path | None:
-        if name == config.name:
-            return config
-        if heads is None or not name.endswith(".safetensors") or _is_offline(hub):
-            return _fetch(place, name, pinned)
-        cached = _in_cache(repository, name, pinned)
-        if cached is None:
-            return _fetch_head(place, name, pinned, heads)
-        return cached if isinstance(cached, Path) else None
-
-    where = str(place)
-    if _is_offline(hub):
-        where = f"What the cache has of {where[0].lower()}{where[1:]}"
-    return find, where
+    commit = entry.parent.name
+    return _Repository(
+        dataclasses.replace(place, commit=commit),
+        dataclasses.replace(hub, revision=commit),
+        entry,
+        header_folder,
+    )
 
 
-def _is_offline(hub: Hub) -> bool:
-    from huggingface_hub import constants
+@dataclasses.dataclass(frozen=True)
+class _Repository:
+    """A `Source` of the files of one commit.
 
-    return hub.local_files_only or constants.HF_HUB_OFFLINE
+    - `place`, `hub`: the repository, and how to access it at the commit.
+    - `entry`: the file that resolved the revision.
+    - `header_folder`: see `open_repository`.
+    """
+
+    place: Place
+    hub: Hub
+    entry: Path
+    header_folder: Path | None
+
+    @property
+    def where(self) -> str:
+        where = str(self.place)
+        if self.hub.offline:
+            return f"The cached part of {where[0].lower()}{where[1:]}"
+        return where
+
+    def find(self, name: str) -> Path | None:
+        if name == self.entry.name:
+            return self.entry
+        folder = self.header_folder
+        if folder is None or not name.endswith(".safetensors") or self.hub.offline:
+            return _fetch(self.place, name, self.hub)
+        match _look_up(self.place.repository, name, self.hub):
+            case _Miss.UNKNOWN:
+                return _fetch_header(self.place, name, self.hub, folder)
+            case _Miss.ABSENT:
+                return None
+            case path:
+                return path
 
 
 def _fetch(place: Place, name: str, hub: Hub) -> Path | None:
-    """Where the file is, after a download if need be; `None` if the repository does not have it.
+    """Returns the path of a file in the cache, downloading and verifying the file if necessary.
 
-    **Arguments:**
-
-    - `place`: what to call the repository at that revision in messages.
+    **Returns:** `None` if the repository does not have the file.
     """
     from huggingface_hub import hf_hub_download
 
-    cached = None if hub.force_download else _in_cache(place.repository, name, hub)
-    if isinstance(cached, Path) and _COMMIT.fullmatch(hub.revision or ""):
-        return cached
-    if cached is not None and not isinstance(cached, Path):
-        return None  # Known from before: a commit does not change.
+    cached = _Miss.UNKNOWN
+    if not hub.force_download:
+        cached = _look_up(place.repository, name, hub)
+        if cached is _Miss.ABSENT:
+            return None
+        if isinstance(cached, Path) and _COMMIT.fullmatch(hub.revision or ""):
+            return cached
     try:
         path = hf_hub_download(
             place.repository,
@@ -113,35 +143,36 @@ def _fetch(place: Place, name: str, hub: Hub) -> Path | None:
             force_download=hub.force_download,
             endpoint=hub.endpoint,
         )
-    # Any: its errors have no common ancestor, and those of its HTTP library, which has changed
-    # twice, come through.
+    # The errors of `huggingface_hub` have no common base class, and those of its HTTP library,
+    # which has changed twice, are not wrapped.
     except Exception as error:
-        if is_absence(error, offline=place.commit is not None and _is_offline(hub)):
+        if is_absence(error, offline=place.commit is not None and hub.offline):
             return None
         raise failure(place, error) from error
     path = Path(path)
     if path == cached:
         return path
     try:
-        fault = _fault(path, place, hub)
+        mismatch = _checksum_mismatch(path, place, hub)
     except BaseException:
-        _forget(path)
+        _remove_from_cache(path)
         raise
-    if fault is None:
+    if mismatch is None:
         return path
-    _forget(path)
+    _remove_from_cache(path)
     if path.parent.name != hub.revision:
-        # `huggingface_hub` asks for the commit, and then for the file by the name of the branch,
-        # to which someone may have pushed in between.
+        # `huggingface_hub` requests the commit first and then the file by the name of the branch.
+        # The branch may have moved in between.
         return _fetch(place, name, dataclasses.replace(hub, revision=path.parent.name))
     raise CheckpointError(
-        f"{place}: {quote(name)} came with other bytes than the Hub announced ({fault}). It has "
-        "been removed from the cache again. Load once more; if that does not help, something "
-        "between here and the Hub alters files."
+        f"{place}: {quote(name)} does not have the checksum that the Hub announced ({mismatch}). "
+        "It has been removed from the cache. Load the checkpoint again; if the error persists, "
+        "something between here and the Hub alters files."
     )
 
 
-def _fetch_head(place: Place, name: str, hub: Hub, folder: Path) -> Path | None:
+def _fetch_header(place: Place, name: str, hub: Hub, folder: Path) -> Path | None:
+    """Downloads the header of a safetensors file into `folder`; see `open_repository`."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -157,53 +188,64 @@ def _fetch_head(place: Place, name: str, hub: Hub, folder: Path) -> Path | None:
         size = get_hf_file_metadata(url, token=hub.token).size or 0
         head = read(min(size, _FIRST_READ))
         needed = min(size, 8 + int.from_bytes(head[:8], "little"))
-        if len(head) < needed <= _LARGEST_HEAD:
+        if len(head) < needed <= _LARGEST_HEADER:
             head = read(needed)
-    except Exception as error:  # Any: see above.
+    except Exception as error:  # Any type, as in `_fetch`.
         if is_absence(error, offline=False):
             return None
         raise failure(place, error) from error
     path = folder / name
     with open(path, "wb") as file:
         file.write(head)
-        file.truncate(size)  # Takes no room on the disk.
+        file.truncate(size)  # The zeros beyond the header take no space on disk.
     return path
 
 
 _FIRST_READ = 2**17
-_LARGEST_HEAD = 2**23  # Twice what is read of one.
+_LARGEST_HEADER = 2**23  # Twice the largest header that `open_safetensors` accepts.
 _TIMEOUT = 30
 _COMMIT = re.compile("[0-9a-f]{40}")
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
-def _in_cache(repository: str, name: str, hub: Hub) -> Path | object | None:
-    """Where the file is; something else if it is known not to exist; `None` if nothing is known."""
+class _Miss(enum.Enum):
+    """Why a file is not in the cache."""
+
+    ABSENT = "the commit is known not to have the file"
+    UNKNOWN = "the file has not been requested"
+
+
+def _look_up(repository: str, name: str, hub: Hub) -> Path | _Miss:
+    """Looks up a file in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         found = try_to_load_from_cache(repository, name, revision=hub.revision, cache_dir=hub.cache)
-    except ValueError:  # Not the name of a repository, as the download will say.
-        return None
+    except ValueError:
+        # The name of the repository is not valid; the download reports it.
+        return _Miss.UNKNOWN
     if isinstance(found, str):
         return Path(found)
-    # A branch may have got the file meanwhile.
-    return found if _COMMIT.fullmatch(hub.revision or "") else None
+    # A commit never gains a file, but a branch may have gained it since.
+    is_commit = _COMMIT.fullmatch(hub.revision or "")
+    return _Miss.ABSENT if found is not None and is_commit else _Miss.UNKNOWN
 
 
-def _fault(path: Path, place: Place, hub: Hub) -> str | None:
-    """In what the checksum of a file that has just been downloaded differs from the one announced.
+def _checksum_mismatch(path: Path, place: Place, hub: Hub) -> str | None:
+    """Compares a downloaded file with the checksum that the Hub announced.
 
-    `huggingface_hub` compares the size only. A file that was in the cache before is not read
-    again: that would take seconds for each load of a large model.
+    `huggingface_hub` compares the size only. Files that were in the cache before are not verified,
+    because reading them would add seconds to every load of a large model.
+
+    **Returns:** a description of the mismatch, or `None` if there is none.
     """
-    etag = _checksum(path, place, hub)
+    etag = _announced_checksum(path, place, hub)
     if _SHA256.fullmatch(etag):
-        # Of large files, wherever they are kept.
+        # Large files, in any storage.
         with open(path, "rb") as file:
             kind, found = "sha256", hashlib.file_digest(file, "sha256").hexdigest()
     elif _COMMIT.fullmatch(etag):
-        # Of all others: git's name for a blob.
+        # All other files: the id of the git blob.
         kind, content = "git checksum", path.read_bytes()
         header = b"blob %d\0" % len(content)
         found = hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
@@ -212,9 +254,9 @@ def _fault(path: Path, place: Place, hub: Hub) -> str | None:
     return None if found == etag else f"the {kind} is {found}, and should be {etag}"
 
 
-def _checksum(path: Path, place: Place, hub: Hub) -> str:
+def _announced_checksum(path: Path, place: Place, hub: Hub) -> str:
     if path.is_symlink():
-        # The cache names the file itself by the checksum that the Hub announced.
+        # The cache names the target after the checksum that the Hub announced.
         return Path(os.readlink(path)).name
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
@@ -226,7 +268,7 @@ def _checksum(path: Path, place: Place, hub: Hub) -> str:
         raise failure(place, error) from error
 
 
-def _forget(path: Path) -> None:
+def _remove_from_cache(path: Path) -> None:
     files = [path]
     if path.is_symlink():
         files.append(path.parent / os.readlink(path))

@@ -1,4 +1,4 @@
-"""What may go wrong at the Hub, in words that say what to do."""
+"""Error messages for failures at the Hub."""
 
 from dataclasses import dataclass
 
@@ -6,12 +6,12 @@ from ..formats import CheckpointError, quote
 
 
 _LOG_IN = "log in (`hf auth login`) or pass a `token`"
-_TAKE_CACHE = ", or take what is in the cache already with `local_files_only=True`"
+_TAKE_CACHE = ", or use the files in the cache with `local_files_only=True`"
 
 
 @dataclass(frozen=True)
 class Place:
-    """A revision of a repository, for messages."""
+    """A revision of a repository, as messages refer to it."""
 
     repository: str
     revision: str | None
@@ -32,11 +32,12 @@ class Place:
 
 
 def is_absence(error: Exception, *, offline: bool) -> bool:
-    """Whether an error says that a file is not there, and not that this could not be found out.
+    """Returns whether an error means that a file does not exist, rather than that a request failed.
 
     **Arguments:**
 
-    - `offline`: whether only the cache was asked, and what it lacks counts as not there.
+    - `error`: an error of `huggingface_hub`.
+    - `offline`: whether only the cache is used. A file that is not cached then counts as absent.
     """
     from huggingface_hub import errors
 
@@ -46,10 +47,17 @@ def is_absence(error: Exception, *, offline: bool) -> bool:
 
 
 def failure(place: Place, error: Exception, *, writing: bool = False) -> CheckpointError:
-    """The error for one of `huggingface_hub`, or of the HTTP library below it."""
+    """Converts an error of `huggingface_hub` or of its HTTP library into one with a remedy.
+
+    **Arguments:**
+
+    - `place`: the repository.
+    - `error`: the original error.
+    - `writing`: whether the request was an upload.
+    """
     from huggingface_hub import errors
 
-    # Some are raised because of another, which says more.
+    # Some errors only wrap a more informative cause.
     wrapped = isinstance(error, errors.LocalEntryNotFoundError) or type(error) in _WRAPPERS
     cause = error.__cause__ if wrapped and error.__cause__ is not None else error
     could_not = f"could not be {'written' if writing else 'read'}"
@@ -57,24 +65,23 @@ def failure(place: Place, error: Exception, *, writing: bool = False) -> Checkpo
     match cause:
         case errors.GatedRepoError():
             what = (
-                f"is gated: accept its licence at {place.page}, then {_LOG_IN} of the account that "
-                "accepted it."
+                f"is gated: accept its licence at {place.page}, then {_LOG_IN} of the same account."
             )
         case errors.RepositoryNotFoundError():
             what = f"does not exist, or is private. Check the name; if it is private, {_LOG_IN}."
             if not writing:
                 what += " (There is no local folder of that name either.)"
         case errors.RevisionNotFoundError():
-            what = f"is not there: take one of the branches and tags listed at {place.page}."
+            what = f"does not exist: choose one of the branches and tags listed at {place.page}."
         case errors.DisabledRepoError():
-            what = "has been disabled by the Hub: take another one."
+            what = "has been disabled by the Hub: choose another one."
         case errors.HFValidationError():
             what = f"is neither a local folder nor a valid name: {cause}"
         case errors.OfflineModeIsEnabled() if writing:
             what = f"{could_not}: unset `HF_HUB_OFFLINE` to use the network."
         case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
             what = (
-                "is not in the local cache, and the Hub was not asked (`local_files_only`, "
+                "is not in the local cache, and the Hub was not contacted (`local_files_only`, "
                 "`HF_HUB_OFFLINE`). Load it once while online, or download it elsewhere and give "
                 "the path of the folder."
             )
@@ -112,6 +119,6 @@ def _http_failure(status: int, could_not: str, instead: str) -> str:
 
 
 def _text(error: BaseException) -> str:
-    """One line, a sentence: the libraries write several."""
+    """Returns the message of an error as one sentence; the libraries write several lines."""
     text = " ".join(str(error).split())[:300] or type(error).__name__
     return text if text.endswith((".", "!", "?")) else f"{text}."

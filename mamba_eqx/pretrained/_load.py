@@ -1,8 +1,8 @@
-"""From a checkpoint to a model."""
+"""Loading a model from a checkpoint."""
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +10,16 @@ import numpy as np
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-from .._trees import path_name
 from ..formats import CheckpointError, StoredTensor
-from ..layers import recurrence_mask
 from ..models import LanguageModel
-from ._arrays import check_dtype, check_tied_head, one_dtype, to_jax
+from ._arrays import check_dtype, common_dtype, to_jax
+from ._assign import Assignment, assign
 from ._checkpoint import Checkpoint, open_checkpoint
 from ._hub import Hub
-from .layouts import Slot, by_leaf, match, skeleton_of
+from .layouts import check_tied_head, skeleton_of
 
 
-_ShardingOf = Callable[[str, jax.ShapeDtypeStruct], Sharding]
+_Shardings: TypeAlias = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
 
 
 def from_pretrained(
@@ -33,46 +32,48 @@ def from_pretrained(
     local_files_only: bool = False,
     force_download: bool = False,
     endpoint: str | None = None,
-    sharding: Sharding | _ShardingOf | None = None,
+    sharding: _Shardings | None = None,
 ) -> LanguageModel:
-    """Loads a checkpoint, in the layout of transformers, of the official repository or of Mistral.
+    """Loads a checkpoint in the layout of transformers, of the official repository or of Mistral.
 
     ```python
     model = mbx.from_pretrained("state-spaces/mamba-130m", dtype=jnp.bfloat16)
     ```
 
-    All is checked before anything is loaded: first the config, whose every field must be known,
-    then the names, shapes and dtypes of all tensors. Only weights are read: neither code nor
-    pickled objects of a checkpoint are ever run. Tensors are read one by one, straight into the
-    dtype and onto the devices asked for.
+    Everything is checked before any weight is loaded: first the config, whose every field must be
+    known, then the names, shapes and dtypes of all tensors. No code and no pickled objects of a
+    checkpoint are ever run. Tensors are read one by one, straight into the requested dtype and onto
+    the requested devices.
 
     **Arguments:**
 
     - `name_or_path`: a local folder, or else the name of a repository on the Hugging Face Hub. It
         holds `config.json`, and the weights as `model.safetensors` or `pytorch_model.bin`, in one
-        file or with an index in several. A local folder may hold Mistral's `params.json` and
+        file or in several with an index. A local folder may hold Mistral's `params.json` and
         `consolidated.safetensors` instead.
-    - `dtype`: of the parameters; those of recurrences stay at least float32 (see
+    - `dtype`: the dtype of the parameters. Parameters of recurrences stay at least float32 (see
         [`mamba_eqx.cast`][]). By default each parameter keeps the dtype it is stored in.
-    - `revision`: a branch, tag or commit on the Hub. It is resolved once, so that all files are
-        of the same commit.
-    - `token`: the Hub's; by default the one that you logged in with. `False` for none.
-    - `cache_dir`: where downloads are kept; by default the Hub's usual cache.
-    - `local_files_only`: whether to leave the Hub alone and take only what is in the cache.
-    - `force_download`: whether to download again what is in the cache.
-    - `endpoint`: the address of another Hub, by default `HF_ENDPOINT` or the public one.
-    - `sharding`: where the parameters go: one sharding for all, or a function from the path of a
-        parameter (such as `"layers.layers.0.mixer.in_proj.weight"`) and its shape and dtype to a
-        sharding. Each device reads no more than its own part. By default they go to JAX's default
-        device.
+    - `revision`: a branch, tag or commit on the Hub. The revision is resolved once, so that all
+        files belong to the same commit.
+    - `token`: an access token of the Hub. By default the one you are logged in with; `False` for
+        none.
+    - `cache_dir`: the folder for downloads. By default the usual cache of the Hub.
+    - `local_files_only`: whether to use only files in the cache, without any network access.
+    - `force_download`: whether to download files again that are in the cache.
+    - `endpoint`: the address of another Hub. By default `HF_ENDPOINT` or the public one.
+    - `sharding`: the placement of the parameters: one sharding for all, or a function from the path
+        of a parameter (such as `"layers.layers.0.mixer.in_proj.weight"`) and its shape and dtype to
+        a sharding. Each device reads only its own part. By default parameters are placed on JAX's
+        default device.
 
     **Returns:**
 
-    The model, its layers in an [`mamba_eqx.Unrolled`][].
+    The model, with its layers in an [`mamba_eqx.Unrolled`][].
 
     **Raises:** [`mamba_eqx.CheckpointError`][] for a checkpoint that is incomplete, damaged, of an
-    unsupported architecture or not to be had from the Hub; `FileNotFoundError` for a path at which
-    there is no folder.
+    unsupported architecture or cannot be downloaded; `FileNotFoundError` for a path at which there
+    is no folder; `ValueError` for a `dtype` that is not floating-point, or a `sharding` that does
+    not fit a parameter.
     """
     if dtype is not None:
         dtype = check_dtype("The model", dtype)
@@ -85,72 +86,69 @@ def from_pretrained(
 def load(
     checkpoint: Checkpoint,
     dtype: np.dtype | None = None,
-    sharding: Sharding | _ShardingOf | None = None,
+    sharding: _Shardings | None = None,
 ) -> LanguageModel:
-    """The model of an open checkpoint; the arguments are those of `from_pretrained`."""
+    """Loads the model of an open checkpoint. For the arguments see `from_pretrained`."""
     layout, config, tensors = checkpoint.layout, checkpoint.config, checkpoint.tensors
     skeleton = skeleton_of(config)
-    leaves: list[Any]
-    leaves, structure = jax.tree.flatten(skeleton)
-    recurrence = jax.tree.leaves(recurrence_mask(skeleton))
-    paths = [path for path, _ in jax.tree.leaves_with_path(skeleton)]
     try:
-        found = by_leaf(match(layout, config, skeleton, tensors, floating=True))
-        targets = {
-            index: loaded_dtype([tensor for _, tensor in parts], dtype, recurrence[index])
-            for index, parts in found.items()
-        }
-        places = {
-            index: _sharding(sharding, paths[index], leaves[index].shape, target)
-            for index, target in targets.items()
-        }
+        assignments = assign(layout, config, skeleton, tensors, floating=True)
+        targets = [_target(assignment, dtype, sharding) for assignment in assignments]
         check_tied_head(layout, config, tensors, lambda tensor: tensor.read())
-        for index, parts in found.items():
-            arrays = [slot.entry.transform.from_file(tensor.read()) for slot, tensor in parts]
-            leaf = to_jax(_names(parts), arrays, targets[index], places[index])
-            # One by one, or what is on its way to a device piles up in memory.
-            leaves[index] = jax.block_until_ready(leaf)
+        leaves = [_read(*pair) for pair in zip(assignments, targets, strict=True)]
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.where}: {error}") from None
-    return jax.tree.unflatten(structure, leaves)
+    return jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
 
 
-def loaded_dtype(tensors: list[StoredTensor], dtype: np.dtype | None, recurrence: bool) -> np.dtype:
-    """The dtype that the tensors of a leaf are loaded in: as `mbx.cast` has it, or their own."""
-    own = {tensor.name: tensor.dtype for tensor in tensors}
-    target = one_dtype(own) if dtype is None else dtype
-    if recurrence and target != np.float64:
+def loaded_dtype(assignment: Assignment[StoredTensor], dtype: np.dtype | None) -> np.dtype:
+    """Returns the dtype in which a leaf is loaded.
+
+    **Arguments:**
+
+    - `assignment`: the leaf and its tensors.
+    - `dtype`: the requested dtype; the dtype of the tensors if `None`. As with `mbx.cast`, the
+        parameters of recurrences are float32 unless this is float64.
+
+    **Raises:** `CheckpointError` if the tensors have different dtypes and none is requested, or the
+    dtype needs JAX's 64-bit mode.
+    """
+    own = {tensor.name: tensor.dtype for _, tensor in assignment.parts}
+    target = common_dtype(own) if dtype is None else dtype
+    if assignment.recurrence and target != np.float64:
         target = np.dtype(np.float32)
-    return check_dtype(tensors[0].name, target)
+    return check_dtype(next(iter(own)), target)
 
 
-def _names(parts: list[tuple[Slot, StoredTensor]]) -> str:
-    return ", ".join(tensor.name for _, tensor in parts)
-
-
-def _sharding(
-    sharding: Sharding | _ShardingOf | None,
-    path: tuple[Any, ...],
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-) -> Sharding | None:
-    """The sharding of one parameter, if it can be one of that shape."""
+def _target(
+    assignment: Assignment[StoredTensor], dtype: np.dtype | None, sharding: _Shardings | None
+) -> jax.ShapeDtypeStruct:
+    """Returns the shape, dtype and sharding of a leaf, after checking that they are possible."""
+    shape = assignment.leaf.shape
+    target = jax.ShapeDtypeStruct(shape, loaded_dtype(assignment, dtype))
     if sharding is None:
-        return None
-    name = path_name(path)
+        return target
     chosen = sharding
     if not isinstance(chosen, Sharding):
-        chosen = chosen(name, jax.ShapeDtypeStruct(shape, dtype))
+        chosen = chosen(assignment.path, target)
     if not isinstance(chosen, Sharding):
         raise ValueError(
-            f"`sharding` must give a `jax.sharding.Sharding` for each parameter, but for {name!r} "
-            f"gave {chosen!r}."
+            "`sharding` must return a `jax.sharding.Sharding` for each parameter, but for "
+            f"{assignment.path!r} returned {chosen!r}."
         )
     try:
         chosen.shard_shape(shape)
     except ValueError as error:
         raise ValueError(
-            f"`sharding` does not fit {name!r} of shape {shape}: {' '.join(str(error).split())} "
-            "Give a function that chooses for each parameter."
+            f"`sharding` does not fit {assignment.path!r} of shape {shape}: "
+            f"{' '.join(str(error).split())} Give a function that chooses for each parameter."
         ) from None
-    return chosen
+    return jax.ShapeDtypeStruct(shape, target.dtype, sharding=chosen)
+
+
+def _read(assignment: Assignment[StoredTensor], target: jax.ShapeDtypeStruct) -> jax.Array:
+    arrays = [slot.entry.transform.from_file(tensor.read()) for slot, tensor in assignment.parts]
+    names = ", ".join(tensor.name for _, tensor in assignment.parts)
+    leaf = to_jax(names, arrays, target.dtype, target.sharding)
+    # Without waiting, transfers to a device would pile up in memory.
+    return jax.block_until_ready(leaf)

@@ -1,4 +1,4 @@
-"""From a model to a repository on the Hugging Face Hub."""
+"""Uploading a model to a repository on the Hugging Face Hub."""
 
 import os
 import tempfile
@@ -6,8 +6,9 @@ from pathlib import Path
 
 from ..models import LanguageModel
 from ._card import CARD, model_card
+from ._folder import is_weights
 from ._hub_errors import Place, failure
-from ._save import is_weights, save_pretrained
+from ._save import save_pretrained
 from .layouts import config_of
 
 
@@ -24,41 +25,41 @@ def push_to_hub(
     create_pr: bool = False,
     endpoint: str | None = None,
 ) -> str:
-    """Saves a model in a repository on the Hugging Face Hub, which is made if need be.
+    """Saves a model in a repository on the Hugging Face Hub, which is created if necessary.
 
     ```python
     mbx.push_to_hub(model, "me/my-mamba", private=True)
     ```
 
-    It is one commit: the config and the weights, a model card if the repository has none, and the
-    removal of weights that a reader might take for these. Until it is made, the repository is as
-    it was.
+    The upload is a single commit, before which the repository is unchanged. The commit adds the
+    config and the weights, and a model card if the repository has none. It removes other weights
+    that a reader might load instead.
 
     **Arguments:**
 
     - `model`, `layout`, `max_shard_size`: see [`mamba_eqx.save_pretrained`][].
-    - `repo_id`: the name of the repository.
-    - `revision`: the branch, which is made if need be; the main one by default.
-    - `token`: the Hub's; by default the one that you logged in with.
-    - `private`: whether a repository that is made is private; as your account has it by default.
+    - `repo_id`: the name of the repository, `owner/name`.
+    - `revision`: the branch, which is created if necessary. By default the main branch.
+    - `token`: an access token of the Hub. By default the one you are logged in with.
+    - `private`: whether a new repository is private. By default as set in your account.
     - `commit_message`: the first line of the commit's message.
-    - `create_pr`: whether to open a pull request, instead of changing the branch.
-    - `endpoint`: the address of another Hub, by default `HF_ENDPOINT` or the public one.
+    - `create_pr`: whether to open a pull request instead of changing the branch.
+    - `endpoint`: the address of another Hub. By default `HF_ENDPOINT` or the public one.
 
     **Returns:**
 
-    The address of the commit: a string, and the `CommitInfo` of `huggingface_hub`, of which
-    `pr_url` is that of the pull request.
+    The address of the commit. The string is also the `CommitInfo` of `huggingface_hub`, whose
+    `pr_url` is the address of the pull request.
 
-    **Raises:** [`mamba_eqx.CheckpointError`][] if the layout cannot hold the model, or the Hub
-    refuses it.
+    **Raises:** [`mamba_eqx.CheckpointError`][] if the layout cannot store the model, or the Hub
+    refuses the upload.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(endpoint=endpoint, token=token)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        # First, so that nothing is made at the Hub for a model that cannot be saved.
+        # Saved first, so that nothing is created on the Hub for a model that cannot be saved.
         save_pretrained(model, folder, layout=layout, max_shard_size=max_shard_size)
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -80,6 +81,5 @@ def push_to_hub(
                 revision=revision,
                 create_pr=create_pr,
             )
-        # Any: see `_hub.py`.
-        except Exception as error:
+        except Exception as error:  # Any type; `_hub.py` explains why.
             raise failure(Place(repo_id, revision, endpoint), error, writing=True) from error

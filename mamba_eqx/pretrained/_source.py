@@ -1,93 +1,102 @@
-"""The files of a checkpoint: the config, and the weights in one file or in several."""
+"""Where the files of a checkpoint are: in a local folder, or in a repository on the Hub."""
 
-from collections.abc import Callable
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import NoReturn
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
-from ..formats import CheckpointError, StoredTensor, open_safetensors, open_torch, quote, read_json
-from .layouts import listing
+from ..formats import CheckpointError
+from ._hub import Hub, open_repository
+from .layouts import MISTRAL
 
 
 CONFIG = "config.json"
-SAFETENSORS = "model.safetensors"
-SAFETENSORS_INDEX = "model.safetensors.index.json"
-_Open = Callable[[Path], dict[str, StoredTensor]]
+CONFIGS = (CONFIG, MISTRAL.config_file)
 
 
-# In transformers' order of preference: one file or an index of several, and how to open them.
-_WEIGHTS: tuple[tuple[str, str, _Open], ...] = (
-    (SAFETENSORS, SAFETENSORS_INDEX, open_safetensors),
-    ("pytorch_model.bin", "pytorch_model.bin.index.json", open_torch),
-)
-_MAX_INDEX = 2**21
-_MAX_SHARDS = 2**12
-Find = Callable[[str], Path | None]
-"""Where the file of that name is, or `None` if the checkpoint has none."""
+@runtime_checkable
+class Source(Protocol):
+    """The files of one checkpoint, found by name.
+
+    - `where`: how messages refer to the checkpoint.
+    """
+
+    @property
+    def where(self) -> str: ...
+
+    def find(self, name: str) -> Path | None:
+        """Returns the local path of a file, downloaded if necessary, or `None` if it is absent."""
+        ...
 
 
-def open_weights(find: Find, where: str, name: str = SAFETENSORS) -> dict[str, StoredTensor]:
-    """Opens the weights of a checkpoint; the values stay on disk until they are read.
+def open_source(
+    name_or_path: str | os.PathLike[str],
+    hub: Hub,
+    *,
+    entry_files: Sequence[str] = CONFIGS,
+    header_folder: Path | None = None,
+) -> Source:
+    """Opens a local folder, or else a repository on the Hub.
 
     **Arguments:**
 
-    - `find`: finds the checkpoint's files by name.
-    - `where`: what to call the checkpoint in messages.
-    - `name`: the file of weights that the layout has, where that is not the usual one.
+    - `name_or_path`: a local folder, or the name of a repository.
+    - `hub`: how to access the Hub.
+    - `entry_files`, `header_folder`: options for a repository; see `open_repository`.
 
-    **Raises:** `CheckpointError` if there are none, or an index and its files disagree.
+    **Raises:** `FileNotFoundError` if a path does not exist; `CheckpointError` if it is a file, or
+    the repository cannot be read or has none of `entry_files`.
     """
-    own = None if name == SAFETENSORS else find(name)
-    if own is not None:
-        return open_safetensors(own)
-    for single, index, open_file in _WEIGHTS:
-        path = find(single)
-        if path is not None:
-            return open_file(path)
-        path = find(index)
-        if path is not None:
-            return _open_shards(path, find, open_file)
-    names = ", ".join(name for single, index, _ in _WEIGHTS for name in (single, index))
-    raise CheckpointError(f"{where} has no weights: none of {names} is there.")
+    folder = Path(name_or_path)
+    if not folder.is_dir() and not _is_path(name_or_path):
+        return open_repository(str(name_or_path), hub, entry_files, header_folder)
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"There is no folder {str(folder)!r}. Give the folder of a checkpoint, or the name of "
+            "a repository on the Hugging Face Hub."
+        )
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is a file: give the folder that holds it, with its {CONFIG}."
+        )
+    return _Folder(os.fspath(name_or_path), folder)
 
 
-def _open_shards(index: Path, find: Find, open_file: _Open) -> dict[str, StoredTensor]:
-    def refuse(fault: str) -> NoReturn:
-        raise CheckpointError(f"{index}: {fault} Download or save the checkpoint again.")
-
-    try:
-        content = read_json(index, _MAX_INDEX)
-    except CheckpointError as error:
-        raise CheckpointError(f"{index}: {error}") from None
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        refuse("it has no `weight_map` from the names of tensors to files.")
-    for file in weight_map.values():
-        if not isinstance(file, str) or not _is_plain(file):
-            refuse(f"it refers to {quote(str(file))}, which is not the plain name of a file.")
-    files = sorted(set(weight_map.values()))
-    if len(files) > _MAX_SHARDS:
-        refuse(f"it refers to {len(files)} files, but at most {_MAX_SHARDS} are read.")
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        path = find(file)
-        if path is None:
-            refuse(f"the file {quote(file)} it refers to is missing.")
-        shard = open_file(path)
-        mapped = {name for name, its_file in weight_map.items() if its_file == file}
-        if shard.keys() != mapped:
-            missing, extra = sorted(mapped - shard.keys()), sorted(shard.keys() - mapped)
-            faults = {"lacks": missing, "has, unmentioned,": extra}
-            text = " and ".join(f"{k} {listing([*map(quote, v)])}" for k, v in faults.items() if v)
-            refuse(f"it disagrees with {quote(file)}, which {text}.")
-        tensors |= shard
-    return tensors
-
-
-def _is_plain(name: str) -> bool:
-    # On every system the rules of both, so that a checkpoint is good everywhere or nowhere.
+def _is_path(name_or_path: str | os.PathLike[str]) -> bool:
+    """Returns whether the argument cannot be a repository's name (`name` or `owner/name`)."""
+    if not isinstance(name_or_path, str):
+        return True
     return (
-        name not in ("", ".", "..")
-        and PurePosixPath(name).name == name
-        and PureWindowsPath(name).name == name
-        and "\0" not in name
+        name_or_path.startswith((".", "/", "~"))
+        or "\\" in name_or_path
+        or name_or_path.count("/") > 1
+        or Path(name_or_path).exists()
     )
+
+
+@dataclass(frozen=True)
+class _Folder:
+    where: str
+    path: Path
+
+    def find(self, name: str) -> Path | None:
+        path = self.path / name
+        if not path.exists():
+            return None
+        # A link in an untrusted folder must not make us read files outside the folder.
+        if not any(path.resolve().is_relative_to(root.resolve()) for root in self._roots()):
+            raise CheckpointError(
+                f"{path} is a link that leaves the folder: replace the link by a copy of its "
+                "target, or give the folder that holds the target."
+            )
+        return path
+
+    def _roots(self) -> list[Path]:
+        """Returns the folders that links may lead to."""
+        snapshots = self.path.absolute().parent
+        repository = snapshots.parent
+        if snapshots.name == "snapshots" and repository.name.startswith("models--"):
+            # The Hub's cache keeps the content in a folder of the repository, or in a shared one.
+            return [self.path, repository / "blobs", repository.parent / "blobs"]
+        return [self.path]

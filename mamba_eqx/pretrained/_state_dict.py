@@ -1,8 +1,7 @@
-"""Trees under the names and shapes of a checkpoint layout, in memory."""
+"""The arrays of a model under the names and in the shapes of a checkpoint layout."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +10,15 @@ from jaxtyping import Array
 
 from ..formats import CheckpointError
 from ..models import LanguageModel
-from ._arrays import check_tied_head, one_dtype, to_jax
+from ._arrays import common_dtype, to_jax
+from ._assign import Assignment, assign
 from .layouts import (
     MISTRAL,
     STATE_SPACES,
     TRANSFORMERS,
     Layout,
-    by_leaf,
+    check_tied_head,
     config_of,
-    match,
     renamed,
     restacked,
     slots,
@@ -32,8 +31,11 @@ LAYOUTS = MappingProxyType(
 )
 
 
-def layout_named(name: str) -> Layout:
-    """**Raises:** `CheckpointError` if there is no layout of that name."""
+def get_layout(name: str) -> Layout:
+    """Returns the layout with a name.
+
+    **Raises:** `CheckpointError` if there is none.
+    """
     if name not in LAYOUTS:
         raise CheckpointError(
             f"`layout` must be one of {', '.join(map(repr, LAYOUTS))}, but got {name!r}."
@@ -42,7 +44,7 @@ def layout_named(name: str) -> Layout:
 
 
 def state_dict(tree: LanguageModel, *, layout: str = "transformers") -> dict[str, Array]:
-    """The arrays of a model under the names and in the shapes that a checkpoint layout has.
+    """Returns the arrays of a model under the names and in the shapes of a checkpoint layout.
 
     ```python
     grads = eqx.filter_grad(loss)(model, tokens)
@@ -51,22 +53,23 @@ def state_dict(tree: LanguageModel, *, layout: str = "transformers") -> dict[str
 
     **Arguments:**
 
-    - `tree`: the model, or any tree of its structure: gradients, moments of an optimiser, a part
-        of a model with `None` for the rest. Its layers may be `Unrolled` or `Stacked`.
+    - `tree`: the model, or any tree of its structure: gradients, the moments of an optimiser, or a
+        part of a model with `None` in place of the rest. Its layers may be `Unrolled` or `Stacked`.
     - `layout`: `"transformers"`, `"state-spaces"` or `"mistral"`.
 
     **Returns:**
 
-    The arrays by name, in their own dtypes. A tied head is not in it a second time.
+    The arrays by name, in their own dtypes. A tied head is not included a second time.
 
-    **Raises:** [`mamba_eqx.CheckpointError`][] if the layout cannot hold the model.
+    **Raises:** [`mamba_eqx.CheckpointError`][] if `tree` is not of a model's structure, or the
+    layout cannot store the model.
     """
-    chosen = layout_named(layout)
+    chosen = get_layout(layout)
     config = config_of(tree)
     tree = unrolled(tree)
     leaves = jax.tree.leaves(tree)
     return {
-        slot.entry.name: slot.to_file(_jax(slot.entry.name, leaves[slot.index]))
+        slot.entry.name: slot.to_file(_to_jax_array(slot.entry.name, leaves[slot.index]))
         for slot in slots(chosen, config, tree)
     }
 
@@ -77,40 +80,47 @@ def load_state_dict(
     *,
     layout: str = "transformers",
 ) -> LanguageModel:
-    """The inverse of [`mamba_eqx.state_dict`][]: a tree of the structure of `like`.
+    """Returns a tree with the given arrays: the inverse of [`mamba_eqx.state_dict`][].
 
     **Arguments:**
 
-    - `like`: a model, or any tree of its structure; `eqx.filter_eval_shape` of one will do. Of
-        its leaves only the shapes matter.
+    - `like`: a model, or any tree of its structure, including the result of
+        `eqx.filter_eval_shape`. Only the shapes of its leaves are used.
     - `tensors`: the arrays by name. They keep their dtypes.
     - `layout`: `"transformers"`, `"state-spaces"` or `"mistral"`.
 
-    **Raises:** one [`mamba_eqx.CheckpointError`][] that lists all names which are missing, which
-    are unexpected, and which have another shape.
+    **Returns:**
+
+    A tree of the structure of `like`, with its layers `Unrolled` or `Stacked` as in `like`.
+
+    **Raises:** one [`mamba_eqx.CheckpointError`][] that lists all missing, unexpected and
+    mis-shaped tensors.
     """
-    chosen = layout_named(layout)
+    chosen = get_layout(layout)
     config = config_of(like)
-    tensors = renamed(chosen, {name: _array(name, tensor) for name, tensor in tensors.items()})
-    flat = jax.eval_shape(unrolled, like)
-    leaves, structure = jax.tree.flatten(flat)
-    found = match(chosen, config, flat, tensors, floating=False)
+    tensors = renamed(chosen, {name: _check_array(name, value) for name, value in tensors.items()})
+    tree = jax.eval_shape(unrolled, like)
+    assignments = assign(chosen, config, tree, tensors, floating=False)
     check_tied_head(chosen, config, tensors, np.asarray)
-    for index, parts in by_leaf(found).items():
-        one_dtype({slot.entry.name: tensor.dtype for slot, tensor in parts})
-        arrays = [
-            _jax(slot.entry.name, slot.entry.transform.from_file(tensor)) for slot, tensor in parts
-        ]
-        leaves[index] = arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
-    return restacked(jax.tree.unflatten(structure, leaves), like)
+    filled = jax.tree.unflatten(jax.tree.structure(tree), map(_join, assignments))
+    return restacked(filled, like)
 
 
-def _jax(name: str, leaf: Any) -> Array:
-    array = _array(name, leaf)
+def _join(assignment: Assignment[Array | np.ndarray]) -> Array:
+    common_dtype({slot.entry.name: tensor.dtype for slot, tensor in assignment.parts})
+    arrays = [
+        _to_jax_array(slot.entry.name, slot.entry.transform.from_file(tensor))
+        for slot, tensor in assignment.parts
+    ]
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
+
+
+def _to_jax_array(name: str, value: object) -> Array:
+    array = _check_array(name, value)
     return array if isinstance(array, jax.Array) else to_jax(name, [array], array.dtype)
 
 
-def _array(name: str, leaf: Any) -> Array | np.ndarray:
-    if not isinstance(leaf, jax.Array | np.ndarray):
-        raise CheckpointError(f"{name} must be an array, but is of type {type(leaf).__name__}.")
-    return leaf
+def _check_array(name: str, value: object) -> Array | np.ndarray:
+    if not isinstance(value, jax.Array | np.ndarray):
+        raise CheckpointError(f"{name} must be an array, but is of type {type(value).__name__}.")
+    return value

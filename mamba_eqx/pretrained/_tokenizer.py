@@ -7,9 +7,8 @@ from typing import Any
 
 from ..formats import CheckpointError, read_config
 from ..text import ByteTokenizer, TextTokenizer
-from ._checkpoint import CONFIGS, find_files
 from ._hub import Hub
-from ._source import CONFIG, Find
+from ._source import CONFIG, CONFIGS, Source, open_source
 
 
 TOKENIZER = "tokenizer.json"
@@ -59,37 +58,37 @@ def load_tokenizer(
 
 
 def _load(name_or_path: str | os.PathLike[str], hub: Hub) -> TextTokenizer | ByteTokenizer:
-    find, where = find_files(name_or_path, hub, settled_by=(*CONFIGS, TOKENIZER))
-    return read_tokenizer(find, where, hub)
+    source = open_source(name_or_path, hub, entry_files=(*CONFIGS, TOKENIZER))
+    return read_tokenizer(source, hub)
 
 
-def read_tokenizer(find: Find, where: str, hub: Hub) -> TextTokenizer | ByteTokenizer:
-    """The tokenizer among the files that `find` finds; `hub` is where another one would be."""
-    config_path = find(TOKENIZER_CONFIG)
+def read_tokenizer(source: Source, hub: Hub) -> TextTokenizer | ByteTokenizer:
+    """Reads the tokenizer of a checkpoint; `hub` says how to access that of another repository."""
+    config_path = source.find(TOKENIZER_CONFIG)
     config = {} if config_path is None else read_config(config_path, _MAX_CONFIG)
     if not isinstance(config, dict):
         raise CheckpointError(f"{config_path}: it must be a JSON object.")
-    path = find(TOKENIZER)
+    path = source.find(TOKENIZER)
     if path is not None:
-        template = find(CHAT_TEMPLATE)
+        template = source.find(CHAT_TEMPLATE)
         if template is not None:
             # Where transformers puts it now; one in the config is from before.
             config = config | {"chat_template": _read_text(template)}
         return _text_tokenizer(path, config)
     if config.get("tokenizer_class") == _BYTES["tokenizer_class"]:
         return ByteTokenizer()
-    if _is_original(find):
+    if _is_original(source):
         other = Hub(None, hub.token, hub.cache_dir, hub.local_files_only, endpoint=hub.endpoint)
         try:
             return _load(_NEOX, other)
         except CheckpointError as error:
             raise CheckpointError(
-                f"{where} has no {TOKENIZER}; its model was trained with that of {_NEOX}, which "
-                f"could not be loaded: {error}"
+                f"{source.where} has no {TOKENIZER}; its model was trained with that of {_NEOX}, "
+                f"which could not be loaded: {error}"
             ) from error
     raise CheckpointError(
-        f"{where} has no {TOKENIZER}: take the tokenizer of the repository that the model was "
-        f"trained with. If its tokens are bytes, put a {TOKENIZER_CONFIG} there that says "
+        f"{source.where} has no {TOKENIZER}: take the tokenizer of the repository that the model "
+        f"was trained with. If its tokens are bytes, put a {TOKENIZER_CONFIG} there that says "
         f"{json.dumps(_BYTES)}, as `mamba_eqx.save_tokenizer` does."
     )
 
@@ -135,8 +134,8 @@ def _read_text(path: Path) -> str:
         raise CheckpointError(f"{path}: it is not UTF-8 text: {error}.") from error
 
 
-def _is_original(find: Find) -> bool:
-    path = find(CONFIG)
+def _is_original(source: Source) -> bool:
+    path = source.find(CONFIG)
     values = None if path is None else read_config(path)
     return (
         isinstance(values, dict)

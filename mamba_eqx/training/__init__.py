@@ -1,4 +1,4 @@
-"""Training: losses, the papers' recipe, data, checkpoints, metrics and fine-tuning."""
+"""Training: data, losses, the papers' recipe, steps, checkpoints, metrics and fine-tuning."""
 
 from ._checkpoints import Checkpoints as Checkpoints, CheckpointWriteError as CheckpointWriteError
 from ._fit import Data as Data, Fit as Fit, fit as fit
@@ -8,7 +8,8 @@ from ._loss import (
     empty_carry as empty_carry,
     next_token_loss as next_token_loss,
 )
-from ._metrics import plot_metrics as plot_metrics, read_metrics as read_metrics
+from ._metrics import read_metrics as read_metrics
+from ._plots import plot_metrics as plot_metrics
 from ._recipe import decay_mask as decay_mask, recipe as recipe
 from ._step import Loss as Loss, TrainState as TrainState, TrainStep as TrainStep
 from .data import (

@@ -1,5 +1,6 @@
-"""Checkpoints that appear whole or not at all, and are read back as they were."""
+"""Checkpoints of a training run: written atomically, restored bit for bit."""
 
+import dataclasses
 import errno
 import functools
 import json
@@ -11,14 +12,16 @@ import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jaxtyping import PyTree
 from safetensors import SafetensorError
 
+from .._atomic import atomic_folder, leftover_of, remove_folder
 from .._trees import named_leaves
 from ..formats import (
     CheckpointError,
@@ -30,46 +33,49 @@ from ..formats import (
 
 
 State = TypeVar("State")
+_Array = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 _STATE = "state.safetensors"
 _RECORD = "checkpoint.json"
 _NAME = re.compile(r"step-(\d{9,})")
-_LEFTOVER = re.compile(r"\.step-\d{9,}\.[0-9a-f]{8}\.tmp")
 _PACKAGES = ("mamba_eqx", "jax", "equinox", "numpy", "optax")
 
 
 class CheckpointWriteError(OSError):
-    """A checkpoint could not be written. Those that were there are there still.
+    """Raised if a checkpoint cannot be written. Existing checkpoints are untouched.
 
-    Raised by [`mamba_eqx.training.fit`][] it carries the `state` of the training and its `step`, so
-    that nothing is lost as long as the process lives.
+    If [`mamba_eqx.training.fit`][] raises it for the last checkpoint, `state` is the state of the
+    run and `step` the number of completed steps, so nothing is lost while the process lives.
     """
 
-    state: Any = None
+    state: PyTree = None
     step: int | None = None
 
 
 class Checkpoints:
-    """The checkpoints of one training, in a folder.
+    """The checkpoints of one training run, in a folder.
 
-    Each is a folder of its own with the arrays of a state (`state.safetensors`, PRNG keys and
-    bfloat16 included) and a record of what made it (`checkpoint.json`). It is written under another
-    name, forced to the disk, and renamed: it appears whole or not at all, and if writing it fails
-    those before it stay.
+    A checkpoint is a folder with the arrays of a state (`state.safetensors`, PRNG keys and bfloat16
+    included) and a record of the run (`checkpoint.json`). It is written under another name, forced
+    to disk and renamed, so it appears complete or not at all. If writing fails, earlier checkpoints
+    are untouched.
     """
 
     def __init__(
         self,
         folder: str | os.PathLike[str],
         *,
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, object] | None = None,
         keep: int = 2,
     ):
         """**Arguments:**
 
-        - `folder`: where they lie. It is made if need be.
-        - `config`: what made the training, as JSON: stored in each checkpoint, and compared when
-            one is read.
-        - `keep`: how many of the newest are kept. The best one is kept as well.
+        - `folder`: the folder of the checkpoints. It is created if it does not exist.
+        - `config`: the settings of the run, as JSON. They are stored in each checkpoint and
+            compared when one is restored.
+        - `keep`: the number of newest checkpoints to keep, at least 1. The best one is kept too.
+
+        **Raises:** `ValueError` if `keep` is below 1 or `config` is not JSON;
+        [`mamba_eqx.training.CheckpointWriteError`][] if the folder cannot be created.
         """
         if keep < 1:
             raise ValueError(f"`keep` must be at least 1, but got {keep}.")
@@ -78,96 +84,86 @@ class Checkpoints:
         try:
             self._config = json.loads(json.dumps(dict(config or {}), allow_nan=False))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"`config` must be JSON, but got {config!r}: {error}.") from None
+            raise ValueError(f"`config` must be JSON, but got {config!r} ({error}).") from None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise write_error(error, f"No checkpoints can be written to {self.folder}") from error
+            raise write_error(error, f"Could not create {self.folder}") from error
 
     @property
     def steps(self) -> list[int]:
-        """The steps of which there are checkpoints, the newest last."""
+        """The steps that have a checkpoint, in increasing order."""
         names = os.listdir(self.folder) if self.folder.is_dir() else []
         found = (_NAME.fullmatch(name) for name in names)
         return sorted(int(match[1]) for match in found if match)
 
     @property
     def scores(self) -> dict[int, float]:
-        """The scores of the steps that have one."""
+        """The score of each step whose checkpoint has one."""
         found = {step: self._score(step) for step in self.steps}
         return {step: score for step, score in found.items() if score is not None}
 
     @property
     def best(self) -> int | None:
-        """The step with the lowest score, if any has one."""
+        """The step with the lowest score, or `None` if no checkpoint has a score."""
         scores = self.scores
         return min(scores, key=scores.__getitem__) if scores else None
 
     def path(self, step: int) -> Path:
-        """The folder of the checkpoint of a step."""
+        """Returns the folder of a step's checkpoint."""
         return self.folder / f"step-{step:09}"
 
-    def save(self, step: int, state: Any, *, score: float | None = None) -> None:
-        """Writes a checkpoint, and then removes those that are no longer to be kept.
+    def save(self, step: int, state: PyTree, *, score: float | None = None) -> None:
+        """Writes a checkpoint, then removes those that are no longer to be kept.
 
         **Arguments:**
 
-        - `step`: how many steps the state has behind it.
-        - `state`: any pytree of arrays. Leaves that are none (numbers, functions) are not stored,
-            but numbers are compared when the checkpoint is read.
-        - `score`: how good it is; the checkpoint with the lowest is the best one.
+        - `step`: the number of completed steps.
+        - `state`: any pytree of arrays. Other leaves (numbers, functions) are not stored, but
+            numbers are compared when the checkpoint is restored.
+        - `score`: the score of the state. The checkpoint with the lowest score is the best one.
 
-        **Raises:** [`mamba_eqx.training.CheckpointWriteError`][] if it cannot be written.
+        **Raises:** [`mamba_eqx.training.CheckpointWriteError`][] if the checkpoint cannot be
+        written; `ValueError` if two leaves of `state` have the same name.
         """
-        target = self.path(step)
-        temporary = self._temporary(target)
-        tensors, keys, constants = _parts(state)
-        record = {
-            "step": step,
-            "score": score,
-            "config": self._config,
-            "versions": _versions(),
-            "keys": keys,
-            "constants": constants,
-        }
+        parts = _split(state)
+        record = _Record(step, score, self._config, _versions(), parts.keys, parts.constants)
+        text = json.dumps(dataclasses.asdict(record), indent=2, allow_nan=False) + "\n"
         try:
-            temporary.mkdir(parents=True)
-            write_safetensors(temporary / _STATE, tensors, {"format": "mamba_eqx.training"})
-            text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-            (temporary / _RECORD).write_text(text, "utf-8")
-            for path in (temporary / _STATE, temporary / _RECORD, temporary):
-                _to_disk(path)
-            self._remove(target)
-            os.rename(temporary, target)
-            _to_disk(self.folder)
+            with atomic_folder(self.path(step), sync=True) as temporary:
+                write_safetensors(
+                    temporary / _STATE, parts.tensors, {"format": "mamba_eqx.training"}
+                )
+                (temporary / _RECORD).write_text(text, "utf-8")
             for old in set(self.steps[: -self._keep]) - {self.best}:
-                self._remove(self.path(old))
+                remove_folder(self.path(old))
         except (OSError, SafetensorError) as error:
-            good = self.path(self.steps[-1]) if self.steps else "none"
+            newest = self.path(self.steps[-1]) if self.steps else "none"
             raise write_error(
-                error, f"The checkpoint of step {step} was not written; the last good one is {good}"
+                error,
+                f"Could not write the checkpoint of step {step}; the newest complete checkpoint is "
+                f"{newest}",
             ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def restore(self, like: State, *, step: int | None = None) -> tuple[State, int] | None:
-        """Reads the newest checkpoint that is whole, and removes what a killed process left.
+        """Restores the newest complete checkpoint, and removes what a killed process has left.
 
-        A checkpoint that is damaged is set aside, with a warning.
+        A damaged checkpoint is renamed, with a warning, and the one before it is restored.
 
         **Arguments:**
 
-        - `like`: a state of the same structure, shapes and dtypes, such as the one that a new
-            training begins with. It may consist of `jax.ShapeDtypeStruct`s.
-        - `step`: the step to read instead, `checkpoints.best` for example.
+        - `like`: a state of the same structure, shapes and dtypes, such as the initial state of a
+            new run. Its leaves may be `jax.ShapeDtypeStruct`s.
+        - `step`: the step to restore in place of the newest one, for example `checkpoints.best`.
 
         **Returns:** the state and its step, or `None` if there is no checkpoint.
 
-        **Raises:** [`mamba_eqx.CheckpointError`][] if the checkpoint is of another config or
-        structure, or if there are only damaged ones.
+        **Raises:** [`mamba_eqx.CheckpointError`][] if the checkpoint has another config or another
+        structure, or if every checkpoint is damaged; `FileNotFoundError` if `step` has no
+        checkpoint.
         """
         for name in os.listdir(self.folder):
-            if _LEFTOVER.fullmatch(name):
+            if _NAME.fullmatch(leftover_of(name) or ""):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
         steps = self.steps if step is None else [step]
         for number in reversed(steps):
@@ -181,57 +177,38 @@ class Checkpoints:
                 aside = path.with_name(f"damaged-{path.name}-{secrets.token_hex(4)}")
                 os.rename(path, aside)
                 warnings.warn(
-                    f"The checkpoint {path} is damaged ({fault}). It is now {aside.name}; the one "
-                    "before it is read instead.",
+                    f"The checkpoint {path} is damaged ({fault}). It was renamed to {aside.name}, "
+                    "and the checkpoint before it is restored.",
                     stacklevel=2,
                 )
                 continue
-            _check_config(path, record["config"], self._config)
-            return _filled(path, like, stored, record), number
+            _check_config(path, record.config, self._config)
+            return _fill(path, like, stored, record), number
         if steps:
             raise CheckpointError(
-                f"None of the {len(steps)} checkpoints in {self.folder} is whole. To train from "
-                "the beginning, remove that folder."
+                f"All {len(steps)} checkpoints in {self.folder} are damaged. Remove the folder to "
+                "train from the beginning."
             )
         return None
 
     def _score(self, step: int) -> float | None:
         try:
-            return _read_record(self.path(step))["score"]
+            return _read_record(self.path(step)).score
         except (CheckpointError, FileNotFoundError):
             return None
 
-    def _temporary(self, target: Path) -> Path:
-        return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-
-    def _remove(self, path: Path) -> None:
-        """In two moves, so that half a checkpoint never has the name of one."""
-        if path.exists():
-            temporary = self._temporary(path)
-            os.rename(path, temporary)
-            shutil.rmtree(temporary, ignore_errors=True)
-
 
 def write_error(error: Exception, what: str) -> CheckpointWriteError:
+    """Returns the error for a write that failed, with the error number of the operating system."""
     if isinstance(error, OSError):
         code = error.errno
-    else:  # the safetensors package has errors of its own, with the system's number in the text
+    else:  # An error of the safetensors package has the number in its text only.
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else None
     return CheckpointWriteError(
-        code or errno.EIO, f"{what} ({error}). Is the disk full, or the folder read-only?"
+        code or errno.EIO,
+        f"{what} ({error}). Check that the disk is not full and that the folder is writable.",
     )
-
-
-def _to_disk(path: Path) -> None:
-    """Forces a file, or the names in a folder, to the disk."""
-    if os.name == "nt" and path.is_dir():  # where folders cannot be opened
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @functools.cache
@@ -240,108 +217,141 @@ def _versions() -> dict[str, str]:
     for name in _PACKAGES:
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # run from a checkout that is not installed
+        except PackageNotFoundError:  # The package runs from a checkout that is not installed.
             found[name] = "unknown"
     return found
 
 
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """The content of `checkpoint.json`."""
+
+    step: int
+    score: float | None
+    config: object
+    versions: dict[str, str]
+    keys: dict[str, str]
+    """The implementation of each PRNG key."""
+
+    constants: dict[str, str]
+    """The `repr` of each leaf that is a number or a string."""
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _parts(state: Any) -> tuple[dict[str, np.ndarray], dict[str, str], dict[str, str]]:
-    """The arrays, how the PRNG keys among them were made, and the numbers that are no arrays."""
-    leaves = named_leaves(state)
-    if len(leaves) != len(jax.tree.leaves(state)):
-        raise ValueError(
-            "Two leaves of the state have the same name: rename a key with a dot in it."
-        )
-    arrays = {name: leaf for name, leaf in leaves.items() if _is_array(leaf)}
-    keys = {name: str(jr.key_impl(leaf)) for name, leaf in arrays.items() if _is_key(leaf)}
-    # All are on their way before the first is waited for.
-    data = {name: jr.key_data(leaf) if name in keys else leaf for name, leaf in arrays.items()}
-    tensors = {name: np.asarray(leaf) for name, leaf in jax.device_get(data).items()}
-    plain = bool | int | float | str
-    others = {name: leaf for name, leaf in leaves.items() if name not in arrays}
-    constants = {name: repr(leaf) for name, leaf in others.items() if isinstance(leaf, plain)}
-    return tensors, keys, constants
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    record = read_config(path / _RECORD, 2**24)
-    fields = {"step", "score", "config", "versions", "keys", "constants"}
-    if not isinstance(record, dict) or record.keys() != fields:
+def _read_record(path: Path) -> _Record:
+    values = read_config(path / _RECORD, 2**24)
+    names = {field.name for field in dataclasses.fields(_Record)}
+    if not isinstance(values, dict) or values.keys() != names:
         raise CheckpointError(f"{path / _RECORD} is not the record of a checkpoint.")
-    return record
+    return _Record(**values)
 
 
-def _check_config(path: Path, stored: Any, given: Any, name: str = "") -> None:
+def _check_config(path: Path, stored: object, given: object, name: str = "") -> None:
+    """Compares two configs, and names the first entry that differs."""
     if isinstance(stored, dict) and isinstance(given, dict):
         for key in [*stored, *(key for key in given if key not in stored)]:
             inner = f"{name}.{key}" if name else key
             _check_config(path, stored.get(key), given.get(key), inner)
     elif stored != given:
         raise CheckpointError(
-            f"{path} is of a training with {name}={stored!r}, but this one has {name}={given!r}: "
-            "choose another folder for it, or give what that one had."
+            f"{path} was written by a run with {name}={stored!r}, but this run has "
+            f"{name}={given!r}. Choose another folder, or resume with the same config."
         )
 
 
-def _filled(path: Path, like: Any, stored: dict[str, StoredTensor], record: dict[str, Any]) -> Any:
+class _Parts(NamedTuple):
+    """The leaves of a state by name, as a checkpoint stores them."""
+
+    tensors: dict[str, np.ndarray]
+    keys: dict[str, str]
+    constants: dict[str, str]
+
+
+def _split(state: PyTree) -> _Parts:
+    leaves = named_leaves(state)
+    if len(leaves) != len(jax.tree.leaves(state)):
+        raise ValueError(
+            "The leaves of the state must have different names, but two have the same. Rename a "
+            "key that contains a dot."
+        )
+    arrays = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, _Array)}
+    prng_keys = {
+        name: leaf for name, leaf in arrays.items() if isinstance(leaf, jax.Array) and _is_key(leaf)
+    }
+    data = arrays | {name: jr.key_data(key) for name, key in prng_keys.items()}
+    # `device_get` of the whole dictionary starts every transfer before it waits for the first.
+    tensors = {name: np.asarray(leaf) for name, leaf in jax.device_get(data).items()}
+    constants = {
+        name: repr(leaf)
+        for name, leaf in leaves.items()
+        if name not in arrays and isinstance(leaf, bool | int | float | str)
+    }
+    keys = {name: str(jr.key_impl(key)) for name, key in prng_keys.items()}
+    return _Parts(tensors, keys, constants)
+
+
+def _fill(path: Path, like: State, stored: dict[str, StoredTensor], record: _Record) -> State:
+    """Returns `like` with the stored arrays in place of its own."""
     leaves = named_leaves(like)
-    arrays = {name: leaf for name, leaf in leaves.items() if _is_array(leaf)}
+    arrays = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, _Array)}
     missing, extra = sorted(arrays.keys() - stored.keys()), sorted(stored.keys() - arrays.keys())
     if missing or extra:
         raise CheckpointError(
-            f"{path} is of a state of another structure: it lacks {_some(missing)}, and has "
-            f"{_some(extra)} besides. Give the model and the optimiser that it was made with."
+            f"{path} contains a state of another structure: missing are {_listed(missing)}, "
+            f"unexpected are {_listed(extra)}. Resume with the model and the optimiser that the "
+            "checkpoint was written with."
         )
-    for name, constant in record["constants"].items():
+    for name, constant in record.constants.items():
         if constant != repr(leaves.get(name)):
             raise CheckpointError(
                 f"{name} is {constant} in {path}, but {leaves.get(name)!r} in this state. Only "
-                "arrays are restored: give a state with the same numbers."
+                "arrays are restored, so give a state with the same numbers."
             )
     new = {
-        name: _like(path, name, leaf, stored[name], record) if name in arrays else leaf
+        name: _restored(path, name, leaf, stored[name], record.keys.get(name))
+        if name in arrays
+        else leaf
         for name, leaf in leaves.items()
     }
     return jax.tree.unflatten(jax.tree.structure(like), new.values())
 
 
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:5]) or "nothing"
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
-
-
-def _like(path: Path, name: str, leaf: Any, stored: StoredTensor, record: dict[str, Any]) -> Any:
-    impl = record["keys"].get(name)
-    if (impl is not None) != _is_key(leaf):
+def _restored(
+    path: Path, name: str, like: _Array, stored: StoredTensor, impl: str | None
+) -> jax.Array | np.ndarray | np.generic:
+    """Reads a stored array as the kind of array that `like` is, a PRNG key if it has an `impl`."""
+    if (impl is not None) != _is_key(like):
         raise CheckpointError(f"{name} is a PRNG key in only one of {path} and this state.")
-    want = leaf
+    want = like
     if impl is not None:
-        kind = jr.key(0, impl=impl).dtype
-        if kind != leaf.dtype:
+        dtype = jr.key(0, impl=impl).dtype
+        if dtype != like.dtype:
             raise CheckpointError(
-                f"{name} in {path} is a {kind}, but in this state a {leaf.dtype}."
+                f"{name} is a {dtype} in {path}, but a {like.dtype} in this state. Use the same "
+                "PRNG implementation."
             )
-        want = jax.eval_shape(jr.key_data, leaf)
+        want = jax.eval_shape(jr.key_data, like)
     if stored.shape != want.shape or stored.dtype != want.dtype:
         raise CheckpointError(
-            f"{name} in {path} is {stored.dtype} of shape {stored.shape}, but in this state it is "
-            f"{want.dtype} of shape {want.shape}. Give the model that the checkpoint was made with."
+            f"{name} is {stored.dtype} of shape {stored.shape} in {path}, but {want.dtype} of "
+            f"shape {want.shape} in this state. Resume with the model that the checkpoint was "
+            "written with."
         )
-    # A copy: the file may go while the array is in use.
+    # The array must outlive the file, so it is a copy.
     value = np.array(stored.read())
-    if isinstance(leaf, np.ndarray | np.generic):
-        return value if isinstance(leaf, np.ndarray) else value[()]
+    if isinstance(like, np.ndarray | np.generic):
+        return value if isinstance(like, np.ndarray) else value[()]
     array = jnp.asarray(value)
     if impl is not None:
         array = jr.wrap_key_data(array, impl=impl)
-    if isinstance(leaf, jax.Array) and leaf.committed:
-        return jax.device_put(array, leaf.sharding)
+    if isinstance(like, jax.Array) and like.committed:
+        return jax.device_put(array, like.sharding)
     return array
+
+
+def _is_key(leaf: _Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:5]) or "none"
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -1,105 +1,121 @@
-"""The loop around a step: it resumes, and loses nothing."""
+"""The training loop: it resumes, evaluates, saves, and loses nothing."""
 
 import contextlib
 import dataclasses
 import math
 import os
-import signal
-import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import jax
-from tqdm import tqdm
+from jaxtyping import PyTree
 
-from ._checkpoints import Checkpoints, CheckpointWriteError, write_error
-from ._metrics import MetricsFile
-from .data import Batch
+from ._checkpoints import Checkpoints, CheckpointWriteError
+from ._interruption import exclusive, stop_on_signal
+from ._metrics import MetricsFile, Scalar
+from ._progress import ProgressBar
 
 
 State = TypeVar("State")
+_Step = Callable[[State, PyTree], tuple[State, Mapping[str, Scalar]]]
+_Evaluate = Callable[[State], Mapping[str, Scalar]]
 
 
 @runtime_checkable
 class Data(Protocol):
-    """A batch for each step, always the same one: [`mamba_eqx.training.Streams`][], or a list."""
+    """The batch of each step, always the same one: [`mamba_eqx.training.Streams`][], or a list."""
 
-    def __getitem__(self, step: int, /) -> Any: ...
+    def __getitem__(self, step: int, /) -> PyTree: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit(Generic[State]):
-    """What [`mamba_eqx.training.fit`][] returns."""
+    """The result of [`mamba_eqx.training.fit`][]."""
 
     state: State
     """The state after the last step."""
 
     step: int
-    """How many steps it has behind it."""
+    """The number of completed steps."""
 
     interrupted: bool
-    """Whether Ctrl-C or SIGTERM ended the training."""
+    """Whether Ctrl-C or SIGTERM ended the run."""
 
 
 def fit(
-    step: Callable[[State, Any], tuple[State, Mapping[str, Any]]],
+    step: Callable[[State, PyTree], tuple[State, Mapping[str, Scalar]]],
     state: State,
     data: Data,
     *,
     steps: int,
     folder: str | os.PathLike[str],
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, object] | None = None,
     checkpoint_every: int = 500,
     keep: int = 2,
-    evaluate: Callable[[State], Mapping[str, float]] | None = None,
+    evaluate: Callable[[State], Mapping[str, Scalar]] | None = None,
     evaluate_every: int = 500,
     best: str | None = None,
     log_every: int = 20,
     progress: bool = True,
 ) -> Fit[State]:
-    """Trains, and goes on where it was if the folder has checkpoints.
+    """Trains for a number of steps, resuming from the newest checkpoint in `folder` if there is
+    one.
 
     ```python
-    state = training.fit(step, state, data, steps=5000, folder="runs/mine").state
+    import jax
+    import jax.numpy as jnp
+    from mamba_eqx import training
+
+    @jax.jit
+    def step(state, batch):
+        error = state - batch
+        return state - 0.1 * error, {"loss": error**2}
+
+    data = [float(i % 2) for i in range(100)]
+    state = training.fit(step, jnp.zeros(()), data, steps=100, folder="runs/mean").state
     ```
 
-    It knows nothing of models: `step` and `state` may be anybody's. A training that was killed, at
-    any moment, and started again gives bit for bit what one without interruption gives, the
-    metrics included, if `step` and `data` are pure functions and the machine is the same.
+    `fit` is model-agnostic: `step` and `state` may be anything. A run that is killed, at any
+    moment, and started again ends bit for bit like an uninterrupted one, metrics included, if
+    `step` and `data` are pure functions and the machine is the same.
 
-    In the folder are `checkpoints/` ([`mamba_eqx.training.Checkpoints`][]) and `metrics.jsonl`, one
-    line a step and one for each evaluation. Ctrl-C and SIGTERM end the step that is running and
-    write a checkpoint; a second one interrupts at once. If a checkpoint cannot be written, there
-    is a warning, and the training goes on.
+    The folder contains `checkpoints/` ([`mamba_eqx.training.Checkpoints`][]) and `metrics.jsonl`,
+    with one line for each step and one for each evaluation. Ctrl-C and SIGTERM finish the current
+    step and save a checkpoint; a second signal interrupts immediately. If a checkpoint cannot be
+    written, `fit` warns and continues.
 
     **Arguments:**
 
-    - `step`: from a state and a batch to the next state and a dictionary of numbers, usually
-        jitted. The state handed to it is not used again: it may be donated.
-    - `state`: what a new training begins with, a pytree of arrays: all that changes, such as the
-        model, the optimiser's state, the recurrent state that is carried, PRNG keys.
-    - `data`: `data[i]` is the batch of step `i`, from 0.
-    - `steps`: how many steps there are in all, those of earlier runs included.
-    - `folder`: where to write.
-    - `config`: what distinguishes this training from others, as JSON. To resume with another one
-        is an error.
-    - `checkpoint_every`, `keep`: how often to write a checkpoint, and how many to keep.
-    - `evaluate`, `evaluate_every`: from a state to a dictionary of numbers, and how often it is
-        called; also at the end.
-    - `best`: the name of a result of `evaluate`. Whenever it is lower than ever before, a
-        checkpoint is written, and it is kept.
-    - `log_every`: how often the numbers of steps are waited for. Between, the device is never
-        waited for.
-    - `progress`: whether to show a bar on stderr, with tokens a second and the time left.
+    - `step`: a function from a state and a batch to the next state and a dictionary of scalar
+        metrics, usually jitted. `fit` does not use the state passed to it again, so it may be
+        donated.
+    - `state`: the initial state of a new run, a pytree of arrays. It holds everything that
+        changes: the model, the optimiser's state, a carried recurrent state, PRNG keys.
+    - `data`: `data[i]` is the batch of step `i`, counted from 0.
+    - `steps`: the total number of steps, those of earlier runs included.
+    - `folder`: the folder of the run. It is created if it does not exist.
+    - `config`: the settings that distinguish this run from others, as JSON. Resuming with other
+        settings is an error.
+    - `checkpoint_every`: the number of steps between checkpoints.
+    - `keep`: the number of newest checkpoints to keep.
+    - `evaluate`: a function from a state to a dictionary of scalar metrics.
+    - `evaluate_every`: the number of steps between evaluations. The last step is always evaluated.
+    - `best`: the name of a metric of `evaluate`. A checkpoint is saved, and kept, whenever this
+        metric is lower than ever before.
+    - `log_every`: the number of steps after which metrics are fetched from the device. In between
+        the device is not synchronised.
+    - `progress`: whether to show a progress bar on stderr, with tokens per second and the time
+        left.
 
     **Returns:** a [`mamba_eqx.training.Fit`][].
 
-    **Raises:** [`mamba_eqx.CheckpointError`][] if the checkpoints are those of another training;
-    [`mamba_eqx.training.CheckpointWriteError`][], with the state, if the last one cannot be
-    written.
+    **Raises:** `ValueError` for an argument out of range, metrics that are not scalars or that
+    `step` and `evaluate` both return, and a folder in which another process is training;
+    [`mamba_eqx.CheckpointError`][] if the checkpoints belong to a run with another `config` or
+    another structure of `state`; [`mamba_eqx.training.CheckpointWriteError`][] if the folder cannot
+    be written to. If the last checkpoint cannot be written, the error carries the state.
     """
     for name, value in [
         ("steps", steps),
@@ -110,160 +126,142 @@ def fit(
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, but got {value}.")
     if best is not None and evaluate is None:
-        raise ValueError(f"`best` is {best!r}, but there is no `evaluate` that could return it.")
+        raise ValueError(
+            f"`best` requires `evaluate`, but got best={best!r} and no `evaluate`. Give the "
+            "function that returns this metric."
+        )
     folder = Path(folder)
     checkpoints = Checkpoints(folder / "checkpoints", config=config, keep=keep)
-    with _alone(folder), _interruption() as stop:
+    with exclusive(folder), stop_on_signal() as stop:
         state, done = checkpoints.restore(state) or (state, 0)
-        metrics = MetricsFile(folder, done)
-        bar = _bar(data[done], done, steps) if progress and done < steps else None
-        unread: list[Mapping[str, Any]] = []
-        saved, score = done, None
-
-        def read() -> None:
-            """Waits for the numbers of the steps since the last time."""
-            numbers = jax.device_get(unread)
-            for number, values in enumerate(numbers, start=done - len(numbers) + 1):
-                metrics.add(number, values)
-            if bar is not None and numbers:
-                bar.set_postfix({k: f"{v:.4g}" for k, v in numbers[-1].items()}, refresh=False)
-                bar.update(len(numbers) * bar.tokens)
-            unread.clear()
-            metrics.flush()
-
-        def save() -> None:
-            metrics.flush()
-            checkpoints.save(done, state, score=score)
-
-        usable = True  # what `step` has been given is not, until it returns
+        bar = ProgressBar(steps) if progress else None
+        run = _Run(step, data, state, done, checkpoints, MetricsFile(folder, done), bar)
         try:
-            while done < steps and not stop.requested:
-                batch = data[done]
-                usable = False
-                state, numbers = step(state, batch)
-                usable = True
-                done, score = done + 1, None
-                unread.append(numbers)
-                last = done == steps
-                saving = done % checkpoint_every == 0
-                evaluating = evaluate is not None and (last or done % evaluate_every == 0)
-                if last or saving or evaluating or done % log_every == 0:
-                    read()
+            while run.done < steps and not stop.requested:
+                run.advance()
+                last = run.done == steps
+                saving = run.done % checkpoint_every == 0
+                evaluating = last or run.done % evaluate_every == 0
+                if last or saving or run.done % log_every == 0 or (evaluate and evaluating):
+                    run.log()
                 if evaluate is not None and evaluating:
-                    results = evaluate(state)
-                    _check_names(results, numbers, best)
-                    metrics.add(done, results)
-                    if best is not None and math.isfinite(results[best]):
-                        score = float(results[best])
-                        saving |= score < min(checkpoints.scores.values(), default=math.inf)
+                    saving |= run.evaluate(evaluate, best)
                 if saving and not last:
-                    try:
-                        save()
-                        saved = done
-                    except CheckpointWriteError as error:
-                        warnings.warn(f"{error} The training goes on.", stacklevel=2)
-            read()
+                    run.save_or_warn()
+            run.log()
         except Exception:
-            if usable and saved != done:
-                with contextlib.suppress(Exception):
-                    read()
-                    save()
+            run.rescue()
             raise
         finally:
-            if bar is not None:
-                bar.close()
-        if saved != done:
-            try:
-                save()
-            except CheckpointWriteError as error:
-                error.state, error.step = state, done
-                raise
-        metrics.flush()
-    return Fit(state, done, stop.requested)
+            run.close()
+        run.finish()
+    return Fit(run.state, run.done, stop.requested)
 
 
-def _check_names(results: Mapping[str, Any], numbers: Mapping[str, Any], best: str | None) -> None:
-    both = sorted(results.keys() & numbers.keys())
-    if both:
-        raise ValueError(f"`evaluate` and `step` both return {', '.join(both)}: rename one.")
-    if best is not None and best not in results:
-        raise ValueError(f"`best` is {best!r}, but `evaluate` returns only {sorted(results)}.")
+class _Run(Generic[State]):
+    """A training run: its state, the number of completed steps, and the files it writes."""
 
+    def __init__(
+        self,
+        step: _Step[State],
+        data: Data,
+        state: State,
+        done: int,
+        checkpoints: Checkpoints,
+        metrics: MetricsFile,
+        bar: ProgressBar | None,
+    ):
+        self.state = state
+        self.done = done
+        self._step = step
+        self._data = data
+        self._checkpoints = checkpoints
+        self._metrics = metrics
+        self._bar = bar
+        self._pending: list[Mapping[str, Scalar]] = []  # metrics that are still on the device
+        self._metric_names: set[str] = set()  # of the last step
+        self._score: float | None = None  # of the state, if it has been evaluated for `best`
+        self._saved = done  # the step of the newest checkpoint
+        self._usable = True  # whether the state's memory is intact
 
-class _Bar(tqdm):
-    """A bar that counts tokens."""
+    def advance(self) -> None:
+        """Makes one step."""
+        batch = self._data[self.done]
+        if self._bar is not None:
+            self._bar.open(batch, self.done)
+        # `step` may donate the state, and then the state is lost if it raises.
+        self._usable = False
+        self.state, values = self._step(self.state, batch)
+        self._usable = True
+        self.done += 1
+        self._score = None
+        self._pending.append(values)
+        self._metric_names = set(values)
 
-    tokens: int
+    def log(self) -> None:
+        """Fetches the pending metrics, which synchronises the device, and writes them."""
+        fetched = jax.device_get(self._pending)
+        for number, values in enumerate(fetched, start=self.done - len(fetched) + 1):
+            self._metrics.add(number, values)
+        if self._bar is not None and fetched:
+            self._bar.advance(len(fetched), fetched[-1])
+        self._pending.clear()
+        self._metrics.flush()
 
-
-def _bar(batch: Any, done: int, steps: int) -> "_Bar":
-    tokens = batch.tokens.size if isinstance(batch, Batch) else 1
-    # In a log a line now and then, rather than ten a second.
-    interval = 0.1 if sys.stderr.isatty() else 30.0
-    bar = _Bar(
-        total=steps * tokens,
-        initial=done * tokens,
-        unit="tok" if isinstance(batch, Batch) else "step",
-        unit_scale=True,
-        mininterval=interval,
-        miniters=1,
-    )
-    bar.tokens = tokens
-    return bar
-
-
-class _Stop:
-    requested = False
-
-
-@contextlib.contextmanager
-def _interruption() -> Iterator[_Stop]:
-    """Turns the first Ctrl-C or SIGTERM into a request; the second does what it always does."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
-        yield stop
-        return
-    previous: dict[int, Any] = {}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    def request(number: int, _: Any) -> None:
-        stop.requested = True
-        restore()
-        # Not `print`, which may be running just now.
-        os.write(2, b"\nThis step is the last, then a checkpoint is written. Once more: at once.\n")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            previous[number] = signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        restore()
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Two processes that train in one folder would undo each other's work. The lock goes with the
-    process, however that ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    try:
-        file = open(folder / ".lock", "w")  # noqa: SIM115  (closed below)
-    except OSError as error:
-        raise write_error(error, f"Nothing can be written to {folder}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    def evaluate(self, evaluate: _Evaluate[State], best: str | None) -> bool:
+        """Evaluates the state and returns whether its metric `best` is lower than ever before."""
+        results = evaluate(self.state)
+        both = sorted(results.keys() & self._metric_names)
+        if both:
             raise ValueError(
-                f"Another process is training in {folder}: wait for it, or choose another folder."
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
+                f"`evaluate` and `step` must return metrics of different names, but both return "
+                f"{', '.join(both)}. Rename one."
+            )
+        if best is not None and best not in results:
+            raise ValueError(
+                f"`best` must be a metric of `evaluate`, but got best={best!r} and the metrics "
+                f"{sorted(results)}."
+            )
+        self._metrics.add(self.done, results)
+        if best is None or not math.isfinite(results[best]):
+            return False
+        self._score = float(results[best])
+        return self._score < min(self._checkpoints.scores.values(), default=math.inf)
+
+    def save(self) -> None:
+        """Writes a checkpoint of the state."""
+        self._metrics.flush()
+        self._checkpoints.save(self.done, self.state, score=self._score)
+        self._saved = self.done
+
+    def save_or_warn(self) -> None:
+        """Writes a checkpoint, or warns if it cannot be written."""
+        try:
+            self.save()
+        except CheckpointWriteError as error:
+            warnings.warn(f"{error} Training continues.", stacklevel=3)
+
+    def rescue(self) -> None:
+        """Writes a checkpoint after an error, if the state is intact, and raises nothing."""
+        if self._usable and self._saved != self.done:
+            with contextlib.suppress(Exception):
+                self.log()
+                self.save()
+
+    def close(self) -> None:
+        """Closes the progress bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def finish(self) -> None:
+        """Writes the last checkpoint.
+
+        **Raises:** `CheckpointWriteError`, which carries the state, if it cannot be written.
+        """
+        if self._saved != self.done:
+            try:
+                self.save()
+            except CheckpointWriteError as error:
+                error.state, error.step = self.state, self.done
+                raise
+        self._metrics.flush()

@@ -1,4 +1,4 @@
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -14,13 +14,14 @@ from .data import Batch
 
 
 class LossAux(NamedTuple):
-    """What a loss returns beside its value."""
+    """The second result of a loss."""
 
     weight: Float[Array, ""] | Int[Array, ""]
-    """Over how many targets the loss is a mean: what it weighs among the losses of other rows."""
+    """The number of targets that the loss is a mean over. Groups of rows are averaged with these
+    weights."""
 
     carry: PyTree
-    """The state after the batch, one for each row."""
+    """The state after the batch, with a first axis of rows."""
 
 
 def next_token_loss(
@@ -32,23 +33,27 @@ def next_token_loss(
     z_loss: float = 0.0,
     chunk: int = 256,
 ) -> tuple[Float[Array, ""], LossAux]:
-    r"""The mean cross-entropy of the next token, in nats, over the targets that count:
+    r"""Computes the mean cross-entropy of the next token, in nats, over the targets that count:
 
     $$\frac{1}{\sum_i m_i} \sum_i m_i \left[ (1 - \epsilon)\, (-\log p_i) - \frac{\epsilon}{V}
       \sum_{v < V} \log p_{iv} + \zeta \log^2 Z_i \right],
       \qquad p_{iv} = e^{l_{iv}} / Z_i, \quad Z_i = \sum_v e^{l_{iv}}.$$
 
-    See [`mamba_eqx.training.cross_entropy`][] for its terms.
+    See [`mamba_eqx.training.cross_entropy`][] for the terms.
 
     **Arguments:**
 
     - `model`: the model. Gradients are with respect to this argument.
-    - `batch`: what it reads and is to say. Documents in one row are kept apart by `batch.reset`.
-    - `carry`: the state of each row before the batch, for truncated backpropagation through time;
-        `None` for the empty past. No gradient goes back through it unless it is differentiated.
+    - `batch`: the tokens and targets. `batch.reset` keeps documents in one row independent.
+    - `carry`: the state of each row before the batch, with a first axis of rows, for truncated
+        backpropagation through time; `None` for the empty state. No gradient flows through it
+        unless it is differentiated.
     - `label_smoothing`, `z_loss`, `chunk`: see [`mamba_eqx.training.cross_entropy`][].
 
-    **Returns:** the loss, 0 if no target counts, and a [`mamba_eqx.training.LossAux`][].
+    **Returns:** the loss, a scalar that is 0 if no target counts, and a
+    [`mamba_eqx.training.LossAux`][].
+
+    **Raises:** `ValueError` for an option out of range.
     """
 
     tokens, targets, reset, mask = (jnp.asarray(array) for array in batch)
@@ -84,31 +89,32 @@ def cross_entropy(
     z_loss: float = 0.0,
     chunk: int = 256,
 ) -> Float[Array, ""]:
-    r"""The mean cross-entropy of targets under the head of a model, by pieces.
+    r"""Computes the mean cross-entropy of targets under the head of a model, in chunks of tokens.
 
-    The logits of a long batch are the largest array of a training step. Here they exist for
-    `chunk` tokens at a time, also in the reverse pass, which computes them again.
+    The logits of a long batch would be the largest array of a training step. In chunks, only the
+    logits of `chunk` tokens exist at a time, also in the reverse pass, which recomputes them.
 
-    Rows of the embedding beyond `model.vocab_size` are in the softmax, as tokens that are never
-    right, as in transformers, whose loss goes over all columns of the logits (and those of the
-    official models have them all, too). Training then makes them improbable; were they left out,
-    their logits would stay what they happened to be, and whoever samples from all columns could
-    say them. Label smoothing gives them nothing.
+    The softmax includes the rows of the embedding beyond `model.vocab_size`, which are never a
+    target. transformers' loss includes all columns of the logits too, and the logits of the
+    official models have them all. Training therefore makes these rows improbable. Without them in
+    the loss their logits would keep their initial values, and sampling from all columns could draw
+    them. Label smoothing gives them no probability.
 
     **Arguments:**
 
-    - `model`: whose `logits` are the head.
-    - `features`: from [`mamba_eqx.LanguageModel.backbone`][].
-    - `targets`: the tokens to be said; anything where they do not count.
-    - `mask`: which of them count.
-    - `label_smoothing`: $\epsilon$, within `0 <= epsilon < 1`: how much of the probability is to be
-        spread over the `vocab_size` tokens. As `label_smoothing` of torch's `cross_entropy`;
-        Szegedy et al., *Rethinking the Inception Architecture* (2016), section 7.
+    - `model`: the model whose `logits` are the head.
+    - `features`: the result of [`mamba_eqx.LanguageModel.backbone`][].
+    - `targets`: the tokens to predict. Where `mask` is false they may be anything.
+    - `mask`: true where the target counts.
+    - `label_smoothing`: $\epsilon$, within `0 <= epsilon < 1`: the probability that is spread over
+        the `vocab_size` tokens. The same as `label_smoothing` of torch's `cross_entropy`; Szegedy
+        et al., *Rethinking the Inception Architecture* (2016), section 7.
     - `z_loss`: $\zeta$, at least 0: keeps $\log Z$ near 0, so that logits do not drift in
         bfloat16. Chowdhery et al., *PaLM* (2022), section 5, where it is `1e-4`.
-    - `chunk`: how many tokens have logits at once.
+    - `chunk`: the number of tokens whose logits exist at a time, at least 1.
 
-    **Returns:** the mean over the targets that count, in float32 at least; 0 if there are none.
+    **Returns:** the mean over the targets that count, a scalar in float32 or wider; 0 if there are
+    none.
 
     **Raises:** `ValueError` for an option out of range.
     """
@@ -133,7 +139,7 @@ def cross_entropy(
         return jnp.sum(jnp.where(mask, loss, jnp.zeros_like(loss)))
 
     rows = features.reshape(-1, features.shape[-1])
-    # What does not count may be anything, also no token.
+    # A target that does not count may be an invalid token id.
     targets, mask = jnp.where(mask, targets, 0).reshape(-1), mask.reshape(-1)
     size = min(chunk, len(rows))
     missing = -len(rows) % size
@@ -144,7 +150,7 @@ def cross_entropy(
         (rows, targets, mask),
     )
 
-    def body(total: Array, piece: Any) -> tuple[Array, None]:
+    def body(total: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
         return total + jax.checkpoint(piece_loss)(*piece), None
 
     dtype = jax.eval_shape(piece_loss, *jax.tree.map(lambda leaf: leaf[0], pieces)).dtype
@@ -152,6 +158,21 @@ def cross_entropy(
     return total / jnp.maximum(jnp.sum(mask), 1).astype(dtype)
 
 
-def empty_carry(model: Any, rows: int) -> PyTree:
-    """The empty past of `rows` rows, for `carry`: `model.init_state()`, so many times."""
+@runtime_checkable
+class HasState(Protocol):
+    """A model or a layer with an empty state."""
+
+    def init_state(self) -> PyTree: ...
+
+
+def empty_carry(model: HasState, rows: int) -> PyTree:
+    """Returns the empty state of each row of a batch, for the `carry` of a loss.
+
+    **Arguments:**
+
+    - `model`: a [`mamba_eqx.LanguageModel`][], a layer, or any other module with `init_state`.
+    - `rows`: the number of rows.
+
+    **Returns:** `model.init_state()`, each array repeated along a new first axis of `rows`.
+    """
     return repeated(eqx.filter_jit(model.init_state)(), rows)

@@ -1,47 +1,59 @@
-"""The metrics of a training: a line of JSON a step, and curves of them."""
+"""The metrics of a training run: one line of JSON for each step and each evaluation."""
 
+import itertools
 import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
 
-FILE = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
+Scalar = jax.Array | np.ndarray | np.number | np.bool_ | int | float
 
 
 class MetricsFile:
-    """Lines that are appended; on resuming it is cut back to the step that is resumed from."""
+    """A metrics file that lines are appended to.
+
+    Opening one truncates the file to the step that the run resumes from, so that no step has two
+    lines.
+    """
 
     def __init__(self, folder: Path, step: int):
-        self._path = folder / FILE
+        self._path = folder / METRICS_FILE
         self._pending = ""
         self._size = 0
         if self._path.exists():
             with open(self._path, "rb") as file:
-                self._size = sum(len(line) for line, _ in _lines(file, until=step))
+                kept = itertools.takewhile(lambda line: line.step <= step, _complete_lines(file))
+                self._size = sum(line.size for line in kept)
             os.truncate(self._path, self._size)
 
-    def add(self, step: int, values: Mapping[str, Any]) -> None:
-        """A line, which `flush` writes."""
+    def add(self, step: int, values: Mapping[str, Scalar]) -> None:
+        """Adds a line, which `flush` writes.
+
+        **Raises:** `ValueError` if a value is not a scalar.
+        """
         for name, value in values.items():
             if np.ndim(value) != 0:
                 raise ValueError(
-                    f"The metric {name} must be one number, but has shape {np.shape(value)}: take "
-                    "its mean."
+                    f"The metric {name} must be a scalar, but got an array of shape "
+                    f"{np.shape(value)}. Return its mean."
                 )
-        # JSON has no NaN and no infinity.
+        # JSON has neither NaN nor infinity.
         plain = {name: float(value) for name, value in values.items()}
         plain = {name: value if math.isfinite(value) else None for name, value in plain.items()}
         self._pending += json.dumps({"step": step} | plain) + "\n"
 
     def flush(self) -> None:
-        """Writes the lines. If that fails, as on a full disk, they wait for the next time."""
+        """Writes the lines added so far. If writing fails, as on a full disk, they are kept and
+        written by the next call that succeeds."""
         if not self._pending:
             return
         try:
@@ -52,74 +64,55 @@ class MetricsFile:
         except OSError as error:
             if self._path.exists():
                 os.truncate(self._path, self._size)
-            warnings.warn(f"Metrics wait to be written to {self._path}: {error}.", stacklevel=2)
+            warnings.warn(
+                f"Could not write metrics to {self._path} ({error}). They are kept in memory until "
+                "the next attempt.",
+                stacklevel=2,
+            )
         else:
             self._size += len(self._pending.encode())
             self._pending = ""
 
 
-def _lines(file: Iterable[bytes], until: int | None = None) -> Iterable[tuple[bytes, dict]]:
-    """The whole lines up to a step; the last one may have been cut by a kill."""
+def read_metrics(
+    folder: str | os.PathLike[str],
+) -> dict[str, tuple[Int[np.ndarray, " point"], Float[np.ndarray, " point"]]]:
+    """Reads the metrics that [`mamba_eqx.training.fit`][] has written to a folder.
+
+    **Arguments:**
+
+    - `folder`: the `folder` given to `fit`.
+
+    **Returns:** for each name, the steps and the values at them, with NaN for values that were not
+    finite.
+
+    **Raises:** `FileNotFoundError` if the folder has no `metrics.jsonl`.
+    """
+    steps: dict[str, list[int]] = {}
+    values: dict[str, list[float]] = {}
+    with open(Path(folder) / METRICS_FILE, "rb") as file:
+        for line in _complete_lines(file):
+            for name, value in line.values.items():
+                steps.setdefault(name, []).append(line.step)
+                values.setdefault(name, []).append(math.nan if value is None else value)
+    return {name: (np.array(steps[name]), np.array(values[name])) for name in sorted(steps)}
+
+
+class _Line(NamedTuple):
+    size: int
+    """The number of bytes, newline included."""
+
+    step: int
+    values: dict[str, float | None]
+
+
+def _complete_lines(file: Iterable[bytes]) -> Iterator[_Line]:
+    """Yields the lines before the first incomplete one, which a killed process may have left."""
     for line in file:
         try:
             values = json.loads(line)
         except ValueError:
             return
-        if not line.endswith(b"\n") or (until is not None and values["step"] > until):
+        if not line.endswith(b"\n"):
             return
-        yield line, values
-
-
-def read_metrics(
-    folder: str | os.PathLike[str],
-) -> dict[str, tuple[Int[np.ndarray, " point"], Float[np.ndarray, " point"]]]:
-    """The metrics that [`mamba_eqx.training.fit`][] has written to a folder.
-
-    **Returns:** for each name the steps and the values, NaN where one was not finite.
-    """
-    steps: dict[str, list[int]] = {}
-    values: dict[str, list[float]] = {}
-    with open(Path(folder) / FILE, "rb") as file:
-        for _, line in _lines(file):
-            for name in line.keys() - {"step"}:
-                steps.setdefault(name, []).append(line["step"])
-                values.setdefault(name, []).append(math.nan if line[name] is None else line[name])
-    return {name: (np.array(steps[name]), np.array(values[name])) for name in sorted(steps)}
-
-
-def plot_metrics(folder: str | os.PathLike[str]) -> Path:
-    """Draws the curves of a training into `metrics.png` in its folder, one below another.
-
-    A curve of more than 200 points is drawn pale, with means of neighbouring points over it.
-
-    **Returns:** the path of the picture.
-
-    **Raises:** `ImportError` if matplotlib is missing, which the extra `plot` installs.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(
-            "Curves are drawn by matplotlib, which is not installed: "
-            "`pip install 'mamba_eqx[plot]'`."
-        ) from None
-    curves = read_metrics(folder)
-    if not curves:
-        raise ValueError(f"There are no metrics in {Path(folder) / FILE} to draw.")
-    figure = Figure(figsize=(8, 2.5 * len(curves)), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
-    for panel, (name, (steps, values)) in zip(panels, curves.items(), strict=True):
-        many = len(values) > 200
-        panel.plot(steps, values, alpha=0.3 if many else 1.0, marker="" if many else ".")
-        if many:
-            size = len(values) // 100
-            means = [x[: len(x) // size * size].reshape(-1, size).mean(1) for x in (steps, values)]
-            panel.plot(*means, color="C0")
-        panel.set_ylabel(name)
-        panel.grid(alpha=0.3)
-    panels[-1].set_xlabel("step")
-    path = Path(folder) / "metrics.png"
-    figure.savefig(path, dpi=100)
-    return path
+        yield _Line(len(line), values.pop("step"), values)

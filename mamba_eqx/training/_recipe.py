@@ -1,10 +1,10 @@
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
 import optax
+from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
 from ..layers import GatedRMSNorm, recurrence_mask
@@ -14,29 +14,30 @@ _NORMS = (eqx.nn.RMSNorm, eqx.nn.LayerNorm, eqx.nn.GroupNorm, GatedRMSNorm)
 
 
 def decay_mask(model: PyTree, *, embeddings: bool = True) -> PyTree[bool]:
-    """Which leaves of a model get weight decay: the matrices, and the weights of convolutions.
+    """Selects the leaves of a model that weight decay applies to: matrices and convolution
+    weights.
 
-    Not the parameters of recurrences (`A_log`, `D`, `dt_bias`), which set time scales. They are
-    all that the official code marks with `_no_weight_decay`. And not norms and biases, as usual,
-    whatever the number of their axes: Mamba-3's `B_bias` has three, and in a
-    [`mamba_eqx.Stacked`][] everything has one more.
+    The parameters of recurrences (`A_log`, `D`, `dt_bias`), which set time scales, are not
+    decayed; the official code marks exactly these with `_no_weight_decay`. Norms and biases are
+    not decayed either, as usual, however many axes they have: Mamba-3's `B_bias` has three, and in
+    a [`mamba_eqx.Stacked`][] every parameter has one more.
 
     **Arguments:**
 
-    - `model`: any pytree. Leaves that are no floating-point arrays are not decayed.
-    - `embeddings`: whether the `embedding` of a [`mamba_eqx.LanguageModel`][], which is its head
-        too if they are tied, and `equinox.nn.Embedding`s elsewhere are decayed. They are in the
-        official recipe.
+    - `model`: any pytree. Leaves that are not floating-point arrays are not decayed.
+    - `embeddings`: whether to decay `equinox.nn.Embedding`s, such as the `embedding` of a
+        [`mamba_eqx.LanguageModel`][], which is its head too if they are tied. The official recipe
+        decays them.
 
-    **Returns:** the same tree with `True` or `False` in place of its leaves, as for `mask` of
+    **Returns:** the same tree with `True` or `False` in place of each leaf, for the `mask` of
     `optax.adamw`.
     """
     exempt = _NORMS if embeddings else (*_NORMS, eqx.nn.Embedding)
 
-    def is_exempt(node: Any) -> bool:
+    def is_exempt(node: object) -> bool:
         return isinstance(node, exempt)
 
-    def decays(path: tuple[Any, ...], node: Any) -> PyTree[bool]:
+    def decays(path: KeyPath, node: PyTree) -> PyTree[bool]:
         if is_exempt(node):
             return jax.tree.map(lambda _: False, node)
         name = jax.tree_util.keystr(path[-1:])
@@ -57,27 +58,28 @@ def recipe(
     clip: float = 1.0,
     decay: Callable[[PyTree], PyTree[bool]] = decay_mask,
 ) -> optax.GradientTransformation:
-    r"""The optimiser of the Mamba papers: AdamW with $\beta = (0.9, 0.95)$, gradients clipped to a
-    global norm, a linear warm-up, and a cosine down to almost nothing.
+    r"""Builds the optimiser of the Mamba papers: AdamW with $\beta = (0.9, 0.95)$, gradients
+    clipped to a global norm, a linear warm-up, and a cosine decay to almost zero.
 
     Reference: Gu and Dao, *Mamba* (2023), appendix E.2.1. Its peak learning rates are five times
     those of GPT-3: `3e-3` for 130 million parameters, `1e-3` for 1.4 billion.
 
     **Arguments:**
 
-    - `model`: what is optimised; only its structure matters.
-    - `learning_rate`: at the peak.
-    - `steps`: of the whole training, warm-up included.
-    - `warmup`: the steps of it; by default a tenth.
-    - `final`: the learning rate at the end.
-    - `weight_decay`, `clip`: as in the paper.
-    - `decay`: which leaves are decayed, as a function of the model:
-        `functools.partial(decay_mask, embeddings=False)`, say.
+    - `model`: the model to optimise. Only its structure is used.
+    - `learning_rate`: the peak learning rate.
+    - `steps`: the total number of steps, warm-up included.
+    - `warmup`: the number of warm-up steps; by default a tenth of `steps`.
+    - `final`: the learning rate at the last step.
+    - `weight_decay`: the weight decay of AdamW.
+    - `clip`: the global norm that gradients are clipped to.
+    - `decay`: a function from the model to the leaves that are decayed, such as
+        `functools.partial(decay_mask, embeddings=False)`.
 
-    **Returns:** an optimiser of optax.
+    **Returns:** an optax optimiser, whose state contains the learning rate.
 
-    **Raises:** `ValueError` if the warm-up is not shorter than the training, or `final` is above
-    the peak.
+    **Raises:** `ValueError` if the warm-up is not shorter than `steps`, or `final` is above
+    `learning_rate`.
     """
     warmup = max(1, steps // 10) if warmup is None else warmup
     if not 0 <= warmup < steps:
@@ -87,11 +89,11 @@ def recipe(
         )
     if not 0 <= final <= learning_rate:
         raise ValueError(
-            f"`final` must be within 0 and the peak, but got final={final} and "
+            f"`final` must be between 0 and `learning_rate`, but got final={final} and "
             f"learning_rate={learning_rate}."
         )
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps, final)
-    # So that the state tells the learning rate. All else is no hyperparameter that changes.
+    # `inject_hyperparams` puts the learning rate into the state. Nothing else changes over time.
     others = set(inspect.signature(optax.adamw).parameters) - {"learning_rate"}
     adamw = optax.inject_hyperparams(optax.adamw, static_args=others)(
         schedule, b1=0.9, b2=0.95, weight_decay=weight_decay, mask=decay(model)

@@ -1,33 +1,36 @@
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
+from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from .._checks import check_positive
 from ..layers import cast
 from ._loss import LossAux, empty_carry, next_token_loss
 
 
+@runtime_checkable
 class Loss(Protocol):
-    """A loss: the mean over a batch, and what comes with it. To give options to
-    [`mamba_eqx.training.next_token_loss`][] wrap it in a function; or write one of your own.
+    """A loss function: the mean over a batch, and a [`mamba_eqx.training.LossAux`][].
+
+    To set options of [`mamba_eqx.training.next_token_loss`][], wrap it in a function of these
+    arguments.
     """
 
     def __call__(
-        self, model: Any, batch: Any, carry: PyTree | None, key: PRNGKeyArray, /
+        self, model: PyTree, batch: PyTree, carry: PyTree | None, key: PRNGKeyArray, /
     ) -> tuple[Float[Array, ""], LossAux]: ...
 
 
 class TrainState(eqx.Module):
-    """All that a training consists of at one moment: a pytree, and a value like any other.
+    """The complete state of a training run, an ordinary pytree.
 
-    What it holds is enough to go on exactly as if nothing had happened; see
+    A run that resumes from this state continues exactly as if it had not been interrupted; see
     [`mamba_eqx.training.Checkpoints`][].
     """
 
@@ -38,46 +41,46 @@ class TrainState(eqx.Module):
     """The state of the optimiser."""
 
     carry: PyTree | None
-    """The states of the layers after the last batch, one for each of its rows; or `None`."""
+    """The states of the layers after the last batch, with a first axis of rows; or `None`."""
 
     average: PyTree | None
     """The exponential moving average of the model, or `None`."""
 
     step: Int[Array, ""]
-    """How many batches were seen."""
+    """The number of completed steps, skipped ones included."""
 
     skipped: Int[Array, ""]
-    """How many of them were skipped, because the loss or the gradient was not finite."""
+    """The number of steps skipped because the loss or the gradient was not finite."""
 
     key: PRNGKeyArray
-    """For losses that draw random numbers: each step gets `fold_in(key, step)`."""
+    """The key for losses that draw random numbers: each step gets `fold_in(key, step)`."""
 
 
 class TrainStep:
-    r"""One step of training, compiled: `state, metrics = train_step(state, batch)`.
+    r"""A compiled training step: `state, metrics = train_step(state, batch)`.
 
-    - *Gradient accumulation*: the rows of a batch go through the model in several groups, one
-      after another, in the memory of one. The gradient is that of the whole batch: the groups are
-      weighted by how many targets count in them.
-    - *Mixed precision*: the model of the state stays as it is, and a copy in `compute_dtype` made
-      by [`mamba_eqx.cast`][] is run (which leaves the recurrences in float32). Gradients, moments
-      and updates have the dtype of the model.
-    - *Truncated backpropagation through time*: with a `carry` each batch goes on where the one
-      before it ended, row by row; gradients end at the beginning of the batch. Where a row begins
-      something new, `batch.reset` says so.
-    - *Moving average* of the parameters: $\bar\theta \leftarrow \beta \bar\theta + (1 - \beta)
-      \theta$, from the initial ones.
-    - *Steps that are not finite*: if the loss or the norm of the gradient is infinite or not a
-      number, model, optimiser, average and carry stay what they were, and the step counts as
+    - *Gradient accumulation*: the rows of a batch go through the model in groups, one after
+      another, which need the memory of one group. The gradient is that of the whole batch: groups
+      are weighted by the number of targets that count in them.
+    - *Mixed precision*: the step runs a copy of the model in `compute_dtype`, made by
+      [`mamba_eqx.cast`][], which keeps the recurrences in float32. Gradients, moments and updates
+      have the dtype of the model.
+    - *Truncated backpropagation through time*: with a `carry`, each row of a batch continues where
+      the same row of the previous batch ended. Gradients stop at the start of the batch.
+      `batch.reset` marks where a row starts something new instead.
+    - *Moving average* of the parameters, from the initial ones:
+      $\bar\theta \leftarrow \beta \bar\theta + (1 - \beta) \theta$.
+    - *Non-finite steps*: if the loss or the norm of the gradient is infinite or NaN, the model, the
+      optimiser's state, the average and the carry keep their values, and the step counts as
       `skipped`.
 
-    The state given is used up: its memory holds the new one.
+    The step donates the state passed to it: do not use that state again.
     """
 
     def __init__(
         self,
         optimiser: optax.GradientTransformation,
-        loss: Callable[..., tuple[Float[Array, ""], LossAux]] | None = None,
+        loss: Loss | None = None,
         *,
         accumulate: int = 1,
         compute_dtype: DTypeLike | None = None,
@@ -85,14 +88,16 @@ class TrainStep:
     ):
         r"""**Arguments:**
 
-        - `optimiser`: from optax, for instance [`mamba_eqx.training.recipe`][].
+        - `optimiser`: an optax optimiser, for instance [`mamba_eqx.training.recipe`][].
         - `loss`: a [`mamba_eqx.training.Loss`][], called as `loss(model, batch, carry, key)`. By
-            default [`mamba_eqx.training.next_token_loss`][], which needs no key.
-        - `accumulate`: into how many groups the rows of a batch are split. It has to divide them.
-        - `compute_dtype`: `jax.numpy.bfloat16`, say; by default that of the model.
+            default [`mamba_eqx.training.next_token_loss`][], which ignores the key.
+        - `accumulate`: the number of groups that the rows of a batch are split into. It must divide
+            the number of rows.
+        - `compute_dtype`: the dtype to compute in, such as `jax.numpy.bfloat16`; by default the
+            dtype of the model.
         - `average_decay`: $\beta$, within `0 <= beta < 1`; `None` for no average.
 
-        **Raises:** `ValueError` for a value out of range.
+        **Raises:** `ValueError` for an argument out of range.
         """
         check_positive("accumulate", accumulate)
         if average_decay is not None and not 0 <= average_decay < 1:
@@ -107,18 +112,20 @@ class TrainStep:
         self._run = eqx.filter_jit(self._step, donate="all-except-first")
 
     def init(self, model: PyTree, *, rows: int | None = None, key: PRNGKeyArray) -> TrainState:
-        """The state before the first step. It holds a copy of the model.
+        """Returns the state before the first step, which contains a copy of the model.
 
         **Arguments:**
 
-        - `model`: the model, in the precision in which it is optimised: float32 as a rule.
-        - `rows`: of a batch, to carry the states of the layers from batch to batch. `None`: every
-            batch starts from the empty past.
-        - `key`: for losses that draw random numbers.
+        - `model`: the model, in the precision in which it is optimised, usually float32.
+        - `rows`: the number of rows of a batch, to carry the states of the layers from batch to
+            batch. `None`: every batch starts from the empty state.
+        - `key`: the key for losses that draw random numbers.
+
+        **Returns:** a [`mamba_eqx.training.TrainState`][].
         """
-        copy = lambda leaf: jnp.copy(leaf) if eqx.is_array(leaf) else leaf  # noqa: E731
+        copy = lambda leaf: jnp.copy(leaf) if eqx.is_array(leaf) else leaf
         model = jax.tree.map(copy, model)
-        with jax.numpy_dtype_promotion("standard"):  # optax's own code relies on it
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on promotion.
             opt_state = self.optimiser.init(eqx.filter(model, eqx.is_inexact_array))
         return TrainState(
             model=model,
@@ -130,21 +137,21 @@ class TrainStep:
             key=jnp.copy(key),
         )
 
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+    def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
         """**Arguments:**
 
-        - `state`: from `init`, or the last step.
-        - `batch`: a [`mamba_eqx.training.Batch`][], or whatever the loss takes; the first axis of
-            each of its arrays are the rows.
+        - `state`: the result of `init` or of the previous step.
+        - `batch`: a [`mamba_eqx.training.Batch`][], or whatever the loss takes. The first axis of
+            each of its arrays is the rows.
 
         **Returns:**
 
-        The new state, and the metrics: `loss`, `gradient_norm` (before it is clipped), `tokens`
-        (how many targets counted) and `skipped` (steps so far); and `learning_rate`, if the state
-        of the optimiser has one, as that of [`mamba_eqx.training.recipe`][] and of whatever
-        `optax.inject_hyperparams` makes.
+        The new state, and the metrics, all scalars: `loss`, `gradient_norm` (before clipping),
+        `weight` (the number of targets that counted) and `skipped` (the number of steps skipped so
+        far). `learning_rate` is added if the optimiser's state contains it, as with
+        [`mamba_eqx.training.recipe`][] and any optimiser made by `optax.inject_hyperparams`.
 
-        **Raises:** `ValueError` if `accumulate` does not divide the rows of the batch.
+        **Raises:** `ValueError` if `accumulate` does not divide the number of rows of the batch.
         """
         rows = len(jax.tree.leaves(batch)[0])
         if rows % self.accumulate:
@@ -155,80 +162,127 @@ class TrainStep:
         return self._run(batch, state)
 
     def _computing(self, model: PyTree) -> PyTree:
+        """Returns the model in the dtype to compute in."""
         return model if self.compute_dtype is None else cast(model, self.compute_dtype)
 
-    def _step(self, batch: Any, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
+    def _step(self, batch: PyTree, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
         params, static = eqx.partition(state.model, eqx.is_inexact_array)
         key = jr.fold_in(state.key, state.step)
-        loss, grads, count, carry = self._gradient(params, static, batch, state.carry, key)
-        norm = optax.tree.norm(grads)
-        with jax.numpy_dtype_promotion("standard"):  # as above
-            updates, opt_state = self.optimiser.update(grads, state.opt_state, params)
+        found = self._gradient(params, static, batch, state.carry, key)
+        norm = optax.tree.norm(found.grads)
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on promotion.
+            updates, opt_state = self.optimiser.update(found.grads, state.opt_state, params)
         model = eqx.combine(optax.apply_updates(params, updates), static)
         average = state.average
         if average is not None and self.average_decay is not None:
             new, old = eqx.filter((model, average), eqx.is_inexact_array)
             mixed = optax.incremental_update(new, old, 1 - self.average_decay)
             average = eqx.combine(mixed, model)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-
-        def if_finite(new: Any, old: Any) -> Any:
-            return jnp.where(finite, new, old) if eqx.is_array(new) else new
-
-        model, opt_state, average, carry = jax.tree.map(
-            if_finite,
-            (model, opt_state, average, None if state.carry is None else carry),
+        finite = jnp.isfinite(found.loss) & jnp.isfinite(norm)
+        model, opt_state, average, carry = _select(
+            finite,
+            (model, opt_state, average, None if state.carry is None else found.carry),
             (state.model, state.opt_state, state.average, state.carry),
         )
         skipped = state.skipped + (~finite).astype(jnp.int32)
         new_state = TrainState(model, opt_state, carry, average, state.step + 1, skipped, state.key)
-        metrics = {"loss": loss, "gradient_norm": norm, "tokens": count, "skipped": skipped}
+        metrics = {
+            "loss": found.loss,
+            "gradient_norm": norm,
+            "weight": found.weight,
+            "skipped": skipped,
+        }
         rates = optax.tree.get_all_with_path(opt_state, "learning_rate", _is_hyperparameter)
         if len(rates) == 1:
             metrics["learning_rate"] = rates[0][1]
         return new_state, metrics
 
     def _gradient(
-        self, params: PyTree, static: PyTree, batch: Any, carry: PyTree, key: PRNGKeyArray
-    ) -> tuple[Array, PyTree, Array, PyTree]:
-        """The loss, its gradient, its weight, and the new carry."""
+        self,
+        params: PyTree,
+        static: PyTree,
+        batch: PyTree,
+        carry: PyTree | None,
+        key: PRNGKeyArray,
+    ) -> "_Gradient":
+        """Returns the gradient of the whole batch, accumulated over groups of its rows."""
 
-        def loss_of(params: PyTree, batch: Any, carry: PyTree, key: Any) -> Any:
+        def loss_of(
+            params: PyTree, batch: PyTree, carry: PyTree | None, key: PRNGKeyArray
+        ) -> tuple[Array, LossAux]:
             return self.loss(self._computing(eqx.combine(params, static)), batch, carry, key)
 
         value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
         if self.accumulate == 1:
-            (loss, (count, carry)), grads = value_and_grad(params, batch, carry, key)
-            return loss, grads, count, carry
+            (loss, aux), grads = value_and_grad(params, batch, carry, key)
+            return _Gradient(loss, grads, *aux)
 
         def split(leaf: Array) -> Array:
             return jnp.reshape(leaf, (self.accumulate, -1, *leaf.shape[1:]))
 
-        def group(total: Any, piece: Any) -> tuple[Any, PyTree]:
-            batch, carry, key = piece
-            (loss, (count, carry)), grads = value_and_grad(params, batch, carry, key)
-            weighted = jax.tree.map(lambda leaf: leaf * count.astype(leaf.dtype), (loss, grads))
-            return jax.tree.map(jnp.add, total, (*weighted, count)), carry
+        def add(total: _Total, group: _Group) -> tuple[_Total, PyTree]:
+            (loss, aux), grads = value_and_grad(params, *group)
+            weight, carry = aux
+            loss, grads = jax.tree.map(lambda leaf: leaf * weight.astype(leaf.dtype), (loss, grads))
+            return jax.tree.map(jnp.add, total, _Total(loss, grads, weight)), carry
 
-        groups = jax.tree.map(split, (batch, carry))
+        batch, carry = jax.tree.map(split, (batch, carry))
+        groups = _Group(batch, carry, jr.split(key, self.accumulate))
         first = jax.tree.map(lambda leaf: leaf[0], groups)
-        shapes = jax.eval_shape(value_and_grad, params, *first, key)
-        (loss_shape, (count_shape, _)), _ = shapes
-        zero = jax.tree.map(jnp.zeros_like, (loss_shape, params, count_shape))
-        keys = jr.split(key, self.accumulate)
-        (loss, grads, count), carry = jax.lax.scan(group, zero, (*groups, keys))
-        weight = jnp.where(count == 0, jnp.ones_like(count), count)
-        loss, grads = jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), (loss, grads))
-        join = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
-        return loss, grads, count, jax.tree.map(join, carry)
+        (loss, aux), _ = jax.eval_shape(value_and_grad, params, *first)
+        zero = jax.tree.map(jnp.zeros_like, _Total(loss, params, aux[0]))
+        total, carry = jax.lax.scan(add, zero, groups)
+        weight = jnp.where(total.weight == 0, jnp.ones_like(total.weight), total.weight)
+        loss, grads = jax.tree.map(
+            lambda leaf: leaf / weight.astype(leaf.dtype), (total.loss, total.grads)
+        )
+        join = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])
+        return _Gradient(loss, grads, total.weight, jax.tree.map(join, carry))
+
+
+class _Gradient(NamedTuple):
+    """The gradient of a loss over a batch, and the results of the loss."""
+
+    loss: Float[Array, ""]
+    grads: PyTree
+    weight: Float[Array, ""] | Int[Array, ""]
+    carry: PyTree | None
+
+
+class _Group(NamedTuple):
+    """The input of one group of rows."""
+
+    batch: PyTree
+    carry: PyTree | None
+    key: PRNGKeyArray
+
+
+class _Total(NamedTuple):
+    """Sums over the groups so far."""
+
+    loss: Float[Array, ""]
+    """The sum of the losses times their weights."""
+
+    grads: PyTree
+    """The sum of the gradients times their weights."""
+
+    weight: Float[Array, ""] | Int[Array, ""]
+
+
+def _select(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
+    """Returns the arrays of `new` if the condition holds, and those of `old` otherwise."""
+    return jax.tree.map(
+        lambda new, old: jnp.where(condition, new, old) if eqx.is_array(new) else new, new, old
+    )
 
 
 def _next_token_loss(
-    model: Any, batch: Any, carry: PyTree | None, key: PRNGKeyArray
-) -> tuple[Array, LossAux]:
+    model: PyTree, batch: PyTree, carry: PyTree | None, key: PRNGKeyArray
+) -> tuple[Float[Array, ""], LossAux]:
     return next_token_loss(model, batch, carry)
 
 
-def _is_hyperparameter(path: tuple[Any, ...], _: Any) -> bool:
-    """Whether it is in a state of `optax.inject_hyperparams`, and not in a model's moments."""
+def _is_hyperparameter(path: KeyPath, _: object) -> bool:
+    """Returns whether a leaf is in a state of `optax.inject_hyperparams`, not in a moment of a
+    model's parameter that has the same name."""
     return any(getattr(key, "name", None) == "hyperparams" for key in path)

@@ -316,7 +316,7 @@ def test_snapshots_of_the_hub_are_made_of_links(shared, saved, tmp_path):
         ({"weight_map": {}}, "no `weight_map`"),
         ({"weight_map": {NORM: 3}}, "'3', which is not the plain name"),
         ({"weight_map": {NORM: "gone.safetensors"}}, "'gone.safetensors' it refers to is missing"),
-        ({"weight_map": {NORM: "one.safetensors"}}, "has, unmentioned, 'extra'"),
+        ({"weight_map": {NORM: "one.safetensors"}}, "also holds 'extra'"),
         ({"weight_map": dict.fromkeys([NORM, "extra", "x"], "one.safetensors")}, "lacks 'x'"),
         ({"weight_map": {str(i): f"{i}" for i in range(5000)}}, "5000 files"),
     ],

@@ -125,7 +125,7 @@ def test_offline_with_half_of_a_checkpoint(hub, load):
     hub.add(NAME, {"config.json": files()["config.json"]})
     with pytest.raises(CheckpointError, match=r"'me/mine'.*has no weights: none of model.safet"):
         load()
-    with pytest.raises(CheckpointError, match=r"^What the cache has of the repository 'me/mine'"):
+    with pytest.raises(CheckpointError, match=r"^The cached part of the repository 'me/mine'"):
         load(local_files_only=True)
 
 
@@ -159,7 +159,7 @@ def test_branches_tags_and_pull_requests(hub, load):
         assert_same(load(revision=name), OTHER)
         assert_same(load(revision=name, local_files_only=True), OTHER)
     assert_same(load(), MODEL)
-    with pytest.raises(CheckpointError, match=r"at revision 'v3'.*not there.*listed at http"):
+    with pytest.raises(CheckpointError, match=r"at revision 'v3'.*does not exist.*listed at http"):
         load(revision="v3")
 
 
@@ -311,7 +311,7 @@ def test_other_bytes_of_the_same_size_are_refused(name, symlinks, hub, load, tmp
     wrong[at : at + 1] = b"'" if name == "config.json" else bytes([wrong[at] ^ 1])
     path = "GET /me/mine/resolve/.*json" if name == "config.json" else "GET /large/"
     hub.faults.append(Fault(path, times=2, body=bytes(wrong)))
-    with pytest.raises(CheckpointError, match=f"'{name}' came with other bytes.*removed"):
+    with pytest.raises(CheckpointError, match=f"'{name}' does not have the checksum.*removed"):
         load()
     hub.faults.clear()
     # It does not stay in the cache, where it would be taken for good.

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from mamba_eqx.pretrained._state_dict import LAYOUTS
-from mamba_eqx.pretrained.layouts._layout import skeleton_of
+from mamba_eqx.pretrained.layouts import skeleton_of
 
 
 MAMBA = {

@@ -1,7 +1,7 @@
-"""A training for test_killed_training.py to kill: `killed_training.py FOLDER [slow]`.
+"""The training run that test_killed_training.py kills: `killed_training.py FOLDER [slow]`.
 
-If it is slow it stays for a minute in the middle of writing each checkpoint, so that it can be
-killed there.
+With `slow` it waits for a minute in the middle of writing each checkpoint, so that it can be killed
+there.
 """
 
 import sys

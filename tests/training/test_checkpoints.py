@@ -1,4 +1,4 @@
-"""Checkpoints come back as they were, or it is said what is wrong; failures cost none."""
+"""Checkpoints are restored bit for bit or refused with a reason; failures lose none."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ from mamba_eqx.training import Checkpoints
 
 
 class Net(eqx.Module):
-    """A model with leaves that are no arrays."""
+    """A model with leaves that are not arrays."""
 
     linear: eqx.nn.Linear
     activation: eqx.nn.Lambda
@@ -68,7 +68,7 @@ def names(folder):
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
-def test_a_state_comes_back_as_it_was(tmp_path, impl):
+def test_restores_state_bit_for_bit(tmp_path, impl):
     checkpoints = Checkpoints(tmp_path / "a" / "b", config={"lr": 0.1, "layers": (1, 2)})
     assert checkpoints.restore(make(impl=impl)) is None
     state = make(7, impl=impl)
@@ -79,8 +79,8 @@ def test_a_state_comes_back_as_it_was(tmp_path, impl):
     assert step == 12
     assert_same(got, state)
     assert got["carry"][0].dtype == ml_dtypes.bfloat16
-    got["host"] += 1  # an array of its own, not the file's
-    # A skeleton will do, and what was read does not hang on the file.
+    got["host"] += 1  # The array is writable: it is not the file's memory.
+    # `like` may be a skeleton, and restored arrays do not depend on the file.
     arrays = {name: state[name] for name in ("carry", "keys", "scalar")}
     checkpoints.save(13, arrays)
     skeleton = jax.eval_shape(lambda: arrays)
@@ -92,7 +92,7 @@ def test_a_state_comes_back_as_it_was(tmp_path, impl):
     assert record["config"] == {"lr": 0.1, "layers": [1, 2]}
 
 
-def test_an_array_goes_where_it_was(tmp_path):
+def test_restores_arrays_to_their_devices(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, jnp.arange(3))
     placed = jax.device_put(jnp.zeros(3, jnp.int32), jax.devices()[0])
@@ -102,7 +102,7 @@ def test_an_array_goes_where_it_was(tmp_path):
         assert got.committed == like.committed
 
 
-def test_the_newest_and_the_best_are_kept(tmp_path):
+def test_keeps_newest_and_best_checkpoints(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     assert checkpoints.best is None
     for step, score in [(10, 3.0), (20, 1.0), (30, None), (40, 2.0), (50, 1.0)]:
@@ -113,14 +113,14 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     checkpoints.save(60, jnp.full(2, 60), score=0.5)
     assert checkpoints.steps == [50, 60]
     assert names(tmp_path) == ["step-000000050", "step-000000060"]
-    # The same step once more.
+    # Saving a step again replaces its checkpoint.
     checkpoints.save(60, jnp.full(2, 61))
     got, step = restore(checkpoints, jnp.zeros(2, jnp.int32))
     assert (got[0], step) == (61, 60)
     assert names(tmp_path) == ["step-000000050", "step-000000060"]
 
 
-def test_what_a_kill_left_is_removed(tmp_path):
+def test_restore_removes_leftovers_of_killed_process(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, jnp.ones(2))
     leftover = tmp_path / ".step-000000002.0123abcd.tmp"
@@ -133,7 +133,7 @@ def test_what_a_kill_left_is_removed(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "no state", "no record", "bad record", "empty record"])
-def test_a_damaged_checkpoint_is_set_aside(tmp_path, damage):
+def test_damaged_checkpoint_is_renamed(tmp_path, damage):
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, jnp.full(4, 1.0))
     (tmp_path / "step-000000001").rename(tmp_path / "kept")
@@ -150,22 +150,22 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, damage):
         record.unlink()
     else:
         record.write_text("{}" if damage == "empty record" else record.read_text()[:-9])
-    with pytest.warns(UserWarning, match="step-000000002 is damaged .* the one before it"):
+    with pytest.warns(UserWarning, match="step-000000002 is damaged .* the checkpoint before it"):
         got, step = restore(checkpoints, jnp.zeros(4))
     assert (float(got[0]), step) == (1.0, 1)
-    # It is no longer counted, so that the good one stays until there is a better one.
+    # A damaged checkpoint does not count towards `keep`, so the complete one is kept.
     assert checkpoints.steps == [1]
     checkpoints.save(2, jnp.full(4, 2.5))
     assert restore(checkpoints, jnp.zeros(4))[0][0] == 2.5
     (checkpoints.path(2) / "state.safetensors").write_bytes(b"x")
     with (
         pytest.warns(UserWarning, match="is damaged"),
-        pytest.raises(mbx.CheckpointError, match=r"None of the 1 checkpoints .* is whole"),
+        pytest.raises(mbx.CheckpointError, match=r"All 1 checkpoints .* are damaged"),
     ):
         restore(checkpoints, jnp.zeros(4))
 
 
-def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+def test_checkpoint_of_another_run_is_refused(tmp_path):
     config = {"model": {"width": 3, "mixers": ["a"]}, "lr": 0.1}
     checkpoints = Checkpoints(tmp_path, config=config)
     checkpoints.save(5, make())
@@ -175,35 +175,35 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     half = {**make(), "carry": (jnp.zeros((2, 3), jnp.float16), narrow["carry"][1])}
     for message, like in [
         (
-            r"model.linear.weight in .*step-000000005 is float32 of shape \(3, 2\), but in "
-            r"this state it is float32 of shape \(4, 2\)",
+            r"model.linear.weight is float32 of shape \(3, 2\) in .*step-000000005, but float32 of "
+            r"shape \(4, 2\) in this state",
             wide,
         ),
-        (r"it lacks nothing, and has carry.0, carry.1 besides", other),
-        (r"it lacks extra, and has nothing besides", more),
-        (r"carry.0 in .* is bfloat16 of shape .* is float16", half),
+        (r"missing are none, unexpected are carry.0, carry.1", other),
+        (r"missing are extra, unexpected are none", more),
+        (r"carry.0 is bfloat16 of shape .* in .*, but float16 of", half),
         (r"model.dropout.p is 0.1 in .*, but 0.2 in this state", make(p=0.2)),
         (r"keys is a PRNG key in only one", {**make(), "keys": jnp.zeros((2, 2), jnp.uint32)}),
-        (r"keys in .* is a key<fry>, but in this state a key<rbg>", make(impl="rbg")),
+        (r"keys is a key<fry> in .*, but a key<rbg> in this state", make(impl="rbg")),
     ]:
         with pytest.raises(mbx.CheckpointError, match=message):
             restore(checkpoints, like)
     for message, changed in {
-        r"with lr=0.1, but this one has lr=0.2": config | {"lr": 0.2},
-        r"with model.width=3, but this one has model.width=5": config
+        r"with lr=0.1, but this run has lr=0.2": config | {"lr": 0.2},
+        r"with model.width=3, but this run has model.width=5": config
         | {"model": {"width": 5, "mixers": ["a"]}},
-        r"with model.mixers=\['a'\], but this one has model.mixers=\['b'\]": config
+        r"with model.mixers=\['a'\], but this run has model.mixers=\['b'\]": config
         | {"model": {"width": 3, "mixers": ["b"]}},
-        r"with seed=None, but this one has seed=1": config | {"seed": 1},
-        r"with lr=0.1, but this one has lr=None": {"model": config["model"]},
+        r"with seed=None, but this run has seed=1": config | {"seed": 1},
+        r"with lr=0.1, but this run has lr=None": {"model": config["model"]},
     }.items():
         with pytest.raises(mbx.CheckpointError, match=message):
             Checkpoints(tmp_path, config=changed).restore(make())
-    # Nothing was touched.
+    # The checkpoint is untouched.
     assert restore(checkpoints, make())[1] == 5
 
 
-def test_a_full_disk_costs_no_checkpoint(tmp_path):
+def test_full_disk_keeps_earlier_checkpoints(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, jnp.full(10, 1.0))
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -215,23 +215,25 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert caught.value.errno == errno.EFBIG
     message = str(caught.value)
-    assert "The checkpoint of step 2 was not written; the last good one is" in message
+    assert "Could not write the checkpoint of step 2; the newest complete checkpoint is" in message
     assert message.count("step-000000001") == 1
     assert names(tmp_path) == ["step-000000001"]
     assert restore(checkpoints, jnp.zeros(10))[1] == 1
 
 
-@pytest.mark.parametrize("function", ["write_safetensors", "_to_disk", "os.rename"])
-def test_no_step_of_writing_may_fail_unnoticed(tmp_path, monkeypatch, function):
+@pytest.mark.parametrize(
+    "function", ["training._checkpoints.write_safetensors", "_atomic._sync", "_atomic.os.rename"]
+)
+def test_failure_of_each_write_raises(tmp_path, monkeypatch, function):
     checkpoints = Checkpoints(tmp_path)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"mamba_eqx.training._checkpoints.{function}", full)
+        patch.setattr(f"mamba_eqx.{function}", full)
         with pytest.raises(
-            training.CheckpointWriteError, match="the last good one is none"
+            training.CheckpointWriteError, match="the newest complete checkpoint is none"
         ) as caught:
             checkpoints.save(1, jnp.zeros(3))
     assert caught.value.errno == errno.ENOSPC
@@ -239,7 +241,7 @@ def test_no_step_of_writing_may_fail_unnoticed(tmp_path, monkeypatch, function):
     assert checkpoints.restore(jnp.zeros(3)) is None
 
 
-def test_a_folder_that_is_gone_is_made_again(tmp_path):
+def test_removed_folder_is_created_again(tmp_path):
     checkpoints = Checkpoints(tmp_path / "a")
     (tmp_path / "a").rmdir()
     assert checkpoints.steps == []
@@ -247,18 +249,16 @@ def test_a_folder_that_is_gone_is_made_again(tmp_path):
     assert checkpoints.steps == [1]
 
 
-def test_errors(tmp_path):
+def test_invalid_arguments_raise(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        training.CheckpointWriteError, match=r"No checkpoints can be written to .*file"
-    ):
+    with pytest.raises(training.CheckpointWriteError, match=r"Could not create .*file"):
         Checkpoints(tmp_path / "file" / "a")
     with pytest.raises(ValueError, match="`keep` must be at least 1, but got 0"):
         Checkpoints(tmp_path, keep=0)
     for config in ({"a": jnp.zeros(2)}, {"a": float("nan")}):
         with pytest.raises(ValueError, match="`config` must be JSON, but got"):
             Checkpoints(tmp_path, config=config)
-    with pytest.raises(ValueError, match="Two leaves of the state have the same name"):
+    with pytest.raises(ValueError, match="but two have the same"):
         Checkpoints(tmp_path).save(1, {"a.b": jnp.zeros(2), "a": {"b": jnp.zeros(2)}})
     with pytest.raises(FileNotFoundError):
         Checkpoints(tmp_path).restore(jnp.zeros(2), step=3)

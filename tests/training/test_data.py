@@ -1,4 +1,4 @@
-"""What is read, in which order, and what is held out: all of it a function of the step."""
+"""Batches are a function of the step; token files are mapped and written atomically."""
 
 import lzma
 
@@ -9,7 +9,7 @@ import mamba_eqx as mbx
 from mamba_eqx import training
 
 
-# Tokens that say where they are, so that a batch tells what it is made of.
+# Each token is its own position, so a batch shows which tokens it consists of.
 PLACES = np.arange(1, 1001, dtype=np.uint16)
 
 
@@ -18,13 +18,13 @@ def batches(data, count):
 
 
 def assert_targets_follow(batch, tokens):
-    """Where it counts, a target is the token that follows in the text."""
+    """Asserts that each target that counts is the token that follows in the text."""
     after = dict(zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True))
     for token, target in zip(batch.tokens[batch.mask], batch.targets[batch.mask], strict=True):
         assert after[int(token)] == target
 
 
-def test_windows_are_read_once_in_an_epoch_and_in_another_order_in_the_next():
+def test_each_epoch_reads_every_window_once_in_another_order():
     data = training.Streams(PLACES, batch=4, length=5, seed=3)
     assert data.steps_per_epoch == 50
     epochs = []
@@ -34,19 +34,19 @@ def test_windows_are_read_once_in_an_epoch_and_in_another_order_in_the_next():
         assert sorted(read.ravel().tolist()) == PLACES.tolist()
         for batch in seen:
             assert_targets_follow(batch, PLACES)
-            # Each window by itself, and the beginning of the text does not follow from its end.
+            # Windows are independent, and the first token does not follow the last one.
             begins = batch.tokens == 1
             begins[:, 0] = True
             np.testing.assert_array_equal(batch.reset, begins)
             np.testing.assert_array_equal(batch.mask, batch.targets != 1)
         epochs.append(read[:, 0])
-    # Cut at another place, and from there in another order.
+    # The second epoch cuts the text at another offset and shuffles it in another order.
     assert set(epochs[0]) != set(epochs[1])
     jumps = [np.diff(starts) % len(PLACES) for starts in epochs]
     assert not np.array_equal(*jumps)
 
 
-def test_rows_read_on_until_they_jump():
+def test_rows_continue_until_their_stretch_ends():
     batch, length, stretch = 4, 3, 6
     data = training.Streams(PLACES, batch=batch, length=length, stretch=stretch, seed=1)
     epoch = data.steps_per_epoch
@@ -62,15 +62,15 @@ def test_rows_read_on_until_they_jump():
         jumps.append(~follows)
         read += now.tokens.ravel().tolist()
         before = now
-    # Every row jumps every sixth step, and not all in the same one.
+    # Every row jumps every sixth step, but not all rows in the same step.
     for row in np.array(jumps).T:
         assert set(np.diff(np.flatnonzero(row))) == {stretch}
     assert np.array(jumps).sum(axis=1).max() < batch
-    # Only at the end do some rows read what belongs to the next epoch.
+    # Only at the end of an epoch do some rows read tokens of the next one.
     assert len(read) - len(set(read)) <= batch * stretch * length
 
 
-def test_a_batch_depends_on_the_step_and_the_seed_alone():
+def test_batch_depends_on_step_and_seed_only():
     tokens = np.random.default_rng(0).integers(0, 9, 700).astype(np.uint8)
     makers = [
         lambda seed: training.Streams(tokens, batch=3, length=4, stretch=3, separator=0, seed=seed),
@@ -90,7 +90,7 @@ def test_a_batch_depends_on_the_step_and_the_seed_alone():
 
 
 @pytest.mark.parametrize("stretch", [1, 4])
-def test_documents_begin_with_a_reset_and_no_loss_goes_around_the_end(stretch):
+def test_documents_start_with_reset_and_loss_excludes_end_of_text(stretch):
     tokens = np.random.default_rng(1).integers(0, 6, 400)
     tokens[0] = 3
     data = training.Streams(tokens, batch=5, length=10, stretch=stretch, separator=0)
@@ -103,15 +103,15 @@ def test_documents_begin_with_a_reset_and_no_loss_goes_around_the_end(stretch):
         assert batch.reset[batch.tokens == 0].all()
         assert (batch.targets[~batch.mask] == 3).all()
         ends += int((~batch.mask).sum())
-    # Once around the text for each epoch, perhaps not in what an epoch leaves over.
+    # Each epoch crosses the end once, unless the end is in the part that it does not read.
     assert 3 <= ends <= 6
-    # With a separator there, the end is the end of a document like any other.
+    # If the text starts with a separator, its end is the end of an ordinary document.
     tokens[0] = 0
     data = training.Streams(tokens, batch=5, length=10, stretch=stretch, separator=0)
     assert all(batch.mask.all() for batch in batches(data, 40))
 
 
-def test_packed_rows_hold_whole_documents():
+def test_packed_rows_contain_whole_documents():
     rng = np.random.default_rng(2)
     lengths = [1, 2, 30, 7, 7, 6, 20, 21, 19, *rng.integers(1, 15, 60)]
     documents = []
@@ -136,16 +136,16 @@ def test_packed_rows_hold_whole_documents():
         for piece in np.split(tokens[:size], np.flatnonzero(reset[:size])[1:]):
             pieces.append(piece.tolist())
         counted += int(mask.sum())
-    # All but the very last token have a target, once an epoch.
+    # Every token but the last has a target, once per epoch.
     assert counted == len(text) - 1
     wanted = [d[i : i + 20] for d in documents for i in range(0, len(d), 20)]
     assert sorted(pieces) == sorted(wanted)
-    # Packed, not one document a row.
+    # A row contains more than one document on average.
     assert len(text) / (20 * number) > 0.75
 
 
-def test_packed_targets_follow():
-    """Also over the cut of a document that is longer than a row."""
+def test_packed_targets_are_next_tokens():
+    """This includes the cut of a document that is longer than a row."""
     text = np.array([0, *range(1, 50), 0, *range(50, 55)])
     (batch,) = batches(training.Packed(text, batch=3, length=20, separator=0), 1)
     rows = sorted(zip(*(x.tolist() for x in batch), strict=True))
@@ -157,7 +157,7 @@ def test_packed_targets_follow():
     assert rows[2][3] == [i < 15 for i in range(20)]
 
 
-def test_files_are_mapped(tmp_path):
+def test_token_files_are_memory_mapped(tmp_path):
     text = "Two,\0or three.\0"
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "a.txt.xz").write_bytes(lzma.compress(text.encode()))
@@ -173,7 +173,7 @@ def test_files_are_mapped(tmp_path):
 
 
 class Words:
-    """A tokenizer of a user's own."""
+    """A user-defined tokenizer."""
 
     vocab_size = 300
 
@@ -191,7 +191,7 @@ class Words:
 
 
 @pytest.mark.parametrize("tokenizer", [mbx.ByteTokenizer(), Words()], ids=["bytes", "words"])
-def test_tokens_are_written_document_by_document(tmp_path, tokenizer):
+def test_write_tokens_is_incremental_and_atomic(tmp_path, tokenizer):
     path = tmp_path / "books.npy"
     documents = ["to be", "", "or not to be"]
     wanted = [token for text in documents for token in (9, *tokenizer.encode(text))]
@@ -215,17 +215,17 @@ def test_tokens_are_written_document_by_document(tmp_path, tokenizer):
     assert [file.name for file in tmp_path.iterdir()] == ["books.npy"]
 
 
-def test_documents_are_found_piece_by_piece(monkeypatch):
+def test_document_starts_does_not_depend_on_piece_size(monkeypatch):
     tokens = np.random.default_rng(0).integers(0, 4, 100).astype(np.uint8)
     tokens[0] = 1
     whole = training.document_starts(tokens, 0)
     assert whole.tolist() == [0, *np.flatnonzero(tokens == 0)]
-    monkeypatch.setattr("mamba_eqx.training.data._token_files._PIECE", 7)
+    monkeypatch.setattr("mamba_eqx.training.data._documents._PIECE", 7)
     np.testing.assert_array_equal(training.document_starts(tokens, 0), whole)
     assert training.document_starts(tokens[1:], 9).tolist() == [0]
 
 
-def test_some_are_held_out():
+def test_hold_out_end_and_documents():
     train, held_out = training.hold_out_end(PLACES, 0.05)
     assert train.tolist() + held_out.tolist() == PLACES.tolist()
     assert len(held_out) == 50
@@ -237,7 +237,7 @@ def test_some_are_held_out():
     assert bytes(held_out) == b"\0HAMLET who\0OTHELLO\0HAMLET again"
 
 
-def test_errors(tmp_path):
+def test_invalid_arguments_raise(tmp_path):
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "empty.npy").write_bytes(b"")
     (tmp_path / "odd").write_bytes(b"abc")
@@ -250,35 +250,35 @@ def test_errors(tmp_path):
 
     streams = training.Streams
     for message, call in {
-        r"empty is empty: there is nothing": read("empty"),
+        r"empty is empty. Give a file": read("empty"),
         r"empty.npy is empty": read("empty.npy"),
-        r"odd has 3 bytes, which is no whole number of uint16 tokens": read("odd", dtype=np.uint16),
-        r"must be one of integers, but got float32": read("odd", dtype=np.float32),
-        r"floats.npy holds float64 of shape \(3,\)": read("floats.npy"),
-        r"Token 1 of .*negative.npy is -2": read("negative.npy"),
-        r"Token 2 of .*high.npy is 70, .* 0..69": read("high.npy", vocab_size=70),
-        r"Token 0 of .*odd is 97, .* 0..49": read("odd", vocab_size=50),
-        r"has 1000 tokens, .* one stretch of 1 windows of 1001": lambda: streams(
+        r"odd has 3 bytes, .* not a whole number of uint16": read("odd", dtype=np.uint16),
+        r"must be an integer dtype, but got float32": read("odd", dtype=np.float32),
+        r"floats.npy must .* contains float64 of shape \(3,\)": read("floats.npy"),
+        r"negative.npy .* token 1 is -2": read("negative.npy"),
+        r"high.npy .* 0..69, but token 2 is 70": read("high.npy", vocab_size=70),
+        r"odd .* 0..49, but token 0 is 97": read("odd", vocab_size=50),
+        r"1 windows of 1001 tokens, but has 1000 tokens": lambda: streams(
             PLACES, batch=1, length=1001
         ),
-        r"has 1000 tokens, .* one stretch of 11 windows of 100": lambda: streams(
+        r"11 windows of 100 tokens, but has 1000 tokens": lambda: streams(
             PLACES, batch=1, length=100, stretch=11
         ),
         r"`batch` must be an integer of at least 1": lambda: streams(PLACES, batch=0, length=5),
         r"`seed` must be at least 0, but got -1": lambda: streams(
             PLACES, batch=1, length=5, seed=-1
         ),
-        r"1 tokens are nothing to train on": lambda: training.Packed(
+        r"`tokens` must have at least two tokens, but has 1": lambda: training.Packed(
             PLACES[:1], batch=1, length=5, separator=0
         ),
         r"`fraction` must be between 0 and 1, but got 1": lambda: training.hold_out_end(
             PLACES, 1.0
         ),
-        r"0.0001 of 1000 tokens is none": lambda: training.hold_out_end(PLACES, 1e-4),
-        r"No document of 1 begins with b'X'": lambda: training.hold_out_documents(
+        r"but got fraction=0.0001 of 1000 tokens": lambda: training.hold_out_end(PLACES, 1e-4),
+        r"none of 1 documents starts with b'X'": lambda: training.hold_out_documents(
             PLACES, [b"X"], separator=0
         ),
-        r"All of 1 documents are held out": lambda: training.hold_out_documents(
+        r"all 1 documents are held out": lambda: training.hold_out_documents(
             PLACES, [[1, 2]], separator=0
         ),
         r"`path` must end in .npy": lambda: training.write_tokens(
@@ -289,5 +289,5 @@ def test_errors(tmp_path):
             call()
     with pytest.raises(FileNotFoundError, match="nowhere"):
         training.read_tokens(tmp_path / "nowhere")
-    # A text that is just one window long is enough.
+    # A text of exactly one window is long enough.
     assert training.Streams(PLACES[:5], batch=2, length=5)[7].tokens.shape == (2, 5)

@@ -1,4 +1,4 @@
-"""The loop: it resumes, evaluates, writes, and loses nothing. The smallest of trainings do."""
+"""`fit` resumes, evaluates, saves and loses nothing. The runs are as small as possible."""
 
 import errno
 import os
@@ -46,7 +46,7 @@ def logged(folder, name="x"):
     return training.read_metrics(folder)[name][0].tolist()
 
 
-def test_it_trains_and_goes_on(tmp_path):
+def test_resumes_from_checkpoint(tmp_path):
     out = run(tmp_path)
     assert (out.step, out.interrupted) == (20, False)
     assert float(out.state["sum"]) == sum(range(20))
@@ -54,18 +54,18 @@ def test_it_trains_and_goes_on(tmp_path):
     steps, values = training.read_metrics(tmp_path)["x"]
     assert steps.tolist() == list(range(1, 21))
     assert values.tolist() == list(range(20))
-    # It is there already; then some more.
+    # A complete run makes no more steps; with more `steps` it resumes.
     again = run(tmp_path, step=fail_at(0))
     assert (again.step, float(again.state["sum"])) == (20, sum(range(20)))
     assert float(run(tmp_path, steps=33).state["sum"]) == sum(range(33))
     assert logged(tmp_path) == list(range(1, 34))
-    with pytest.raises(mbx.CheckpointError, match="with seed=None, but this one has seed=2"):
+    with pytest.raises(mbx.CheckpointError, match="with seed=None, but this run has seed=2"):
         run(tmp_path, config={"seed": 2})
 
 
 @pytest.fixture
 def handlers():
-    """The usual ones: a shell may have its background jobs ignore Ctrl-C."""
+    """Installs the default handlers, because a shell may let background jobs ignore Ctrl-C."""
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield usual
@@ -74,7 +74,7 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_with_a_checkpoint(tmp_path, number, handlers, capfd):
+def test_signal_saves_checkpoint_and_stops(tmp_path, number, handlers, capfd):
     def step(state, x):
         if x == 8:
             os.kill(os.getpid(), number)
@@ -84,14 +84,14 @@ def test_a_signal_ends_it_with_a_checkpoint(tmp_path, number, handlers, capfd):
     assert (out.step, out.interrupted) == (9, True)
     assert steps_of(tmp_path) == [6, 9]
     assert logged(tmp_path) == list(range(1, 10))
-    assert "This step is the last" in capfd.readouterr().err
+    assert "Finishing this step and saving a checkpoint." in capfd.readouterr().err
     assert {n: signal.getsignal(n) for n in handlers} == handlers
     assert float(run(tmp_path).state["sum"]) == sum(range(20))
     assert logged(tmp_path) == list(range(1, 21))
 
 
 @pytest.mark.usefixtures("handlers")
-def test_a_second_signal_ends_it_at_once(tmp_path):
+def test_second_signal_interrupts_immediately(tmp_path):
     def step(state, x):
         if x == 8:
             os.kill(os.getpid(), signal.SIGINT)
@@ -103,7 +103,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     assert steps_of(tmp_path) == [6]
 
 
-def test_in_another_thread_signals_are_left_alone(tmp_path):
+def test_runs_in_another_thread_without_signals(tmp_path):
     results = []
     thread = threading.Thread(target=lambda: results.append(run(tmp_path)))
     thread.start()
@@ -111,7 +111,7 @@ def test_in_another_thread_signals_are_left_alone(tmp_path):
     assert results[0].step == 20
 
 
-def test_evaluation_and_the_best(tmp_path):
+def test_evaluates_and_keeps_best_checkpoint(tmp_path):
     scores = {5: 3.0, 10: 1.0, 15: float("nan"), 20: 1.0, 22: 2.0}
     calls = []
 
@@ -128,7 +128,7 @@ def test_evaluation_and_the_best(tmp_path):
     steps, values = training.read_metrics(tmp_path)["score"]
     assert steps.tolist() == list(scores)
     np.testing.assert_array_equal(values, list(scores.values()))
-    # Without a name it is called all the same.
+    # Without `best`, `evaluate` is still called.
     run(tmp_path / "plain", steps=3, evaluate=lambda _: {"score": 1.0})
     assert logged(tmp_path / "plain", "score") == [3]
 
@@ -147,7 +147,7 @@ class Broken:
         return DATA[i] if i != 8 else 1 / 0
 
 
-def test_an_error_outside_the_step_costs_nothing(tmp_path):
+def test_error_outside_step_saves_checkpoint(tmp_path):
     def evaluate(state):
         raise RuntimeError("broken")
 
@@ -158,7 +158,7 @@ def test_an_error_outside_the_step_costs_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError):
         run(tmp_path / "b", data=Broken())
     assert steps_of(tmp_path / "b") == [6, 8]
-    # What a failed step was given may no longer be there.
+    # A failed step may have donated its state, so that state is not saved.
     with pytest.raises(RuntimeError, match="broken"):
         run(tmp_path / "c", step=fail_at(8))
     assert steps_of(tmp_path / "c") == [6]
@@ -166,8 +166,8 @@ def test_an_error_outside_the_step_costs_nothing(tmp_path):
     assert logged(tmp_path / "c") == list(range(1, 21))
 
 
-def test_a_full_disk(tmp_path, monkeypatch):
-    """Warnings while it trains, an error with the state at the end; then it goes on."""
+def test_full_disk_warns_then_raises_with_state(tmp_path, monkeypatch):
+    """The run warns while it trains, raises at the end, and resumes when there is space again."""
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -183,34 +183,36 @@ def test_a_full_disk(tmp_path, monkeypatch):
         warnings.catch_warnings(record=True) as warned,
     ):
         warnings.simplefilter("always")
-        with pytest.raises(training.CheckpointWriteError, match="step 20 was not") as caught:
+        with pytest.raises(training.CheckpointWriteError, match="checkpoint of step 20") as caught:
             run(tmp_path, step=step)
     messages = [str(warning.message) for warning in warned]
-    assert [m for m in messages if "Metrics wait to be written" in m]
+    assert [m for m in messages if "Could not write metrics to" in m]
     for step_lost in (12, 18):
-        (message,) = [m for m in messages if f"step {step_lost} was not written" in m]
-        assert "the last good one is" in message
+        (message,) = [
+            m for m in messages if f"Could not write the checkpoint of step {step_lost}" in m
+        ]
+        assert "the newest complete checkpoint is" in message
         assert "step-000000006" in message
     assert steps_of(tmp_path) == [6]
     assert caught.value.step == 20
     assert caught.value.errno == errno.ENOSPC
     assert float(caught.value.state["sum"]) == sum(range(20))
     assert logged(tmp_path) == list(range(1, 7))
-    # Full for a while only: nothing is missing afterwards.
+    # If the disk is full only for a while, nothing is missing at the end.
     free = iter([False, True, True])
     write = mbx.training._checkpoints.write_safetensors
     monkeypatch.setattr(
         "mamba_eqx.training._checkpoints.write_safetensors",
         lambda *args: write(*args) if next(free) else full(),
     )
-    with pytest.warns(UserWarning, match=r"step 12 was not written.*The training goes on"):
+    with pytest.warns(UserWarning, match=r"checkpoint of step 12.*Training continues"):
         assert float(run(tmp_path).state["sum"]) == sum(range(20))
     assert logged(tmp_path) == list(range(1, 21))
     assert steps_of(tmp_path) == [18, 20]
 
 
-def test_the_device_is_not_waited_for(tmp_path, monkeypatch):
-    """Numbers are fetched together, and seldom."""
+def test_metrics_are_fetched_every_log_every_steps(tmp_path, monkeypatch):
+    """In between, the device is not synchronised."""
     fetched = []
     get = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(len(tree)) or get(tree))
@@ -218,8 +220,8 @@ def test_the_device_is_not_waited_for(tmp_path, monkeypatch):
     assert fetched[:3] == [8, 8, 4]
 
 
-def test_any_equinox_model_with_the_step_of_the_package(tmp_path):
-    """Its state is used up by the next step, before the numbers of this one are read."""
+def test_train_step_resumes_bit_for_bit(tmp_path):
+    """`TrainStep` donates its state before `fit` fetches the metrics of the step."""
 
     def loss(model, batch, carry, key):
         x, y = batch
@@ -243,7 +245,7 @@ def test_any_equinox_model_with_the_step_of_the_package(tmp_path):
     assert logged(tmp_path / "once", "loss") == list(range(1, 13))
 
 
-def test_metrics_are_cut_back(tmp_path):
+def test_metrics_are_truncated_when_resuming(tmp_path):
     run(tmp_path, steps=6)
     whole = (tmp_path / "metrics.jsonl").read_bytes()
     for rest in (b'{"step": 7, "x": 1}\n{"step": 8, "x', b'{"st', b'{"step": 7, "x": 1}'):
@@ -251,14 +253,14 @@ def test_metrics_are_cut_back(tmp_path):
         training.read_metrics(tmp_path)
         run(tmp_path, steps=6)
         assert (tmp_path / "metrics.jsonl").read_bytes() == whole
-    # Without a checkpoint it begins anew.
+    # Without a checkpoint the run starts from the beginning.
     for path in checkpoints(tmp_path):
         path.rename(path.with_name("elsewhere-" + path.name))
     run(tmp_path, steps=6)
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
 
 
-def test_one_training_to_a_folder(tmp_path):
+def test_second_run_in_same_folder_raises(tmp_path):
     def step(state, x):
         with pytest.raises(ValueError, match="Another process is training in"):
             run(tmp_path)
@@ -268,7 +270,7 @@ def test_one_training_to_a_folder(tmp_path):
     run(tmp_path, steps=2)
 
 
-def test_the_bar_counts_tokens(tmp_path, capfd):
+def test_progress_bar_counts_tokens(tmp_path, capfd):
     tokens = np.zeros(100, np.uint8)
     data = training.Streams(tokens, batch=2, length=5)
 
@@ -284,7 +286,7 @@ def test_the_bar_counts_tokens(tmp_path, capfd):
     assert "20.0/20.0" in capfd.readouterr().err
 
 
-def test_curves(tmp_path, monkeypatch):
+def test_plots_metrics(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     run(tmp_path, steps=5, evaluate=lambda _: {"score": float("inf")})
     assert training.plot_metrics(tmp_path).read_bytes().startswith(b"\x89PNG")
@@ -292,30 +294,30 @@ def test_curves(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text(lines)
     assert training.plot_metrics(tmp_path) == tmp_path / "metrics.png"
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match="There are no metrics in"):
+    with pytest.raises(ValueError, match="There are no metrics to plot in"):
         training.plot_metrics(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'mamba_eqx\[plot\]'"):
         training.plot_metrics(tmp_path)
 
 
-def test_errors(tmp_path):
+def test_invalid_arguments_raise(tmp_path):
     for name in ("steps", "checkpoint_every", "evaluate_every", "log_every"):
         with pytest.raises(ValueError, match=f"`{name}` must be at least 1, but got 0"):
             run(tmp_path, **{name: 0})
-    with pytest.raises(ValueError, match="`best` is 'score', but there is no `evaluate`"):
+    with pytest.raises(ValueError, match="`best` requires `evaluate`, but got best='score'"):
         run(tmp_path, best="score")
     for message, results in {
-        "`evaluate` and `step` both return x": {"x": 1.0},
-        r"`best` is 'score', but `evaluate` returns only \['y'\]": {"y": 1.0},
+        "`evaluate` and `step` must return .* both return x": {"x": 1.0},
+        r"`best` must be .*, but got best='score' and the metrics \['y'\]": {"y": 1.0},
     }.items():
         with pytest.raises(ValueError, match=message):
-            run(tmp_path / message, steps=3, evaluate=lambda _, r=results: r, best="score")
-    with pytest.raises(ValueError, match=r"The metric x must be one number, but has shape \(2,\)"):
+            run(tmp_path / str(results), steps=3, evaluate=lambda _, r=results: r, best="score")
+    with pytest.raises(ValueError, match=r"The metric x must be a scalar, but got .* shape \(2,\)"):
         run(tmp_path / "a", step=lambda state, x: (state, {"x": jnp.zeros(2)}))
     (tmp_path / "file").write_text("")
-    with pytest.raises(training.CheckpointWriteError, match="No checkpoints can be written"):
+    with pytest.raises(training.CheckpointWriteError, match="Could not create"):
         run(tmp_path / "file")
     (tmp_path / "full" / ".lock").mkdir(parents=True)
-    with pytest.raises(training.CheckpointWriteError, match=r"Nothing can be written to .*full"):
+    with pytest.raises(training.CheckpointWriteError, match=r"Could not write to .*full"):
         run(tmp_path / "full")

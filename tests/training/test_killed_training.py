@@ -1,4 +1,4 @@
-"""A training that is killed, at any moment, ends as one that was not."""
+"""A training run that is killed at any moment and resumed ends like an uninterrupted one."""
 
 import json
 import os
@@ -17,8 +17,8 @@ STEPS = killed_training.STEPS
 
 
 def start(folder, *options):
-    command = [sys.executable, "-m", "tests.killed_training", str(folder), *options]
-    # What one has compiled, the next need not.
+    command = [sys.executable, "-m", "tests.support.killed_training", str(folder), *options]
+    # Later processes reuse what earlier ones have compiled.
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -27,7 +27,8 @@ def start(folder, *options):
 
 
 def wait_until(process, condition):
-    """Fails rather than waits for ever, and says whether the process is still there."""
+    """Waits for a condition and returns whether the process is still running; fails if it takes too
+    long."""
     limit = time.monotonic() + 120
     while process.poll() is None:
         if condition():
@@ -51,12 +52,12 @@ def leftovers(folder):
 
 
 def content(folder):
-    """All that a training leaves behind, without the lock."""
+    """Returns the content of each file of a run, except the lock."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def assert_ended_alike(folder, reference):
+def assert_same_content(folder, reference):
     got, want = content(folder), content(reference)
     assert got.keys() == want.keys()
     assert [name for name in want if got[name] != want[name]] == []
@@ -66,14 +67,14 @@ def assert_ended_alike(folder, reference):
     assert [line["step"] for line in lines if "size" in line] == [10, 20, 30, 40, 50]
 
 
-def test_a_killed_training_ends_as_one_that_was_not(tmp_path):
+def test_killed_run_resumes_bit_for_bit(tmp_path):
     folder = tmp_path / "killed"
-    # At some moment after it has a checkpoint.
+    # Kill it at a random moment after its first checkpoint.
     process = start(folder)
     assert wait_until(process, lambda: checkpoints(folder))
     time.sleep(random.uniform(0, 0.1))
     kill(process)
-    # In the middle of the next one.
+    # Kill it while it writes the next checkpoint.
     before = checkpoints(folder)
     known = set(leftovers(folder))
     process = start(folder, "slow")
@@ -83,14 +84,14 @@ def test_a_killed_training_ends_as_one_that_was_not(tmp_path):
     assert checkpoints(folder) == before
     assert start(folder).wait() == 0
     killed_training.main(str(tmp_path / "reference"))
-    assert_ended_alike(folder, tmp_path / "reference")
+    assert_same_content(folder, tmp_path / "reference")
 
 
-def test_many_kills(tmp_path):
+def test_run_killed_many_times_resumes_bit_for_bit(tmp_path):
     folder = tmp_path / "killed"
     ends = []
     for i in range(7):
-        # In the first checkpoint of all first, so that there is none.
+        # The first kill is during the first checkpoint, so there is none to resume from.
         process = start(folder, *["slow"] * (i % 3 == 0))
         known = set(leftovers(folder))
         wait_until(process, lambda known=known: set(leftovers(folder)) - known)
@@ -101,4 +102,4 @@ def test_many_kills(tmp_path):
     assert len({str(end) for end in ends}) > 2
     assert start(folder).wait() == 0
     killed_training.main(str(tmp_path / "reference"))
-    assert_ended_alike(folder, tmp_path / "reference")
+    assert_same_content(folder, tmp_path / "reference")

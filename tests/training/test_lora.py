@@ -1,4 +1,4 @@
-"""LoRA: what it changes, what it leaves, and that PEFT reads and writes the same files."""
+"""LoRA changes the linear layers only, and shares its files with PEFT."""
 
 import json
 from typing import Any
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("compile_fast")
 VOCAB = 11
 TOKENS = jnp.asarray([3, 1, 4, 1, 5, 9, 2, 6])
 MAMBA = mbx.BlockConfig(mbx.Mamba1Config(8, d_state=4))
-# As transformers' Jamba has it: fewer heads of keys, an MLP in every layer.
+# Like transformers' Jamba: fewer key and value heads, and an MLP in every layer.
 JAMBA = mbx.LanguageModelConfig(
     VOCAB,
     (
@@ -49,7 +49,7 @@ def make(*, stacked=False, layers=(MAMBA,) * 2, tied=False):
 
 
 def noisy(lora, seed=1):
-    """The same with values everywhere, as if it had been trained."""
+    """Returns the same LoRA with random values, as if it had been trained."""
     leaves, structure = jax.tree.flatten(lora)
     keys = jr.split(jr.key(seed), len(leaves))
     new = [0.3 * jr.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
@@ -71,7 +71,7 @@ def logits(model, lora=None):
         ("attention", False, "float32"),
     ],
 )
-def test_every_linear_map_is_changed_and_nothing_else(kind, stacked, dtype):
+def test_changes_every_linear_layer_and_nothing_else(kind, stacked, dtype):
     mixer, names = NAMES[kind]
     block = mbx.BlockConfig(mixer, d_intermediate=6)
     model = mbx.cast(make(stacked=stacked, layers=(block,) * 2), jnp.dtype(dtype))
@@ -81,7 +81,7 @@ def test_every_linear_map_is_changed_and_nothing_else(kind, stacked, dtype):
     assert lora.pairs.keys() == {f"{p}.{n}" for p in prefixes for n in within} | {"lm_head"}
     assert lora.scale == 2
     assert {leaf.dtype.name for leaf in jax.tree.leaves(lora)} == {"float32"}
-    assert eqx.tree_equal(lora.merge(model), model)  # It starts as the model.
+    assert eqx.tree_equal(lora.merge(model), model)  # It starts equal to the model.
 
     lora = noisy(lora)
     before = jax.tree.leaves_with_path(model)
@@ -97,8 +97,8 @@ def test_every_linear_map_is_changed_and_nothing_else(kind, stacked, dtype):
             np.testing.assert_allclose(np.asarray(new, np.float32), want, atol=tolerance)
 
 
-def test_a_model_of_ones_own():
-    """`equinox.nn.Linear`, alone, in attention, and in an ensemble."""
+def test_adapts_any_equinox_model():
+    """`equinox.nn.Linear` is found alone, in attention, and in an ensemble."""
     keys = jr.split(jr.key(0), 5)
     model = {
         "encoder": eqx.nn.Linear(3, 8, key=keys[0]),
@@ -119,8 +119,8 @@ def test_a_model_of_ones_own():
     assert not jnp.allclose(merged["heads"].weight, model["heads"].weight)
 
 
-def test_it_learns():
-    """The model is stored in bfloat16, and cast inside the loss."""
+def test_training_lowers_the_loss():
+    """The model is stored in bfloat16 and cast inside the loss."""
     model = mbx.cast(make(), jnp.bfloat16)
     lora: Any = LoRA.init(model, rank=2, key=jr.key(1))
     optimiser = optax.adam(0.03)
@@ -138,7 +138,7 @@ def test_it_learns():
 
     opt_state = optimiser.init(lora)  # pyright: ignore[reportArgumentType]
     losses = []
-    with jax.numpy_dtype_promotion("standard"):  # optax wants it.
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on promotion.
         for _ in range(60):
             lora, opt_state, value = step(lora, opt_state, model)
             losses.append(float(value))
@@ -147,7 +147,7 @@ def test_it_learns():
     assert eqx.tree_equal(model, mbx.cast(make(), jnp.bfloat16))
 
 
-def test_targets():
+def test_targets_select_linear_layers():
     model = make()
 
     def chosen(targets):
@@ -158,29 +158,29 @@ def test_targets():
     assert chosen(["0.mixer.in_proj", "lm_head"]) == {"layers.layers.0.mixer.in_proj", "lm_head"}
     assert chosen(lambda path: path.endswith("in_proj")) == both
     for targets, message in [
-        (["in_proj", "proj"], "names 'proj', but no linear map"),
-        ("in_proj", "a list of names, but got 'in_proj' alone"),
-        (lambda path: False, "No linear map was chosen. The model has layers.layers.0"),
+        (["in_proj", "proj"], "must be the end of .* path, but got 'proj'"),
+        ("in_proj", "a list of names, but got 'in_proj'"),
+        (lambda path: False, "selects none. The model has layers.layers.0"),
     ]:
         with pytest.raises(ValueError, match=message):
             chosen(targets)
 
 
-def test_errors(as_users_run):
+def test_invalid_arguments_raise(as_users_run):
     model = make()
     with pytest.raises(ValueError, match="rank"):
         LoRA.init(model, rank=0, key=jr.key(0))
     with pytest.raises(ValueError, match="`alpha` must be positive, but got alpha=0"):
         LoRA.init(model, rank=1, alpha=0, key=jr.key(0))
     lora = LoRA.init(model, rank=2, key=jr.key(0))
-    with pytest.raises(ValueError, match=r"no linear map at layers\.layers\.0\.mixer\.dt_proj"):
+    with pytest.raises(ValueError, match=r"has none at layers\.layers\.0\.mixer\.dt_proj"):
         lora.merge(make(stacked=True))
     wide = make(layers=(mbx.BlockConfig(mbx.Mamba1Config(16, d_state=4)),) * 2)
-    with pytest.raises(ValueError, match=r"shape \(64, 16\), but this LoRA .* \(32, 8\)"):
+    with pytest.raises(ValueError, match=r"must have the shape \(32, 8\) .* has shape \(64, 16\)"):
         lora.merge(wide)
 
 
-def test_a_file_is_for_stacked_and_unrolled_models(tmp_path):
+def test_file_loads_into_stacked_and_unrolled_models(tmp_path):
     layout = "state-spaces"
     one, other = make(), make(stacked=True)
     lora = noisy(LoRA.init(one, rank=2, alpha=3, key=jr.key(1)))
@@ -196,7 +196,7 @@ def test_a_file_is_for_stacked_and_unrolled_models(tmp_path):
     assert (config["r"], config["lora_alpha"]) == (2, 3)
 
 
-def test_layers_that_differ_do_not_stack(tmp_path):
+def test_different_layers_do_not_stack(tmp_path):
     model = make()
     lora = LoRA.init(model, rank=2, targets=["0.mixer.in_proj"], key=jr.key(1))
     save_lora(lora, model, tmp_path)
@@ -209,7 +209,7 @@ def edit(folder, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def test_what_is_not_plain_lora_is_refused(tmp_path):
+def test_other_adapters_are_refused(tmp_path):
     model = make()
     save_lora(noisy(LoRA.init(model, rank=2, key=jr.key(1))), model, tmp_path)
     text = (tmp_path / "adapter_config.json").read_text()
@@ -219,7 +219,7 @@ def test_what_is_not_plain_lora_is_refused(tmp_path):
         ({"bias": "all"}, "`bias` of adapter_config.json is supported only as 'none'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"peft_type": "IA3"}, "peft_type"),
-        ({"r": 3}, r"in_proj.lora_A.weight is \(2, 8\) and should be \(3, 8\)"),
+        ({"r": 3}, r"in_proj.lora_A.weight has shape \(2, 8\) instead of \(3, 8\)"),
     ]:
         edit(tmp_path, **fields)
         with pytest.raises(mbx.CheckpointError, match=message):
@@ -227,12 +227,12 @@ def test_what_is_not_plain_lora_is_refused(tmp_path):
         (tmp_path / "adapter_config.json").write_text(text)
     edit(tmp_path, use_rslora=True, rank_pattern={}, layer_replication=None)
     assert load_lora(tmp_path, model).scale == pytest.approx(2 / 2**0.5)
-    with pytest.raises(mbx.CheckpointError, match=r"lm_head.lora_A.weight has no place"):
+    with pytest.raises(mbx.CheckpointError, match=r"lm_head.lora_A.weight is unexpected"):
         load_lora(tmp_path, make(tied=True))
 
 
-def test_projections_that_are_several_in_the_file(tmp_path):
-    """One pair here is three there, and three that differ are one here; one may be missing."""
+def test_joins_projections_that_are_several_in_the_file(tmp_path):
+    """One pair is saved as three; three that differ are joined into one; one may be missing."""
     from mamba_eqx.formats._safetensors import open_safetensors, write_safetensors
 
     model = JAMBA.build(key=jr.key(0))
@@ -246,7 +246,7 @@ def test_projections_that_are_several_in_the_file(tmp_path):
     old = lora.pairs["layers.layers.1.mixer.in_proj"]
     change = np.asarray(old.b @ old.a) * np.repeat([2, 0, 1], [8, 4, 4])[:, None]
     tensors, joined = {}, lora
-    for which in "BA":  # With one and the same A for the two that are left, and with two.
+    for which in "BA":  # The two remaining pairs have the same A, then different ones.
         tensors = {name: np.array(tensor.read()) for name, tensor in stored.items()}
         tensors[f"{attention}.q_proj.lora_{which}.weight"] *= 2
         for part in "AB":
@@ -256,7 +256,7 @@ def test_projections_that_are_several_in_the_file(tmp_path):
         pair = joined.pairs["layers.layers.1.mixer.in_proj"]
         assert pair.a.shape == (4, 8)
         np.testing.assert_allclose(pair.b @ pair.a, change, atol=1e-5)
-    # And so it goes to a file again, the others filled up with zeros.
+    # The joined pair is saved with the others padded to its rank.
     save_lora(joined, model, tmp_path / "again")
     again = load_lora(tmp_path / "again", model)
     np.testing.assert_allclose(logits(model, again), logits(model, joined), atol=1e-4)
@@ -271,15 +271,15 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.mark.parity
-@pytest.mark.filterwarnings("ignore")  # Of packages that are not ours.
-def test_peft_reads_ours_and_writes_what_we_read(tmp_path):
+@pytest.mark.filterwarnings("ignore")  # Warnings of third-party packages.
+def test_peft_parity(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
     model = make()
     mbx.save_pretrained(model, tmp_path / "base")
-    # PEFT refuses `out_proj`. The change of `dt_proj`, whose weight transformers reads past PEFT's
-    # wrapper, has an effect there only once it is merged.
+    # PEFT refuses `out_proj`. Its change of `dt_proj` has no effect until it is merged, because
+    # transformers reads that weight directly.
     targets = ["in_proj", "x_proj", "dt_proj", "lm_head"]
     lora = noisy(LoRA.init(model, rank=2, alpha=3, targets=targets, key=jr.key(1)))
     save_lora(lora, model, tmp_path / "ours", base_model=str(tmp_path / "base"))

@@ -1,4 +1,4 @@
-"""The loss of the next token, written out in other words."""
+"""The next-token loss against direct implementations of its equation."""
 
 import functools
 
@@ -45,10 +45,10 @@ def close(got, want, tolerance=2e-5):
 @pytest.mark.parametrize(
     ("chunk", "smoothing", "z_loss"), [(7, 0.3, 0.1), (10, 0.0, 0.1), (1024, 0.3, 0.0)]
 )
-def test_cross_entropy_is_its_equation(chunk, smoothing, z_loss):
-    """In float64, and written for the targets that count alone."""
+def test_cross_entropy_matches_its_equation(chunk, smoothing, z_loss):
+    """The reference is in float64 and computes only the targets that count."""
     batch = batch_of(chunk)
-    wanted = np.zeros((ROWS, SEQ, VOCAB + 2))  # padded rows are never right
+    wanted = np.zeros((ROWS, SEQ, VOCAB + 2))  # Padded rows are never a target.
     wanted[..., :VOCAB] = smoothing / VOCAB
     wanted += (1 - smoothing) * np.eye(VOCAB + 2)[batch.targets]
     head = model()
@@ -57,7 +57,7 @@ def test_cross_entropy_is_its_equation(chunk, smoothing, z_loss):
         return training.cross_entropy(
             eqx.tree_at(lambda m: m.embedding.weight, head, weight),
             features,
-            jnp.where(batch.mask, batch.targets, -7),  # what does not count may be no token
+            jnp.where(batch.mask, batch.targets, -7),  # May be invalid where masked.
             batch.mask,
             label_smoothing=smoothing,
             z_loss=z_loss,
@@ -79,7 +79,7 @@ def test_cross_entropy_is_its_equation(chunk, smoothing, z_loss):
 
 @pytest.mark.parity
 @pytest.mark.parametrize(("columns", "smoothing"), [(VOCAB, 0.2), (VOCAB + 2, 0.0)])
-def test_cross_entropy_is_that_of_torch(columns, smoothing):
+def test_cross_entropy_matches_torch(columns, smoothing):
     torch = pytest.importorskip("torch")
     head = model(rows=columns)
     features = jr.normal(jr.key(1), (SEQ, 8))
@@ -94,8 +94,8 @@ def test_cross_entropy_is_that_of_torch(columns, smoothing):
     np.testing.assert_allclose(got, want.item(), rtol=1e-6)
 
 
-def test_no_array_of_all_logits_is_made():
-    """Neither forward nor in reverse: looked for in everything that is computed."""
+def test_full_logits_are_never_materialised():
+    """Neither the forward nor the reverse pass contains an array of them."""
     rows, seq, chunk = 4, 32, 16
     batch = batch_of(0, rows, seq)
     loss = functools.partial(training.next_token_loss, batch=batch, chunk=chunk)
@@ -115,7 +115,7 @@ def test_no_array_of_all_logits_is_made():
 
 
 @pytest.mark.parametrize("rows", [1, ROWS])
-def test_next_token_loss_is_a_mean_over_rows_run_apart(rows):
+def test_next_token_loss_is_mean_over_independent_rows(rows):
     batch = batch_of(3, rows)
     carry = training.empty_carry(model(), rows)
     loss, aux = quick(training.next_token_loss)(model(), batch, carry)
@@ -130,7 +130,7 @@ def test_next_token_loss_is_a_mean_over_rows_run_apart(rows):
     np.testing.assert_allclose(float(loss) * int(aux.weight), total, rtol=1e-5)
 
 
-def test_without_targets_that_count_the_loss_is_zero():
+def test_loss_is_zero_without_targets():
     batch = batch_of(0)._replace(mask=jnp.zeros((ROWS, SEQ), jnp.bool_))
     run = quick(jax.value_and_grad(training.next_token_loss, has_aux=True))
     (loss, _), grads = run(model(), batch)
@@ -143,8 +143,8 @@ def test_without_targets_that_count_the_loss_is_zero():
     [mbx.Mamba1Config(8, d_state=4), mbx.AttentionConfig(8, nheads=2)],
     ids=["mamba1", "attention"],
 )
-def test_packed_documents_are_as_documents_apart(mixer):
-    """Values and gradients."""
+def test_packed_documents_match_separate_documents(mixer):
+    """Both the loss and its gradient are compared."""
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, VOCAB, size).astype(np.int32) for size in (4, 2, 7)]
     tokens = np.concatenate([d[:-1] for d in documents])[None]
@@ -174,6 +174,6 @@ def test_packed_documents_are_as_documents_apart(mixer):
     ],
     ids=str,
 )
-def test_options_out_of_range_are_refused(options, message):
+def test_invalid_options_raise(options, message):
     with pytest.raises(ValueError, match=message):
         training.next_token_loss(model(), batch_of(0), **options)

@@ -1,4 +1,4 @@
-"""The compiled step: what it computes, and what it does when something is not finite."""
+"""The training step: gradients, accumulation, carry, precision and non-finite steps."""
 
 import functools
 
@@ -18,12 +18,12 @@ from tests.training.test_loss import ROWS, SEQ, VOCAB, batch_of, close, model as
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
-SGD = optax.sgd(1.0)  # the new parameters are the old ones less the gradient
+SGD = optax.sgd(1.0)  # The new parameters are the old ones minus the gradient.
 
 
 @functools.cache
 def model():
-    """What remembers a little and compiles fast."""
+    """Returns a small model with a state, which compiles fast."""
     conv = mbx.CausalConv1d(8, 4, use_bias=True, dtype=jnp.dtype(jnp.float32), key=jr.key(0))
     return mbx.LanguageModel(mbx.Unrolled([conv]), vocab_size=VOCAB, key=jr.key(1))
 
@@ -43,41 +43,41 @@ def after(step, *batches, rows=None, of=model):
     return state, metrics
 
 
-def test_a_step_goes_down_the_gradient():
+def test_step_applies_the_gradient():
     batch = batch_of(0)
     state, metrics = after(training.TrainStep(SGD), batch)
     grads = gradient_of(batch)
     close(state.model, jax.tree.map(jnp.subtract, model(), grads))
     close(metrics["gradient_norm"], optax.tree.norm(grads))
-    assert int(metrics["tokens"]) == int(batch.mask.sum())
+    assert int(metrics["weight"]) == int(batch.mask.sum())
     assert int(state.step) == 1
 
 
 @pytest.mark.parametrize("rows", [None, 4])
-def test_accumulated_gradients_are_those_of_the_whole_batch(rows):
+def test_accumulated_gradient_is_that_of_the_whole_batch(rows):
     batch = batch_of(1, rows=4)
-    # Targets are counted unevenly in the two groups.
+    # The two groups have different numbers of targets.
     batch = batch._replace(mask=jnp.asarray(batch.mask).at[:2].set(False).at[0, 3].set(True))
     whole, metrics = after(training.TrainStep(SGD), batch, batch, rows=rows)
     parts, others = after(training.TrainStep(SGD, accumulate=2), batch, batch, rows=rows)
     close((parts.model, parts.carry, others), (whole.model, whole.carry, metrics))
 
 
-def test_a_carry_is_handed_from_batch_to_batch():
-    """Two pieces of a text, one after the other, without changing the model between them."""
+def test_carry_continues_from_batch_to_batch():
+    """Two consecutive pieces of a text, with the model unchanged between them."""
     long = batch_of(2, seq=2 * SEQ)
     pieces = [training.Batch(*(a[:, at : at + SEQ] for a in long)) for at in (0, SEQ)]
     still = training.TrainStep(optax.set_to_zero())
     state, metrics = after(still, *pieces, rows=ROWS)
     _, aux = jax.jit(training.next_token_loss)(model(), long)
     close(state.carry, aux.carry)
-    # The gradient is that of the second piece from where the first has led.
+    # The gradient is that of the second piece, starting from the state after the first.
     _, first = jax.jit(training.next_token_loss)(model(), pieces[0])
     close(metrics["gradient_norm"], optax.tree.norm(gradient_of(pieces[1], first.carry)))
 
 
-def test_gradients_within_the_window_are_the_full_ones():
-    """If only the second piece counts, and nothing before it: as without a first one."""
+def test_gradient_within_window_is_exact():
+    """If only the second piece counts and starts with a reset, the first one has no effect."""
     long = batch_of(2, seq=2 * SEQ)
     cut = long._replace(
         mask=jnp.asarray(long.mask).at[:, :SEQ].set(False),
@@ -88,7 +88,7 @@ def test_gradients_within_the_window_are_the_full_ones():
     close(gradient_of(second, aux.carry), gradient_of(cut))
 
 
-def test_bfloat16_computes_and_float32_remembers():
+def test_computes_in_bfloat16_and_updates_in_float32():
     batch = batch_of(3)
     half = training.TrainStep(SGD, compute_dtype=jnp.bfloat16)
     state, _ = after(half, batch, rows=ROWS, of=mamba)
@@ -96,23 +96,23 @@ def test_bfloat16_computes_and_float32_remembers():
     grads = jax.tree.map(jnp.subtract, mamba(), state.model)
     wanted = gradient_of(batch, of=mamba)
     error = optax.tree.norm(jax.tree.map(jnp.subtract, grads, wanted))
-    # Unlike those in float32, but as like as bfloat16, with its 8 bits, lets them be.
+    # The gradients differ from those in float32, but within the 8 bits of bfloat16.
     assert 1e-4 < error / optax.tree.norm(wanted) < 0.05
     empty = training.empty_carry(mbx.cast(mamba(), jnp.bfloat16), ROWS)
     assert jax.tree.map(lambda a: a.dtype, state.carry) == jax.tree.map(lambda a: a.dtype, empty)
 
 
-def test_the_average_is_a_moving_one():
+def test_average_is_exponential_moving_average():
     batch = batch_of(4)
     state, _ = after(training.TrainStep(SGD, average_decay=0.75), batch, batch)
     once, _ = after(training.TrainStep(SGD), batch)
     twice, _ = after(training.TrainStep(SGD), batch, batch)
-    mix = lambda a, b, c: 0.75**2 * a + 0.75 * 0.25 * b + 0.25 * c  # noqa: E731
+    mix = lambda a, b, c: 0.75**2 * a + 0.75 * 0.25 * b + 0.25 * c
     close(state.average, jax.tree.map(mix, model(), once.model, twice.model))
 
 
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing(fault):
+def test_non_finite_step_changes_nothing(fault):
     class Marked(eqx.Module):
         tokens: training.Batch
         bad: jax.Array
@@ -122,7 +122,7 @@ def test_a_step_that_is_not_finite_changes_nothing(fault):
         if fault == "loss":
             return jnp.where(batch.bad[0], jnp.nan, 1.0) * value, aux
         square = jnp.sum(model.norm_f.weight) ** 2
-        # The root of 0 is finite, and its slope is not.
+        # The square root of 0 is finite, but its derivative is not.
         return value + jnp.sqrt(jnp.where(batch.bad[0], 0.0 * square, 1.0)), aux
 
     good = Marked(batch_of(5), jnp.zeros(ROWS, jnp.bool_))
@@ -134,7 +134,7 @@ def test_a_step_that_is_not_finite_changes_nothing(fault):
     assert int(state.skipped) == int(metrics["skipped"]) == 1
     assert int(state.step) == 2
     assert np.isfinite(metrics["loss"]) == (fault == "gradient")
-    parts = lambda state: (state.model, state.opt_state, state.carry, state.average)  # noqa: E731
+    parts = lambda state: (state.model, state.opt_state, state.carry, state.average)
     for a, b in zip(*map(jax.tree.leaves, (parts(state), before)), strict=True):
         np.testing.assert_array_equal(a, b)
     state, metrics = step(state, good)
@@ -143,8 +143,8 @@ def test_a_step_that_is_not_finite_changes_nothing(fault):
     assert (state.model.embedding.weight != before[0].embedding.weight).any()
 
 
-def test_any_equinox_model_is_trained_with_a_loss_of_ones_own():
-    mlp = eqx.nn.MLP(3, 1, 8, 1, key=jr.key(0))  # it holds functions as leaves
+def test_trains_any_equinox_model_with_a_custom_loss():
+    mlp = eqx.nn.MLP(3, 1, 8, 1, key=jr.key(0))  # Some of its leaves are functions.
     x = jr.normal(jr.key(1), (16, 3))
     seen = []
 
@@ -161,12 +161,12 @@ def test_any_equinox_model_is_trained_with_a_loss_of_ones_own():
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] / 2
     assert seen
-    # The state held a copy.
+    # The state contained a copy of the model.
     np.testing.assert_allclose(losses[0], loss(mlp, x, None, None)[0], rtol=1e-5)
 
 
-def test_steps_may_be_repeated_from_a_state():
-    """Bit for bit, from the same state; the key of each step is another one."""
+def test_steps_are_reproducible():
+    """The same state gives the same result bit for bit, and each step has its own key."""
     drawn = []
 
     def loss(model, batch, carry, key):
@@ -192,7 +192,7 @@ def names(mask):
 
 MATRICES = {"in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "fc1", "fc2", "lm_head"}
 DECAYED = {f"{name}.weight" for name in MATRICES} | {"mimo_x", "mimo_z", "mimo_o"}
-# What is a convolution itself, alone or as a layer of a stack.
+# A convolution as a whole layer, alone or in a stack.
 DECAYED |= {"weight", "1.weight"}
 
 BUILT = {
@@ -208,7 +208,7 @@ MADE = {
 
 @pytest.mark.parametrize("embeddings", [False, True])
 @pytest.mark.parametrize("name", BUILT | MADE)
-def test_matrices_are_decayed(name, embeddings):
+def test_decay_mask_selects_matrices(name, embeddings):
     skeleton = eqx.filter_eval_shape((BUILT | MADE)[name], key=jr.key(0))
     model = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), skeleton)
     decayed = names(training.decay_mask(model, embeddings=embeddings))
@@ -218,12 +218,12 @@ def test_matrices_are_decayed(name, embeddings):
     assert decayed
 
 
-def test_the_recipe_is_that_of_the_papers():
-    """AdamW in numpy, of gradients larger and smaller than the norm they are clipped to."""
+def test_recipe_matches_adamw_in_numpy():
+    """The gradients have norms above and below the norm that they are clipped to."""
     rng = np.random.default_rng(0)
     w, m, v = {"w": rng.standard_normal((2, 3)).astype(np.float32)}, 0.0, 0.0
     optimiser = training.recipe(w, learning_rate=0.1, steps=12, warmup=4, final=0.01)
-    with jax.numpy_dtype_promotion("standard"):  # as optax wants it
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on promotion.
         state = optimiser.init(w)
         for i in range(13):
             g = (rng.standard_normal((2, 3)) * 4.0 ** rng.integers(-2, 2)).astype(np.float32)
@@ -238,9 +238,9 @@ def test_the_recipe_is_that_of_the_papers():
             np.testing.assert_allclose(update, want, rtol=1e-4, atol=1e-7)
 
 
-def test_the_learning_rate_is_told_if_it_is_known():
+def test_metrics_contain_learning_rate_if_injected():
     class Line(eqx.Module):
-        learning_rate: jax.Array  # only by name
+        learning_rate: jax.Array  # A parameter that happens to have this name.
 
     def loss(model, batch, carry, key):
         return jnp.mean((batch - model.learning_rate) ** 2), training.LossAux(jnp.asarray(1), carry)
@@ -267,6 +267,6 @@ def test_the_learning_rate_is_told_if_it_is_known():
     ],
     ids=["warmup", "final", "accumulate", "average", "rows"],
 )
-def test_options_out_of_range_are_refused(make, message):
+def test_invalid_options_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -2,6 +2,7 @@
 
 from ._fields import Fields as Fields
 from ._layout import (
+    Described as Described,
     Layout as Layout,
     Slot as Slot,
     by_leaf as by_leaf,
@@ -16,4 +17,5 @@ from ._layout import (
 )
 from ._mistral import MISTRAL as MISTRAL
 from ._state_spaces import STATE_SPACES as STATE_SPACES
+from ._tied_head import check_tied_head as check_tied_head
 from .transformers import TRANSFORMERS as TRANSFORMERS

@@ -68,10 +68,11 @@ class Layout:
     """A checkpoint layout: how it writes a config, and what it calls the parameters.
 
     - `name`: what the user calls it.
-    - `read_config`: from the content of the config file.
-    - `write_config`: to them; it raises `CheckpointError` for a model that the layout cannot
-        express. The dtype is that of the weights.
-    - `entries`: the name table for a config.
+    - `read_config`: converts the content of the config file into a config.
+    - `check`: raises `CheckpointError` for a config that the layout cannot store.
+    - `write_config`: converts a config that `check` accepts into the content of the config file.
+        The dtype is that of the weights.
+    - `entries`: returns the name table for a config that `check` accepts.
     - `embedding`: the name of the embedding's weight, for a config.
     - `keeps_tied_head`: whether files of a tied model hold the head's weight as well.
     - `renames`: older names that files may have, to the ones in the table.
@@ -81,6 +82,7 @@ class Layout:
 
     name: str
     read_config: Callable[[object], LanguageModelConfig]
+    check: Callable[[LanguageModelConfig], None]
     write_config: Callable[[LanguageModelConfig, np.dtype], dict[str, Any]]
     entries: Callable[[LanguageModelConfig], list[Entry]]
     embedding: Callable[[LanguageModelConfig], str]
@@ -186,8 +188,10 @@ def slots(layout: Layout, config: LanguageModelConfig, tree: PyTree) -> list[Slo
     Names whose place in the tree is `None` are left out, so that a part of a model (as
     `eqx.partition` makes) has a part of the names.
 
-    **Raises:** `CheckpointError` for leaves without a name.
+    **Raises:** `CheckpointError` for a config that the layout cannot store, and for leaves without
+    a name.
     """
+    layout.check(config)
     leaves, structure = jax.tree.flatten(tree)
     numbered = jax.tree.unflatten(structure, range(len(leaves)))
     places = [(entry, entry.where(numbered)) for entry in layout.entries(config)]

@@ -74,8 +74,11 @@ def _is_default(layer: BlockConfig) -> bool:
     )
 
 
+def _check(config: LanguageModelConfig) -> None:
+    _write_config(config, np.dtype(np.float32))
+
+
 def _entries(config: LanguageModelConfig) -> list[Entry]:
-    _write_config(config, np.dtype(np.float32))  # It refuses what has no names there.
     return [
         dataclasses.replace(entry, name=f"model.{entry.name}")
         for entry in STATE_SPACES.entries(config)
@@ -85,6 +88,7 @@ def _entries(config: LanguageModelConfig) -> list[Entry]:
 MISTRAL = Layout(
     name="mistral",
     read_config=_read_config,
+    check=_check,
     write_config=_write_config,
     entries=_entries,
     embedding=lambda config: f"model.{STATE_SPACES.embedding(config)}",

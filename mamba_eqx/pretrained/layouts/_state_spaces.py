@@ -116,8 +116,11 @@ def _only(mixers: list[Any]) -> Any:
     return mixers[0] if mixers else None
 
 
+def _check(config: LanguageModelConfig) -> None:
+    _write_config(config, np.dtype(np.float32))
+
+
 def _entries(config: LanguageModelConfig) -> list[Entry]:
-    _write_config(config, np.dtype(np.float32))  # It refuses what has no names there.
     return language_model(config, embedding=_EMBEDDING)
 
 
@@ -134,6 +137,7 @@ def _round_up(size: int, multiple: int) -> int:
 STATE_SPACES = Layout(
     name="state-spaces",
     read_config=_read_config,
+    check=_check,
     write_config=_write_config,
     entries=_entries,
     embedding=lambda _: _EMBEDDING,

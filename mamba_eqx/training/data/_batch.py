@@ -5,21 +5,21 @@ from jaxtyping import Array, Bool, Int
 
 
 class Batch(NamedTuple):
-    """What a model is trained on in one step: some rows of tokens, and the token after each.
+    """The input of one training step: rows of tokens, and the token that follows each of them.
 
-    `targets[i, t]` is the token that follows `tokens[i, t]`, which is `tokens[i, t + 1]` inside a
-    document.
+    Inside a document `targets[i, t]` equals `tokens[i, t + 1]`.
     """
 
     tokens: Int[Array | np.ndarray, "batch seq"]
-    """What the model reads."""
+    """The tokens that the model reads."""
 
     targets: Int[Array | np.ndarray, "batch seq"]
-    """What it is to say."""
+    """The tokens to predict."""
 
     reset: Bool[Array | np.ndarray, "batch seq"]
-    """Where a document begins: the model forgets everything before this token, a state that was
-    handed over included."""
+    """True at the first token of a document: the model forgets everything before it, a carried
+    state included."""
 
     mask: Bool[Array | np.ndarray, "batch seq"]
-    """Which targets count. The others, padding or the other side of a border, have no loss."""
+    """True where the target counts. Padding and targets across document boundaries are excluded
+    from the loss."""

@@ -1,4 +1,4 @@
-"""The order in which tokens are read: pure functions of the number of a step."""
+"""The order in which tokens are read: pure functions of the step."""
 
 import functools
 
@@ -7,26 +7,31 @@ from jaxtyping import Int, Integer
 
 from ..._checks import check_positive
 from ._batch import Batch
-from ._token_files import document_starts
+from ._documents import document_starts
 
 
 class Streams:
-    """Every row reads a stretch of the text, window after window, and then jumps to another one.
+    """Streams of text for truncated backpropagation through time: each row of the batch reads a
+    stretch of the text, window after window, and then jumps to another stretch.
 
     ```python
-    data = training.Streams(tokens, batch=16, length=128, stretch=16, separator=0)
+    import numpy as np
+    from mamba_eqx import training
+
+    tokens = np.frombuffer(b"To be, or not to be: that is the question. " * 100, np.uint8)
+    data = training.Streams(tokens, batch=4, length=32, stretch=8, separator=0)
     batch = data[1000]
     ```
 
-    That is truncated backpropagation through time: the model's state is carried from step to step,
-    and `reset` is true where a stretch begins (rows jump at different steps) and where a document
-    does. With a stretch of one window these are shuffled windows, each by itself.
+    The model's state is carried from step to step, and `reset` is true where a stretch starts (rows
+    jump at different steps) and where a document starts. With `stretch=1` the rows are independent
+    windows in shuffled order.
 
-    A batch is a function of the step and of the arguments, and of nothing else. In each epoch the
-    text is cut at another place into stretches, which are read once, shuffled. The text is taken as
-    a circle; no loss is counted from its end to its beginning. What is left over in an epoch is
-    less than a stretch; and because rows jump at different steps, all but one begin the training
-    in the middle of a stretch.
+    A batch is a function of the step and of the arguments only. In each epoch the text is cut into
+    stretches from another offset, and each stretch is read once, in shuffled order. The text is
+    treated as circular, but the loss excludes the target across the end. What remains of the text
+    after the last stretch, less than one stretch, is not read in that epoch. Since rows jump at
+    different steps, all but one of them begin training in the middle of a stretch.
     """
 
     def __init__(
@@ -43,12 +48,13 @@ class Streams:
 
         - `tokens`: the text.
         - `batch`: the number of rows.
-        - `length`: of a window, in tokens: what is read in one step.
-        - `stretch`: how many windows a row reads before it jumps.
-        - `separator`: the token that begins a document, if there is one.
-        - `seed`: for the order.
+        - `length`: the number of tokens in a window, which a row reads in one step.
+        - `stretch`: the number of windows that a row reads before it jumps.
+        - `separator`: the token id that starts a document; `None` if there is none.
+        - `seed`: the seed of the shuffling, at least 0.
 
-        **Raises:** `ValueError` if the text is shorter than one stretch.
+        **Raises:** `ValueError` if the text is shorter than one stretch, or an argument is out of
+        range.
         """
         _check(batch, length, seed)
         check_positive("stretch", stretch)
@@ -61,16 +67,21 @@ class Streams:
         self._number = len(tokens) // (stretch * length)
         if self._number == 0:
             raise ValueError(
-                f"The text has {len(tokens)} tokens, which is less than one stretch of {stretch} "
-                f"windows of {length}: give more text, or a smaller `length` or `stretch`."
+                f"The text must be at least one stretch long, that is {stretch} windows of "
+                f"{length} tokens, but has {len(tokens)} tokens. Use a longer text, or a smaller "
+                "`length` or `stretch`."
             )
 
     @property
     def steps_per_epoch(self) -> int:
-        """After how many steps all of the text has been read once, rounded up."""
+        """The number of steps in which the text is read once, rounded up."""
         return -(-self._number * self._stretch // self._batch)
 
     def __getitem__(self, step: int) -> Batch:
+        """Returns the batch of a step, counted from 0.
+
+        **Raises:** `IndexError` if `step` is negative.
+        """
         _check_step(step)
         rows = np.arange(self._batch)
         turn, window = np.divmod(step + rows * self._stretch // self._batch, self._stretch)
@@ -89,18 +100,18 @@ class Streams:
             separators = tokens == self._separator
         reset = separators[:, :-1] | (position[:, :-1] == 0)
         reset[:, 0] |= (window == 0) | (step == 0)
-        # The text's beginning does not follow from its end, unless it is a separator.
+        # The first token does not follow the last one, unless it is a separator.
         mask = separators[:, 1:] | (position[:, 1:] != 0)
         return Batch(tokens[:, :-1], tokens[:, 1:], reset, mask)
 
 
 class Packed:
-    """Rows of whole documents, as many as fit in one, in a new order each epoch.
+    """Rows packed with whole documents, in another order each epoch.
 
-    No document shares a state with another one (`reset`), nor is its loss counted beyond its end,
-    which is the separator of the next one; the rest of a row is padding without loss. Documents
-    longer than a row are cut into pieces, each by itself. As in [`mamba_eqx.training.Streams`][], a
-    batch is a function of the step.
+    Documents in a row are independent: the state is reset where each starts. The last target of a
+    document is the separator of the next one, and the padding at the end of a row is excluded from
+    the loss. A document longer than a row is cut into pieces, which are independent too. As in
+    [`mamba_eqx.training.Streams`][], a batch is a function of the step.
     """
 
     def __init__(
@@ -114,14 +125,19 @@ class Packed:
     ):
         """**Arguments:**
 
-        - `tokens`: the documents, a separator before each.
-        - `batch`, `length`: the number of rows, and their length.
-        - `separator`: the token that begins a document.
-        - `seed`: for the order.
+        - `tokens`: the documents, each after its separator.
+        - `batch`: the number of rows.
+        - `length`: the number of tokens in a row.
+        - `separator`: the token id that starts a document.
+        - `seed`: the seed of the shuffling, at least 0.
+
+        **Raises:** `ValueError` if there are fewer than two tokens, or an argument is out of range.
         """
         _check(batch, length, seed)
         if len(tokens) < 2:
-            raise ValueError(f"{len(tokens)} tokens are nothing to train on: give more text.")
+            raise ValueError(
+                f"`tokens` must have at least two tokens, but has {len(tokens)}. Give more text."
+            )
         self._tokens = tokens
         self._batch = batch
         self._length = length
@@ -131,10 +147,14 @@ class Packed:
 
     @property
     def steps_per_epoch(self) -> int:
-        """After how many steps all documents have been read once, rounded up."""
+        """The number of steps in which every document is read once, rounded up."""
         return -(-len(self._starts) // self._batch)
 
     def __getitem__(self, step: int) -> Batch:
+        """Returns the batch of a step, counted from 0.
+
+        **Raises:** `IndexError` if `step` is negative.
+        """
         _check_step(step)
         number = len(self._starts)
         epoch, place = np.divmod(step * self._batch + np.arange(self._batch), number)
@@ -153,16 +173,16 @@ class Packed:
 
 
 def _rows(starts: np.ndarray, size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where rows of whole documents start and end in the text."""
+    """Returns where each row of whole documents starts and ends in the text."""
     sizes = np.diff(starts, append=size)
-    # Documents that are longer than a row are cut.
+    # A document longer than a row is cut into pieces.
     pieces = -(-sizes // length)
     first = np.cumsum(pieces) - pieces
     starts = np.repeat(starts, pieces) + length * (
         np.arange(pieces.sum()) - np.repeat(first, pieces)
     )
     ends = np.append(starts[1:], size)
-    # A row that starts with a piece goes on to the last one that still ends in it.
+    # A row holds all consecutive pieces that end within `length` tokens of its start.
     next_row = np.searchsorted(ends, starts + length, side="right").tolist()
     rows = [0]
     while next_row[rows[-1]] < len(starts):
@@ -190,4 +210,4 @@ def _check(batch: int, length: int, seed: int) -> None:
 
 def _check_step(step: int) -> None:
     if step < 0:
-        raise IndexError(f"Steps are counted from 0, but got step {step}.")
+        raise IndexError(f"A step must be at least 0, but got step {step}.")

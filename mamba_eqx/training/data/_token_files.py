@@ -1,20 +1,20 @@
-"""Tokens on disk: reading them, making them from text, and holding some out."""
+"""Token files: reading them, and writing them from text."""
 
 import io
 import lzma
 import os
-import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Int, Integer
+from jaxtyping import Integer
 
+from ..._atomic import atomic_file
 from ...text import Tokenizer
 
 
-# What is looked at at a time, so that memory does not grow with a file that is mapped.
+# The number of tokens checked at a time: memory then does not grow with a file that is mapped.
 _PIECE = 2**22
 
 
@@ -24,20 +24,23 @@ def read_tokens(
     dtype: DTypeLike = np.uint8,
     vocab_size: int | None = None,
 ) -> Integer[np.ndarray, " token"]:
-    """Opens a file of tokens: any file as bytes, a `.npy` as [`mamba_eqx.training.write_tokens`][]
-    writes it, or a raw array. It is mapped into memory and read from where it is used; only what
-    is compressed (`.xz`) is unpacked into memory.
+    """Opens a token file.
+
+    The file is mapped into memory and read only where it is used. Only a compressed file (`.xz`) is
+    unpacked into memory.
 
     **Arguments:**
 
-    - `path`: the file. `.npy` says its own dtype.
-    - `dtype`: of the tokens in any other file: bytes by default, else `np.uint16` and so on.
-    - `vocab_size`: if given, all tokens are compared with it.
+    - `path`: a `.npy` file, as [`mamba_eqx.training.write_tokens`][] writes it, or any other file,
+        which is read as a raw array.
+    - `dtype`: the integer dtype of a raw array. By default the tokens are the bytes of the file. A
+        `.npy` file contains its own dtype.
+    - `vocab_size`: if given, every token must be below it.
 
-    **Returns:** the tokens, an array that cannot be written to.
+    **Returns:** the tokens, as a read-only array.
 
-    **Raises:** `ValueError` if there are none, if the file holds no whole number of them, or if one
-    is not within `0..vocab_size - 1`. `OSError` if the file cannot be read.
+    **Raises:** `ValueError` if the file is empty, if its size is not a multiple of the dtype's, or
+    if a token is not within `0..vocab_size - 1`; `OSError` if the file cannot be read.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -45,26 +48,26 @@ def read_tokens(
         tokens = np.load(path, mmap_mode="r")
         if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
             raise ValueError(
-                f"{path} holds {tokens.dtype} of shape {tokens.shape}, but tokens are integers in "
-                "one row: make it with `write_tokens`."
+                f"{path} must contain a one-dimensional array of integers, but contains "
+                f"{tokens.dtype} of shape {tokens.shape}. Create it with `write_tokens`."
             )
     else:
         kind = np.dtype(dtype)
         if kind.kind not in "ui":
-            raise ValueError(f"`dtype` must be one of integers, but got {kind}.")
+            raise ValueError(f"`dtype` must be an integer dtype, but got {kind}.")
         if path.suffix == ".xz":
             data = np.frombuffer(lzma.decompress(path.read_bytes()), np.uint8)
         else:
             data = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
         if len(data) % kind.itemsize:
             raise ValueError(
-                f"{path} has {len(data)} bytes, which is no whole number of {kind} tokens: it has "
-                "another dtype, or is incomplete."
+                f"{path} has {len(data)} bytes, which is not a whole number of {kind} tokens. Give "
+                "the `dtype` of its tokens, or copy the file again if it is incomplete."
             )
         tokens = data.view(kind)
     if len(tokens) == 0:
-        raise ValueError(f"{path} is empty: there is nothing to train on.")
-    # Not the subclass, whose indexing is slower; the array is still the mapped one.
+        raise ValueError(f"{path} is empty. Give a file with tokens to train on.")
+    # Indexing a `memmap` is slower than indexing an array. The array still uses the mapped memory.
     tokens = np.asarray(tokens)
     possible = int(np.iinfo(tokens.dtype.name).max)
     highest = possible if vocab_size is None else vocab_size - 1
@@ -79,8 +82,9 @@ def _check_vocabulary(path: Path, tokens: np.ndarray, highest: int) -> None:
         wrong = np.flatnonzero((piece > highest) | (piece < 0))
         if wrong.size:
             raise ValueError(
-                f"Token {start + wrong[0]} of {path} is {piece[wrong[0]]}, but the tokens of the "
-                f"vocabulary are 0..{highest}: the file was made by another tokenizer."
+                f"Every token of {path} must be within 0..{highest}, but token "
+                f"{start + wrong[0]} is {piece[wrong[0]]}. Use the tokenizer that the file was "
+                "written with."
             )
 
 
@@ -91,42 +95,48 @@ def write_tokens(
     *,
     separator: int,
 ) -> int:
-    """Turns documents into a file of tokens, one at a time. It appears when it is complete.
+    """Tokenizes documents one at a time and writes them to a token file.
+
+    The file appears under its name only when it is complete.
 
     ```python
-    texts = (path.read_text() for path in sorted(Path("books").glob("*.txt")))
-    training.write_tokens("books.npy", texts, tokenizer, separator=tokenizer.eos_token_id)
+    import mamba_eqx as mbx
+    from mamba_eqx import training
+
+    texts = ["To be, or not to be", "Once more unto the breach"]
+    training.write_tokens("plays.npy", texts, mbx.ByteTokenizer(), separator=0)
+    tokens = training.read_tokens("plays.npy", vocab_size=256)
     ```
 
     **Arguments:**
 
-    - `path`: of the file, a `.npy`.
-    - `documents`: their texts.
-    - `tokenizer`: any of the package, or one of your own.
-    - `separator`: the token that is written before each document.
+    - `path`: the file, whose name must end in `.npy`.
+    - `documents`: the texts.
+    - `tokenizer`: any [`mamba_eqx.text.Tokenizer`][].
+    - `separator`: the token id written before each document. For a
+        [`mamba_eqx.TextTokenizer`][], use its `eos_token_id`; for bytes, use a byte that no
+        text contains, such as 0.
 
-    **Returns:** how many tokens were written.
+    **Returns:** the number of tokens written.
+
+    **Raises:** `ValueError` if `path` does not end in `.npy`; `OSError` if the file cannot be
+    written.
     """
     path = Path(path)
     if path.suffix != ".npy":
         raise ValueError(f"`path` must end in .npy, but got {path}.")
     highest = max(tokenizer.vocab_size - 1, separator)
     dtype = np.min_scalar_type(highest)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     count = 0
-    try:
-        with open(temporary, "xb") as file:
-            file.write(_header(dtype, 0))
-            for document in documents:
-                tokens = np.asarray([separator, *tokenizer.encode(document)], dtype)
-                file.write(tokens.tobytes())
-                count += len(tokens)
-            # NumPy leaves room in a header for a length that grows.
-            file.seek(0)
-            file.write(_header(dtype, count))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(_header(dtype, 0))
+        for document in documents:
+            tokens = np.asarray([separator, *tokenizer.encode(document)], dtype)
+            file.write(tokens.tobytes())
+            count += len(tokens)
+        # NumPy pads a header so that a larger length fits into the same space.
+        file.seek(0)
+        file.write(_header(dtype, count))
     return count
 
 
@@ -135,73 +145,3 @@ def _header(dtype: np.dtype, count: int) -> bytes:
     fields = {"descr": dtype.str, "fortran_order": False, "shape": (count,)}
     np.lib.format.write_array_header_1_0(header, fields)
     return header.getvalue()
-
-
-def document_starts(
-    tokens: Integer[np.ndarray, " token"], separator: int
-) -> Int[np.ndarray, " document"]:
-    """Where the documents begin: at the first token, and at each separator.
-
-    A separator belongs to the document that it begins. The model reads it first, and learns to say
-    it at the end of the one before.
-    """
-    found = [
-        start + np.flatnonzero(tokens[start : start + _PIECE] == separator)
-        for start in range(0, len(tokens), _PIECE)
-    ]
-    starts = np.concatenate([np.zeros(1, np.int64), *found])
-    return starts[1:] if len(starts) > 1 and starts[1] == 0 else starts
-
-
-def hold_out_end(
-    tokens: Integer[np.ndarray, " token"], fraction: float
-) -> tuple[Integer[np.ndarray, " train"], Integer[np.ndarray, " held_out"]]:
-    """The tokens to train on, and the last ones, to evaluate on: views, nothing is copied.
-
-    **Arguments:**
-
-    - `tokens`: all of them.
-    - `fraction`: which part to hold out.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"`fraction` must be between 0 and 1, but got {fraction}.")
-    cut = len(tokens) - int(len(tokens) * fraction)
-    if cut == len(tokens):
-        raise ValueError(f"{fraction} of {len(tokens)} tokens is none: give a larger `fraction`.")
-    return tokens[:cut], tokens[cut:]
-
-
-def hold_out_documents(
-    tokens: Integer[np.ndarray, " token"],
-    names: Sequence[Sequence[int]],
-    *,
-    separator: int,
-) -> tuple[Integer[np.ndarray, " train"], Integer[np.ndarray, " held_out"]]:
-    """The documents to train on, and those with the names given, to evaluate on. Both are copies,
-    each document with a separator before it.
-
-    **Arguments:**
-
-    - `tokens`: all of them.
-    - `names`: with which tokens the documents begin that are held out, `[b"TWELFTH NIGHT"]`.
-    - `separator`: what stands between documents.
-
-    **Raises:** `ValueError` for a name with which no document begins, and if none is left.
-    """
-    if tokens[0] != separator:
-        tokens = np.concatenate([np.array([separator], tokens.dtype), tokens])
-    starts = document_starts(tokens, separator)
-    held_out = np.zeros(len(starts), np.bool_)
-    for name in names:
-        wanted = np.array(list(name))
-        named = [np.array_equal(tokens[s + 1 : s + 1 + len(wanted)], wanted) for s in starts]
-        if not any(named):
-            raise ValueError(
-                f"No document of {len(starts)} begins with {name!r}: nothing to hold out."
-            )
-        held_out |= named
-    if held_out.all():
-        raise ValueError(f"All of {len(starts)} documents are held out: none is left to train on.")
-    sizes = np.diff(starts, append=len(tokens))
-    chosen = np.repeat(held_out, sizes)
-    return tokens[~chosen], tokens[chosen]

@@ -1,13 +1,14 @@
-"""Low-rank adaptation of every linear map of a model."""
+"""Low-rank adaptation of the linear layers of a model."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from jax.tree_util import KeyPath
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..._checks import check_positive
@@ -17,52 +18,72 @@ from ...layers import Linear
 
 
 _Model = TypeVar("_Model", bound=PyTree)
+_Linear = Linear | eqx.nn.Linear
 
 
 class LoRAPair(eqx.Module):
-    """The change of one weight, `scale * b @ a`.
+    """The two factors of the change of one weight, `scale * b @ a`.
 
-    The axes in front are those that the weight has before its own two: the layers of a
-    [`mamba_eqx.Stacked`][], the members of an ensemble.
+    The leading axes are those that the weight has before its last two, such as the layers of a
+    [`mamba_eqx.Stacked`][] or the members of an ensemble.
     """
 
     a: Float[Array, "*stack rank in_features"]
+    """The factor $A$, which is applied to the input first."""
+
     b: Float[Array, "*stack out_features rank"]
+    """The factor $B$, zero at the start."""
 
 
 class LoRA(eqx.Module):
-    r"""Low-rank adaptation: what is trained instead of a model, a small change of its linear maps,
+    r"""A low-rank adaptation (LoRA): a small trainable change of the linear layers of a model,
 
     $$W' = W + \frac{\alpha}{r} B A, \qquad A \in \mathbb{R}^{r \times \text{in}},\;
       B \in \mathbb{R}^{\text{out} \times r}.$$
 
-    The model itself stays as it is. `merge`, inside the loss, gives an ordinary model with the
-    changed weights, through which gradients flow into `A` and `B`:
+    The model itself is not changed. Inside the loss, `merge` returns an ordinary model with the
+    changed weights, and gradients flow through it into $A$ and $B$:
 
     ```python
-    lora = LoRA.init(model, rank=8, key=key)
-    loss, grads = jax.value_and_grad(lambda lora: loss_of(lora.merge(model), tokens))(lora)
+    import jax
+    import jax.random as jr
+    import mamba_eqx as mbx
+    from mamba_eqx.training import LoRA
+
+    config = mbx.LanguageModelConfig(32, (mbx.BlockConfig(mbx.Mamba1Config(16)),))
+    model = config.build(key=jr.key(0))
+    tokens = jr.randint(jr.key(1), (9,), 0, 32)
+
+    def loss(lora, model):
+        log_probs = jax.nn.log_softmax(lora.merge(model)(tokens[:-1]))
+        return -log_probs[jax.numpy.arange(8), tokens[1:]].mean()
+
+    lora = LoRA.init(model, rank=8, key=jr.key(2))
+    value, grads = jax.value_and_grad(loss)(lora, model)
     ```
 
-    $B$ starts at zero, and so the merged model as the model. The pairs are at least float32, and
-    the sum is rounded to the dtype of the weight. In bfloat16 that rounding swallows small changes,
-    so that a model stored in bfloat16 is better cast inside the loss, `lora.merge(mbx.cast(model,
+    $B$ starts at zero, so at first the merged model equals the model. The pairs are float32 or
+    wider, and the sum is rounded to the dtype of the weight. In bfloat16 this rounding would lose
+    small changes, so cast a model stored in bfloat16 inside the loss, `lora.merge(mbx.cast(model,
     jnp.float32))`, which costs a copy of its weights.
 
-    The usual design adds $B A x$ to the output of each layer, by a wrapper around it. Merging
-    instead works for whatever reads a `weight`, past a wrapper too, needs no change to any module,
-    and what comes out can be saved, scanned and stepped like any model. Its price are the
-    gradients of the merged weights, which a wrapper avoids, while a wrapper keeps more for the
-    reverse pass. Measured (`python benchmarks/lora.py`, medians in turns): a gradient of the model
-    that ships, on 2048 tokens, took 1.01 times as long as with wrappers, in 10 % less temporary
-    memory; at the width of mamba-130m, with four layers, 1.16 times, in 6 % less. There
-    is no dropout in front of $A$, for which merging has no place.
+    The usual design wraps each linear layer and adds $B A x$ to its output. Merging instead needs
+    no change to any module and also works for modules that read the `weight` directly, which would
+    bypass a wrapper; and the merged model can be saved, scanned and stepped like any other. In
+    return it computes the gradients of the merged weights, which a wrapper avoids, though a wrapper
+    keeps more for the reverse pass. Measured (`python benchmarks/lora.py`, medians in turns): a
+    gradient of the bundled model on 2048 tokens took 1.01 times as long as with wrappers, in 10 %
+    less temporary memory; at the width of mamba-130m, with four layers, 1.16 times, in 6 % less.
+    Dropout before $A$ is not supported, because merging has no place for it.
 
     Reference: Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models* (2021), section 4.
     """
 
     pairs: dict[str, LoRAPair]
+    """The pair of each linear layer that is changed, by the path to the layer."""
+
     scale: float = eqx.field(static=True)
+    r"""The factor $\alpha / r$."""
 
     @classmethod
     def init(
@@ -74,23 +95,26 @@ class LoRA(eqx.Module):
         targets: Sequence[str] | Callable[[str], bool] | None = None,
         key: PRNGKeyArray,
     ) -> "LoRA":
-        r"""New pairs, which change nothing yet.
+        r"""Initialises the pairs of a model, with $B = 0$.
 
         **Arguments:**
 
-        - `model`: any pytree with [`mamba_eqx.layers.Linear`][] or `equinox.nn.Linear` in it.
-        - `rank`: $r$.
-        - `alpha`: $\alpha$; by default `rank`, that is a scale of 1.
-        - `targets`: which linear maps: the ends of their paths, such as `"in_proj"` or
+        - `model`: any pytree that contains [`mamba_eqx.layers.Linear`][] or `equinox.nn.Linear`.
+        - `rank`: $r$, at least 1.
+        - `alpha`: $\alpha$, above 0; by default `rank`, that is a scale of 1.
+        - `targets`: the linear layers to change: the ends of their paths, such as `"in_proj"` or
             `"layers.0.mixer.out_proj"`, or a function of the path. By default all.
-        - `key`: for $A$, uniform within $\pm 1/\sqrt{\text{in}}$ as in PEFT.
+        - `key`: the key of $A$, which is uniform within $\pm 1/\sqrt{\text{in}}$ as in PEFT.
 
-        **Raises:** `ValueError` if no linear map is chosen, or a target names none.
+        **Returns:** the `LoRA`, whose merged model equals `model`.
+
+        **Raises:** `ValueError` if no linear layer is selected, a target matches none, or an
+        argument is out of range.
         """
         check_positive("rank", rank)
         if alpha is not None and not 0 < alpha < math.inf:
             raise ValueError(f"`alpha` must be positive, but got alpha={alpha}.")
-        chosen = _chosen(linear_maps(model), targets)
+        chosen = _select(linear_layers(model), targets)
         keys = jr.split(key, len(chosen))
         pairs = {
             path: _new_pair(linear.weight, rank, pair_key)
@@ -99,72 +123,78 @@ class LoRA(eqx.Module):
         return cls(pairs, 1.0 if alpha is None else alpha / rank)
 
     def merge(self, model: _Model) -> _Model:
-        """The model with changed weights, in the dtypes of its own.
+        """Returns the model with the changed weights, in the dtypes of the model.
 
         **Arguments:**
 
-        - `model`: the one that this was made for, or one of its structure.
+        - `model`: the model that the pairs were initialised for, or one of the same structure.
 
-        **Raises:** `ValueError` if the model lacks a linear map that this changes, or has it in
+        **Raises:** `ValueError` if the model lacks a linear layer of the `LoRA`, or has it with
         another shape.
         """
-        missing = sorted(self.pairs.keys() - linear_maps(model).keys())
+        missing = sorted(self.pairs.keys() - linear_layers(model).keys())
         if missing:
             raise ValueError(
-                f"The model has no linear map at {', '.join(missing)}, which this LoRA changes. "
-                "Give the model that it was made for (a `Stacked` one has other paths than an "
-                "`Unrolled` one)."
+                f"The model must have every linear layer that the LoRA changes, but has none at "
+                f"{', '.join(missing)}. Give the model that the LoRA was initialised for (paths in "
+                "a `Stacked` differ from those in an `Unrolled`)."
             )
 
-        def merged(path: Any, node: Any) -> Any:
+        def merged(path: KeyPath, node: PyTree) -> PyTree:
             name = path_name(path)
             return self._merged(name, node, self.pairs[name]) if name in self.pairs else node
 
         return jax.tree_util.tree_map_with_path(merged, model, is_leaf=_is_linear)
 
-    def _merged(self, path: str, linear: Any, pair: LoRAPair) -> Any:
+    def _merged(self, path: str, linear: _Linear, pair: LoRAPair) -> _Linear:
         weight = linear.weight
         change = self.scale * jnp.matmul(pair.b, pair.a)
         if change.shape != weight.shape:
             raise ValueError(
-                f"The weight of {path} is of shape {weight.shape}, but this LoRA was made for one "
-                f"of shape {change.shape}. Give the model that it was made for."
+                f"The weight of {path} must have the shape {change.shape} of the LoRA's pair, but "
+                f"has shape {weight.shape}. Give the model that the LoRA was initialised for."
             )
         new = (weight.astype(change.dtype) + change).astype(weight.dtype)
         return eqx.tree_at(lambda linear: linear.weight, linear, new)
 
 
-def linear_maps(model: PyTree) -> dict[str, Any]:
-    """The linear maps of a model, by path."""
+def linear_layers(model: PyTree) -> dict[str, _Linear]:
+    """Returns the linear layers of a model by path."""
     nodes = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_linear)
     return {path_name(path): node for path, node in nodes if _is_linear(node)}
 
 
-def _is_linear(node: Any) -> bool:
-    return isinstance(node, Linear | eqx.nn.Linear)
+def _is_linear(node: object) -> bool:
+    return isinstance(node, _Linear)
 
 
-def _chosen(
-    linears: dict[str, Any], targets: Sequence[str] | Callable[[str], bool] | None
-) -> dict[str, Any]:
+def _select(
+    linears: dict[str, _Linear], targets: Sequence[str] | Callable[[str], bool] | None
+) -> dict[str, _Linear]:
+    """Returns the linear layers that `targets` selects."""
     if targets is None:
         found = linears
     elif callable(targets):
         found = {path: linear for path, linear in linears.items() if targets(path)}
     else:
         if isinstance(targets, str):
-            raise ValueError(f"`targets` must be a list of names, but got {targets!r} alone.")
+            raise ValueError(
+                f"`targets` must be a list of names, but got {targets!r}. Put it into a list."
+            )
         ends = {name: [p for p in linears if f".{p}".endswith(f".{name}")] for name in targets}
         for name, paths in ends.items():
             if not paths:
                 raise ValueError(
-                    f"`targets` names {name!r}, but no linear map of the model has a path that "
-                    f"ends so. There are {', '.join(linears) or 'none'}."
+                    f"Each of `targets` must be the end of a linear layer's path, but got "
+                    f"{name!r}. The model has {', '.join(linears) or 'no linear layers'}."
                 )
         wanted = {path for paths in ends.values() for path in paths}
         found = {path: linear for path, linear in linears.items() if path in wanted}
     if not found:
-        raise ValueError(f"No linear map was chosen. The model has {', '.join(linears) or 'none'}.")
+        raise ValueError(
+            "`targets` must select at least one linear layer, but selects none. The model has "
+            f"{', '.join(linears) or 'no linear layers'}."
+        )
     return found
 
 

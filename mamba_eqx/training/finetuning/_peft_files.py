@@ -1,16 +1,16 @@
-"""Low-rank adaptation in the files of PEFT: `adapter_config.json`, `adapter_model.safetensors`."""
+"""LoRA in the files of PEFT: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from ..._dtypes import at_least_float32
-from ..._trees import path_name
 from ...formats import (
     CheckpointError,
     StoredTensor,
@@ -23,21 +23,21 @@ from ...models import LanguageModel
 from ...pretrained import (
     Fields,
     Slot,
-    by_leaf,
+    assign,
     config_of,
-    layout_named,
+    get_layout,
     listing,
     skeleton_of,
-    slots,
+    state_dict,
 )
-from ._lora import LoRA, LoRAPair, linear_maps
+from ._lora import LoRA, LoRAPair, linear_layers
 
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LAYERS = "layers.layers."
 
 
-# Fields of PEFT's config that say how to train on, or where things came from.
+# Fields of PEFT's config that concern further training, or the origin of the base model.
 _IGNORED = frozenset(
     """
     auto_mapping base_model_name_or_path corda_config eva_config exclude_modules inference_mode
@@ -47,7 +47,7 @@ _IGNORED = frozenset(
 )
 
 
-# Initialisations that leave the base weights as they were.
+# Initialisations that leave the base weights unchanged.
 _PLAIN_STARTS = [True, False, "gaussian", "eva", "orthogonal"]
 
 
@@ -59,43 +59,44 @@ def save_lora(
     layout: str = "transformers",
     base_model: str | None = None,
 ) -> None:
-    """Saves the pairs so that `load_lora` loads them, and that PEFT does.
+    """Saves a LoRA in the format of PEFT, for [`mamba_eqx.training.load_lora`][] or PEFT to load.
 
-    In transformers' models `mamba`, `mamba2` and `falcon_mamba` PEFT (0.21) refuses every
-    `out_proj`. On `dt_proj`, whose weight transformers (5.24) reads past PEFT's wrapper, it has no
-    effect until its `merge_and_unload`. For PEFT leave both out of `targets`.
+    In transformers' models `mamba`, `mamba2` and `falcon_mamba`, PEFT (0.21) refuses every
+    `out_proj`. Its change of `dt_proj` has no effect until `merge_and_unload`, because transformers
+    (5.24) reads that weight directly, past PEFT's wrapper. To use PEFT, leave both out of
+    `targets`.
 
-    (A model that is no `LanguageModel` has no names there: save the pairs for it by
-    `equinox.tree_serialise_leaves`.)
+    For a model that is not a `LanguageModel` the format has no names. Save its pairs by
+    `equinox.tree_serialise_leaves`.
 
     **Arguments:**
 
-    - `lora`: the pairs.
-    - `model`: that they were made for, `Unrolled` or `Stacked`.
-    - `path`: a folder, which is made if need be.
-    - `layout`: whose names they get; see [`mamba_eqx.save_pretrained`][].
-    - `base_model`: the name or the folder of the model, from which PEFT loads it.
+    - `lora`: the LoRA.
+    - `model`: the model that it was initialised for, `Unrolled` or `Stacked`.
+    - `path`: the folder to save to. It is created if it does not exist.
+    - `layout`: the layout whose names are used; see [`mamba_eqx.save_pretrained`][].
+    - `base_model`: the name or the folder from which PEFT loads the model.
 
-    **Raises:** [`mamba_eqx.CheckpointError`][] if the layout cannot hold the model; `ValueError` if
-    the pairs were made for another one.
+    **Raises:** [`mamba_eqx.CheckpointError`][] if the layout cannot store the model; `ValueError`
+    if the LoRA does not fit the model.
     """
-    table = _table(model, layout)
-    jax.eval_shape(lora.merge, model)  # Its errors are ours.
+    targets = _targets(model, layout)
+    jax.eval_shape(lora.merge, model)  # Raises if the LoRA does not fit the model.
     pairs = lora.pairs
     if isinstance(model.layers, Stacked):
         pairs = _unstacked(pairs, model.layers.n_layer)
-    # PEFT has one rank for all: pairs of a lower one are filled up with zeros.
+    # PEFT has one rank for all pairs, so those of a lower rank are padded with zeros.
     rank = max(pair.a.shape[-2] for pair in pairs.values())
     tensors: dict[str, np.ndarray] = {}
     modules: list[str] = []
-    for path_here, (_, parts) in table.items():
-        if path_here not in pairs:
+    for name, target in targets.items():
+        if name not in pairs:
             continue
-        pair = pairs[path_here]
+        pair = pairs[name]
         more = rank - pair.a.shape[-2]
         a = np.pad(np.asarray(pair.a), ((0, more), (0, 0)))
         b = np.pad(np.asarray(pair.b), ((0, 0), (0, more)))
-        for slot in parts:
+        for slot in target.slots:
             modules.append(_module(slot))
             tensors[_tensor(slot, "A")] = a
             tensors[_tensor(slot, "B")] = slot.to_file(b)
@@ -124,48 +125,52 @@ def save_lora(
 def load_lora(
     path: str | os.PathLike[str], model: LanguageModel, *, layout: str = "transformers"
 ) -> LoRA:
-    """Loads what `save_lora` or PEFT has saved.
+    """Loads a LoRA saved by [`mamba_eqx.training.save_lora`][] or by PEFT.
 
-    Where one projection here is several in the layout (`q_proj`, `k_proj` and `v_proj` of
-    attention), pairs that differ in `A` are joined to one of the sum of their ranks: the same
-    function.
+    One projection of the model may be several in the layout, such as `q_proj`, `k_proj` and
+    `v_proj` of attention. If their pairs differ in `A`, they are joined into one pair, whose rank
+    is the sum of their ranks and which computes the same function.
 
     **Arguments:**
 
-    - `path`: a folder.
-    - `model`: that they were made for, `Unrolled` or `Stacked`.
-    - `layout`: whose names they have.
+    - `path`: the folder to load from.
+    - `model`: the model that the LoRA was initialised for, `Unrolled` or `Stacked`.
+    - `layout`: the layout whose names the files use.
 
-    **Raises:** [`mamba_eqx.CheckpointError`][] for files that are damaged or do not fit the model,
-    and for what PEFT has beyond plain LoRA (DoRA, trained biases, ranks that differ);
-    `FileNotFoundError` if there is nothing at `path`.
+    **Returns:** the LoRA, with pairs in float32 or wider.
+
+    **Raises:** [`mamba_eqx.CheckpointError`][] if the files are damaged, do not fit the model, or
+    use options of PEFT beyond plain LoRA (DoRA, trained biases, different ranks);
+    `FileNotFoundError` if a file is missing.
     """
     folder = Path(path)
     rank, scale = _read_config(folder / _CONFIG)
     stored = open_safetensors(folder / _WEIGHTS)
     pairs: dict[str, LoRAPair] = {}
     faults: list[str] = []
-    for path_here, (weight, parts) in _table(model, layout).items():
-        found: list[_Found] = []
-        for slot in parts:
+    for linear, target in _targets(model, layout).items():
+        found: list[_StoredPair] = []
+        for slot in target.slots:
             names = [_tensor(slot, which) for which in "AB"]
             two = [stored.pop(name, None) for name in names]
-            rows, columns = slot.file_shape(weight)
+            rows, columns = slot.file_shape(target.weight)
             wanted = [(rank, columns), (rows, rank)]
             for name, tensor, shape in zip(names, two, wanted, strict=True):
                 if tensor is None and two != [None, None]:
                     faults.append(f"{name} is missing")
                 elif tensor is not None and tensor.shape != shape:
-                    faults.append(f"{name} is {tensor.shape} and should be {shape}")
+                    faults.append(f"{name} has shape {tensor.shape} instead of {shape}")
             if two[0] is not None and two[1] is not None:
-                found.append((slot, two[0], two[1]))
+                found.append(_StoredPair(slot, two[0], two[1]))
         if found and not faults:
-            pairs[path_here] = _joined(found, weight.shape[0], whole=len(found) == len(parts))
-    faults += [f"{name} has no place" for name in stored]
+            whole = len(found) == len(target.slots)
+            pairs[linear] = _join(found, target.weight.shape[0], whole=whole)
+    faults += [f"{name} is unexpected" for name in stored]
     if faults or not pairs:
         raise CheckpointError(
-            f"{os.fspath(folder)} does not fit the model, by the names of the {layout!r} layout: "
-            f"{listing(faults) or 'it holds nothing'}. Give the model that it was made for."
+            f"{os.fspath(folder)} does not fit the model in the {layout!r} layout: "
+            f"{listing(faults) or 'it contains no pairs'}. Give the model that the LoRA was "
+            "trained for."
         )
     if isinstance(model.layers, Stacked):
         pairs = _stacked(pairs, model.layers.n_layer)
@@ -173,14 +178,14 @@ def load_lora(
 
 
 def _read_config(path: Path) -> tuple[int, float]:
-    """The rank and the scale."""
+    """Returns the rank and the scale."""
     values = read_config(path)
     fields = Fields(values, _CONFIG)
     fields.only("peft_type", ["LORA"], None)
     fields.only("bias", ["none"], "none")
     fields.only("init_lora_weights", _PLAIN_STARTS, True)
     fields.ignore(_IGNORED)
-    # PEFT writes out every option that it has; what is off changes nothing.
+    # PEFT writes every option that it has, and one that is off changes nothing.
     fields.ignore([key for key, value in values.items() if value in (None, False, {}, [])])
     rank = fields.size("r")
     by_root = fields.flag("use_rslora", False)
@@ -189,39 +194,50 @@ def _read_config(path: Path) -> tuple[int, float]:
     return rank, scale
 
 
-_Found = tuple[Slot, StoredTensor, StoredTensor]
+class _StoredPair(NamedTuple):
+    """The pair of a projection in the file."""
+
+    slot: Slot
+    a: StoredTensor
+    b: StoredTensor
 
 
-def _joined(found: list[_Found], rows: int, *, whole: bool) -> LoRAPair:
-    """One pair of those that are parts of one weight, or of all its rows if `whole`."""
-    a = [_wide(tensor) for _, tensor, _ in found]
-    b = [_wide(tensor) for _, _, tensor in found]
+def _join(found: list[_StoredPair], rows: int, *, whole: bool) -> LoRAPair:
+    """Joins the stored pairs of one weight, which cover all of its rows if `whole`."""
+    a = [_read(pair.a) for pair in found]
+    b = [_read(pair.b) for pair in found]
     if whole and all(np.array_equal(other, a[0]) for other in a):
         return LoRAPair(jnp.asarray(a[0]), jnp.asarray(np.concatenate(b)))
     rank = len(a[0])
     joined = np.zeros((rows, rank * len(found)), b[0].dtype)
-    for i, (slot, _, _) in enumerate(found):
-        joined[slice(*(slot.entry.rows or (0, rows))), i * rank : (i + 1) * rank] = b[i]
+    for i, pair in enumerate(found):
+        covered = slice(*(pair.slot.entry.rows or (0, rows)))
+        joined[covered, i * rank : (i + 1) * rank] = b[i]
     return LoRAPair(jnp.asarray(np.concatenate(a)), jnp.asarray(joined))
 
 
-def _wide(tensor: StoredTensor) -> np.ndarray:
+def _read(tensor: StoredTensor) -> np.ndarray:
+    """Reads a tensor in float32 or wider."""
     return np.asarray(tensor.read()).astype(at_least_float32(tensor.dtype))
 
 
-def _table(model: LanguageModel, layout: str) -> dict[str, tuple[Any, list[Slot]]]:
-    """The weight (its shape) and the names of every linear map, by its path in the model with its
-    layers `Unrolled`."""
+class _Target(NamedTuple):
+    """A linear layer in the names of a layout."""
+
+    weight: Float[Array, "out_features in_features"] | jax.ShapeDtypeStruct
+    slots: list[Slot]
+
+
+def _targets(model: LanguageModel, layout: str) -> dict[str, _Target]:
+    """Returns every linear layer by its path in the model with `Unrolled` layers."""
     config = config_of(model)
     skeleton = skeleton_of(config)
-    leaves = jax.tree.leaves_with_path(skeleton)
-    paths = [path_name(path) for path, _ in leaves]
-    found = slots(layout_named(layout), config, skeleton)
-    parts = by_leaf([(slot, leaves[slot.index][1]) for slot in found])
-    named = {paths[index]: [slot for slot, _ in found] for index, found in parts.items()}
+    shapes = jax.eval_shape(lambda tree: state_dict(tree, layout=layout), skeleton)
+    assignments = assign(get_layout(layout), config, skeleton, shapes, floating=True)
+    named = {found.path: [slot for slot, _ in found.parts] for found in assignments}
     return {
-        path: (linear.weight, named[f"{path}.weight"])
-        for path, linear in linear_maps(skeleton).items()
+        path: _Target(linear.weight, named[f"{path}.weight"])
+        for path, linear in linear_layers(skeleton).items()
     }
 
 
@@ -234,7 +250,7 @@ def _tensor(slot: Slot, which: str) -> str:
 
 
 def _unstacked(pairs: dict[str, LoRAPair], n_layer: int) -> dict[str, LoRAPair]:
-    """The pairs of a model with `Stacked` layers under the paths of one with `Unrolled` ones."""
+    """Splits the pairs of `Stacked` layers into pairs of the same `Unrolled` layers."""
     found: dict[str, LoRAPair] = {}
     for path, pair in pairs.items():
         if not path.startswith(_LAYERS):
@@ -247,7 +263,7 @@ def _unstacked(pairs: dict[str, LoRAPair], n_layer: int) -> dict[str, LoRAPair]:
 
 
 def _stacked(pairs: dict[str, LoRAPair], n_layer: int) -> dict[str, LoRAPair]:
-    """The inverse."""
+    """Stacks the pairs of `Unrolled` layers, the inverse of `_unstacked`."""
     found = {path: pair for path, pair in pairs.items() if not path.startswith(_LAYERS)}
     layers: dict[str, dict[int, LoRAPair]] = {}
     for path, pair in pairs.items():
@@ -258,9 +274,9 @@ def _stacked(pairs: dict[str, LoRAPair], n_layer: int) -> dict[str, LoRAPair]:
         ranks = {pair.a.shape[0] for pair in by_layer.values()}
         if len(by_layer) != n_layer or len(ranks) != 1:
             raise CheckpointError(
-                f"A `Stacked` model changes all of its {n_layer} layers alike, but for {within} "
-                f"there are pairs for the layers {sorted(by_layer)}, of ranks {sorted(ranks)}. "
-                "Load them into the `Unrolled` model."
+                f"A `Stacked` model must have a pair of the same rank in each of its {n_layer} "
+                f"layers, but {within} has pairs in the layers {sorted(by_layer)}, of ranks "
+                f"{sorted(ranks)}. Load them into the `Unrolled` model."
             )
         ordered = [by_layer[i] for i in range(n_layer)]
         found[_LAYERS + within] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)

@@ -121,14 +121,18 @@ def _write_config(config: LanguageModelConfig, dtype: np.dtype) -> dict[str, Any
     return fields
 
 
+def _check(config: LanguageModelConfig) -> None:
+    _write_config(config, np.dtype(np.float32))
+
+
 def _entries(config: LanguageModelConfig) -> list[Entry]:
-    _write_config(config, np.dtype(np.float32))  # It refuses what has no names there.
     return _family(config).entries(config)
 
 
 TRANSFORMERS = Layout(
     name="transformers",
     read_config=_read_config,
+    check=_check,
     write_config=_write_config,
     entries=_entries,
     embedding=lambda config: _family(config).embedding,
