@@ -8,6 +8,7 @@ How fast the bare loop is beside other libraries: `decode.py`.
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -50,27 +51,28 @@ class Numbers:
         return f" {token}".encode()
 
 
-SAMPLING: dict[str, Any] = {"temperature": 0.8, "key": jr.key(0)}
+SAMPLING = mbx.Sampling(temperature=0.8)
+KEY = jr.key(0)
 # At 0.8 random weights take all tokens for about as likely, so that a filter by probability keeps
 # most of them; at 0.2 they are sure. On text a trained model is between the two.
-SURE = SAMPLING | {"temperature": 0.2}
+SURE = mbx.Sampling(temperature=0.2)
 AGAIN = "the bare loop again"  # how far the noise of the machine goes
 PENALTIES = mbx.sampling.Penalties(repetition=1.1, presence=0.1, frequency=0.1)
 
 
-def options(model: mbx.LanguageModel) -> dict[str, dict[str, Any]]:
+def options(model: mbx.LanguageModel) -> dict[str, mbx.Sampling]:
     # None of them comes up: all rows are of one length.
-    stops = {"stop_strings": ["the end", "###"], "tokenizer": Numbers(model.vocab_size)}
-    everything = SURE | stops | {"top_k": 40, "top_p": 0.95, "penalties": PENALTIES}
+    stops = mbx.Sampling(stop_strings=["the end", "###"], tokenizer=Numbers(model.vocab_size))
+    everything = replace(stops, temperature=0.2, top_k=40, top_p=0.95, penalties=PENALTIES)
     return {
         "temperature": SURE,
-        "top-k": SURE | {"top_k": 40},
-        "top-p": SURE | {"top_p": 0.95},
-        "top-p, all about as likely": SAMPLING | {"top_p": 0.95},
-        "min-p": SURE | {"min_p": 0.05},
-        "typical": SURE | {"typical_p": 0.9},
-        "typical, all about as likely": SAMPLING | {"typical_p": 0.9},
-        "penalties": {"penalties": PENALTIES},
+        "top-k": replace(SURE, top_k=40),
+        "top-p": replace(SURE, top_p=0.95),
+        "top-p, all about as likely": replace(SAMPLING, top_p=0.95),
+        "min-p": replace(SURE, min_p=0.05),
+        "typical": replace(SURE, typical_p=0.9),
+        "typical, all about as likely": replace(SAMPLING, typical_p=0.9),
+        "penalties": mbx.Sampling(penalties=PENALTIES),
         "stop strings": stops,
         "top-k, top-p, penalties, stop strings": everything,
     }
@@ -101,11 +103,11 @@ def overheads(model: mbx.LanguageModel, new: int, repeats: int) -> None:
         start = mbx.prefill(model, prompts if batch > 1 else prompts[0])
         runs: Competitors = {}
 
-        def run(chosen: dict[str, Any], start: Any = start) -> Any:
-            return mbx.generate(model, None, new, state=start, **chosen).tokens
+        def run(sampling: mbx.Sampling, start: Any = start) -> Any:
+            return mbx.generate(model, None, new, sampling, state=start, key=KEY).tokens
 
         runs[AGAIN] = bare(model, start, new)
-        runs["generate, greedy"] = functools.partial(run, {})
+        runs["generate, greedy"] = functools.partial(run, mbx.Sampling())
         for name, chosen in options(model).items():
             runs[f"generate, {name}"] = functools.partial(run, chosen)
         if batch == 1:
@@ -177,25 +179,25 @@ def speculation(
     # What a model of random weights says is in the end a cycle: lookup is right about that, and
     # about a sampled text never.
     cycle = np.concatenate([first, mbx.generate(model, first, 16 if new < 32 else 256).tokens])
-    cases: dict[str, tuple[Any, np.ndarray, dict[str, Any]]] = {
-        "itself, greedy": (model, first, {}),
+    cases: dict[str, tuple[Any, np.ndarray, mbx.Sampling]] = {
+        "itself, greedy": (model, first, mbx.Sampling()),
         "itself, sampling": (model, first, SAMPLING),
-        "its first 2 layers, greedy": (draft_of(model, 2), first, {}),
+        "its first 2 layers, greedy": (draft_of(model, 2), first, mbx.Sampling()),
         "its first 2 layers, sampling": (draft_of(model, 2), first, SAMPLING),
-        "prompt lookup, greedy": (mbx.generation.PromptLookup(), first, {}),
-        "prompt lookup, greedy, later": (mbx.generation.PromptLookup(), cycle, {}),
+        "prompt lookup, greedy": (mbx.generation.PromptLookup(), first, mbx.Sampling()),
+        "prompt lookup, greedy, later": (mbx.generation.PromptLookup(), cycle, mbx.Sampling()),
         "prompt lookup, sampling": (
             mbx.generation.PromptLookup(),
             first,
-            SAMPLING | {"temperature": 2.0},
+            mbx.Sampling(temperature=2.0),
         ),
     }
     rows = []
-    for name, (draft, prompt, chosen) in cases.items():
-        plain = functools.partial(mbx.generate, model, prompt, new, **chosen)
+    for name, (draft, prompt, sampling) in cases.items():
+        plain = functools.partial(mbx.generate, model, prompt, new, sampling, key=KEY)
         for lookahead in lookaheads:
             fast = functools.partial(
-                mbx.speculate, model, draft, prompt, new, lookahead=lookahead, **chosen
+                mbx.speculate, model, draft, prompt, new, sampling, lookahead=lookahead, key=KEY
             )
             seconds, ratio = beside(plain, {"": fast}, repeats=repeats)[""]
             out = fast()
@@ -235,9 +237,8 @@ def peer(model: mbx.LanguageModel, new: int) -> None:
             model,
             prompts if batch > 1 else prompts[0],
             new,
-            penalties=mbx.sampling.Penalties(repetition=1.1),
-            **SAMPLING,
-            **chosen,
+            replace(SAMPLING, penalties=mbx.sampling.Penalties(repetition=1.1), **chosen),
+            key=KEY,
         )
         jax.block_until_ready(ours())
         mine = np.median([once(ours) for _ in range(5)])

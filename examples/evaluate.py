@@ -114,11 +114,11 @@ class Evaluated(TemplateLM):
                 self.model,
                 [prompts[i] for i in group],
                 options.get("max_gen_toks", 256),
-                stop_tokens=[self.eot_token_id],
-                stop_strings=stops,
-                tokenizer=self.tokenizer,
+                mbx.Sampling(
+                    stop_tokens=[self.eot_token_id], stop_strings=stops, tokenizer=self.tokenizer
+                ),
             )
-            for i, tokens, length in zip(group, out.tokens, out.lengths, strict=True):
+            for i, tokens, length in zip(group, out.tokens, out.length, strict=True):
                 text = self.tokenizer.decode(tokens[: int(length)].tolist())
                 ends = [text.find(stop) for stop in stops if stop in text]
                 found[i] = text[: min(ends, default=len(text))].replace("\0", "")

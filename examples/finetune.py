@@ -132,7 +132,9 @@ def main() -> None:
     tuned, state = join(args.method, part, rest)
     prefix = mbx.decoding_state(tuned, state, FIRST)
     prompt = TOKENIZER.encode("The ")
-    out = mbx.generate(tuned, prompt, 120, temperature=0.7, key=jr.key(args.seed), state=prefix)
+    out = mbx.generate(
+        tuned, prompt, 120, mbx.Sampling(temperature=0.7), key=jr.key(args.seed), state=prefix
+    )
     print(repr("The " + TOKENIZER.decode(out.tokens.tolist())))
 
     args.out.mkdir(parents=True, exist_ok=True)

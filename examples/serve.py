@@ -105,20 +105,23 @@ class Server:
             await response.prepare(request)
             state, prompt, left = asked["state"], asked["prompt"], asked["max_new_tokens"]
             decoder, key = self.tokenizer.decoder(), jr.key(asked["seed"])
+            sampling = mbx.Sampling(
+                temperature=asked["temperature"],
+                logit_bias=self.bias,
+                stop_tokens=self.stop_tokens,
+            )
             while left > 0:
                 out = await asyncio.to_thread(
                     mbx.generate,
                     self.model,
                     prompt,
                     min(BLOCK, left),
-                    temperature=asked["temperature"],
-                    key=key,
+                    sampling,
                     state=state,
-                    stop_tokens=self.stop_tokens,
-                    logit_bias=self.bias,
+                    key=key,
                 )
                 state, prompt, left = out.state, None, 0 if bool(out.stopped) else left - BLOCK
-                text = decoder.feed(out.tokens[: int(out.lengths)].tolist())
+                text = decoder.feed(out.tokens[: int(out.length)].tolist())
                 line = {"text": text, "picture": picture(state)}
                 await response.write(json.dumps(line).encode() + b"\n")
             name = self.keep(state)

@@ -153,7 +153,11 @@ def main() -> None:
     (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     tokenizer = mbx.ByteTokenizer()
     sample = mbx.generate(
-        model, tokenizer.encode(args.prompt), 200, temperature=0.8, top_p=0.95, key=jr.key(0)
+        model,
+        tokenizer.encode(args.prompt),
+        200,
+        mbx.Sampling(temperature=0.8, top_p=0.95),
+        key=jr.key(0),
     )
     print(args.prompt + tokenizer.decode(np.asarray(sample.tokens).tolist()))
     try:

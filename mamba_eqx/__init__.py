@@ -11,6 +11,7 @@ from . import (
 from .generation import (
     DecodingState as DecodingState,
     Generation as Generation,
+    Sampling as Sampling,
     beam_search as beam_search,
     decoding_state as decoding_state,
     embed as embed,

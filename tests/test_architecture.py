@@ -45,12 +45,20 @@ LEVELS = {
     "generation": [
         "_state sampling",
         "_prompts _result",
+        "_sampling",
+        "_stopping",
         "_options",
         "_prefill",
         "_loop",
         "_stream",
-        "_generate _score",
+        "_drafts _generate _score",
         "_beam_search _speculate _state_file",
+        "__init__",
+    ],
+    "generation/sampling": [
+        "_checks _threshold",
+        "_draw _filters _penalties",
+        "_sample",
         "__init__",
     ],
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import jax.random as jr
 
-from ..generation import DecodingState, Stream, sampling, stream
+from ..generation import DecodingState, Sampling, Stream, sampling, stream
 from ..models import LanguageModel
 from ..pretrained import load, load_tokenizer, open_source, read_checkpoint, read_tokenizer
 from ..shipped import SHIPPED
@@ -135,10 +135,7 @@ def stream_of(
     neutral = sampling.Penalties(window=args.penalty_window)
     # Some models have more tokens than their tokenizers: padding, which means nothing.
     no_text = range(tokenizer.vocab_size, model.vocab_size)
-    return stream(
-        model,
-        prompt,
-        args.max_new_tokens,
+    options = Sampling(
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
@@ -149,9 +146,9 @@ def stream_of(
         stop_tokens=opened.stop_tokens,
         stop_strings=stop_strings,
         tokenizer=tokenizer if stop_strings else None,
-        state=state,
-        key=jr.key(args.seed),
     )
+    key = jr.key(args.seed)
+    return stream(model, prompt, args.max_new_tokens, options, state=state, key=key)
 
 
 def text_of(opened: Opened, tokens: Iterable[int]) -> Iterator[str]:

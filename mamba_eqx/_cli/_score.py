@@ -144,7 +144,7 @@ def _scored(opened: Opened, pieces: Iterator[list[int]], total: _Total) -> Itera
     state: DecodingState | None = None
     for ids in pieces:
         out = score(opened.model, ids, state=state)
-        counted = ids[len(ids) - int(out.counts) :]
+        counted = ids[len(ids) - int(out.length) :]
         total.tokens += len(counted)
         total.bytes += sum(len(opened.tokenizer.token_bytes(token)) for token in counted)
         total.log_prob += float(out.log_probs.sum(dtype="float64"))

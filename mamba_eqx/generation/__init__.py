@@ -2,15 +2,13 @@
 
 from . import sampling as sampling
 from ._beam_search import Beams as Beams, beam_search as beam_search
+from ._drafts import PromptLookup as PromptLookup
 from ._generate import generate as generate, stream as stream
 from ._prefill import prefill as prefill
 from ._result import FinishReason as FinishReason, Generation as Generation
+from ._sampling import Sampling as Sampling
 from ._score import Score as Score, embed as embed, score as score
-from ._speculate import (
-    PromptLookup as PromptLookup,
-    Speculation as Speculation,
-    speculate as speculate,
-)
+from ._speculate import Speculation as Speculation, speculate as speculate
 from ._state import DecodingState as DecodingState, decoding_state as decoding_state, fork as fork
 from ._state_file import load_state as load_state, save_state as save_state
 from ._stream import Stream as Stream
@@ -23,6 +21,7 @@ __all__ = [
     "FinishReason",
     "Generation",
     "PromptLookup",
+    "Sampling",
     "Score",
     "Speculation",
     "Stream",

@@ -1,4 +1,6 @@
-from collections.abc import Sequence
+"""Beam search for the most probable continuations."""
+
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -8,24 +10,42 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._checks import check_count
 from ..models import LanguageModel
-from ._prefill import start
-from ._prompts import Prompt, check_tokens, read_prompt
+from ._prefill import prefill_rows
+from ._prompts import Prompt, read_prompt
 from ._result import FinishReason
+from ._sampling import GREEDY, Sampling, check_supported
 from ._state import DecodingState, fork
+from ._stopping import read_stop_tokens
+
+
+# The search draws nothing and ranks by the model's own probabilities.
+_UNSUPPORTED = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "penalties",
+    "logit_bias",
+    "stop_strings",
+)
 
 
 class Beams(eqx.Module):
-    """What [`mamba_eqx.beam_search`][] returns: continuations, the best one first.
+    """The result of [`mamba_eqx.beam_search`][]: continuations, the best one first.
 
-    - `tokens`: with -1 after the end, which is no token. A stop token is the last one.
-    - `lengths`: how many of them are real.
-    - `log_probs`: of the whole continuation; `-inf` where there are fewer of them than beams.
-    - `scores`: by which they are ordered, `log_probs / lengths ** length_penalty`.
-    - `finish`: a [`mamba_eqx.generation.FinishReason`][].
+    - `tokens`: the new token ids, of shape `(num_beams, max_new_tokens)`, without the prompt. A
+        stop token is the last one. Padded with -1, which is no token.
+    - `length`: the number of real tokens of each continuation.
+    - `log_probs`: the log-probability of each whole continuation, in nats. `-inf` in the last rows
+        if fewer than `num_beams` continuations were found.
+    - `scores`: the scores that the continuations are ordered by,
+        `log_probs / length ** length_penalty`.
+    - `finish`: why each continuation ended, a [`mamba_eqx.generation.FinishReason`][].
     """
 
     tokens: Int[Array, "beams new"]
-    lengths: Int[Array, " beams"]
+    length: Int[Array, " beams"]
     log_probs: Float[Array, " beams"]
     scores: Float[Array, " beams"]
     finish: Int[Array, " beams"]
@@ -35,54 +55,75 @@ def beam_search(
     model: LanguageModel,
     prompt: Prompt | None,
     max_new_tokens: int,
+    sampling: Sampling = GREEDY,
     *,
     num_beams: int = 4,
     length_penalty: float = 1.0,
-    stop_tokens: Sequence[int] = (),
     state: DecodingState | None = None,
 ) -> Beams:
-    r"""Looks for the most probable continuations: at every length only the `num_beams` best
-    beginnings are kept. A continuation ends with a stop token or at `max_new_tokens`, and scores
+    r"""Searches for the most probable continuations of one prompt. At every length, only the
+    `num_beams` most probable unfinished continuations are kept. A continuation ends with a stop
+    token or at `max_new_tokens`, and scores
 
     $$\frac{1}{n^\alpha} \sum_{t=1}^{n} \log p_t.$$
 
-    It goes on until no beginning can come to score more than the worst of `num_beams` ended ones,
-    whatever follows (transformers' `early_stopping="never"`). To fork a beam is to copy a state.
+    The search ends when no unfinished continuation can still score more than the worst of
+    `num_beams` finished ones (transformers' `early_stopping="never"`). To fork a beam is to copy a
+    state.
 
     Reference: Wu et al., *Google's Neural Machine Translation System* (2016), section 7, without
     their coverage penalty and with transformers' form of the length penalty.
 
     **Arguments:**
 
-    - `model`, `prompt`, `max_new_tokens`, `stop_tokens`, `state`: as for
-        [`mamba_eqx.generate`][], for one prompt.
-    - `num_beams`: how many are kept; 1 is greedy decoding.
-    - `length_penalty`: $\alpha$, at least 0: larger values favour longer continuations.
+    - `model`: the model.
+    - `prompt`: one sequence of token ids. `None` (only together with `state`) adds no tokens and
+        continues from the state.
+    - `max_new_tokens`: the maximum number of tokens of a continuation, at least 1. Another value
+        recompiles.
+    - `sampling`: a [`mamba_eqx.Sampling`][] with `stop_tokens` only. The search ranks by the
+        model's own probabilities, and supports no other option.
+    - `num_beams`: the number of continuations to keep, at least 1; 1 is greedy decoding. Another
+        value recompiles.
+    - `length_penalty`: $\alpha$, at least 0 and finite. Larger values favour longer continuations.
+    - `state`: the state of an earlier generation, to start from instead of the empty past.
 
-    **Returns:** the [`mamba_eqx.generation.Beams`][].
+    **Returns:** a [`mamba_eqx.generation.Beams`][].
 
-    **Raises:** `ValueError` as `generate`, and for a batch of prompts.
+    **Raises:** `ValueError` in the same cases as `generate`, for several prompts, and for options
+    other than `stop_tokens`.
     """
     check_count("max_new_tokens", max_new_tokens)
     check_count("num_beams", num_beams)
     if not 0 <= length_penalty < float("inf"):
         raise ValueError(
-            f"`length_penalty` must be at least 0 and finite, but got {length_penalty}."
+            f"`length_penalty` must be at least 0 and finite, but got {length_penalty}. Use 0 to "
+            "rank by the log-probability alone."
         )
-    row = read_prompt(model.vocab_size, "beam_search", prompt, state)
+    check_supported("beam_search", sampling, _UNSUPPORTED)
+    rows = read_prompt(model.vocab_size, "beam_search", prompt, state)
     stop = jnp.zeros(model.vocab_size, bool)
-    stop = stop.at[check_tokens(model.vocab_size, "stop_tokens", stop_tokens)].set(True)
-    begin = start(model, [row], False, state, room=max_new_tokens)
+    stop = stop.at[read_stop_tokens(sampling, model.vocab_size, None)].set(True)
+    begin = prefill_rows(model, rows, state, room=max_new_tokens)
     alpha = jnp.asarray(length_penalty, jnp.float32)
     return _search(model, fork(begin, num_beams), stop, alpha, max_new_tokens)
 
 
 class _Search(eqx.Module):
+    """The carry of the search."""
+
     layers: PyTree
     token: Int[Array, " beams"]
     running: Beams
     ended: Beams
     length: Int[Array, ""]
+
+
+class _Candidates(NamedTuple):
+    """The best continuations by one token, and the beam that each continues."""
+
+    origin: Int[Array, " beams"]
+    beams: Beams
 
 
 @eqx.filter_jit
@@ -98,28 +139,28 @@ def _search(
     def score(log_probs: Array, length: Array | int) -> Array:
         return log_probs / jnp.asarray(length, jnp.float32) ** alpha
 
-    def go_on(now: _Search) -> Array:
-        # What is yet to come has a probability of at most 1, and divides by at most this.
+    def is_running(now: _Search) -> Array:
+        # Further tokens have a probability of at most 1, and the length is at most `size`.
         best = score(jnp.max(now.running.log_probs), size)
         return (now.length < size) & (best > jnp.min(now.ended.scores))
 
-    def body(now: _Search) -> _Search:
+    def advance(now: _Search) -> _Search:
         logits, layers = jax.vmap(model.step)(now.token, now.layers)
         log_probs = jax.nn.log_softmax(logits[:, : model.vocab_size]).astype(jnp.float32)
         total = now.running.log_probs[:, None] + log_probs
         length = now.length + 1
 
-        def best(mask: Array, finish: FinishReason) -> tuple[Array, Beams]:
+        def best(mask: Array, finish: FinishReason) -> _Candidates:
             kept, index = lax.top_k(jnp.where(mask, total, -jnp.inf).reshape(-1), num_beams)
             origin, token = jnp.divmod(index, model.vocab_size)
             beams = Beams(
                 tokens=now.running.tokens[origin].at[:, now.length].set(token),
-                lengths=jnp.full(num_beams, length),
+                length=jnp.full(num_beams, length),
                 log_probs=kept,
                 scores=score(kept, length),
                 finish=jnp.full(num_beams, int(finish)),
             )
-            return origin, beams
+            return _Candidates(origin, beams)
 
         origin, running = best(~stop, FinishReason.LENGTH)
         _, ended = best(stop, FinishReason.STOP_TOKEN)
@@ -133,16 +174,16 @@ def _search(
 
     none = Beams(
         tokens=jnp.full((num_beams, size), -1),
-        lengths=jnp.zeros(num_beams, int),
+        length=jnp.zeros(num_beams, int),
         log_probs=jnp.full(num_beams, -jnp.inf),
         scores=jnp.full(num_beams, -jnp.inf),
         finish=jnp.zeros(num_beams, int),
     )
-    # All beams are the same at first: one of them counts.
+    # All beams are equal at first, so that only one of them may be continued.
     only_one = eqx.tree_at(lambda beams: beams.log_probs, none, none.log_probs.at[0].set(0))
     begin = _Search(state.layers, state.token, only_one, none, jnp.zeros((), int))
-    end = lax.while_loop(go_on, body, begin)
-    # Beginnings that were given up are no continuations.
+    end = lax.while_loop(is_running, advance, begin)
+    # Unfinished continuations count only if they have reached `max_new_tokens`.
     complete = end.length == size
     at_limit = jax.tree.map(lambda a, b: jnp.where(complete, a, b), end.running, none)
     return _best_of(end.ended, at_limit)

@@ -1,114 +1,132 @@
-"""The compiled loop behind generation: a token chosen, fed to the model, and so on."""
+"""The compiled loop behind generation: choose a token, feed it to the model, repeat."""
 
 import dataclasses
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 from jax import lax
-from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from ..models import LanguageModel
-from ._options import Choice
+from ._options import Options
 from ._result import FinishReason, Generation
 from ._state import DecodingState
+
+
+class Cursor(NamedTuple):
+    """The position of the loop: the state of the generation and of the stop-string automaton.
+
+    The automaton's state is not part of a `DecodingState`, since a stop string must lie within the
+    tokens of one call of `generate` or `stream`.
+    """
+
+    state: DecodingState
+    stop_state: Int[Array, "*batch"]
+
+
+class Decoded(NamedTuple):
+    """The tokens that the loop has generated, and the state of the automaton after them."""
+
+    out: Generation
+    stop_state: Int[Array, "*batch"]
+
+    @property
+    def cursor(self) -> Cursor:
+        return Cursor(self.out.state, self.stop_state)
 
 
 @eqx.filter_jit
 def decode(
     model: LanguageModel,
-    state: DecodingState,
-    choice: Choice,
-    stop_table: Int[Array, "states vocab"] | None,
-    matched: Int[Array, "*batch"],
-    key: PyTree[Array],
+    cursor: Cursor,
+    options: Options,
     limit: Int[Array, ""],
     size: int,
-) -> tuple[Generation, Int[Array, "*batch"]]:
-    """At most `limit` tokens, in buffers of `size`; with a batch, a key for each row. `matched` is
-    the state of the automaton of `stop_table`."""
+) -> Decoded:
+    """Generates tokens until a row ends, for all rows.
 
-    def go_on(carry: tuple[Generation, Array]) -> Bool[Array, "*batch"]:
-        out, _ = carry
-        return (out.lengths < limit) & (out.finish == FinishReason.LENGTH)
+    **Arguments:**
 
-    def begin(state: DecodingState) -> Generation:
+    - `model`: the model.
+    - `cursor`: where to start, with one sequence or with a batch.
+    - `options`: with the same batch axis.
+    - `limit`: the maximum number of tokens per row.
+    - `size`: the size of the output buffers, at least `limit`. Another value recompiles.
+
+    **Returns:** the generated tokens in buffers of `size`, with the state of the automaton.
+    """
+
+    def is_running(now: Decoded) -> Bool[Array, "*batch"]:
+        return (now.out.length < limit) & (now.out.finish == FinishReason.LENGTH)
+
+    def empty(state: DecodingState) -> Generation:
         return Generation(
             tokens=jnp.full(size, -1, jnp.int32),
-            lengths=jnp.zeros((), jnp.int32),
+            length=jnp.zeros((), jnp.int32),
             log_probs=jnp.zeros(size, jnp.float32),
             finish=jnp.zeros((), jnp.int32),
             state=state,
         )
 
-    def row(
-        carry: tuple[Generation, Array], choice: Choice, key: PRNGKeyArray | None
-    ) -> tuple[Generation, Array]:
-        out, matched = carry
-        now, i = out.state, out.lengths
-        logits, layers = model.step(now.token, now.layers)
+    def next_token(now: Decoded, options: Options) -> Decoded:
+        out, state = now.out, now.out.state
+        logits, layers = model.step(state.token, state.layers)
         logits = logits[: model.vocab_size]
-        token_key = None if key is None else jr.fold_in(key, now.position)
-        token = choice.choose(logits, now.recent, token_key)
+        token = options.choose(logits, state.recent, state.position)
         log_prob = logits[token] - jax.nn.logsumexp(logits)
-        finish = jnp.where(jnp.any(token == choice.stop_tokens), FinishReason.STOP_TOKEN, 0)
-        if stop_table is not None:
-            matched = stop_table[matched, token]
-            ended = matched == len(stop_table) - 1
-            finish = jnp.where((finish == 0) & ended, FinishReason.STOP_STRING, finish)
-        recent = jnp.concatenate([now.recent[1:], token[None]])
+        stop_state, finish = options.stopping.advance(now.stop_state, token)
+        recent = jnp.concatenate([state.recent[1:], token[None]])
         out = Generation(
-            tokens=out.tokens.at[i].set(token),
-            lengths=i + 1,
-            log_probs=out.log_probs.at[i].set(log_prob.astype(jnp.float32)),
-            finish=finish.astype(jnp.int32),
-            state=DecodingState(layers, token, now.position + 1, recent),
+            tokens=out.tokens.at[out.length].set(token),
+            length=out.length + 1,
+            log_probs=out.log_probs.at[out.length].set(log_prob.astype(jnp.float32)),
+            finish=finish,
+            state=DecodingState(layers, token, state.position + 1, recent),
         )
-        return out, matched
+        return Decoded(out, stop_state)
 
-    if state.token.ndim == 0:
-        return lax.while_loop(go_on, lambda carry: row(carry, choice, key), (begin(state), matched))
+    if cursor.state.token.ndim == 0:
+        start = Decoded(empty(cursor.state), cursor.stop_state)
+        return lax.while_loop(is_running, lambda now: next_token(now, options), start)
 
-    # Of a batch. A `vmap` of the loop, or any choice between a row's new and old state after every
-    # token, would copy all states every time. So the states of ended rows are put aside when they
-    # end, and what becomes of them then is of no interest.
+    # A `vmap` of the loop, or any selection between a row's new and old state after every token,
+    # would copy the states of all rows each time. Instead, a row's final state is saved when the
+    # row ends; later updates of that row are discarded.
 
-    def where(rows: Bool[Array, " batch"], new: PyTree, old: PyTree) -> PyTree:
+    def select(rows: Bool[Array, " batch"], new: PyTree, old: PyTree) -> PyTree:
         return jax.tree.map(lambda a, b: jax.vmap(jnp.where)(rows, a, b), new, old)
 
-    def all_rows(carry: tuple[Generation, Array]) -> tuple[Generation, Array]:
-        out, matched = jax.vmap(row)(carry, choice, key)
-        layers = out.state.layers
-        new, old = _with_layers(out, None), _with_layers(carry[0], None)
-        out, matched = where(go_on(carry), (new, matched), (old, carry[1]))
-        return _with_layers(out, layers), matched
+    def next_tokens(now: Decoded) -> Decoded:
+        then = jax.vmap(next_token, in_axes=(0, options.row_axes()))(now, options)
+        layers = then.out.state.layers
+        then = select(is_running(now), _replace_layers(then, None), _replace_layers(now, None))
+        return _replace_layers(then, layers)
 
-    def until_one_ends(
-        carry: tuple[tuple[Generation, Array], PyTree],
-    ) -> tuple[tuple[Generation, Array], PyTree]:
-        inner, ended_layers = carry
-        going = go_on(inner)
-        inner = lax.while_loop(lambda inner: jnp.all(go_on(inner) == going), all_rows, inner)
-        ended = going & ~go_on(inner)
-        return inner, where(ended, inner[0].state.layers, ended_layers)
+    def until_one_ends(carry: tuple[Decoded, PyTree]) -> tuple[Decoded, PyTree]:
+        now, final_layers = carry
+        running = is_running(now)
+        now = lax.while_loop(lambda now: jnp.all(is_running(now) == running), next_tokens, now)
+        ended = running & ~is_running(now)
+        return now, select(ended, now.out.state.layers, final_layers)
 
-    first = (jax.vmap(begin)(state), matched)
-    (out, matched), layers = lax.while_loop(
-        lambda carry: jnp.any(go_on(carry[0])), until_one_ends, (first, state.layers)
+    start = Decoded(jax.vmap(empty)(cursor.state), cursor.stop_state)
+    end, layers = lax.while_loop(
+        lambda carry: jnp.any(is_running(carry[0])), until_one_ends, (start, cursor.state.layers)
     )
-    return _with_layers(out, layers), matched
+    return _replace_layers(end, layers)
 
 
-def _with_layers(out: Generation, layers: PyTree) -> Generation:
-    return dataclasses.replace(out, state=dataclasses.replace(out.state, layers=layers))
+def _replace_layers(now: Decoded, layers: PyTree) -> Decoded:
+    state = dataclasses.replace(now.out.state, layers=layers)
+    return now._replace(out=dataclasses.replace(now.out, state=state))
 
 
-_Buffers = TypeVar("_Buffers", bound=PyTree)
+_Result = TypeVar("_Result", bound=PyTree)
 
 
-def cut(out: _Buffers, size: int) -> _Buffers:
-    """What a loop returned, its buffers cut from the size that was compiled to the one wanted."""
+def trim(out: _Result, size: int) -> _Result:
+    """Trims a result's `tokens` and `log_probs` from the compiled size to the requested one."""
     where = lambda out: (out.tokens, out.log_probs)  # noqa: E731
     return eqx.tree_at(where, out, replace_fn=lambda buffer: buffer[..., :size])

@@ -1,103 +1,148 @@
-"""How a token is chosen from logits, and when a row ends: the options of a generation."""
+"""The options of a generation as the compiled loop takes them: arrays, validated."""
 
-import functools
 import math
-import numbers
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
+import numpy.typing as npt
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree, UInt32
 
-from ..models import LanguageModel
-from ._prompts import check_tokens
+from ._sampling import Sampling
+from ._stopping import Stopping, stopping_for
 from .sampling import (
+    Filters,
     Penalties,
-    check_min_p,
-    check_temperature,
-    check_top_k,
-    check_top_p,
-    check_typical_p,
-    filtered as _filtered,
-    frequency_penalty,
+    PerRow,
+    PerRowInt,
+    filtered,
     greedy,
-    presence_penalty,
-    repetition_penalty,
-    sample,
+    penalise,
+    sample_filtered,
 )
 
 
-class Choice(eqx.Module):
-    """How a token is chosen and when a row ends. The values are arrays, so that only turning an
-    option on or off recompiles. A temperature of `None` is greedy, as is one of 0 in a row."""
+class Options(eqx.Module):
+    """A [`mamba_eqx.Sampling`][] as arrays, with the key: for a batch, one of each for every row.
+
+    Values are arrays so that only turning an option on or off recompiles. `temperature` is `None`
+    if all rows are greedy; otherwise a row is greedy if its temperature is 0.
+    """
 
     temperature: Float[Array, "*batch"] | None
-    top_k: Int[Array, "*batch"] | None
-    top_p: Float[Array, "*batch"] | None
-    min_p: Float[Array, "*batch"] | None
-    typical_p: Float[Array, "*batch"] | None
-    penalties: tuple[Float[Array, "*batch"], Float[Array, "*batch"], Float[Array, "*batch"]] | None
+    filters: Filters
+    penalties: Penalties | None
     bias: Float[Array, "*batch vocab"] | None
-    stop_tokens: Int[Array, "*batch stop"]
-    window: int = eqx.field(static=True)
-    some_greedy: bool = eqx.field(static=True)
+    stopping: Stopping
+    key: Key[Array, "*batch"] | UInt32[Array, "*batch 2"] | None
+    """`None` if all rows are greedy."""
+    any_greedy: bool = eqx.field(static=True)
+    """Whether some rows are greedy and others are not."""
 
-    def logits(
-        self, logits: Float[Array, " vocab"], recent: Int[Array, " window"]
-    ) -> Float[Array, " vocab"]:
-        """After penalties and bias, on which greedy decoding depends as well."""
-        if self.penalties is not None:
-            recent = recent[-self.window :]
-            repetition, presence, frequency = self.penalties
-            logits = repetition_penalty(logits, recent, repetition)
-            logits = presence_penalty(logits, recent, presence)
-            logits = frequency_penalty(logits, recent, frequency)
-        return logits if self.bias is None else logits + self.bias.astype(logits.dtype)
-
-    def distribution(
-        self, logits: Float[Array, " vocab"], recent: Int[Array, " window"]
-    ) -> Float[Array, " vocab"]:
-        """The logits from which a token is drawn: of greedy decoding, `-inf` for all but one."""
-        logits = self.logits(logits, recent)
-        if self.temperature is None:
-            return _only_best(logits)
-        filtered = self._with_options(_filtered)(logits)
-        if self.some_greedy:
-            greedy = _only_best(logits.astype(filtered.dtype))
-            filtered = jnp.where(self.temperature > 0, filtered, greedy)
-        return filtered
+    @property
+    def window(self) -> int:
+        """How many of the last tokens the penalties depend on."""
+        return 1 if self.penalties is None else self.penalties.window
 
     def choose(
         self,
         logits: Float[Array, " vocab"],
         recent: Int[Array, " window"],
-        key: PRNGKeyArray | None,
+        position: Int[Array, ""],
     ) -> Int[Array, ""]:
-        logits = self.logits(logits, recent)
-        if self.temperature is None or key is None:
+        """Chooses the token that follows `position`. Its random numbers depend on the key and on
+        the position only."""
+        logits = self._penalised(logits, recent)
+        if self.temperature is None or self.key is None:
             return greedy(logits)
-        token = self._with_options(sample)(logits, key)
-        if self.some_greedy:
+        key = jr.fold_in(self.key, position)
+        token = sample_filtered(logits, key, self._positive(self.temperature), self.filters)
+        if self.any_greedy:
             token = jnp.where(self.temperature > 0, token, greedy(logits))
         return token
 
-    def _with_options(self, function: Callable[..., Array]) -> Callable[..., Array]:
-        temperature = self.temperature
-        assert temperature is not None
-        if self.some_greedy:
-            # In a greedy row nothing is drawn.
-            temperature = jnp.where(temperature > 0, temperature, jnp.ones_like(temperature))
-        return functools.partial(
-            function,
-            temperature=temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            typical_p=self.typical_p,
+    def distribution(
+        self, logits: Float[Array, " vocab"], recent: Int[Array, " window"]
+    ) -> Float[Array, " vocab"]:
+        """Returns the logits that a token is drawn from. Under greedy decoding, all but the largest
+        are `-inf`."""
+        logits = self._penalised(logits, recent)
+        if self.temperature is None:
+            return _only_best(logits)
+        kept = filtered(logits, self._positive(self.temperature), self.filters)
+        if self.any_greedy:
+            best = _only_best(logits.astype(kept.dtype))
+            kept = jnp.where(self.temperature > 0, kept, best)
+        return kept
+
+    def row_axes(self) -> PyTree[int | None]:
+        """Returns the `in_axes` of `jax.vmap` over rows: 0, except for the stop table, which all
+        rows share."""
+        axes = jax.tree.map(lambda _: 0, self)
+        is_none = lambda leaf: leaf is None  # noqa: E731
+        return eqx.tree_at(lambda axes: axes.stopping.table, axes, None, is_leaf=is_none)
+
+    def _penalised(
+        self, logits: Float[Array, " vocab"], recent: Int[Array, " window"]
+    ) -> Float[Array, " vocab"]:
+        if self.penalties is not None:
+            logits = penalise(logits, recent, self.penalties)
+        return logits if self.bias is None else logits + self.bias.astype(logits.dtype)
+
+    def _positive(self, temperature: Float[Array, ""]) -> Float[Array, ""]:
+        """Replaces a temperature of 0, since the sampler must not divide by it. The token that a
+        greedy row draws is not used."""
+        if not self.any_greedy:
+            return temperature
+        return jnp.where(temperature > 0, temperature, jnp.ones_like(temperature))
+
+
+def options_for(
+    sampling: Sampling, vocab_size: int, rows: int | None, key: PRNGKeyArray | None
+) -> Options:
+    """Validates options against a vocabulary and a number of rows, and stores them as arrays.
+
+    **Arguments:**
+
+    - `sampling`: the options.
+    - `vocab_size`: of the model.
+    - `rows`: the number of rows, or `None` for one prompt without a batch axis.
+    - `key`: one key for all rows. Row `i` of a batch gets `jax.random.fold_in(key, i)`.
+
+    **Returns:** the options as arrays.
+
+    **Raises:** `ValueError` if an option does not fit the vocabulary or the rows, or if a key is
+    needed and missing.
+    """
+    if not isinstance(sampling, Sampling):
+        raise ValueError(
+            f"`sampling` must be a `Sampling`, but got {sampling!r}. Give, for example, "
+            "`mbx.Sampling(temperature=0.8)`."
         )
+    temperature = _per_row(rows, "temperature", sampling.temperature, np.float32)
+    filters = Filters(
+        _optional(rows, "top_k", sampling.top_k, np.int32, most=vocab_size),
+        _optional(rows, "top_p", sampling.top_p),
+        _optional(rows, "min_p", sampling.min_p),
+        _optional(rows, "typical_p", sampling.typical_p),
+    )
+    samples = bool((temperature > 0).any())
+    if samples:
+        _check_key(key, sampling.temperature)
+    if samples and rows is not None:
+        key = jax.vmap(lambda i: jr.fold_in(key, i))(jnp.arange(rows))  # pyright: ignore
+    return Options(
+        temperature=jnp.asarray(temperature) if samples else None,
+        filters=filters if samples else Filters(),
+        penalties=_penalties(rows, sampling.penalties),
+        bias=_dense_bias(vocab_size, rows, sampling.logit_bias),
+        stopping=stopping_for(sampling, vocab_size, rows),
+        key=key if samples else None,
+        any_greedy=samples and bool((temperature == 0).any()),
+    )
 
 
 def _only_best(logits: Float[Array, " vocab"]) -> Float[Array, " vocab"]:
@@ -105,153 +150,83 @@ def _only_best(logits: Float[Array, " vocab"]) -> Float[Array, " vocab"]:
     return jnp.where(best, jnp.zeros_like(logits), jnp.full_like(logits, -jnp.inf))
 
 
-def read_choice(
-    model: LanguageModel,
+def _per_row(
     rows: int | None,
-    *,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    typical_p: Any,
-    penalties: Penalties | None,
-    logit_bias: Mapping[int, float] | Array | np.ndarray | None,
-    stop_tokens: Any,
-    key: Any,
-) -> Choice:
-    """The options of a generation, checked. With a batch, one of each for every row."""
-    bias = read_bias(model.vocab_size, logit_bias)
-    value = functools.partial(_option, rows)
-    heat = np.asarray(value("temperature", temperature, _check_heat, np.float32))
-    if (heat > 0).any():
-        if key is None:
-            raise ValueError(
-                f"Sampling with temperature={temperature} needs a key: give "
-                "`key=jax.random.key(0)`, or `temperature=0` for greedy decoding."
-            )
-        if not _is_key(key):
-            raise ValueError(f"`key` must be one key made by `jax.random.key`, but got {key!r}.")
-    filters = (
-        value("top_k", top_k, check_top_k, np.int64),
-        value("top_p", top_p, check_top_p, np.float32),
-        value("min_p", min_p, check_min_p, np.float32),
-        value("typical_p", typical_p, check_typical_p, np.float32),
-    )
-    if (heat == 0).all():
-        heat, filters = None, (None, None, None, None)
-    k, *shares = filters
-    against = None
-    if penalties is not None:
-        against = (
-            value("repetition", penalties.repetition, None, np.float32),
-            value("presence", penalties.presence, None, np.float32),
-            value("frequency", penalties.frequency, None, np.float32),
-        )
-    if bias is not None and rows is not None:
-        bias = np.broadcast_to(bias, (rows, len(bias)))
-    arrays = jax.tree.map(
-        jnp.asarray,
-        (
-            heat,
-            None if k is None else np.minimum(k, model.vocab_size).astype(np.int32),
-            *shares,
-            against,
-            bias,
-            _read_stop_tokens(model.vocab_size, rows, stop_tokens),
-        ),
-    )
-    return Choice(
-        *arrays,
-        window=1 if penalties is None else penalties.window,
-        some_greedy=heat is not None and bool((heat == 0).any()),
-    )
-
-
-def _option(
-    rows: int | None, name: str, value: Any, check: Callable[[Any], None] | None, dtype: Any
-) -> np.ndarray | None:
-    if value is None:
-        return None
+    name: str,
+    value: PerRow | PerRowInt,
+    dtype: npt.DTypeLike,
+    most: float | int = math.inf,
+) -> np.ndarray:
+    """Returns an option, at most `most`, with one number for each row (without a batch, one)."""
     each = np.asarray(value)
-    if each.ndim == 0:
-        if check is not None:
-            check(value)
-    elif rows is None or each.shape != (rows,):
+    if each.ndim > 0 and (rows is None or each.shape != (rows,)):
         wanted = "one number" if rows is None else f"one number, or one for each of {rows} rows"
         raise ValueError(f"`{name}` must be {wanted}, but got an array of shape {each.shape}.")
-    elif check is not None:
-        for one in each:
-            check(one)
-    each = each.astype(dtype)
+    each = np.asarray(np.minimum(each, most), dtype)
     return each if rows is None else np.broadcast_to(each, (rows,))
 
 
-def _check_heat(value: Any) -> None:
-    if isinstance(value, bool | str) or value != 0:
-        check_temperature(value)
+def _optional(
+    rows: int | None,
+    name: str,
+    value: PerRow | PerRowInt | None,
+    dtype: npt.DTypeLike = np.float32,
+    most: float | int = math.inf,
+) -> Array | None:
+    return None if value is None else jnp.asarray(_per_row(rows, name, value, dtype, most))
 
 
-def _read_stop_tokens(vocab_size: int, rows: int | None, tokens: Any) -> np.ndarray:
-    nested = isinstance(tokens, Sequence) and len(tokens) > 0 and np.ndim(tokens[0]) > 0
-    if not nested:
-        one = check_tokens(vocab_size, "stop_tokens", tokens)
-        return one if rows is None else np.broadcast_to(one, (rows, len(one)))
-    if rows is None or len(tokens) != rows:
-        raise ValueError(
-            "`stop_tokens` must be a list of tokens, or one such list for each row, but got "
-            f"{len(tokens)} lists for {'one prompt' if rows is None else f'{rows} rows'}."
-        )
-    each = [check_tokens(vocab_size, f"stop_tokens[{i}]", row) for i, row in enumerate(tokens)]
-    padded = np.full((rows, max(map(len, each))), -1, np.int32)
-    for padded_row, row in zip(padded, each, strict=True):
-        padded_row[: len(row)] = row
-    return padded
+def _penalties(rows: int | None, penalties: Penalties | None) -> Penalties | None:
+    if penalties is None:
+        return None
+    value = lambda name, value: jnp.asarray(_per_row(rows, name, value, np.float32))  # noqa: E731
+    return Penalties(
+        repetition=value("repetition", penalties.repetition),
+        presence=value("presence", penalties.presence),
+        frequency=value("frequency", penalties.frequency),
+        window=penalties.window,
+    )
 
 
-def _is_key(key: Any) -> bool:
-    if not isinstance(key, jax.Array):
-        return False
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key.ndim == 0
-    return key.ndim == 1 and key.dtype == jnp.uint32
-
-
-PerRow = float | Float[Array, " rows"] | Float[np.ndarray, " rows"] | Sequence[float]
-"""An option: one number, or one for each row."""
-PerRowInt = int | Integer[Array, " rows"] | Integer[np.ndarray, " rows"] | Sequence[int]
-
-
-def read_bias(
-    vocab_size: int, bias: Mapping[int, float] | Array | np.ndarray | None
-) -> Float[np.ndarray, " vocab"] | None:
-    """What is added to the logits, checked."""
+def _dense_bias(
+    vocab_size: int, rows: int | None, bias: Mapping[int, float] | Array | np.ndarray | None
+) -> Float[Array, "*batch vocab"] | None:
     if bias is None:
         return None
     if isinstance(bias, Mapping):
         dense = np.zeros(vocab_size, np.float32)
         for token, value in bias.items():
-            is_int = isinstance(token, int | np.integer) and not isinstance(token, bool)
-            if not is_int or not 0 <= token < vocab_size:
+            if not 0 <= token < vocab_size:
                 raise ValueError(
                     f"The keys of `logit_bias` must be tokens within 0..{vocab_size - 1}, but got "
                     f"{token!r}."
                 )
-            dense[token] = _check_bias(value)
+            dense[token] = value
     else:
         dense = np.asarray(bias, np.float32)
         if dense.shape != (vocab_size,):
             raise ValueError(
-                f"`logit_bias` must be a mapping from tokens, or an array of shape "
-                f"({vocab_size},), one for each token, but got one of shape {dense.shape}."
+                f"`logit_bias` must be a mapping from token ids, or an array of shape "
+                f"({vocab_size},), one number for each token, but got shape {dense.shape}."
             )
-    if np.isnan(dense).any() or (dense == math.inf).any():
-        raise ValueError("`logit_bias` must be finite, or `-inf` to ban a token.")
-    if (dense == -math.inf).all():
-        raise ValueError("`logit_bias` bans every token: there is none left to generate.")
-    return dense
+    if (dense == -np.inf).all():
+        raise ValueError("`logit_bias` bans every token. Leave at least one to generate.")
+    return jnp.asarray(dense if rows is None else np.broadcast_to(dense, (rows, vocab_size)))
 
 
-def _check_bias(value: Any) -> float:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise ValueError(f"The values of `logit_bias` must be numbers, but got {value!r}.")
-    return float(value)
+def _check_key(key: object, temperature: PerRow) -> None:
+    if key is None:
+        raise ValueError(
+            f"Sampling with temperature={temperature} needs a key. Give "
+            "`key=jax.random.key(0)`, or `temperature=0` for greedy decoding."
+        )
+    if not _is_key(key):
+        raise ValueError(f"`key` must be one key made by `jax.random.key`, but got {key!r}.")
+
+
+def _is_key(key: object) -> bool:
+    if not isinstance(key, jax.Array):
+        return False
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key.ndim == 0
+    return key.ndim == 1 and key.dtype == jnp.uint32

@@ -1,3 +1,7 @@
+"""Prefill: running the model over prompts, in parallel over their tokens."""
+
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,13 +12,174 @@ from jaxtyping import Array, Float, Int, PyTree
 from .._trees import repeated
 from ..layers import with_room
 from ..models import LanguageModel
-from ._prompts import Mask, Prompts, read_prompts
+from ._prompts import Mask, Prompts, Rows, read_prompts
 from ._state import WINDOW, DecodingState
 
 
-_CHUNK = 512  # the most tokens of a prompt that are run at once; a power of two
-_BUCKET = 16  # the smallest size that is compiled, for prompts and for outputs
-_HEADS = 64  # the most tokens whose logits are held at once while scoring
+_CHUNK = 512  # the maximum number of tokens that are run at once; a power of two
+_SMALLEST = 16  # the smallest size that is compiled, for prompts and for outputs
+_HEADS = 64  # the maximum number of tokens whose logits are held at once while scoring
+
+
+class Scored(NamedTuple):
+    """The state after prompts, and the log-probabilities of their tokens."""
+
+    state: DecodingState
+    log_probs: list[np.ndarray]
+    """For each row: of each token except the first, or of every token after a given `state`."""
+
+
+def prefill(
+    model: LanguageModel,
+    prompts: Prompts,
+    *,
+    mask: Mask | None = None,
+    state: DecodingState | None = None,
+    room: int = 0,
+) -> DecodingState:
+    """Runs prompts without generating, and returns the state that `generate` continues from.
+
+    A prefix that many prompts share is run only once:
+
+    ```python
+    system = mbx.prefill(model, tokenizer.encode("You are a poet. "))
+    one = mbx.generate(model, tokenizer.encode("Sing!"), 16, state=system)
+    two = mbx.generate(model, tokenizer.encode("Rhyme!"), 16, state=system)
+    ```
+
+    **Arguments:**
+
+    - `model`: the model.
+    - `prompts`: one sequence of token ids; a list of sequences, of any lengths; or an array of
+        shape `(rows, seq)`.
+    - `mask`: for an array of prompts with padding to the left or to the right: of the same shape,
+        true for real tokens.
+    - `state`: the state that the prompts follow, instead of the empty past.
+    - `room`: the number of further tokens to reserve capacity for in caches. State-space models do
+        not use it.
+
+    **Returns:** the state after the prompts, with an axis of rows unless `prompts` is one sequence.
+
+    **Raises:** `ValueError` for token ids outside the vocabulary, or for an empty prompt without a
+    `state`.
+    """
+    rows = read_prompts(model.vocab_size, prompts, mask, state)
+    return prefill_rows(model, rows, state, room=room)
+
+
+def prefill_rows(
+    model: LanguageModel,
+    rows: Rows,
+    state: DecodingState | None,
+    *,
+    room: int = 0,
+    window: int = 1,
+) -> DecodingState:
+    """Runs all but the last token of each row, and returns the state after it.
+
+    **Arguments:**
+
+    - `model`: the model.
+    - `rows`: the prompts.
+    - `state`: the state that the prompts follow, or `None`.
+    - `room`: the number of further tokens to reserve capacity for in caches.
+    - `window`: the number of last tokens that the penalties depend on.
+    """
+    return _run(model, rows, state, room=room, window=window, score=False).state
+
+
+def score_rows(model: LanguageModel, rows: Rows, state: DecodingState | None) -> Scored:
+    """Like `prefill_rows`, and also returns the log-probability of each token except a row's first
+    (of every token if `state` is given)."""
+    return _run(model, rows, state, room=0, window=1, score=True)
+
+
+def compiled_size(size: int) -> int:
+    """Returns the size that is compiled for anything up to `size`: the next power of two."""
+    return max(_SMALLEST, 1 << (size - 1).bit_length())
+
+
+class _Begin(NamedTuple):
+    """Where prompts start: the layer states, and what belongs to each row."""
+
+    layers: PyTree
+    tokens: list[np.ndarray]
+    """The tokens to run, including the pending token of a given state."""
+    position: np.ndarray
+    before: list[np.ndarray]
+    """The last tokens before these."""
+    window: int
+    """The number of last tokens to keep."""
+
+
+def _begin(
+    model: LanguageModel, prompts: Rows, state: DecodingState | None, room: int, window: int
+) -> _Begin:
+    count = len(prompts.tokens)
+    if state is None:
+        longest = max(map(len, prompts.tokens)) + room
+        layers = _empty(model, prompts.size, compiled_size(longest))
+        size = max(window, WINDOW)
+        before = [np.full(size, -1, np.int32)] * count
+        return _Begin(layers, prompts.tokens, np.zeros(count, np.int32), before, size)
+    size = state.recent.shape[-1]
+    position = np.asarray(state.position).reshape(-1)
+    pending = np.asarray(state.token).reshape(-1, 1)
+    before = list(np.asarray(state.recent).reshape(count, -1)[:, :-1])
+    tokens = [np.concatenate(pair) for pair in zip(pending, prompts.tokens, strict=True)]
+    longest = max(at + len(row) for at, row in zip(position.tolist(), tokens, strict=True))
+    layers = with_room(state.layers, compiled_size(longest + room))
+    if size < window:
+        raise ValueError(
+            f"The `penalties` look at the last {window} tokens, but the `state` given has kept "
+            f"{size} of them. Give the same `penalties` when the state is made."
+        )
+    return _Begin(layers, tokens, position, before, size)
+
+
+def _run(
+    model: LanguageModel,
+    prompts: Rows,
+    state: DecodingState | None,
+    *,
+    room: int,
+    window: int,
+    score: bool,
+) -> Scored:
+    begin = _begin(model, prompts, state, room, window)
+    rows, layers = begin.tokens, begin.layers
+    count = len(rows)
+    lengths = np.array([len(row) - 1 for row in rows], np.int32)
+    longest = int(lengths.max())
+    whole = longest // _CHUNK * _CHUNK
+    padded = np.zeros((count, whole + compiled_size(longest - whole) + 1), np.int32)
+    for padded_row, row in zip(padded, rows, strict=True):
+        padded_row[: len(row)] = row
+
+    def shaped(values: np.ndarray) -> Array:
+        return jnp.asarray(values if prompts.batched else values[0], jnp.int32)
+
+    chunks = [np.zeros((count, 0), np.float32)]
+    for at in range(0, longest, _CHUNK):
+        chunk = padded[:, at : at + _CHUNK + 1]
+        remaining = shaped(np.clip(lengths - at, 0, _CHUNK))
+        targets = shaped(chunk[:, 1:]) if score else None
+        log_probs, layers = _run_chunk(model, layers, shaped(chunk[:, :-1]), targets, remaining)
+        if log_probs is not None:
+            chunks.append(np.asarray(log_probs).reshape(count, -1))
+    joined = np.concatenate(chunks, axis=1)
+    scored = [row[:length] for row, length in zip(joined, lengths, strict=True)]
+    recent = [
+        np.concatenate(pair)[-begin.window :] for pair in zip(begin.before, rows, strict=True)
+    ]
+    last = np.array([row[-1] for row in rows], np.int32)
+    state = DecodingState(
+        layers,
+        shaped(last),
+        shaped(begin.position + lengths),
+        shaped(np.array(recent, np.int32)),
+    )
+    return Scored(state, scored)
 
 
 @eqx.filter_jit
@@ -24,14 +189,18 @@ def _empty(model: LanguageModel, rows: int | None, max_len: int) -> PyTree:
 
 
 @eqx.filter_jit
-def _prefill(
+def _run_chunk(
     model: LanguageModel,
     layers: PyTree,
     tokens: Int[Array, "*batch seq"],
     targets: Int[Array, "*batch seq"] | None,
     lengths: Int[Array, "*batch"],
 ) -> tuple[Float[Array, "*batch seq"] | None, PyTree]:
-    """The state after a piece of the prompts, and the log-probabilities of what comes next."""
+    """Runs a chunk of the prompts.
+
+    **Returns:** the log-probabilities of `targets`, the tokens that follow each token (if they are
+    given), and the layer states after `lengths` tokens.
+    """
 
     def row(
         layers: PyTree, tokens: Array, targets: Array | None, length: Array
@@ -50,120 +219,5 @@ def _log_probs(
         logits = model.logits(feature)[: model.vocab_size]
         return (logits[target] - jax.nn.logsumexp(logits)).astype(jnp.float32)
 
-    # A few at a time: the logits of all of them would be the largest array of all.
+    # The logits of all tokens at once would be the largest array of the computation.
     return lax.map(one, (features, targets), batch_size=_HEADS)
-
-
-def start(
-    model: LanguageModel,
-    rows: list[np.ndarray],
-    batched: bool,
-    state: DecodingState | None,
-    *,
-    room: int = 0,
-    window: int = 1,
-) -> DecodingState:
-    """The state after the prompts: all but the last token of each row are run.
-
-    **Arguments:**
-
-    - `room`: for how many more tokens a cache must have room.
-    - `window`: how many of the last tokens are needed.
-    """
-    return run(model, rows, batched, state, room=room, window=window, score=False)[0]
-
-
-def run(
-    model: LanguageModel,
-    rows: list[np.ndarray],
-    batched: bool,
-    state: DecodingState | None,
-    *,
-    room: int,
-    window: int,
-    score: bool,
-) -> tuple[DecodingState, list[np.ndarray]]:
-    """As `start`; and, if they are wanted, the log-probabilities of all tokens but the first of
-    each row (after a `state`: of all)."""
-    count = len(rows)
-    if state is None:
-        longest = max(map(len, rows)) + room
-        layers = _empty(model, count if batched else None, bucket(longest))
-        position = np.zeros(count, np.int32)
-        before = [np.full(max(window, WINDOW), -1, np.int32)] * count
-    else:
-        position = np.asarray(state.position).reshape(-1)
-        pending = np.asarray(state.token).reshape(-1, 1)
-        before = list(np.asarray(state.recent).reshape(count, -1)[:, :-1])
-        rows = [np.concatenate(pair) for pair in zip(pending, rows, strict=True)]
-        longest = max(at + len(row) for at, row in zip(position.tolist(), rows, strict=True))
-        layers = with_room(state.layers, bucket(longest + room))
-        if state.recent.shape[-1] < window:
-            raise ValueError(
-                f"The `penalties` look at the last {window} tokens, but the `state` given has kept "
-                f"{state.recent.shape[-1]} of them. Give the same `penalties` when it is made."
-            )
-    lengths = np.array([len(row) - 1 for row in rows], np.int32)
-    longest = int(lengths.max())
-    whole = longest // _CHUNK * _CHUNK
-    padded = np.zeros((count, whole + bucket(longest - whole) + 1), np.int32)
-    for padded_row, row in zip(padded, rows, strict=True):
-        padded_row[: len(row)] = row
-
-    def shaped(values: np.ndarray) -> Array:
-        return jnp.asarray(values if batched else values[0], jnp.int32)
-
-    pieces = []
-    for at in range(0, longest, _CHUNK):
-        piece = padded[:, at : at + _CHUNK + 1]
-        left = shaped(np.clip(lengths - at, 0, _CHUNK))
-        targets = shaped(piece[:, 1:]) if score else None
-        log_probs, layers = _prefill(model, layers, shaped(piece[:, :-1]), targets, left)
-        pieces.append(log_probs)
-    scored = []
-    if score:
-        pieces = [np.asarray(piece).reshape(count, -1) for piece in pieces]
-        joined = np.concatenate([np.zeros((count, 0), np.float32), *pieces], axis=1)
-        scored = [row[:length] for row, length in zip(joined, lengths, strict=True)]
-    size = len(before[0]) + (state is not None)
-    recent = [np.concatenate(pair)[-size:] for pair in zip(before, rows, strict=True)]
-    last = np.array([row[-1] for row in rows], np.int32)
-    state = DecodingState(
-        layers, shaped(last), shaped(position + lengths), shaped(np.array(recent, np.int32))
-    )
-    return state, scored
-
-
-def bucket(size: int) -> int:
-    """The next power of two: what is compiled, for sizes up to it."""
-    return max(_BUCKET, 1 << (size - 1).bit_length())
-
-
-def prefill(
-    model: LanguageModel,
-    prompts: Prompts,
-    *,
-    mask: Mask | None = None,
-    state: DecodingState | None = None,
-    room: int = 0,
-) -> DecodingState:
-    """Reads prompts and stops there: the state from which `generate` goes on.
-
-    A prefix that many prompts share is read once:
-
-    ```python
-    system = mbx.prefill(model, tokenizer.encode("You are a poet. "))
-    one = mbx.generate(model, tokenizer.encode("Sing!"), 16, state=system)
-    two = mbx.generate(model, tokenizer.encode("Rhyme!"), 16, state=system)
-    ```
-
-    **Arguments:**
-
-    - `model`, `prompts`, `mask`, `state`: as for [`mamba_eqx.generate`][].
-    - `room`: for how many more tokens a cache must have room. State-space models have no use for
-        it.
-
-    **Returns:** the state.
-    """
-    rows, batched = read_prompts(model.vocab_size, prompts, mask, state)
-    return start(model, rows, batched, state, room=room)

@@ -1,5 +1,7 @@
+"""Validation of prompts and token ids."""
+
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Bool, Int, Integer
@@ -7,31 +9,51 @@ from jaxtyping import Array, Bool, Int, Integer
 from ._state import DecodingState
 
 
+# The axes are called `_` because prompts of different lengths may stand side by side.
 Prompt = Sequence[int] | Integer[Array, " _"] | Integer[np.ndarray, " _"]
-"""One sequence of tokens. (Of any length, also beside another one: hence the `_`.)"""
+"""One sequence of token ids."""
+Prompts = Prompt | Sequence[Prompt] | Integer[np.ndarray, "_ _"] | Integer[Array, "_ _"]
+"""One sequence of token ids, a list of sequences, or an array with one row for each sequence."""
+Mask = Bool[np.ndarray, "_ _"] | Bool[Array, "_ _"]
+"""True for the real tokens of an array of padded prompts."""
+
+
+class Rows(NamedTuple):
+    """Validated prompts: the token ids of each row."""
+
+    tokens: list[np.ndarray]
+    batched: bool
+
+    @property
+    def size(self) -> int | None:
+        """The number of rows, or `None` for one prompt without a batch axis."""
+        return len(self.tokens) if self.batched else None
 
 
 def read_prompts(
-    vocab_size: int, prompts: Any, mask: Any, state: DecodingState | None
-) -> tuple[list[np.ndarray], bool]:
-    """The prompts as arrays, and whether they are a batch."""
+    vocab_size: int, prompts: Prompts | None, mask: Mask | None, state: DecodingState | None
+) -> Rows:
+    """Validates prompts and removes their padding."""
     if mask is not None:
         prompts = _without_padding(prompts, mask)
     if state is not None and not isinstance(state, DecodingState):
         raise ValueError(
-            f"`state` must be a `DecodingState`, but got {type(state).__name__}. Take the `state` "
+            f"`state` must be a `DecodingState`, but got {type(state).__name__}. Give the `state` "
             "of a `Generation`."
         )
     if prompts is None:
         if state is None:
-            raise ValueError("Without prompts there must be a `state` to go on from.")
+            raise ValueError(
+                "`prompts=None` needs a `state` to continue from, but got none. Give prompts, or "
+                "the `state` of an earlier generation."
+            )
         count = state.token.size
-        return [np.zeros(0, np.int32)] * count, state.token.ndim == 1
+        return Rows([np.zeros(0, np.int32)] * count, batched=state.token.ndim == 1)
     is_sequence = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes)
     if not is_sequence and getattr(prompts, "ndim", 0) == 0:
         raise ValueError(
-            f"`prompts` must be a sequence of tokens, or a list of such, but got {prompts!r}. Text "
-            "has to be tokenized first."
+            "`prompts` must be a sequence of token ids, or a list of such sequences, but got "
+            f"{prompts!r}. Tokenize text first."
         )
     # The rows of a batch are sequences; a 2-dimensional array is a batch of equal lengths.
     batched = len(prompts) > 0 and (np.ndim(prompts[0]) > 0 or isinstance(prompts[0], str))
@@ -43,45 +65,48 @@ def read_prompts(
         shape = (len(rows),) if batched else ()
         if state.token.shape != shape:
             raise ValueError(
-                f"`prompts` and `state` must agree: the prompts are {_describe(shape)}, but the "
-                f"state is that of {_describe(state.token.shape)}."
+                "`prompts` and `state` must have the same number of rows, but the prompts are "
+                f"{_describe(shape)} and the state is that of {_describe(state.token.shape)}. Copy "
+                "the state of one sequence with `fork`."
             )
-        return rows, batched
+        return Rows(rows, batched)
     for i, row in enumerate(rows):
         if len(row) == 0:
             raise ValueError(
-                f"`{f'prompts[{i}]' if batched else 'prompts'}` is empty: there is no token to "
-                "start from. Begin with the token that begins texts for this model, or give the "
-                "`state` of an earlier generation."
+                f"`{f'prompts[{i}]' if batched else 'prompts'}` must not be empty without a "
+                "`state`. Start with the model's first token of a text, or give the `state` of an "
+                "earlier generation."
             )
-    return rows, batched
+    return Rows(rows, batched)
 
 
-def read_prompt(vocab_size: int, name: str, prompt: Any, state: DecodingState | None) -> np.ndarray:
-    """The one prompt that the function `name` takes."""
-    rows, batched = read_prompts(vocab_size, prompt, None, state)
-    if batched:
+def read_prompt(
+    vocab_size: int, name: str, prompt: Prompt | None, state: DecodingState | None
+) -> Rows:
+    """Validates the prompt of a function, named `name`, that takes one only."""
+    rows = read_prompts(vocab_size, prompt, None, state)
+    if rows.batched:
         raise ValueError(
-            f"`{name}` takes one prompt, but got {len(rows)}. Use `generate` for several."
+            f"`{name}` takes one prompt, but got {rows.size} rows. Use `generate` for several."
         )
-    return rows[0]
+    return rows
 
 
-def _without_padding(prompts: Any, mask: Any) -> list[np.ndarray]:
+def _without_padding(prompts: Prompts | None, mask: Mask) -> list[np.ndarray]:
     tokens, real = np.asarray(prompts), np.asarray(mask)
     if tokens.ndim != 2 or real.shape != tokens.shape or not np.isin(real, (0, 1)).all():
         raise ValueError(
-            "A `mask` goes with prompts that are an array of shape (rows, seq), has the same shape "
-            f"and is true for real tokens, but got prompts of shape {tokens.shape} and a mask of "
-            f"{real.dtype} and shape {real.shape}."
+            "`mask` must be boolean and have the shape (rows, seq) of the prompts, but got prompts "
+            f"of shape {tokens.shape} and a mask of {real.dtype} and shape {real.shape}. Give the "
+            "prompts as one padded array."
         )
     real = real.astype(bool)
     for i, row in enumerate(real):
         at = np.flatnonzero(row)
         if len(at) and len(at) != at[-1] - at[0] + 1:
             raise ValueError(
-                f"Row {i} of `mask` has padding between real tokens: it must be to the left or to "
-                "the right of them."
+                "`mask` must have padding to the left or to the right of the real tokens only, but "
+                f"row {i} has padding between real tokens. Remove the padding from the tokens."
             )
     return [row[keep] for row, keep in zip(tokens, real, strict=True)]
 
@@ -90,27 +115,29 @@ def _describe(shape: tuple[int, ...]) -> str:
     return f"{shape[0]} rows" if shape else "one sequence"
 
 
-def check_tokens(vocab_size: int, name: str, row: Any) -> Int[np.ndarray, " seq"]:
-    try:
-        tokens = np.asarray(row)
-    except ValueError:
-        tokens = np.asarray(None)
-    if tokens.size == 0 and tokens.ndim == 1:
-        return np.zeros(0, np.int32)
-    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(
-            f"`{name}` must be a sequence of integers, but got {row!r}. Text has to be tokenized "
-            "first."
-        )
-    bad = (tokens < 0) | (tokens >= vocab_size)
+def check_tokens(vocab_size: int, name: str, tokens: object) -> Int[np.ndarray, " seq"]:
+    """Validates a sequence of token ids and returns it as an array."""
+    ids = check_token_ids(name, tokens)
+    bad = (ids < 0) | (ids >= vocab_size)
     if bad.any():
         at = int(bad.argmax())
         raise ValueError(
-            f"Tokens must be within 0..{vocab_size - 1}, but got {name}[{at}]={tokens[at]}. Is "
-            "this the tokenizer of this model?"
+            f"Token ids must be within 0..{vocab_size - 1}, but got {name}[{at}]={ids[at]}. Use "
+            "the tokenizer of this model."
         )
-    return tokens.astype(np.int32)
+    return ids.astype(np.int32)
 
 
-Prompts = Prompt | Sequence[Prompt] | Integer[np.ndarray, "_ _"] | Integer[Array, "_ _"]
-Mask = Bool[np.ndarray, "_ _"] | Bool[Array, "_ _"]
+def check_token_ids(name: str, tokens: object) -> Integer[np.ndarray, " seq"]:
+    """Validates a sequence of integers, whatever the vocabulary, and returns it as an array."""
+    try:
+        ids = np.asarray(tokens)
+    except ValueError:
+        ids = np.asarray(None)
+    if ids.size == 0 and ids.ndim == 1:
+        return np.zeros(0, np.int32)
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(
+            f"`{name}` must be a sequence of integers, but got {tokens!r}. Tokenize text first."
+        )
+    return ids

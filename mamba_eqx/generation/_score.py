@@ -1,4 +1,4 @@
-"""Reading text rather than writing it."""
+"""Running a model over given text: log-probabilities and embeddings."""
 
 import equinox as eqx
 import jax
@@ -6,30 +6,31 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ..models import LanguageModel
-from ._prefill import prefill, run
+from ._prefill import prefill, score_rows
 from ._prompts import Mask, Prompts, read_prompts
 from ._state import DecodingState
 
 
 class Score(eqx.Module):
-    """What [`mamba_eqx.score`][] returns. For one text there is no batch axis.
+    """The result of [`mamba_eqx.score`][]. For one text there is no batch axis.
 
-    - `log_probs`: the logarithm of the probability that the model gave to each token, from all
-        that is before it. 0 for a first token with nothing before it, and after the end of a row.
-    - `counts`: for how many tokens of a row that is: their number, or one less.
-    - `state`: to go on from here.
+    - `log_probs`: the log-probability of each token given all tokens before it, in nats, of shape
+        `(rows, seq)`. 0 for a first token without a `state`, and after the end of a row.
+    - `length`: the number of scored tokens of each row: all of them, or all but the first.
+    - `state`: the state after these texts, to continue from.
     """
 
     log_probs: Float[np.ndarray, "*batch seq"]
-    counts: Int[np.ndarray, "*batch"]
+    length: Int[np.ndarray, "*batch"]
     state: DecodingState
 
     @property
     def perplexity(self) -> Float[np.ndarray, "*batch"]:
-        r"""$\exp(-\frac{1}{n} \sum_t \log p_t)$, for each row; NaN where nothing was counted."""
+        r"""$\exp(-\frac{1}{n} \sum_t \log p_t)$ of each row, over its $n$ scored tokens. NaN if no
+        token was scored."""
         total = self.log_probs.sum(axis=-1, dtype=np.float64)
         with np.errstate(invalid="ignore"):
-            return np.asarray(np.exp(-total / self.counts))
+            return np.asarray(np.exp(-total / self.length))
 
 
 def score(
@@ -39,40 +40,53 @@ def score(
     mask: Mask | None = None,
     state: DecodingState | None = None,
 ) -> Score:
-    """How probable each token of a text is for the model.
+    """Computes the log-probability of each token under the model.
 
-    Long texts are run in pieces, and the logits of a few tokens at a time are held: memory does
-    not grow with the length. To read a document piece by piece yourself, pass the state on; the
-    pieces give what the whole gives.
+    Memory does not grow with the length of a text: long texts are run in chunks, and logits are
+    computed for a few tokens at a time. A document can also be scored piece by piece, each with the
+    `state` of the piece before it; the result is the same.
 
     **Arguments:**
 
-    - `model`, `state`: as for [`mamba_eqx.generate`][].
-    - `texts`, `mask`: as the `prompts` and the `mask` there.
+    - `model`: the model.
+    - `texts`: one sequence of token ids; a list of sequences, of any lengths; or an array of shape
+        `(rows, seq)`.
+    - `mask`: for an array of texts with padding to the left or to the right: of the same shape,
+        true for real tokens.
+    - `state`: the state that the texts follow. Their first tokens are then scored as well.
 
     **Returns:** a [`mamba_eqx.generation.Score`][].
 
-    **Raises:** `ValueError` for tokens that the model does not have, or an empty text.
+    **Raises:** `ValueError` for token ids outside the vocabulary, or for an empty text without a
+    `state`.
     """
-    rows, batched = read_prompts(model.vocab_size, texts, mask, state)
-    end, scored = run(model, rows, batched, state, room=0, window=1, score=True)
-    log_probs = np.zeros((len(rows), max(map(len, rows))), np.float32)
-    for out, row, found in zip(log_probs, rows, scored, strict=True):
+    rows = read_prompts(model.vocab_size, texts, mask, state)
+    scored = score_rows(model, rows, state)
+    log_probs = np.zeros((len(rows.tokens), max(map(len, rows.tokens))), np.float32)
+    for out, row, found in zip(log_probs, rows.tokens, scored.log_probs, strict=True):
         out[len(row) - len(found) : len(row)] = found
-    counts = np.array([len(found) for found in scored])
-    if not batched:
-        return Score(log_probs[0], counts[0, ...], end)
-    return Score(log_probs, counts, end)
+    length = np.array([len(found) for found in scored.log_probs])
+    if not rows.batched:
+        return Score(log_probs[0], length[0, ...], scored.state)
+    return Score(log_probs, length, scored.state)
 
 
 def embed(
     model: LanguageModel, texts: Prompts, *, mask: Mask | None = None
 ) -> Float[Array, "*batch d_model"]:
-    """The features of the last token, after `norm_f`: what the model has made of a whole text.
+    """Computes the features of each text's last token, after `norm_f`: a summary of the whole text.
 
-    **Arguments:** as for [`mamba_eqx.score`][].
+    **Arguments:**
 
-    **Returns:** the features, one row for each text.
+    - `model`: the model.
+    - `texts`: one sequence of token ids; a list of sequences, of any lengths; or an array of shape
+        `(rows, seq)`.
+    - `mask`: for an array of texts with padding to the left or to the right: of the same shape,
+        true for real tokens.
+
+    **Returns:** the features, of shape `(rows, d_model)`, or `(d_model,)` for one text.
+
+    **Raises:** `ValueError` for token ids outside the vocabulary, or for an empty text.
     """
     end = prefill(model, texts, mask=mask, room=1)
     return _last_features(model, end)
@@ -80,7 +94,7 @@ def embed(
 
 @eqx.filter_jit
 def _last_features(model: LanguageModel, state: DecodingState) -> Float[Array, "*batch d_model"]:
-    def row(state: DecodingState) -> Array:
+    def features(state: DecodingState) -> Array:
         return model.backbone_step(state.token, state.layers)[0]
 
-    return (row if state.token.ndim == 0 else jax.vmap(row))(state)
+    return (features if state.token.ndim == 0 else jax.vmap(features))(state)

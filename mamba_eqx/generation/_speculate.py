@@ -1,49 +1,41 @@
-"""Several tokens for one reading of the weights: a cheap draft, checked by the model."""
+"""Speculative decoding: a cheap draft proposes several tokens, and the model checks them at once,
+so that its weights are read once for all of them."""
 
-import abc
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from .._checks import check_count
 from ..models import LanguageModel
-from ._loop import cut
-from ._options import Choice, read_choice
-from ._prefill import bucket, start
+from ._drafts import Accepted, Drafting, PromptLookup, start_drafting
+from ._loop import trim
+from ._options import Options, options_for
+from ._prefill import compiled_size, prefill_rows
 from ._prompts import Prompt, read_prompt
 from ._result import FinishReason
+from ._sampling import GREEDY, Sampling, check_supported
 from ._state import DecodingState
-from .sampling import Penalties, draw
-
-
-class PromptLookup(eqx.Module):
-    """Drafts by looking up how the text went on the last time that it said the same: for texts that
-    repeat what is in the prompt, such as summaries or edited code. It costs nothing. Where what was
-    found ends with the text, it is taken to be repeated.
-
-    Reference: Saxena, *Prompt Lookup Decoding* (2023).
-    """
-
-    ngram: int = eqx.field(static=True, default=2)
-    """How many tokens have to be the same."""
-
-    def __check_init__(self):
-        check_count("ngram", self.ngram)
+from .sampling import draw
 
 
 class Speculation(eqx.Module):
-    """What [`mamba_eqx.speculate`][] returns: `tokens`, `length`, `log_probs`, `finish` and `state`
-    as a [`mamba_eqx.Generation`][] has them, and
+    """The result of [`mamba_eqx.speculate`][].
 
-    - `proposed`: how many tokens the draft proposed.
-    - `accepted`: how many of them the model accepted. Every round also gives one token of its own.
+    - `tokens`: the new token ids, of shape `(max_new_tokens,)`, without the prompt. A stop token is
+        the last one. Padded with -1, which is no token.
+    - `length`: the number of real tokens.
+    - `log_probs`: the model's own log-probability of each token, in nats, without temperature,
+        filters, penalties and bias. 0 in the padding.
+    - `finish`: why the text ended, a [`mamba_eqx.generation.FinishReason`][].
+    - `state`: the state after these tokens, to continue from.
+    - `proposed`: the number of tokens that the draft proposed.
+    - `accepted`: the number of proposed tokens that the model accepted. Every round adds one token
+        of the model's own.
     """
 
     tokens: Int[Array, " new"]
@@ -60,32 +52,26 @@ def speculate(
     draft: LanguageModel | PromptLookup,
     prompt: Prompt | None,
     max_new_tokens: int,
+    sampling: Sampling = GREEDY,
     *,
     lookahead: int = 4,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    typical_p: float | None = None,
-    penalties: Penalties | None = None,
-    logit_bias: Mapping[int, float] | Float[Array, " vocab"] | None = None,
-    stop_tokens: Sequence[int] = (),
     state: DecodingState | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Speculation:
-    r"""Continues one prompt as `generate` does, with the help of a draft: greedily the same tokens
-    (but for ties within rounding), by sampling the same distribution.
+    r"""Continues one prompt like `generate`, accelerated by a draft. Greedy decoding gives the
+    tokens of `generate` (except for ties within rounding errors); sampling draws from the same
+    distribution.
 
-    The draft proposes `lookahead` tokens, and the model reads them all at once, by `scan`. A token
-    $d$ is accepted with the probability $\min(1, p(d) / q(d))$, $p$ being the model's distribution
-    and $q$ the draft's, both after all options; the first that is not is replaced by one drawn from
-    $\max(p - q, 0)$, and if all are accepted there is one more, drawn from $p$.
+    The draft proposes `lookahead` tokens, and the model reads all of them at once, by `scan`. A
+    proposed token $d$ is accepted with the probability $\min(1, p(d) / q(d))$, where $p$ is the
+    model's distribution and $q$ the draft's, both after all options. The first rejected token is
+    replaced by one drawn from $\max(p - q, 0)$; if all are accepted, another one is drawn from $p$.
 
-    Going back from rejected tokens is no more than keeping the state from before them. It is
-    brought forward over the accepted ones while the next proposals are read: one `scan`, mapped
-    over two lengths, reads the weights once.
+    Rejected tokens are undone by keeping the state from before them. That state is advanced over
+    the accepted tokens while the next proposals are read: one `scan`, mapped over two lengths,
+    reads the weights once.
 
-    Whether it is faster depends on how many tokens are accepted and on what the draft costs: see
+    The speed-up depends on the number of accepted tokens and on the cost of the draft: see
     [the page on speed](../speed.md).
 
     Reference: Leviathan, Kalman and Matias, *Fast Inference from Transformers via Speculative
@@ -93,238 +79,191 @@ def speculate(
 
     **Arguments:**
 
-    - `draft`: a smaller model of the same vocabulary, or [`mamba_eqx.generation.PromptLookup`][].
-    - `lookahead`: how many tokens are proposed at a time. Another value recompiles.
-    - the others as for [`mamba_eqx.generate`][], for one prompt. With a `state` and a model as
-        draft, the draft has not seen what the state stands for, and starts afresh.
+    - `model`: the model.
+    - `draft`: a smaller model with the same vocabulary, or a
+        [`mamba_eqx.generation.PromptLookup`][].
+    - `prompt`: one sequence of token ids. `None` (only together with `state`) adds no tokens and
+        continues from the state.
+    - `max_new_tokens`: the maximum number of tokens to generate, at least 1.
+    - `sampling`: how to choose tokens, and where the text ends: a [`mamba_eqx.Sampling`][] without
+        options per row and without `stop_strings`. Greedy by default.
+    - `lookahead`: the number of tokens that the draft proposes in each round, at least 1. Another
+        value recompiles.
+    - `state`: the state of an earlier generation, to start from instead of the empty past. A draft
+        model has not read the text before the state, and starts from its last token.
+    - `key`: the key of the random numbers, required if the temperature is positive.
 
     **Returns:** a [`mamba_eqx.generation.Speculation`][].
 
-    **Raises:** `ValueError` as `generate`, and if the vocabularies differ.
+    **Raises:** `ValueError` in the same cases as `generate`, for several prompts, for
+    `stop_strings`, and if the vocabularies differ.
     """
     check_count("max_new_tokens", max_new_tokens)
     check_count("lookahead", lookahead)
     if isinstance(draft, LanguageModel) and draft.vocab_size != model.vocab_size:
         raise ValueError(
-            "The draft and the model must have the same tokens, but got vocab_size="
-            f"{draft.vocab_size} and vocab_size={model.vocab_size}."
+            "The draft and the model must have the same vocabulary, but got vocab_size="
+            f"{draft.vocab_size} and vocab_size={model.vocab_size}. Use a draft that was trained "
+            "with the model's tokenizer."
         )
-    row = read_prompt(model.vocab_size, "speculate", prompt, state)
-    choice = read_choice(
-        model,
-        None,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        typical_p=typical_p,
-        penalties=penalties,
-        logit_bias=logit_bias,
-        stop_tokens=stop_tokens,
-        key=key,
-    )
-    # What is proposed is written into a cache before it is known whether it stays.
+    check_supported("speculate", sampling, ("stop_strings",))
+    rows = read_prompt(model.vocab_size, "speculate", prompt, state)
+    options = options_for(sampling, model.vocab_size, rows.size, key)
+    # Proposed tokens are written into caches before it is known whether they are accepted.
     room = max_new_tokens + 2 * lookahead + 1
-    now = start(model, [row], False, state, room=room, window=choice.window)
-    if isinstance(draft, LanguageModel):
-        seen = row if state is None else np.append(np.asarray(state.token), row)
-        drafter = _ModelDraft(draft)
-        memory = start(draft, [seen], False, None, room=room).layers
-    else:
-        drafter = _LookupDraft(draft.ngram, model.vocab_size)
-        past = row if state is None else np.append(np.asarray(state.recent), row)
-        memory = _History.of(past, room)
-    key = jr.key(0) if key is None else key
+    begin = prefill_rows(model, rows, state, room=room, window=options.window)
+    drafting = start_drafting(draft, model.vocab_size, rows.tokens[0], state, room)
     out = _speculate(
         model,
-        drafter,
-        memory,
-        now,
-        choice,
-        key,
-        jnp.asarray(max_new_tokens, jnp.int32),
-        bucket(max_new_tokens),
-        lookahead,
+        drafting,
+        begin,
+        options,
+        limit=jnp.asarray(max_new_tokens, jnp.int32),
+        size=compiled_size(max_new_tokens),
+        lookahead=lookahead,
     )
-    return cut(out, max_new_tokens)
-
-
-class _Past(eqx.Module):
-    """Tokens that are certain, but which the states have not seen: the last round's."""
-
-    tokens: Int[Array, " round"]
-    count: Int[Array, ""]
-    recent: Int[Array, " window"]
-
-
-class _AbstractDraft(eqx.Module):
-    @abc.abstractmethod
-    def propose(
-        self, memory: PyTree, past: _Past, choice: Choice, key: PRNGKeyArray, lookahead: int
-    ) -> tuple[Int[Array, " lookahead"], Float[Array, "lookahead vocab"], PyTree]:
-        """Tokens, the logits of the distributions they were drawn from, and the memory after
-        `past`."""
-
-
-class _ModelDraft(_AbstractDraft):
-    model: LanguageModel
-
-    def propose(
-        self, memory: PyTree, past: _Past, choice: Choice, key: PRNGKeyArray, lookahead: int
-    ) -> tuple[Int[Array, " lookahead"], Float[Array, "lookahead vocab"], PyTree]:
-        features, memory = self.model.backbone(past.tokens, memory, length=past.count)
-        logits = self.model.logits(features[past.count - 1])[: self.model.vocab_size]
-
-        def one(carry: tuple[Array, PyTree, Array], key: Array) -> tuple[Any, Any]:
-            logits, layers, recent = carry
-            q = choice.distribution(logits, recent)
-            token = draw(q, key)
-            recent = jnp.concatenate([recent[1:], token[None]])
-            logits, layers = self.model.step(token, layers)
-            return (logits[: self.model.vocab_size], layers, recent), (token, q)
-
-        carry = (logits, memory, past.recent)
-        _, (tokens, q) = lax.scan(one, carry, jr.split(key, lookahead))
-        return tokens, q, memory
-
-
-class _History(eqx.Module):
-    tokens: Int[Array, " history"]
-    count: Int[Array, ""]
-
-    @classmethod
-    def of(cls, past: np.ndarray, room: int) -> "_History":
-        """All but the last token, which is the first of the `_Past`."""
-        padded = np.full(bucket(len(past) + room), -1, np.int32)
-        padded[: len(past)] = past
-        return cls(jnp.asarray(padded), jnp.asarray(len(past) - 1, jnp.int32))
-
-
-class _LookupDraft(_AbstractDraft):
-    ngram: int = eqx.field(static=True)
-    vocab_size: int = eqx.field(static=True)
-
-    def propose(
-        self, memory: PyTree, past: _Past, choice: Choice, key: PRNGKeyArray, lookahead: int
-    ) -> tuple[Int[Array, " lookahead"], Float[Array, "lookahead vocab"], PyTree]:
-        del choice, key
-        tokens = lax.dynamic_update_slice(memory.tokens, past.tokens, (memory.count,))
-        count = memory.count + past.count
-        at = jnp.arange(len(tokens))
-        # Where the last tokens occurred before.
-        same = at < count - self.ngram
-        for i in range(self.ngram):
-            same = same & (jnp.roll(tokens, -i) == tokens[count - self.ngram + i])
-        found = jnp.max(jnp.where(same, at, 0)) + self.ngram
-        # From there to the end of the text, and the same again.
-        ahead = jnp.arange(lookahead) % jnp.maximum(count - found, 1)
-        proposed = jnp.maximum(tokens[found + ahead], 0)
-        q = jnp.where(jax.nn.one_hot(proposed, self.vocab_size, dtype=bool), 0.0, -jnp.inf)
-        return proposed, q, _History(tokens, count)
+    return trim(out, max_new_tokens)
 
 
 class _Rounds(eqx.Module):
+    """The carry of the loop over rounds."""
+
     layers: PyTree
     memory: PyTree
-    past: _Past
+    accepted: Accepted
     tokens: Int[Array, " buffer"]
     log_probs: Float[Array, " buffer"]
     length: Int[Array, ""]
     finish: Int[Array, ""]
-    proposed: Int[Array, ""]
-    accepted: Int[Array, ""]
+    num_proposed: Int[Array, ""]
+    num_accepted: Int[Array, ""]
+
+
+class _Reading(NamedTuple):
+    """The logits after each proposed token, and the layer states after the accepted tokens."""
+
+    logits: Float[Array, "candidates vocab"]
+    layers: PyTree
+
+
+def _read(
+    model: LanguageModel, layers: PyTree, accepted: Accepted, proposed: Int[Array, " lookahead"]
+) -> _Reading:
+    """Reads the accepted and the proposed tokens together."""
+    lookahead = len(proposed)
+    together = jnp.pad(accepted.tokens, (0, lookahead))
+    together = lax.dynamic_update_slice(together, proposed, (accepted.count,))
+    # The map over two lengths reads the weights once. The full length gives the logits; the length
+    # of the accepted tokens gives the state.
+    features, layers = jax.vmap(lambda length: model.backbone(together, layers, length=length))(
+        jnp.stack([accepted.count + lookahead, accepted.count])
+    )
+    layers = jax.tree.map(lambda leaf: leaf[1], layers)
+    features = lax.dynamic_slice_in_dim(features[0], accepted.count - 1, lookahead + 1)
+    return _Reading(model.logits(features)[:, : model.vocab_size], layers)
+
+
+def _verify(
+    p: Float[Array, "candidates vocab"],
+    q: Float[Array, "lookahead vocab"],
+    proposed: Int[Array, " lookahead"],
+    accept_key: PRNGKeyArray,
+    token_key: PRNGKeyArray,
+) -> tuple[Int[Array, ""], Int[Array, " candidates"]]:
+    """Accepts or rejects the proposed tokens.
+
+    **Returns:** the number of accepted tokens, and the proposed tokens with the model's own token
+    after the accepted ones.
+    """
+    at = jnp.arange(len(proposed))
+    u = jr.uniform(accept_key, proposed.shape, p.dtype)
+    accept = u * q[at, proposed] < p[at, proposed]
+    count = jnp.sum(jnp.cumprod(accept.astype(jnp.int32)))
+    rest = jnp.maximum(p - jnp.pad(q, ((0, 1), (0, 0))), 0)[count]
+    # Rounding can leave nothing of the difference. Then the two distributions are equal.
+    rest = jnp.where(jnp.sum(rest) > 0, rest, p[count])
+    own = draw(jnp.log(rest), token_key)
+    return count, jnp.pad(proposed, (0, 1)).at[count].set(own)
 
 
 @eqx.filter_jit
 def _speculate(
     model: LanguageModel,
-    drafter: _AbstractDraft,
-    memory: PyTree,
+    drafting: Drafting,
     state: DecodingState,
-    choice: Choice,
-    key: PRNGKeyArray,
+    options: Options,
+    *,
     limit: Int[Array, ""],
     size: int,
     lookahead: int,
 ) -> Speculation:
     zero = jnp.zeros((), jnp.int32)
     window = state.recent.shape[0]
+    # Greedy decoding does not depend on the key.
+    key = jr.key(0) if options.key is None else options.key
 
-    def go_on(now: _Rounds) -> Bool[Array, ""]:
+    def is_running(now: _Rounds) -> Bool[Array, ""]:
         return (now.length < limit) & (now.finish == FinishReason.LENGTH)
 
-    def body(now: _Rounds) -> _Rounds:
-        past = now.past
+    def run_round(now: _Rounds) -> _Rounds:
+        accepted = now.accepted
         round_key = jr.fold_in(key, state.position + now.length)
         draft_key, accept_key, token_key = jr.split(round_key, 3)
-        proposed, q_logits, memory = drafter.propose(now.memory, past, choice, draft_key, lookahead)
-        together = jnp.pad(past.tokens, (0, lookahead))
-        together = lax.dynamic_update_slice(together, proposed, (past.count,))
-        # Mapped over two lengths: to the end, for the logits, and over what is certain, for the
-        # state. The weights are read once.
-        features, layers = jax.vmap(
-            lambda length: model.backbone(together, now.layers, length=length)
-        )(jnp.stack([past.count + lookahead, past.count]))
-        layers = jax.tree.map(lambda leaf: leaf[1], layers)
-        features = lax.dynamic_slice_in_dim(features[0], past.count - 1, lookahead + 1)
-        logits = model.logits(features)[:, : model.vocab_size]
-        recent = jnp.concatenate([past.recent, proposed])
+        proposed, q_logits, memory = drafting.drafter.propose(
+            now.memory, accepted, options, draft_key, lookahead
+        )
+        logits, layers = _read(model, now.layers, accepted, proposed)
+        recent = jnp.concatenate([accepted.recent, proposed])
         windows = jnp.stack([recent[i : i + window] for i in range(lookahead + 1)])
-        p = jax.nn.softmax(jax.vmap(choice.distribution)(logits, windows))
+        p = jax.nn.softmax(jax.vmap(options.distribution)(logits, windows))
         q = jax.nn.softmax(q_logits.astype(p.dtype))
-
-        at = jnp.arange(lookahead)
-        u = jr.uniform(accept_key, (lookahead,), p.dtype)
-        accept = u * q[at, proposed] < p[at, proposed]
-        count = jnp.sum(jnp.cumprod(accept.astype(jnp.int32)))
-        rest = jnp.maximum(p - jnp.pad(q, ((0, 1), (0, 0))), 0)[count]
-        # Where rounding leaves nothing of it, the two distributions are one.
-        rest = jnp.where(jnp.sum(rest) > 0, rest, p[count])
-        own = draw(jnp.log(rest), token_key)
-        new = jnp.pad(proposed, (0, 1)).at[count].set(own)
+        count, new = _verify(p, q, proposed, accept_key, token_key)
 
         index = jnp.arange(lookahead + 1)
         kept = jnp.minimum(count + 1, limit - now.length)
-        stops = jnp.any(new[:, None] == choice.stop_tokens, axis=-1) & (index < kept)
+        stops = options.stopping.is_stop_token(new) & (index < kept)
         kept = jnp.where(jnp.any(stops), jnp.argmax(stops) + 1, kept).astype(jnp.int32)
         log_probs = jax.nn.log_softmax(logits)[index, new].astype(jnp.float32)
-        write = lambda buffer, values: lax.dynamic_update_slice(buffer, values, (now.length,))  # noqa: E731
         new = jnp.where(index < kept, new, -1).astype(jnp.int32)
-        recent = lax.dynamic_slice(jnp.concatenate([past.recent, new]), (kept,), (window,))
+        recent = lax.dynamic_slice(jnp.concatenate([accepted.recent, new]), (kept,), (window,))
+
+        def write(buffer: Array, values: Array) -> Array:
+            return lax.dynamic_update_slice(buffer, values, (now.length,))
+
         return _Rounds(
             layers=layers,
             memory=memory,
-            past=_Past(jnp.maximum(new, 0), kept, recent),
+            accepted=Accepted(jnp.maximum(new, 0), kept, recent),
             tokens=write(now.tokens, new),
             log_probs=write(now.log_probs, jnp.where(index < kept, log_probs, 0)),
             length=now.length + kept,
             finish=jnp.where(jnp.any(stops), FinishReason.STOP_TOKEN, 0).astype(jnp.int32),
-            proposed=now.proposed + lookahead,
-            accepted=now.accepted + jnp.minimum(count, kept).astype(jnp.int32),
+            num_proposed=now.num_proposed + lookahead,
+            num_accepted=now.num_accepted + jnp.minimum(count, kept).astype(jnp.int32),
         )
 
     begin = _Rounds(
         layers=state.layers,
-        memory=memory,
-        past=_Past(jnp.pad(state.token[None], (0, lookahead)), zero + 1, state.recent),
+        memory=drafting.memory,
+        accepted=Accepted(jnp.pad(state.token[None], (0, lookahead)), zero + 1, state.recent),
         tokens=jnp.full(size + lookahead + 1, -1, jnp.int32),
         log_probs=jnp.zeros(size + lookahead + 1, jnp.float32),
         length=zero,
         finish=zero,
-        proposed=zero,
-        accepted=zero,
+        num_proposed=zero,
+        num_accepted=zero,
     )
-    end = lax.while_loop(go_on, body, begin)
-    last = end.past.count - 1
-    _, layers = model.backbone(end.past.tokens, end.layers, length=last)
+    end = lax.while_loop(is_running, run_round, begin)
+    last = end.accepted.count - 1
+    _, layers = model.backbone(end.accepted.tokens, end.layers, length=last)
     return Speculation(
         tokens=end.tokens,
         length=end.length,
         log_probs=end.log_probs,
         finish=end.finish,
         state=DecodingState(
-            layers, end.past.tokens[last], state.position + end.length, end.past.recent
+            layers, end.accepted.tokens[last], state.position + end.length, end.accepted.recent
         ),
-        proposed=end.proposed,
-        accepted=end.accepted,
+        proposed=end.num_proposed,
+        accepted=end.num_accepted,
     )

@@ -1,4 +1,4 @@
-"""Fine-tuning by the initial state alone."""
+"""The state of a generation: a value that can be copied, saved and continued from."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -9,20 +9,21 @@ from ..layers import checked_state
 from ..models import LanguageModel
 
 
-WINDOW = 64  # the fewest last tokens that a state keeps
+WINDOW = 64  # the minimum number of last tokens that a state keeps
 
 
 class DecodingState(eqx.Module):
-    """Where a generation has come to: everything that it takes to go on.
+    """A point in a generation: everything needed to continue it.
 
-    Of the whole sequence so far (prompt and generated tokens), `layers` has seen all tokens but
-    the last one. That one is `token`: going on begins by feeding it to the model, which gives the
-    logits of the next token. `position` counts the tokens that `layers` has seen; the random
-    numbers of a token depend on the key and on its position, and on nothing else.
+    With a batch, every leaf has a leading axis of rows.
 
-    `recent` are the last tokens, `token` the last of them, for penalties; -1 stands for none.
-
-    With a batch every leaf has a first axis of rows.
+    - `layers`: the state of the model's layers. They have consumed all tokens of the prompt and of
+        the generation except the last one.
+    - `token`: this last token. Generation continues by feeding it to the model, which gives the
+        logits of the next token.
+    - `position`: the number of tokens that the layers have consumed. The random numbers of a token
+        depend on the key and on its position only.
+    - `recent`: the last tokens, including `token`, for penalties. -1 where the text is shorter.
     """
 
     layers: PyTree
@@ -32,13 +33,21 @@ class DecodingState(eqx.Module):
 
 
 def fork(state: DecodingState, rows: int) -> DecodingState:
-    """The state of one sequence as that of a batch: `rows` times the same past.
+    """Copies the state of one sequence into a batch of rows with the same past.
 
-    **Raises:** `ValueError` if it is one of a batch already.
+    **Arguments:**
+
+    - `state`: of one sequence.
+    - `rows`: the number of copies.
+
+    **Returns:** a state whose leaves have a leading axis of size `rows`.
+
+    **Raises:** `ValueError` if the state has a batch axis already.
     """
     if state.token.ndim:
         raise ValueError(
-            f"`fork` takes the state of one sequence, but got one of {state.token.shape[0]} rows."
+            "`state` must be the state of one sequence, but got a state of "
+            f"{state.token.shape[0]} rows. Fork the state before it is continued as a batch."
         )
     return repeated(state, rows)
 
@@ -46,11 +55,11 @@ def fork(state: DecodingState, rows: int) -> DecodingState:
 def decoding_state(
     model: LanguageModel, state: PyTree, token: Int[Array, ""] | int
 ) -> DecodingState:
-    """A generation that begins from a state of the layers, such as a learned one, with a token.
+    """Makes a state to generate from out of a layer state, such as a learned one, and a token.
 
     A recurrent model can be fine-tuned by its initial state alone: a pytree like
-    `model.init_state()` is trained, and the model stays as it is. The result is a prefix that no
-    text could express:
+    `model.init_state()` is trained while the model's parameters stay fixed. The result is a prefix
+    that no text could express:
 
     ```python
     loss, grads = jax.value_and_grad(lambda state: loss_of(model.scan(tokens, state)))(state)
@@ -61,20 +70,25 @@ def decoding_state(
 
     **Arguments:**
 
-    - `model`: whose state it is.
-    - `state`: of its layers. The caches of [`mamba_eqx.Attention`][] can hold no learned past: what
-        they begin with is not read.
-    - `token`: the first token of the text. In training, sequences should begin with it too.
+    - `model`: the model that the state belongs to.
+    - `state`: the state of its layers, a pytree like `model.init_state()`. The caches of
+        [`mamba_eqx.Attention`][] cannot hold a learned past: their initial content is never read.
+    - `token`: the id of the first token of the text, a scalar. Training sequences should begin
+        with this token too.
 
-    **Returns:** the state, for [`mamba_eqx.generate`][], [`mamba_eqx.save_state`][] and all others
-    that take one. The prompts given with it come after `token`.
+    **Returns:** a state for [`mamba_eqx.generate`][], [`mamba_eqx.save_state`][] and all other
+    functions that take one. The prompts that are given with it follow `token`.
 
-    **Raises:** `ValueError` for a state of another structure, or a token that the model lacks.
+    **Raises:** `ValueError` for a state of another structure, or for a token id outside the
+    vocabulary.
 
     Reference: Galim et al., *Parameter-Efficient Fine-Tuning of State Space Models* (2024).
     """
     if isinstance(token, int) and not 0 <= token < model.vocab_size:
-        raise ValueError(f"`token` must be within 0..{model.vocab_size - 1}, but got {token}.")
+        raise ValueError(
+            f"`token` must be within 0..{model.vocab_size - 1}, but got {token}. Give a token id "
+            "of this model's tokenizer."
+        )
     token = jnp.asarray(token, jnp.int32)
     return DecodingState(
         layers=checked_state(model.layers, state),

@@ -1,4 +1,4 @@
-"""The state of a generation as a file."""
+"""Saving and loading the state of a generation."""
 
 import os
 
@@ -17,13 +17,13 @@ _FINGERPRINT = "fingerprint"
 
 
 def save_state(path: str | os.PathLike[str], state: DecodingState, model: LanguageModel) -> None:
-    """Saves the state of a generation to a safetensors file, from which it can go on elsewhere.
+    """Saves the state of a generation to a safetensors file, to be continued elsewhere.
 
     **Arguments:**
 
-    - `path`: of the file. It appears when it is complete; one that is there is replaced.
-    - `state`: of one sequence, or of a batch.
-    - `model`: whose state it is: a fingerprint of its parameters goes into the file.
+    - `path`: the file to write. It appears only when it is complete, and replaces an existing file.
+    - `state`: the state of one sequence, or of a batch.
+    - `model`: the model that the state belongs to. A fingerprint of its parameters is stored too.
     """
     tensors = {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
     tensors[_FINGERPRINT] = fingerprint(model)
@@ -31,37 +31,37 @@ def save_state(path: str | os.PathLike[str], state: DecodingState, model: Langua
 
 
 def load_state(path: str | os.PathLike[str], model: LanguageModel) -> DecodingState:
-    """Loads what `save_state` has saved.
+    """Loads a state that `save_state` has written.
 
     **Arguments:**
 
-    - `path`: of the file.
-    - `model`: the model whose state it is.
+    - `path`: the file.
+    - `model`: the model that the state belongs to.
 
     **Returns:** the state.
 
     **Raises:** [`mamba_eqx.CheckpointError`][] if the file is damaged or holds something else, or
-    if the state is that of a model with other parameters.
+    if the state belongs to a model with other parameters. `FileNotFoundError` if there is no file.
     """
     stored = open_safetensors(path)
     if _FINGERPRINT not in stored:
         raise CheckpointError(
-            f"{os.fspath(path)} is not the state of a generation: it has no {_FINGERPRINT!r}. Is "
-            "it a checkpoint? `from_pretrained` loads those."
+            f"{os.fspath(path)} is not the state of a generation: it has no {_FINGERPRINT!r}. If "
+            "it is a checkpoint, load it with `from_pretrained`."
         )
     found = stored.pop(_FINGERPRINT).read()
     if not np.array_equal(found, fingerprint(model)):
         raise CheckpointError(
-            f"{os.fspath(path)} is the state of another model: its parameters, or their dtypes, "
-            "differ from those of the model given. Load the model that it was made with."
+            f"{os.fspath(path)} is the state of another model: the parameters or their dtypes "
+            "differ from those of the given model. Load the model that the state was made with."
         )
-    # A cache may be of any length: its axis is the one on which these two differ.
-    like, longer = (_like(model, max_len) for max_len in (16, 32))
+    # Caches may have any capacity. Their axis of tokens is the one on which these two differ.
+    like, longer = (_abstract_state(model, max_len) for max_len in (16, 32))
     rows = stored["token"].shape if "token" in stored else ()
     names = named_leaves(like)
     if stored.keys() != names.keys() or len(rows) > 1:
         raise CheckpointError(
-            f"{os.fspath(path)} does not hold the state of this model: missing "
+            f"{os.fspath(path)} does not contain the state of this model: missing "
             f"{sorted(names.keys() - stored.keys())}, unexpected "
             f"{sorted(stored.keys() - names.keys())}."
         )
@@ -75,14 +75,16 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> DecodingSt
         sizes = zip(tensor.shape[len(rows) :], one.shape, free, strict=True) if fits else []
         if not fits or tensor.dtype != one.dtype or any(a != b and not f for a, b, f in sizes):
             raise CheckpointError(
-                f"{name} in {os.fspath(path)} is {tensor.dtype} of shape {tensor.shape}, which "
-                f"does not fit {one.dtype} of shape {one.shape} with {len(rows)} axes of rows."
+                f"{name} in {os.fspath(path)} must be {one.dtype} of shape {one.shape} after "
+                f"{len(rows)} axes of rows, but is {tensor.dtype} of shape {tensor.shape}."
             )
         leaves.append(jnp.asarray(np.array(tensor.read())))
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _like(model: LanguageModel, max_len: int) -> PyTree:
+def _abstract_state(model: LanguageModel, max_len: int) -> PyTree:
+    """Returns the shapes and dtypes of a state of one sequence."""
+
     def make() -> DecodingState:
         zero = jnp.zeros((), jnp.int32)
         return DecodingState(model.init_state(max_len=max_len), zero, zero, zero[None])

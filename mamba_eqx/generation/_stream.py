@@ -1,31 +1,48 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from ..models import LanguageModel
-from ._prefill import start
-from ._result import FinishReason, Generation
+from ._loop import Cursor, Decoded
+from ._prefill import prefill_rows
+from ._prompts import Rows
+from ._result import FinishReason
 from ._state import DecodingState
 
 
 class Stream(Iterator[int]):
-    """What [`mamba_eqx.stream`][] returns: an iterator over tokens that knows where it is.
+    """The tokens of one generation, decoded block by block: what [`mamba_eqx.stream`][] returns.
 
-    It may be left at any token, by `break` or by Ctrl-C, and gone on from there.
+    Iteration may stop at any token (`break`, Ctrl-C); `.state` resumes there.
     """
 
-    def __init__(self, model: LanguageModel, blocks: Iterator[Generation], max_new_tokens: int):
+    def __init__(
+        self,
+        model: LanguageModel,
+        begin: Callable[[], Cursor],
+        decode_block: Callable[[Cursor, int], Decoded],
+        max_new_tokens: int,
+        block: int,
+    ):
         """**Arguments:**
 
-        - `blocks`: of tokens, one after another; the first one is empty, with the state after the
-            prompt.
+        - `model`: the model.
+        - `begin`: runs the prompt and returns the position after it. It is called when the first
+            token or the state is asked for.
+        - `decode_block`: decodes at most so many tokens from a position on.
+        - `max_new_tokens`: the maximum number of tokens of the stream.
+        - `block`: the maximum number of tokens of a block. The first block has one token, and the
+            following ones double in size up to this number.
         """
         self._model = model
-        self._blocks = blocks
-        self._left = max_new_tokens
-        self._before: DecodingState | None = None  # the block that is being taken from
-        self._after: DecodingState | None = None
-        self._tokens: list[int] = []
+        self._begin = begin
+        self._decode_block = decode_block
+        self._undecoded = max_new_tokens
+        self._size = 1
+        self._block = block
+        self._before: Cursor | None = None  # the positions before and after the current block
+        self._after: Cursor | None = None
+        self._tokens: list[int] = []  # of the current block
         self._taken = 0
         self._finish = FinishReason.LENGTH
 
@@ -36,31 +53,47 @@ class Stream(Iterator[int]):
         while self._taken == len(self._tokens):
             self._advance()
         self._taken += 1
-        self._left -= 1
         return self._tokens[self._taken - 1]
 
     def _advance(self) -> None:
-        block = next(self._blocks)
-        self._before, self._after = self._after, block.state
-        self._tokens = np.asarray(block.tokens)[: int(block.lengths)].tolist()
-        self._taken = 0
-        self._finish = FinishReason(int(block.finish))
+        """Decodes the next block."""
+        before = self._position()
+        if self._decoded_all:
+            raise StopIteration
+        limit = min(self._size, self._undecoded)
+        decoded = self._decode_block(before, limit)
+        out = decoded.out
+        tokens = np.asarray(out.tokens)[: int(out.length)].tolist()
+        self._finish = FinishReason(int(out.finish))
+        self._undecoded -= limit
+        self._size = min(2 * limit, self._block)
+        self._before, self._after, self._tokens, self._taken = before, decoded.cursor, tokens, 0
+
+    def _position(self) -> Cursor:
+        """Returns the position after the current block, running the prompt if it has not been."""
+        if self._after is None:
+            self._after = self._begin()
+        return self._after
+
+    @property
+    def _decoded_all(self) -> bool:
+        return self._undecoded == 0 or self._finish != FinishReason.LENGTH
 
     @property
     def state(self) -> DecodingState:
-        """The state after the tokens that were taken, be it all or some of them. (Within a block,
-        its first tokens are read once more, by `scan`.)"""
-        if self._after is None:
-            self._advance()
-        assert self._after is not None
+        """The state after the tokens consumed so far. (Within a block, the consumed tokens of the
+        block are run again, by `scan`.)"""
+        after = self._position()
         if self._taken == len(self._tokens):
-            return self._after
+            return after.state
         assert self._before is not None
-        taken = np.array(self._tokens[: self._taken], np.int32)
-        return start(self._model, [taken], False, self._before) if len(taken) else self._before
+        before = self._before.state
+        if self._taken == 0:
+            return before
+        consumed = np.array(self._tokens[: self._taken], np.int32)
+        return prefill_rows(self._model, Rows([consumed], batched=False), before)
 
     @property
     def finish(self) -> FinishReason | None:
-        """Why it ended, or `None` before the last token was taken."""
-        ended = self._left == 0 or self._finish != FinishReason.LENGTH
-        return self._finish if ended and self._taken == len(self._tokens) else None
+        """The reason why the stream ended, or `None` before its last token is consumed."""
+        return self._finish if self._decoded_all and self._taken == len(self._tokens) else None

@@ -17,6 +17,7 @@ from hypothesis import given, strategies as st
 import mamba_eqx as mbx
 from mamba_eqx import _cli, pretrained
 from mamba_eqx._cli import _opened
+from mamba_eqx.generation._loop import Cursor, Decoded
 from mamba_eqx.text import until
 
 
@@ -59,7 +60,7 @@ def test_the_command_writes_the_text_of_generate(checkpoint):
         pretrained.from_pretrained(checkpoint),
         tokenizer.encode("Ö:"),
         20,
-        temperature=0.8,
+        mbx.Sampling(temperature=0.8),
         key=jr.key(3),
     )
     assert out.decode() == "Ö:" + tokenizer.decode(expected.tokens.tolist()) + "\n"
@@ -143,13 +144,13 @@ def test_stdin_that_is_no_text_is_refused(monkeypatch, capsys):
 def test_the_options_reach_the_sampler(checkpoint, monkeypatch, capsys):
     seen = {}
 
-    def stream(model, prompt, n, **options):
-        seen.update(options, prompt=prompt, n=n)
+    def stream(model, prompt, n, sampling, **options):
+        seen.update(options, sampling=sampling, prompt=prompt, n=n)
         tokens = jnp.array(list(b"one; two"))
-        state = mbx.prefill(model, [1])
         length, none = jnp.array(8), jnp.zeros((), int)
-        block = mbx.Generation(tokens, length, jnp.zeros(8), none, state)
-        return mbx.generation.Stream(model, iter([block]), n)
+        begin = Cursor(mbx.prefill(model, [1]), none)
+        block = Decoded(mbx.Generation(tokens, length, jnp.zeros(8), none, begin.state), none)
+        return mbx.generation.Stream(model, lambda: begin, lambda *_: block, n, 8)
 
     monkeypatch.setattr(_opened, "stream", stream)
     args = "x --max-new-tokens 9 --temperature 0.5 --top-k 7 --top-p 0.9 --min-p 0.1 --seed 4"
@@ -161,16 +162,15 @@ def test_the_options_reach_the_sampler(checkpoint, monkeypatch, capsys):
     assert seen == {
         "prompt": [120],
         "n": 9,
-        "temperature": 0.5,
-        "top_k": 7,
-        "top_p": 0.9,
-        "min_p": 0.1,
-        "typical_p": 0.5,
-        "penalties": mbx.sampling.Penalties(1.5, 0.1, 0.2, 9),
-        "logit_bias": None,
-        "stop_tokens": [],
-        "stop_strings": (),
-        "tokenizer": None,
+        "sampling": mbx.Sampling(
+            temperature=0.5,
+            top_k=7,
+            top_p=0.9,
+            min_p=0.1,
+            typical_p=0.5,
+            penalties=mbx.sampling.Penalties(1.5, 0.1, 0.2, 9),
+            stop_tokens=[],
+        ),
         "state": None,
     }
     out, err = capsys.readouterr()

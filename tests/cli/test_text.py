@@ -103,7 +103,9 @@ def test_a_plain_chat_is_one_text(checkpoint, run, tmp_path):
     ids, answers = [], []
     for line in ("Hi", "so?"):
         ids += tokenizer.encode(line + "\n")
-        new = mbx.generate(model, ids, 12, temperature=0.8, key=jr.key(5)).tokens.tolist()
+        new = mbx.generate(
+            model, ids, 12, mbx.Sampling(temperature=0.8), key=jr.key(5)
+        ).tokens.tolist()
         assert 10 not in new
         ids += new
         answers.append(tokenizer.decode(new))
@@ -184,8 +186,8 @@ def test_a_chat_by_a_template_reads_nothing_twice(chatty, run, tmp_path, monkeyp
         ids = tokenizer.encode_chat(messages)
         whole.append(len(ids))
         bias = dict.fromkeys(range(tokenizer.vocab_size, model.vocab_size), -math.inf)
-        new = mbx.generate(model, ids, 12, stop_tokens=[0], logit_bias=bias)
-        answer = tokenizer.decode(new.tokens[: int(new.lengths)].tolist())
+        new = mbx.generate(model, ids, 12, mbx.Sampling(stop_tokens=[0], logit_bias=bias))
+        answer = tokenizer.decode(new.tokens[: int(new.length)].tolist())
         messages.append({"role": "assistant", "content": answer})
         want += answer + "\n"
     assert out == want + want[want.index("\n") + 1 :]

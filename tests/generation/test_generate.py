@@ -18,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("compile_fast")
 
 VOCAB = 11
 KEY = jr.key(5)
-SAMPLING: dict[str, Any] = {"temperature": 1.3, "top_k": 9, "top_p": 0.95, "min_p": 0.01}
+FILTERS: dict[str, Any] = {"temperature": 1.3, "top_k": 9, "top_p": 0.95, "min_p": 0.01}
+SAMPLING = mbx.Sampling(**FILTERS)
 
 
 def make(*, stacked=False, padded=VOCAB + 5, scale=60.0):
@@ -69,7 +70,7 @@ SAMPLE = jax.jit(mbx.sampling.sample)
 def row(out, i=None):
     """The real tokens of a row, after checking its padding."""
     pick = out if i is None else jax.tree.map(lambda leaf: leaf[i], out)
-    n = int(pick.lengths)
+    n = int(pick.length)
     np.testing.assert_array_equal(pick.tokens[n:], -1)
     np.testing.assert_array_equal(pick.log_probs[n:], 0)
     assert bool(pick.stopped) or n == len(pick.tokens)
@@ -78,16 +79,17 @@ def row(out, i=None):
 
 @given(PROMPT, st.integers(1, 20), st.booleans())
 def test_generate_is_the_naive_loop(prompt, n, sampling):
-    options: dict[str, Any] = SAMPLING | {"key": KEY} if sampling else {}
+    options: dict[str, Any] = {"sampling": SAMPLING, "key": KEY} if sampling else {}
     out = mbx.generate(MODEL, prompt, n, **options)
-    tokens, log_probs = naive(MODEL, prompt, n, **options)
+    filters: dict[str, Any] = FILTERS | {"key": KEY} if sampling else {}
+    tokens, log_probs = naive(MODEL, prompt, n, **filters)
     assert row(out) == tokens
     np.testing.assert_allclose(out.log_probs, log_probs, rtol=1e-4, atol=1e-4)
 
 
 @given(PROMPT, st.integers(1, 16), st.sets(st.integers(0, VOCAB - 1), min_size=1, max_size=3))
 def test_a_row_ends_with_its_first_stop_token(prompt, n, stop):
-    out = mbx.generate(MODEL, prompt, n, stop_tokens=sorted(stop))
+    out = mbx.generate(MODEL, prompt, n, mbx.Sampling(stop_tokens=sorted(stop)))
     tokens, _ = naive(MODEL, prompt, n, stop=stop)
     assert row(out) == tokens
     assert bool(out.stopped) == (tokens[-1] in stop)
@@ -96,12 +98,10 @@ def test_a_row_ends_with_its_first_stop_token(prompt, n, stop):
 @given(st.lists(PROMPT, min_size=3, max_size=3), st.integers(1, 12), st.booleans())
 def test_rows_do_not_influence_each_other(prompts, n, sampling):
     # Token 0 stops, so that rows end at different times.
-    options: dict[str, Any] = SAMPLING | {"key": KEY} if sampling else {}
-    out = mbx.generate(MODEL, prompts, n, stop_tokens=[0], **options)
+    options = mbx.Sampling(**FILTERS if sampling else {}, stop_tokens=[0])
+    out = mbx.generate(MODEL, prompts, n, options, key=KEY)
     for i, prompt in enumerate(prompts):
-        if sampling:
-            options["key"] = jr.fold_in(KEY, i)
-        alone = mbx.generate(MODEL, prompt, n, stop_tokens=[0], **options)
+        alone = mbx.generate(MODEL, prompt, n, options, key=jr.fold_in(KEY, i))
         assert row(out, i) == row(alone)
         for got, expected in zip(
             jax.tree.leaves(out.state), jax.tree.leaves(alone.state), strict=True
@@ -111,7 +111,7 @@ def test_rows_do_not_influence_each_other(prompts, n, sampling):
 
 @given(PROMPT, st.integers(1, 12), st.integers(1, 12), st.booleans())
 def test_going_on_from_the_state_is_generating_at_once(prompt, n, m, sampling):
-    options: dict[str, Any] = SAMPLING | {"key": KEY} if sampling else {}
+    options: dict[str, Any] = {"sampling": SAMPLING, "key": KEY} if sampling else {}
     first = mbx.generate(MODEL, prompt, n, **options)
     second = mbx.generate(MODEL, None, m, state=first.state, **options)
     assert row(first) + row(second) == row(mbx.generate(MODEL, prompt, n + m, **options))
@@ -173,7 +173,9 @@ def test_stacked_layers_generate_the_same():
 def test_padded_rows_of_the_vocabulary_are_never_sampled():
     logits = MODEL(jnp.array([1, 2, 3]))
     assert (jnp.argmax(logits, axis=-1) >= VOCAB).any()
-    out = mbx.generate(MODEL, [[i] for i in range(VOCAB)], 16, temperature=5.0, key=KEY)
+    out = mbx.generate(
+        MODEL, [[i] for i in range(VOCAB)], 16, mbx.Sampling(temperature=5.0), key=KEY
+    )
     assert out.tokens.min() >= 0
     assert out.tokens.max() < VOCAB
     exact = mbx.generate(make(padded=VOCAB), [1, 2, 3], 1)
@@ -181,28 +183,30 @@ def test_padded_rows_of_the_vocabulary_are_never_sampled():
 
 
 def test_the_same_key_gives_the_same_bits_and_another_key_others():
-    one, two = (mbx.generate(MODEL, [[1], [1]], 12, key=KEY, **SAMPLING) for _ in range(2))
+    one, two = (mbx.generate(MODEL, [[1], [1]], 12, SAMPLING, key=KEY) for _ in range(2))
     assert eqx.tree_equal(one, two)
     assert row(one, 0) != row(one, 1)
-    other = mbx.generate(MODEL, [[1], [1]], 12, key=jr.key(6), **SAMPLING)
+    other = mbx.generate(MODEL, [[1], [1]], 12, SAMPLING, key=jr.key(6))
     assert row(one, 0) != row(other, 0)
 
 
 def test_raw_keys_work():
-    raw = mbx.generate(MODEL, [1], 8, temperature=1.0, key=jr.key_data(KEY))
-    assert row(raw) == row(mbx.generate(MODEL, [1], 8, temperature=1.0, key=KEY))
+    raw = mbx.generate(MODEL, [1], 8, mbx.Sampling(temperature=1.0), key=jr.key_data(KEY))
+    assert row(raw) == row(mbx.generate(MODEL, [1], 8, mbx.Sampling(temperature=1.0), key=KEY))
 
 
 def test_bfloat16_models_generate():
     out = mbx.generate(mbx.cast(MODEL, jnp.bfloat16), [[1, 2], [3]], 5)
     assert out.log_probs.dtype == jnp.float32
-    assert out.lengths.tolist() == [5, 5]
+    assert out.length.tolist() == [5, 5]
 
 
 @given(PROMPT, st.integers(1, 30), st.sampled_from([1, 8]), st.booleans())
 def test_stream_yields_the_tokens_of_generate(prompt, n, block, sampling):
-    options: dict[str, Any] = SAMPLING | {"key": KEY} if sampling else {}
-    options["stop_tokens"] = [4]
+    options: dict[str, Any] = {
+        "sampling": mbx.Sampling(**FILTERS if sampling else {}, stop_tokens=[4]),
+        "key": KEY,
+    }
     tokens = list(mbx.stream(MODEL, prompt, n, block=block, **options))
     assert all(type(token) is int for token in tokens)
     assert tokens == row(mbx.generate(MODEL, prompt, n, **options))
@@ -210,7 +214,7 @@ def test_stream_yields_the_tokens_of_generate(prompt, n, block, sampling):
 
 @given(PROMPT, st.integers(0, 12), st.booleans())
 def test_a_stream_that_is_left_goes_on_where_it_was_left(prompt, taken, sampling):
-    options: dict[str, Any] = SAMPLING | {"key": KEY} if sampling else {}
+    options: dict[str, Any] = {"sampling": SAMPLING, "key": KEY} if sampling else {}
     whole = row(mbx.generate(MODEL, prompt, 12, **options))
     tokens = mbx.stream(MODEL, prompt, 12, block=8, **options)
     first = [next(tokens) for _ in range(taken)]
@@ -272,10 +276,7 @@ NOTHING = {"scan": 0, "step": 0}
 def test_new_lengths_and_values_do_not_recompile():
     model = counted()
     options: dict[str, Any] = {
-        "temperature": 0.5,
-        "top_k": 3,
-        "top_p": 0.5,
-        "min_p": 0.1,
+        "sampling": mbx.Sampling(temperature=0.5, top_k=3, top_p=0.5, min_p=0.1),
         "key": KEY,
     }
     first = compilations(lambda: mbx.generate(model, [1] * 18, 5, **options))
@@ -283,10 +284,7 @@ def test_new_lengths_and_values_do_not_recompile():
     for length, n in [(30, 9), (33, 16), (18, 5)]:
         assert compilations(lambda: mbx.generate(model, [2] * length, n, **options)) == NOTHING  # noqa: B023
     others: dict[str, Any] = {
-        "temperature": 0.9,
-        "top_k": 5,
-        "top_p": 0.9,
-        "min_p": 0.2,
+        "sampling": mbx.Sampling(temperature=0.9, top_k=5, top_p=0.9, min_p=0.2),
         "key": jr.key(9),
     }
     assert compilations(lambda: mbx.generate(model, [1] * 20, 7, **others)) == NOTHING
@@ -320,23 +318,23 @@ def test_stream_begins_before_everything_is_decoded():
         ([1, VOCAB], {}, r"within 0\.\.10, but got prompts\[1\]=11"),
         ([[1], [2, -1]], {}, r"within 0\.\.10, but got prompts\[1\]\[1\]=-1"),
         ([2**40], {}, "1099511627776"),
-        ([], {}, "`prompts` is empty: there is no token to start from"),
-        ([[1], []], {}, r"`prompts\[1\]` is empty"),
-        (None, {}, "there must be a `state`"),
-        ("ROMEO", {}, "has to be tokenized first"),
-        (["ROMEO"], {}, "has to be tokenized first"),
+        ([], {}, "`prompts` must not be empty without a `state`"),
+        ([[1], []], {}, r"`prompts\[1\]` must not be empty"),
+        (None, {}, "needs a `state` to continue from"),
+        ("ROMEO", {}, "Tokenize text first"),
+        (["ROMEO"], {}, "Tokenize text first"),
         ([1.0, 2.0], {}, "must be a sequence of integers"),
         ([True], {}, "must be a sequence of integers"),
         ([[1], 2], {}, r"`prompts\[1\]` must be a sequence of integers, but got 2"),
         ([[[1]]], {}, "must be a sequence of integers"),
-        (3, {}, "must be a sequence of tokens"),
-        (np.array(3), {}, "must be a sequence of tokens"),
-        ({1, 2}, {}, "must be a sequence of tokens"),
+        (3, {}, "must be a sequence of token ids"),
+        (np.array(3), {}, "must be a sequence of token ids"),
+        ({1, 2}, {}, "must be a sequence of token ids"),
         ([1], {"max_new_tokens": 0}, "at least 1 and below .*max_new_tokens=0"),
         ([1], {"max_new_tokens": 2.0}, "max_new_tokens=2.0"),
         ([1], {"max_new_tokens": True}, "max_new_tokens=True"),
         ([1], {"max_new_tokens": 2**31}, "below 2"),
-        ([1], {"temperature": 0.5}, "temperature=0.5 needs a key: .* or `temperature=0`"),
+        ([1], {"temperature": 0.5}, "temperature=0.5 needs a key. .* or `temperature=0`"),
         ([1], {"temperature": 0.5, "key": 0}, "must be one key"),
         ([1], {"temperature": 0.5, "key": jr.split(KEY)}, "must be one key"),
         ([1], {"temperature": -1, "key": KEY}, "temperature=-1"),
@@ -351,22 +349,23 @@ def test_stream_begins_before_everything_is_decoded():
     ids=str,
 )
 def test_mistakes_are_told(prompts: Any, options: dict[str, Any], message: str):
+    others = {name: options.pop(name) for name in ("state", "key") if name in options}
     n = options.pop("max_new_tokens", 4)
     with pytest.raises(ValueError, match=message):
-        mbx.generate(MODEL, prompts, n, **options)
+        mbx.generate(MODEL, prompts, n, mbx.Sampling(**options), **others)
     if not (isinstance(prompts, list) and isinstance(prompts[:1], list)):
         with pytest.raises(ValueError, match=message):
-            mbx.stream(MODEL, prompts, n, **options)
+            mbx.stream(MODEL, prompts, n, mbx.Sampling(**options), **others)
 
 
 @pytest.mark.usefixtures("as_users_run")
 def test_mistakes_with_states_and_streams_are_told():
     single, batch = mbx.generate(MODEL, [1], 1), mbx.generate(MODEL, [[1], [2]], 1)
-    with pytest.raises(ValueError, match="prompts are 2 rows, but the state is that of one seq"):
+    with pytest.raises(ValueError, match="prompts are 2 rows and the state is that of one seq"):
         mbx.generate(MODEL, [[1], [2]], 1, state=single.state)
-    with pytest.raises(ValueError, match=r"prompts are one sequence, but .* that of 2 rows"):
+    with pytest.raises(ValueError, match=r"prompts are one sequence and .* that of 2 rows"):
         mbx.generate(MODEL, [1], 1, state=batch.state)
-    with pytest.raises(ValueError, match=r"prompts are 3 rows, but .* that of 2 rows"):
+    with pytest.raises(ValueError, match=r"prompts are 3 rows and .* that of 2 rows"):
         mbx.generate(MODEL, [[1]] * 3, 1, state=batch.state)
     with pytest.raises(ValueError, match="takes one prompt, but got 2"):
         mbx.stream(MODEL, [[1], [2]], 1)  # pyright: ignore[reportArgumentType]

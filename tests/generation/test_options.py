@@ -1,5 +1,6 @@
 """Penalties, bias, stop strings, masks and options by row, each against its meaning."""
 
+import dataclasses
 import importlib.util
 import math
 from typing import Any
@@ -27,8 +28,9 @@ def penalised(logits, tokens, penalties=PENALTIES):
     """One after another, in numpy."""
     logits = np.array(logits, np.float64)
     recent = list(tokens[-penalties.window :])
+    factor: Any = penalties.repetition
     for token in set(recent):
-        logits[token] *= 1 / penalties.repetition if logits[token] > 0 else penalties.repetition
+        logits[token] *= 1 / factor if logits[token] > 0 else factor
         logits[token] -= penalties.presence
     for token in recent:
         logits[token] -= penalties.frequency
@@ -40,7 +42,7 @@ def penalised(logits, tokens, penalties=PENALTIES):
 def test_penalties_and_bias_change_the_greedy_choice(penalties, prompt, n, banned):
     bias = {banned: -math.inf, 1: 2.5}
     bias = bias if banned != 1 else {1: -math.inf}
-    out = mbx.generate(MODEL, prompt, n, penalties=penalties, logit_bias=bias)
+    out = mbx.generate(MODEL, prompt, n, mbx.Sampling(penalties=penalties, logit_bias=bias))
     tokens = list(prompt)
     for _ in range(n):
         padded = jnp.asarray((tokens + [0] * 64)[:64])
@@ -52,8 +54,10 @@ def test_penalties_and_bias_change_the_greedy_choice(penalties, prompt, n, banne
     assert banned not in row(out)
     # As an array, and going on from a state, which has kept the last tokens.
     dense = jnp.zeros(VOCAB).at[jnp.array(list(bias))].set(jnp.array(list(bias.values())))
-    first = mbx.generate(MODEL, prompt, 1, penalties=penalties, logit_bias=dense)
-    rest = mbx.generate(MODEL, None, n, penalties=penalties, logit_bias=dense, state=first.state)
+    first = mbx.generate(MODEL, prompt, 1, mbx.Sampling(penalties=penalties, logit_bias=dense))
+    rest = mbx.generate(
+        MODEL, None, n, mbx.Sampling(penalties=penalties, logit_bias=dense), state=first.state
+    )
     assert (row(first) + row(rest))[:n] == row(out)
 
 
@@ -135,11 +139,12 @@ def test_options_by_row():
     }
     prompts = [[1, 2], [3], [4, 5, 6]]
     stops = [[0], [], [1, 2]]
-    out = mbx.generate(MODEL, prompts, 12, stop_tokens=stops, key=KEY, **options)
+    out = mbx.generate(MODEL, prompts, 12, mbx.Sampling(**options, stop_tokens=stops), key=KEY)
     for i, prompt in enumerate(prompts):
         alone: dict[str, Any] = {name: values[i] for name, values in options.items()}
-        alone |= {"stop_tokens": stops[i], "key": jr.fold_in(KEY, i)}
-        assert row(out, i) == row(mbx.generate(MODEL, prompt, 12, **alone))
+        sampling = mbx.Sampling(**alone, stop_tokens=stops[i])
+        want = mbx.generate(MODEL, prompt, 12, sampling, key=jr.fold_in(KEY, i))
+        assert row(out, i) == row(want)
 
 
 class Letters:
@@ -187,7 +192,8 @@ def test_the_table_of_stop_strings_is_made_once_for_each_tokenizer():
 
 @given(PROMPT, st.integers(1, 16), STRINGS)
 def test_a_row_ends_with_a_stop_string(prompt, n, strings):
-    out = mbx.generate(MODEL, prompt, n, stop_tokens=[9], stop_strings=strings, tokenizer=Letters())
+    sampling = mbx.Sampling(stop_tokens=[9], stop_strings=strings, tokenizer=Letters())
+    out = mbx.generate(MODEL, prompt, n, sampling)
     free, text, want = row(mbx.generate(MODEL, prompt, n)), b"", []
     reason = mbx.generation.FinishReason.LENGTH
     for token in free:
@@ -201,10 +207,7 @@ def test_a_row_ends_with_a_stop_string(prompt, n, strings):
             break
     assert row(out) == want
     assert int(out.finish) == reason
-    streamed = mbx.stream(
-        MODEL, prompt, n, stop_tokens=[9], stop_strings=strings, tokenizer=Letters(), block=4
-    )
-    assert list(streamed) == want
+    assert list(mbx.stream(MODEL, prompt, n, sampling, block=4)) == want
 
 
 class Alphabet(Letters):
@@ -212,15 +215,14 @@ class Alphabet(Letters):
 
 
 def test_a_stop_string_may_lie_across_the_blocks_of_a_stream():
-    options: dict[str, Any] = {"temperature": 1.3, "key": KEY}
-    free = row(mbx.generate(MODEL, [1, 2], 16, **options))
+    sampling = mbx.Sampling(temperature=1.3)
+    free = row(mbx.generate(MODEL, [1, 2], 16, sampling, key=KEY))
     text = b"".join(map(Alphabet().token_bytes, free)).decode()
     for at in range(14):
         stop = text[at : at + 3]
         end = text.find(stop) + 3
-        tokens = mbx.stream(
-            MODEL, [1, 2], 16, stop_strings=[stop], tokenizer=Alphabet(), block=4, **options
-        )
+        ending = dataclasses.replace(sampling, stop_strings=[stop], tokenizer=Alphabet())
+        tokens = mbx.stream(MODEL, [1, 2], 16, ending, key=KEY, block=4)
         assert list(tokens) == free[:end]
         assert tokens.finish == mbx.generation.FinishReason.STOP_STRING
 
@@ -235,9 +237,13 @@ def test_a_stop_string_may_lie_across_the_blocks_of_a_stream():
         ([[1], [2]], {"stop_tokens": [[1]]}, "got 1 lists for 2 rows"),
         ([1], {"stop_tokens": [[1]]}, "got 1 lists for one prompt"),
         ([1], {"typical_p": 0, "temperature": 1.0, "key": KEY}, "typical_p=0"),
-        ([1], {"stop_strings": ["a"]}, "need the `tokenizer`"),
-        ([1], {"stop_strings": [""], "tokenizer": Letters()}, "not empty"),
-        ([1], {"stop_strings": "ab", "tokenizer": Letters()}, "in a list, but got 'ab'"),
+        ([1], {"stop_strings": ["a"]}, "must come with a `tokenizer`"),
+        ([1], {"stop_strings": [""], "tokenizer": Letters()}, "non-empty"),
+        (
+            [1],
+            {"stop_strings": "ab", "tokenizer": Letters()},
+            "a list of non-empty strings, but got 'ab'",
+        ),
         ([1], {"logit_bias": {VOCAB: 1.0}}, r"within 0\.\.10, but got 11"),
         ([1], {"logit_bias": {1: "2"}}, "must be numbers, but got '2'"),
         ([1], {"logit_bias": {1: math.nan}}, "must be finite"),
@@ -249,13 +255,14 @@ def test_a_stop_string_may_lie_across_the_blocks_of_a_stream():
             r"\(1, 2\) and a mask of bool and shape \(1, 3",
         ),
         (np.array([[1, 2, 3]]), {"mask": np.array([[1, 0, 1]])}, "between real tokens"),
-        (np.array([[1, 2]]), {"mask": np.array([[0, 0]])}, r"`prompts\[0\]` is empty"),
+        (np.array([[1, 2]]), {"mask": np.array([[0, 0]])}, r"`prompts\[0\]` must not be empty"),
     ],
     ids=str,
 )
 def test_mistakes_are_told(prompts: Any, options: dict[str, Any], message: str):
+    others = {name: options.pop(name) for name in ("mask", "key") if name in options}
     with pytest.raises(ValueError, match=message):
-        mbx.generate(MODEL, prompts, 4, **options)
+        mbx.generate(MODEL, prompts, 4, mbx.Sampling(**options), **others)
 
 
 @pytest.mark.usefixtures("as_users_run")
@@ -266,4 +273,6 @@ def test_mistakes_with_penalties_are_told():
         mbx.sampling.Penalties(window=0)
     state = mbx.generate(MODEL, [1], 1).state
     with pytest.raises(ValueError, match="last 99 tokens, but the `state` given has kept 64"):
-        mbx.generate(MODEL, None, 1, penalties=mbx.sampling.Penalties(window=99), state=state)
+        mbx.generate(
+            MODEL, None, 1, mbx.Sampling(penalties=mbx.sampling.Penalties(window=99)), state=state
+        )

@@ -26,11 +26,10 @@ DRAFTS: dict[str, Any] = {
 @pytest.mark.parametrize("draft", DRAFTS)
 @given(PROMPT, st.integers(1, 16), st.booleans())
 def test_greedily_it_is_generate(draft, prompt, n, penalised):
-    options: dict[str, Any] = {"stop_tokens": [0]}
-    if penalised:
-        options["penalties"] = mbx.sampling.Penalties(repetition=1.4, frequency=0.2, window=6)
-    out = mbx.speculate(MODEL, DRAFTS[draft], prompt, n, lookahead=3, **options)
-    want = mbx.generate(MODEL, prompt, n, **options)
+    penalties = mbx.sampling.Penalties(repetition=1.4, frequency=0.2, window=6)
+    sampling = mbx.Sampling(stop_tokens=[0], penalties=penalties if penalised else None)
+    out = mbx.speculate(MODEL, DRAFTS[draft], prompt, n, sampling, lookahead=3)
+    want = mbx.generate(MODEL, prompt, n, sampling)
     length = int(out.length)
     assert out.tokens[:length].tolist() == row(want)
     assert (out.tokens[length:] == -1).all()
@@ -54,9 +53,8 @@ def test_lookup_goes_on_with_a_cycle(period):
         DRAFTS["lookup"],
         2 * cycle,
         12,
+        mbx.Sampling(logit_bias=dict.fromkeys(cycle, 1000.0), penalties=others),
         lookahead=3,
-        logit_bias=dict.fromkeys(cycle, 1000.0),
-        penalties=others,
     )
     assert out.tokens.tolist() == (12 * cycle)[:12]
     assert int(out.accepted) == int(out.proposed) == 9
@@ -73,7 +71,7 @@ def test_it_goes_on_from_a_state():
 @pytest.mark.slow
 def test_the_distribution_is_that_of_the_model():
     """The frequencies of all pairs of first tokens, within four standard deviations."""
-    options: dict[str, Any] = {"temperature": 1.4, "top_k": 4}
+    sampling = mbx.Sampling(temperature=1.4, top_k=4)
     prompt, count = [1, 2, 1], 4000
     logits = FORWARD(MODEL, jnp.asarray(prompt + [0] * 61))[2, :VOCAB]
     distribution = lambda x: jax.nn.softmax(mbx.sampling.top_k(mbx.sampling.temperature(x, 1.4), 4))  # noqa: E731
@@ -85,7 +83,7 @@ def test_the_distribution_is_that_of_the_model():
     found = np.zeros((VOCAB, VOCAB))
 
     def run(key):
-        out = mbx.speculate(MODEL, DRAFTS["another"], prompt, 2, lookahead=2, key=key, **options)
+        out = mbx.speculate(MODEL, DRAFTS["another"], prompt, 2, sampling, lookahead=2, key=key)
         return out.tokens
 
     # (Over keys a speculation can be mapped: all else is the same.)
@@ -133,11 +131,11 @@ def test_beam_search_is_brute_force(alpha):
     prompt, n, stop = [1, 2], 3, (0, 4)
     want = brute_force(prompt, n, alpha, stop)
     out = mbx.beam_search(
-        TINY, prompt, n, num_beams=VOCAB**2, length_penalty=alpha, stop_tokens=stop
+        TINY, prompt, n, mbx.Sampling(stop_tokens=stop), num_beams=VOCAB**2, length_penalty=alpha
     )
     for i in range(20):
         tokens, score = want[i]
-        assert out.tokens[i][: out.lengths[i]].tolist() == list(tokens)
+        assert out.tokens[i][: out.length[i]].tolist() == list(tokens)
         np.testing.assert_allclose(out.scores[i], score, rtol=1e-4, atol=1e-4)
         ended = (
             mbx.generation.FinishReason.STOP_TOKEN
@@ -164,7 +162,7 @@ def test_scores_are_the_log_probabilities_of_the_tokens(texts: Any, cut: int):
         padded = jnp.asarray((text + [0] * 64)[:64])
         logits = FORWARD(MODEL, padded)[:, :VOCAB]
         want = jax.nn.log_softmax(logits)[np.arange(len(text) - 1), text[1:]]
-        assert out.counts[i] == len(text) - 1
+        assert out.length[i] == len(text) - 1
         assert out.log_probs[i, 0] == 0
         assert (out.log_probs[i, len(text) :] == 0).all()
         np.testing.assert_allclose(out.log_probs[i, 1 : len(text)], want, rtol=1e-3, atol=1e-3)
@@ -173,7 +171,7 @@ def test_scores_are_the_log_probabilities_of_the_tokens(texts: Any, cut: int):
     cut = min(cut, len(text) - 1) + 1
     whole, first = mbx.score(MODEL, text), mbx.score(MODEL, text[:cut])
     second = mbx.score(MODEL, text[cut:], state=first.state)
-    assert second.counts == len(text) - cut
+    assert second.length == len(text) - cut
     joined = np.concatenate([first.log_probs, second.log_probs])
     np.testing.assert_allclose(joined, whole.log_probs, rtol=1e-3, atol=1e-3)
     if len(text) > 1:
@@ -187,7 +185,7 @@ def test_prefill_is_generate_without_generating():
     both = mbx.generate(MODEL, [[4], [5, 6]], 6, state=mbx.fork(state, 2))
     assert row(both, 0) == row(mbx.generate(MODEL, [1, 2, 3, 4], 6))
     assert row(both, 1) == row(mbx.generate(MODEL, [1, 2, 3, 5, 6], 6))
-    with pytest.raises(ValueError, match="got one of 2 rows"):
+    with pytest.raises(ValueError, match="got a state of 2 rows"):
         mbx.fork(both.state, 2)
 
 

@@ -70,15 +70,11 @@ def test_generation_begins_from_it(learned, tmp_path):
 
 def test_from_the_empty_past_it_is_a_plain_generation():
     """Random numbers and penalties included."""
-    options = {
-        "temperature": 1.0,
-        "key": jr.key(1),
-        "penalties": mbx.sampling.Penalties(repetition=1.5),
-    }
-    got = mbx.generate(
-        MODEL, [1, 3], 8, state=decoding_state(MODEL, MODEL.init_state(), 3), **options
-    )
-    want = mbx.generate(MODEL, [3, 1, 3], 8, **options)
+    key = jr.key(1)
+    sampling = mbx.Sampling(temperature=1.0, penalties=mbx.sampling.Penalties(repetition=1.5))
+    prefix = decoding_state(MODEL, MODEL.init_state(), 3)
+    got = mbx.generate(MODEL, [1, 3], 8, sampling, state=prefix, key=key)
+    want = mbx.generate(MODEL, [3, 1, 3], 8, sampling, key=key)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_array_equal(got.state.recent, want.state.recent)
 

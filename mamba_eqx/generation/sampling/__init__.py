@@ -1,16 +1,17 @@
 """Choosing the next token from logits: filters, penalties and drawing."""
 
-from ._draw import draw as draw
-from ._filters import (
+from ._checks import (
+    PerRow as PerRow,
+    PerRowInt as PerRowInt,
     check_min_p as check_min_p,
     check_temperature as check_temperature,
     check_top_k as check_top_k,
     check_top_p as check_top_p,
     check_typical_p as check_typical_p,
-    filtered as filtered,
-    greedy as greedy,
+)
+from ._draw import draw as draw
+from ._filters import (
     min_p as min_p,
-    sample as sample,
     temperature as temperature,
     top_k as top_k,
     top_p as top_p,
@@ -19,8 +20,16 @@ from ._filters import (
 from ._penalties import (
     Penalties as Penalties,
     frequency_penalty as frequency_penalty,
+    penalise as penalise,
     presence_penalty as presence_penalty,
     repetition_penalty as repetition_penalty,
+)
+from ._sample import (
+    Filters as Filters,
+    filtered as filtered,
+    greedy as greedy,
+    sample as sample,
+    sample_filtered as sample_filtered,
 )
 
 

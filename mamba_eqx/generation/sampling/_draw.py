@@ -1,208 +1,85 @@
-"""What a filter keeps, and one token of it. Everything works along the last axis of the logits."""
+"""Drawing a token, along the last axis of the logits."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-
-_LARGEST = 128  # among how many of the largest logits a threshold is looked for first
-_GROUP = 32  # of how many logits only the largest is looked at before
-_LANES = 512  # how many numbers are added up at a time
-
-
-class First(NamedTuple):
-    """The tokens that a filter keeps: the smallest `{i : order_i >= t}` that weighs at least
-    `target`, or all of them if nothing does. In other words, those tokens of which the ones before
-    weigh less than `target`.
-
-    They are ordered by `l_i`, or by `-|l_i - centre|` where there is a centre. A token weighs
-    `exp(l_i - largest)`, or 1 where `largest` is `None`.
-    """
-
-    target: Float[Array, "*batch 1"] | Int[Array, ""]
-    largest: Float[Array, "*batch 1"] | None = None
-    centre: Float[Array, "*batch 1"] | None = None
-
-    def order(self, logits: Array) -> Array:
-        return logits if self.centre is None else -jnp.abs(logits - self.centre)
-
-    def weight(self, logits: Array) -> Array:
-        if self.largest is None:
-            return jnp.ones(logits.shape, jnp.int32)
-        return jnp.exp(logits.astype(self.largest.dtype) - self.largest)
-
-
-def only(
-    logits: Float[Array, "*batch vocab"], keep: Bool[Array, "*batch vocab"]
-) -> Float[Array, "*batch vocab"]:
-    return jnp.where(keep, logits, jnp.full_like(logits, -jnp.inf))
-
-
-# Compiled by themselves, since outside of `jit` JAX compiles a loop anew whenever it meets it.
-@jax.jit
-def only_first(logits: Float[Array, "*batch vocab"], first: First) -> Float[Array, "*batch vocab"]:
-    """The logits of what is among `first`.
-
-    The threshold is mostly found among the few that come first, which a CPU picks out of 50,000
-    within a fifth of a millisecond, where sorting them all takes twenty (benchmarks/generate.py).
-    """
-    order, weight = first.order, first.weight
-    few, where = largest(order(logits))
-    weighs = jnp.cumsum(weight(jnp.take_along_axis(logits, where, axis=-1)), axis=-1)
-    enough = weighs >= first.target
-    found = jnp.any(enough, axis=-1, keepdims=True)
-    t = jnp.take_along_axis(few, jnp.argmax(enough, axis=-1, keepdims=True), axis=-1)
-
-    def look_everywhere(logits: Array) -> Array:
-        return _search(order(logits), weight(logits), first.target)
-
-    # Of several rows the head gives the logits column by column; what comes out of the loop is laid
-    # out row by row, for all that follows.
-    logits, t = unless_found(found, t, look_everywhere, logits)
-    return only(logits, order(logits) >= t)
-
-
-def unless_found(
-    found: Bool[Array, "*batch"],
-    value: Shaped[Array, "*batch"],
-    look: Callable[[Array], Array],
-    logits: Float[Array, "*rows vocab"],
-) -> tuple[Float[Array, "*rows vocab"], Shaped[Array, "*batch"]]:
-    """The logits, and the value where it was found and `look(logits)` elsewhere, which is computed
-    only if one is missing."""
-
-    def body(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        # The barrier keeps XLA from taking the work out of the loop, since nothing in it changes.
-        logits, value, done = lax.optimization_barrier(carry)
-        return logits, jnp.where(found, value, look(logits)), jnp.ones_like(done)
-
-    # A loop of one round or none rather than a `cond`, which `vmap` turns into both its branches.
-    begin = (logits, value, jnp.all(found))
-    logits, value, _ = lax.while_loop(lambda carry: ~carry[-1], body, begin)
-    return logits, value
-
-
-def largest(
-    order: Float[Array, "*batch vocab"],
-) -> tuple[Float[Array, "*batch few"], Int[Array, "*batch few"]]:
-    """The largest few, the largest one first, and where they are."""
-    size = order.shape[-1]
-    if size <= _LARGEST * _GROUP:
-        return _top(order, min(_LARGEST, size))
-    # As many groups as numbers are wanted, those with the largest maxima, hold all of them. XLA
-    # takes the largest of each row by one core, and the maxima of groups by all.
-    groups = _tiles(order, -jnp.inf, _GROUP)
-    _, group = _top(jnp.max(groups, axis=-1), _LARGEST)
-    members = jnp.take_along_axis(groups, group[..., None], axis=-2)
-    few, at = _top(members.reshape(*order.shape[:-1], -1), _LARGEST)
-    where = jnp.take_along_axis(group, at // _GROUP, axis=-1) * _GROUP + at % _GROUP
-    # What fills up the last group is beyond all others, and comes up only beside other `-inf`.
-    return few, jnp.minimum(where, size - 1)
-
-
-def _top(
-    values: Float[Array, "*batch n"], count: int
-) -> tuple[Float[Array, "*batch few"], Int[Array, "*batch few"]]:
-    # The barrier: where only a part of the result is used, XLA forgets that it is not to sort all.
-    few, where = lax.optimization_barrier(lax.top_k(values, count))
-    return few, where
-
-
-def _search(
-    order: Float[Array, "*batch vocab"],
-    weight: Float[Array, "*batch vocab"] | Int[Array, "*batch vocab"],
-    target: Float[Array, "*batch 1"] | Int[Array, ""],
-) -> Float[Array, "*batch 1"]:
-    """The largest `t` such that `{i : order_i >= t}` weighs at least `target`; `-inf` if none does.
-
-    As integers, floating-point numbers are ordered like the numbers they stand for, so that `t`
-    is found bit by bit, exactly.
-    """
-    bits = 8 * order.dtype.itemsize
-    unsigned = jnp.dtype(f"uint{bits}")
-    sign = jnp.asarray(1 << (bits - 1), unsigned)
-    # -0.0 equals 0.0 but has other bits.
-    raw = lax.bitcast_convert_type(jnp.where(order == 0, jnp.zeros_like(order), order), unsigned)
-    integers = jnp.where(raw < sign, raw | sign, ~raw)
-    # The barrier keeps XLA from computing both anew in every round.
-    both = lax.optimization_barrier((_tiles(integers), _tiles(weight)))
-
-    def body(i: Any, t: Array) -> Array:
-        higher = t | (sign >> i.astype(unsigned))
-        integer, tile_weight = both
-        counted = jnp.where(integer >= higher[..., None], tile_weight, jnp.zeros_like(tile_weight))
-        weighs = jnp.sum(jnp.sum(counted, axis=-1), axis=-1, keepdims=True)
-        return jnp.where(weighs >= target, higher, t)
-
-    t = lax.fori_loop(0, bits, body, jnp.zeros((*order.shape[:-1], 1), unsigned))
-    value = lax.bitcast_convert_type(jnp.where(t < sign, ~t, t ^ sign), order.dtype)
-    # 0, which nothing reached, stands for no number.
-    return jnp.where(t > 0, value, jnp.full_like(value, -jnp.inf))
+from ._threshold import LANES, Prefix, maximum, take_tile, tiles
 
 
 def draw(logits: Float[Array, "*batch vocab"], key: PRNGKeyArray) -> Int[Array, "*batch"]:
-    """A token from `softmax(logits)`."""
-    weights = _tiles(jnp.exp(logits - maximum(logits)))
-    return _invert(jnp.sum(weights, axis=-1), lambda tile: _take(weights, tile), key)[..., 0]
+    """Draws a token from `softmax(logits)`."""
+    weights = tiles(jnp.exp(logits - maximum(logits)))
+    return _invert(jnp.sum(weights, axis=-1), lambda tile: take_tile(weights, tile), key)[..., 0]
+
+
+class _Trial(NamedTuple):
+    """The carry of `draw_from_prefix` after some trials."""
+
+    token: Int[Array, "*batch 1"]
+    pivot: Float[Array, "*batch 1"]
+    """The order of the last drawn token. Only tokens above it are candidates."""
+    sums: Float[Array, "*batch tile"]
+    """The total weight of the candidates, tile by tile."""
+    kept: Bool[Array, "*batch 1"]
+    tries: Int[Array, ""]
 
 
 @jax.jit
-def draw_first(
-    logits: Float[Array, "*batch vocab"], first: First, key: PRNGKeyArray
+def draw_from_prefix(
+    logits: Float[Array, "*batch vocab"], prefix: Prefix, key: PRNGKeyArray
 ) -> Int[Array, "*batch"]:
-    """A token from `softmax(logits)` among those of `first`, by trial.
+    """Draws a token from `softmax(logits)` among the tokens of `prefix`, by rejection.
 
-    A token is drawn among all and kept if those before it weigh less than the target. If they do
-    not, neither it nor anything after it is among the first, and the next one is drawn from those
-    before it. Whatever was refused, what is kept has the distribution wanted; and as in a search
-    with random pivots, half of the excess goes in each round, on average. A round costs one look
-    at all logits, and the first one mostly suffices, where finding the largest costs ten of them.
+    A token is drawn among all tokens, and kept if the tokens before it weigh less than the target.
+    Otherwise neither this token nor any later one is in the prefix, and the next token is drawn
+    from the ones before it. Rejections do not change the distribution of the kept token. As in a
+    search with random pivots, each round removes half of the excess on average. A round reads all
+    logits once, and one round mostly suffices; finding the largest logits costs ten times as much.
 
-    Reference: FlashInfer's kernels for sampling refuse tokens in the same way (*Sorting-Free GPU
+    Reference: FlashInfer's kernels for sampling reject tokens in the same way (*Sorting-Free GPU
     Kernels for LLM Sampling*, 2025).
     """
-    orders = _tiles(first.order(logits), -jnp.inf)
-    weights = _tiles(jnp.exp(logits - maximum(logits)))
-    target = first.target.astype(weights.dtype)
+    orders = tiles(prefix.order(logits), -jnp.inf)
+    weights = tiles(jnp.exp(logits - maximum(logits)))
+    target = prefix.target.astype(weights.dtype)
 
-    def try_once(carry: tuple[Array, Array, Array, Array, Array]) -> Any:
-        last, last_pivot, last_sums, kept, tries = carry
-
+    def try_once(last: _Trial) -> _Trial:
         def lanes(tile: Array) -> Array:
-            left = _take(orders, tile) > last_pivot
-            probs = _take(weights, tile)
+            left = take_tile(orders, tile) > last.pivot
+            probs = take_tile(weights, tile)
             return jnp.where(left, probs, jnp.zeros_like(probs))
 
-        token = _invert(last_sums, lanes, jr.fold_in(key, tries))
-        order = _take(orders, token // _LANES)
-        pivot = jnp.take_along_axis(order, token % _LANES, axis=-1)
+        token = _invert(last.sums, lanes, jr.fold_in(key, last.tries))
+        order = take_tile(orders, token // LANES)
+        pivot = jnp.take_along_axis(order, token % LANES, axis=-1)
         before = orders > pivot[..., None]
         sums = jnp.sum(jnp.where(before, weights, jnp.zeros_like(weights)), axis=-1)
         weigh = sums
-        if first.largest is None:
-            # The barrier keeps XLA from making one long sum of this and the next one. It adds up
-            # floating-point numbers faster than integers; below 2^24 they count as well.
+        if prefix.largest is None:
+            # Without the barrier, XLA would merge this sum and the next one into one long sum.
+            # Floating-point numbers are summed faster than integers, and count exactly up to 2^24.
             weigh = lax.optimization_barrier(jnp.sum(before.astype(sums.dtype), axis=-1))
         weigh = jnp.sum(weigh, axis=-1, keepdims=True)
-        # Written so that NaN ends it too.
+        # The conditions are negated so that NaN ends the loop too.
         keep = ~(weigh >= target) | ~(jnp.sum(sums, axis=-1, keepdims=True) > 0)
-        token = jnp.where(kept, last, token)
-        return token, pivot, sums, kept | keep, tries + 1
+        token = jnp.where(last.kept, last.token, token)
+        return _Trial(token, pivot, sums, last.kept | keep, last.tries + 1)
 
     rows = (*logits.shape[:-1], 1)
-    begin = (
-        jnp.zeros(rows, jnp.int32),
-        jnp.full(rows, -jnp.inf, orders.dtype),
-        jnp.sum(weights, axis=-1),
-        jnp.zeros(rows, bool),
-        jnp.zeros((), jnp.int32),
+    begin = _Trial(
+        token=jnp.zeros(rows, jnp.int32),
+        pivot=jnp.full(rows, -jnp.inf, orders.dtype),
+        sums=jnp.sum(weights, axis=-1),
+        kept=jnp.zeros(rows, bool),
+        tries=jnp.zeros((), jnp.int32),
     )
-    return lax.while_loop(lambda carry: ~jnp.all(carry[3]), try_once, begin)[0][..., 0]
+    return lax.while_loop(lambda now: ~jnp.all(now.kept), try_once, begin).token[..., 0]
 
 
 def _invert(
@@ -210,9 +87,9 @@ def _invert(
     lanes: Callable[[Int[Array, "*batch 1"]], Float[Array, "*batch lane"]],
     key: PRNGKeyArray,
 ) -> Int[Array, "*batch 1"]:
-    """The token at which the distribution function passes a uniform number. First which tile, then
-    which of its tokens: a sum over a few hundred numbers twice, instead of one over the whole
-    vocabulary."""
+    """Draws a token by inverting the distribution function at a uniform number. Finding first the
+    tile and then the token in it takes two sums over a few hundred numbers, instead of one over the
+    whole vocabulary."""
     cumulative = jnp.cumsum(sums, axis=-1)
     u = jr.uniform(key, (*sums.shape[:-1], 1), sums.dtype)
     value = u * maximum(cumulative)
@@ -220,7 +97,7 @@ def _invert(
     rest = value - jnp.take_along_axis(cumulative - sums, tile, axis=-1)
     probs = lanes(tile)
     lane = _first_above(jnp.cumsum(probs, axis=-1), probs, rest)
-    return (tile * _LANES + lane).astype(jnp.int32)
+    return (tile * LANES + lane).astype(jnp.int32)
 
 
 def _first_above(
@@ -228,31 +105,10 @@ def _first_above(
     weight: Float[Array, "*batch n"],
     value: Float[Array, "*batch 1"],
 ) -> Int[Array, "*batch 1"]:
-    """The first place where the sum of the weights is above `value`, never one of no weight; if it
-    is so nowhere, by a rounding error, where the sum is largest."""
-    # A parallel sum is not monotone to the last bit: between two weights it may rise by a rounding
-    # error over an excluded one.
+    """Returns the first place where the cumulative weight exceeds `value`, skipping zero weights.
+    If rounding leaves no such place, returns the place where it is largest."""
+    # A parallel cumulative sum is not monotone to the last bit: it may rise by a rounding error at
+    # a token of zero weight.
     cumulative = jnp.where(weight > 0, cumulative, jnp.zeros_like(cumulative))
     above = (cumulative > value) | (cumulative >= maximum(cumulative))
     return jnp.argmax(above, axis=-1, keepdims=True)
-
-
-def _tiles(
-    values: Shaped[Array, "*batch vocab"], fill: float = 0, lanes: int = _LANES
-) -> Shaped[Array, "*batch tile lane"]:
-    """Rows of `lanes` values, the last one filled up. XLA adds up each of many short rows by
-    itself, in parallel, and one long row number by number."""
-    missing = -values.shape[-1] % lanes
-    padding = [(0, 0)] * (values.ndim - 1) + [(0, missing)]
-    filled = jnp.pad(values, padding, constant_values=fill)
-    return filled.reshape(*values.shape[:-1], -1, lanes)
-
-
-def _take(
-    values: Shaped[Array, "*batch tile lane"], tile: Int[Array, "*batch 1"]
-) -> Shaped[Array, "*batch lane"]:
-    return jnp.take_along_axis(values, tile[..., None], axis=-2)[..., 0, :]
-
-
-def maximum(logits: Float[Array, "*batch n"]) -> Float[Array, "*batch 1"]:
-    return jnp.max(logits, axis=-1, keepdims=True)

@@ -1,10 +1,12 @@
-"""Penalties on what has been said already: functions of logits and of the last tokens. An entry of
--1 among these is no token, so that a window need not be full."""
+"""Penalties for repeating earlier tokens: functions of logits and of the last tokens. An entry of
+-1 is no token, so that a window need not be full."""
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from ._checks import PerRow
 
 
 def repetition_penalty(
@@ -12,7 +14,7 @@ def repetition_penalty(
     recent: Int[Array, " window"],
     value: float | Float[Array, ""],
 ) -> Float[Array, " vocab"]:
-    r"""Makes tokens that occurred among the `recent` ones less likely:
+    r"""Makes the tokens less likely that occur in `recent`:
 
     $$l_i \leftarrow l_i / \theta \text{ if } l_i > 0 \text{ else } l_i \theta.$$
 
@@ -21,9 +23,9 @@ def repetition_penalty(
 
     **Arguments:**
 
-    - `logits`: of one token.
-    - `recent`: the last tokens.
-    - `value`: $\theta$, positive; 1 changes nothing, and less than 1 rewards repetition.
+    - `logits`: the logits of one position, of shape `(vocab_size,)`.
+    - `recent`: the ids of the last tokens, of shape `(window,)`; -1 is no token.
+    - `value`: $\theta$, positive. 1 changes nothing; less than 1 rewards repetition.
 
     **Returns:** the new logits.
     """
@@ -37,10 +39,15 @@ def presence_penalty(
     recent: Int[Array, " window"],
     value: float | Float[Array, ""],
 ) -> Float[Array, " vocab"]:
-    r"""Subtracts `value` from the logits of tokens that occurred among the `recent` ones,
-    $l_i \leftarrow l_i - \alpha [c_i > 0]$, as the OpenAI API defines it.
+    r"""Subtracts `value` from the logits of the tokens that occur in `recent`:
+    $l_i \leftarrow l_i - \alpha [c_i > 0]$, where $c_i$ is the number of occurrences, as the OpenAI
+    API defines it.
 
-    **Arguments:** as for [`mamba_eqx.sampling.repetition_penalty`][]; 0 changes nothing.
+    **Arguments:**
+
+    - `logits`: the logits of one position, of shape `(vocab_size,)`.
+    - `recent`: the ids of the last tokens, of shape `(window,)`; -1 is no token.
+    - `value`: $\alpha$. 0 changes nothing; less than 0 rewards repetition.
 
     **Returns:** the new logits.
     """
@@ -52,10 +59,15 @@ def frequency_penalty(
     recent: Int[Array, " window"],
     value: float | Float[Array, ""],
 ) -> Float[Array, " vocab"]:
-    r"""Subtracts `value` from the logit of a token for each time it occurred among the `recent`
-    ones, $l_i \leftarrow l_i - \alpha c_i$, as the OpenAI API defines it.
+    r"""Subtracts `value` from the logit of a token for each of its occurrences in `recent`:
+    $l_i \leftarrow l_i - \alpha c_i$, where $c_i$ is the number of occurrences, as the OpenAI API
+    defines it.
 
-    **Arguments:** as for [`mamba_eqx.sampling.repetition_penalty`][]; 0 changes nothing.
+    **Arguments:**
+
+    - `logits`: the logits of one position, of shape `(vocab_size,)`.
+    - `recent`: the ids of the last tokens, of shape `(window,)`; -1 is no token.
+    - `value`: $\alpha$. 0 changes nothing; less than 0 rewards repetition.
 
     **Returns:** the new logits.
     """
@@ -71,18 +83,27 @@ def _counts(
 
 
 class Penalties(eqx.Module):
-    """What [`mamba_eqx.generate`][] does against repetition, in this order:
+    """Penalties for repeating earlier tokens, applied in this order:
     [`mamba_eqx.sampling.repetition_penalty`][], [`mamba_eqx.sampling.presence_penalty`][],
-    [`mamba_eqx.sampling.frequency_penalty`][]. Each is a number, or an array with one
-    for every row.
+    [`mamba_eqx.sampling.frequency_penalty`][].
 
-    They look at the last `window` tokens, prompt included, as llama.cpp does. (transformers looks
-    at all of them: give a window as long as the whole text for that.)
+    The penalties look at the last `window` tokens, prompt included, like those of llama.cpp.
+    (transformers looks at all tokens: for that, give a window as long as the whole text.)
+
+    **Arguments:**
+
+    - `repetition`: positive and finite: one number, or one for each row. Default: 1, no penalty.
+    - `presence`: finite: one number, or one for each row. Default: 0, no penalty.
+    - `frequency`: finite: one number, or one for each row. Default: 0, no penalty.
+    - `window`: the number of last tokens to look at, at least 1. Another value recompiles.
+        Default: 64.
+
+    **Raises:** `ValueError` if a number is out of range.
     """
 
-    repetition: float | Float[Array, " rows"] | Float[np.ndarray, " rows"] = 1.0
-    presence: float | Float[Array, " rows"] | Float[np.ndarray, " rows"] = 0.0
-    frequency: float | Float[Array, " rows"] | Float[np.ndarray, " rows"] = 0.0
+    repetition: PerRow = 1.0
+    presence: PerRow = 0.0
+    frequency: PerRow = 0.0
     window: int = eqx.field(static=True, default=64)
 
     def __check_init__(self):
@@ -97,3 +118,13 @@ class Penalties(eqx.Module):
                 )
         if isinstance(self.window, bool) or self.window < 1:
             raise ValueError(f"`window` of `Penalties` must be at least 1, but got {self.window}.")
+
+
+def penalise(
+    logits: Float[Array, " vocab"], recent: Int[Array, " window"], penalties: Penalties
+) -> Float[Array, " vocab"]:
+    """Applies all penalties of one row to the logits of one token."""
+    recent = recent[-penalties.window :]
+    logits = repetition_penalty(logits, recent, jnp.asarray(penalties.repetition))
+    logits = presence_penalty(logits, recent, jnp.asarray(penalties.presence))
+    return frequency_penalty(logits, recent, jnp.asarray(penalties.frequency))
