@@ -12,7 +12,7 @@ import mamba_eqx as mbx
 from mamba_eqx import _cli
 from mamba_eqx.formats._safetensors import open_safetensors, write_safetensors
 from mamba_eqx.pretrained import from_pretrained, save_pretrained
-from tests.pretrained.test_mamba1 import BOTH, assert_same, config, make
+from tests.support.checkpoints import BOTH, assert_same, config, make
 from tests.support.hub_server import Fault
 from tests.support.torch_attacks import ARCHIVES
 

@@ -1,6 +1,6 @@
 """Prints the tables of docs/parity.md: how far we are from others, in the cases of the tests.
 
-    python -m tests.parity_table
+    python -m tests.parity.table
 
 The second table needs torch and transformers, which the `parity` extra installs.
 """
@@ -15,11 +15,9 @@ import numpy as np
 from safetensors.numpy import load_file
 
 import mamba_eqx as mbx
-from tests.parity import test_hybrid as hybrid, test_mamba1 as parity, test_mamba3 as mamba3
-from tests.pretrained.test_mamba1 import make
-
-
-CASES = parity.CASES | hybrid.CASES | dict.fromkeys(mamba3.MODELS, "state-spaces")
+from tests.parity.test_mamba1 import OURS, THEIRS
+from tests.support import parity
+from tests.support.checkpoints import make
 
 
 def errors(pairs):
@@ -32,20 +30,15 @@ def errors(pairs):
     return worst
 
 
-def of_state(i, state, golden):
+def state_pairs(i, state, golden):
     """Pairs of what is left in a state and what should be."""
-    if isinstance(state, mbx.Mamba3State):
-        angle = golden[f"state.{i}.angle"]
-        got = {"ssm": state.ssm, "k": state.k, "v": state.v}
-        turned = [(mamba3.whole_turns(state.angle, angle), angle)]
-        return turned + [(array, golden[f"state.{i}.{name}"]) for name, array in got.items()]
-    pairs = [(array, golden[name]) for name, array in hybrid.of_state(i, state).items()]
+    pairs = [(array, golden[name]) for name, array in parity.named_state(i, state, golden).items()]
     # The oldest input of a convolution is of no use to what follows.
     return [(a, b if a.shape == b.shape else b[:, 1:]) for a, b in pairs]
 
 
 def golden_rows():
-    for case, layout in CASES.items():
+    for case, layout in parity.GOLDEN_LAYOUTS.items():
         folder = parity.GOLDEN / case
         golden = load_file(folder / "golden.safetensors")
         for dtype in (jnp.float64, jnp.float32):
@@ -59,7 +52,7 @@ def golden_rows():
                 "logits": [(logits, golden["logits"])],
                 "hidden states": [(hidden[i], golden[f"hidden_states.{i}"]) for i, _ in layers]
                 + [(hidden[-1], golden["hidden_states.norm_f"])],
-                "final states": [pair for i, s in layers for pair in of_state(i, s, golden)],
+                "final states": [pair for i, s in layers for pair in state_pairs(i, s, golden)],
                 "gradients": [(grad, golden[f"grad.{name}"]) for name, grad in named.items()],
             }
             for what, pairs in groups.items():
@@ -74,7 +67,7 @@ def live_rows():
         logits = eqx.filter_jit(model)(jnp.asarray(tokens))
         return errors([(logits, parity.their_logits(torch, theirs, tokens))])
 
-    for name, config in parity.OURS.items():
+    for name, config in OURS.items():
         model = jax.tree.map(lambda leaf: 0.5 * leaf, make(config))
         with tempfile.TemporaryDirectory() as folder:
             mbx.save_pretrained(model, folder)
@@ -83,7 +76,7 @@ def live_rows():
                 "transformers loads ours",
                 *compare(model, parity.load_theirs(folder), 7),
             )
-    for name, fields in parity.THEIRS.items():
+    for name, fields in THEIRS.items():
         theirs = parity.their_model(torch, fields)
         with tempfile.TemporaryDirectory() as folder:
             theirs.save_pretrained(folder)

@@ -1,6 +1,5 @@
 """Agreement of hybrids with attention: the golden files, and transformers as installed."""
 
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -12,31 +11,23 @@ from safetensors.numpy import load_file
 
 import mamba_eqx as mbx
 from mamba_eqx.pretrained import from_pretrained, state_dict
-from tests.parity.test_mamba1 import (
+from tests.support.checkpoints import HYBRIDS as MODELS, make
+from tests.support.parity import (
+    GOLDEN,
     check_they_load,
     check_we_load,
     difference,
+    named_state,
     run,
     their_model,
-    torch as torch,
 )
-from tests.pretrained.test_hybrid import MODELS
-from tests.pretrained.test_mamba1 import make
 
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {
     "bamba_tiny": "transformers",
     "jamba_tiny": "transformers",
     "state_spaces_hybrid": "state-spaces",
 }
-
-
-def of_state(i: int, state: Any) -> dict[str, Any]:
-    """Its arrays under the names and in the shapes of the golden files."""
-    if isinstance(state, mbx.KVCache):
-        return {f"state.{i}.k": state.k, f"state.{i}.v": state.v}
-    return {f"state.{i}.conv": state.conv.T, f"state.{i}.ssm": jnp.moveaxis(state.ssm, 0, -1)}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -48,7 +39,7 @@ def test_golden_float64(name):
         loss, logits, states, hidden, grads = run(model, jnp.asarray(golden["tokens"]))
         got = {"loss": loss, "logits": logits, "hidden_states.norm_f": hidden[-1]}
         for i, state in enumerate(states):
-            got |= {f"hidden_states.{i}": hidden[i]} | of_state(i, state)
+            got |= {f"hidden_states.{i}": hidden[i]} | named_state(i, state, golden)
         grads = state_dict(grads, layout=CASES[name])
         got |= {f"grad.{key}": grad for key, grad in grads.items()}
         assert got.keys() == golden.keys() - {"tokens", "greedy", "logits_float32"}

@@ -1,7 +1,5 @@
 """Agreement with other implementations: the golden files, and transformers as installed."""
 
-from pathlib import Path
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,10 +9,19 @@ from safetensors.numpy import load_file
 
 import mamba_eqx as mbx
 from mamba_eqx.pretrained import from_pretrained, save_pretrained, state_dict
-from tests.pretrained.test_mamba1 import BIASED, ODD, config, make
+from tests.support.checkpoints import BIASED, ODD, config, make
+from tests.support.parity import (
+    GOLDEN,
+    check_they_load,
+    check_we_load,
+    difference,
+    load_theirs,
+    run,
+    their_logits,
+    their_model,
+)
 
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {
     "mamba_tiny": "transformers",
     "mamba_tied": "transformers",
@@ -25,31 +32,11 @@ CASES = {
 }
 
 
-def difference(got, want):
-    """The largest difference, in units of the largest entry."""
-    got, want = np.asarray(got), np.asarray(want)
-    assert got.shape == want.shape
-    assert np.all(np.isfinite(got))
-    return np.max(np.abs(got - want)) / np.max(np.abs(want))
-
-
 @pytest.fixture(params=CASES)
 def case(request):
     """A checkpoint, its layout, and what others compute with it."""
     folder = GOLDEN / request.param
     return folder, CASES[request.param], load_file(folder / "golden.safetensors")
-
-
-@eqx.filter_jit
-def run(model, tokens):
-    def loss(model):
-        logits, state = model.scan(tokens)
-        log_probs = jax.nn.log_softmax(logits[:-1])
-        of_targets = jnp.take_along_axis(log_probs, tokens[1:, None], axis=-1)
-        return -jnp.mean(of_targets), (logits, state)
-
-    (value, (logits, state)), grads = eqx.filter_value_and_grad(loss, has_aux=True)(model)
-    return value, logits, state, model.hidden_states(tokens), grads
 
 
 def test_golden_float64(case):
@@ -119,71 +106,6 @@ THEIRS = {
     "default": {"vocab_size": 30, "hidden_size": 24, "num_hidden_layers": 2},
     "expand": {"vocab_size": 30, "hidden_size": 9, "num_hidden_layers": 1, "expand": 3},
 }
-
-
-@pytest.fixture
-def torch():
-    pytest.importorskip("transformers")
-    return pytest.importorskip("torch")
-
-
-def their_model(torch, fields, model_type="mamba"):
-    import transformers  # pyright: ignore[reportMissingImports]
-
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(model_type, **fields)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
-    return model
-
-
-def their_logits(torch, model, tokens):
-    with torch.no_grad():
-        return model(torch.tensor(tokens)[None]).logits[0].float().numpy()
-
-
-def load_theirs(folder, architecture="MambaForCausalLM"):
-    """With transformers, which warns only of what it does not find."""
-    import transformers  # pyright: ignore[reportMissingImports]
-
-    load = getattr(transformers, architecture).from_pretrained
-    model, info = load(folder, output_loading_info=True)
-    assert not any(info.values()), info
-    return model.eval()
-
-
-def check_they_load(torch, model, folder, architecture, *, seq=25, max_shard_size=2000):
-    """transformers loads what we save, bit by bit, and computes the same."""
-    model = jax.tree.map(lambda leaf: 0.5 * leaf, model)
-    save_pretrained(model, folder, max_shard_size=max_shard_size)
-    theirs = load_theirs(folder, architecture)
-    tokens = np.arange(seq) * 7 % 13
-    logits = eqx.filter_jit(model)(jnp.asarray(tokens))
-    assert difference(logits, their_logits(torch, theirs, tokens)) < 1e-5
-    for key, tensor in state_dict(model).items():
-        assert np.array_equal(theirs.state_dict()[key].numpy(), tensor)
-
-
-# What transformers' configs say of how texts end, and where the model was.
-OF_OURS = {"_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id"}
-
-
-def check_we_load(torch, theirs, folder, of_ours, *, seq=25, max_shard_size="3KB"):
-    """We load what transformers saves, and it what we save of that: the logits before and after,
-    the config the same but for the fields `of_ours`."""
-    theirs.save_pretrained(folder / "theirs", max_shard_size=max_shard_size)
-    model = from_pretrained(folder / "theirs")
-    tokens = np.arange(seq) * 11 % 29
-    want = their_logits(torch, theirs, tokens)
-    assert difference(eqx.filter_jit(model)(jnp.asarray(tokens)), want) < 1e-5
-
-    save_pretrained(model, folder / "ours")
-    back = load_theirs(folder / "ours", type(theirs).__name__)
-    there, here = theirs.config.to_dict(), back.config.to_dict()
-    assert {k for k in there if there[k] != here.get(k)} <= OF_OURS | of_ours
-    return want, their_logits(torch, back, tokens)
 
 
 @pytest.mark.parity

@@ -5,14 +5,8 @@ import math
 import pytest
 
 import mamba_eqx as mbx
-from tests.parity.test_mamba1 import (
-    check_they_load,
-    check_we_load,
-    difference,
-    their_model,
-    torch as torch,
-)
-from tests.pretrained.test_mamba1 import config, make
+from tests.support.checkpoints import config, make
+from tests.support.parity import check_they_load, check_we_load, difference, their_model
 
 
 pytestmark = pytest.mark.parity

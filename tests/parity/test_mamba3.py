@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from mamba_eqx import ops
 from mamba_eqx.pretrained import from_pretrained, state_dict
-from tests.parity.test_mamba1 import GOLDEN, difference, run
+from tests.support.parity import GOLDEN, difference, nearest_turn, run
 
 
 MODELS = ["state_spaces_mamba3", "state_spaces_mamba3_mimo"]
@@ -23,12 +23,6 @@ MODELS = ["state_spaces_mamba3", "state_spaces_mamba3_mimo"]
 def in_float64() -> Iterator[None]:
     with jax.enable_x64(True):
         yield
-
-
-def whole_turns(got: Any, want: Any) -> np.ndarray:
-    """`got`, by the multiple of a turn that brings it nearest to `want`."""
-    got = np.asarray(got, np.float64)
-    return got - 2 * np.pi * np.round((got - want) / (2 * np.pi))
 
 
 @pytest.mark.parametrize("method", ["sequential", "chunked"])
@@ -70,7 +64,7 @@ def test_the_official_references(name: str, method: Any, in_float64: None):
     grad = jax.jit(jax.value_and_grad(objective, has_aux=True))
     (_, out), grads = grad({k: jnp.asarray(v) for k, v in inputs.items()})
     off = {k: difference(v, golden[k][0]) for k, v in out.items() if k != "angle"}
-    off["angle"] = difference(whole_turns(out["angle"], golden["angle"][0]), golden["angle"][0])
+    off["angle"] = difference(nearest_turn(out["angle"], golden["angle"][0]), golden["angle"][0])
     off |= {f"grad.{k}": difference(v, golden[f"grad.{k}"]) for k, v in grads.items()}
     assert max(off.values()) < 1e-10, off
 
@@ -83,7 +77,7 @@ def test_golden_float64(case: str, in_float64: None):
     got = {"loss": loss, "logits": logits, "hidden_states.norm_f": hidden[-1]}
     for i, state in enumerate(states):
         got[f"hidden_states.{i}"] = hidden[i]
-        got[f"state.{i}.angle"] = whole_turns(state.angle, golden[f"state.{i}.angle"])
+        got[f"state.{i}.angle"] = nearest_turn(state.angle, golden[f"state.{i}.angle"])
         got |= {f"state.{i}.ssm": state.ssm, f"state.{i}.k": state.k, f"state.{i}.v": state.v}
     got |= {f"grad.{k}": v for k, v in state_dict(grads, layout="state-spaces").items()}
     assert got.keys() == golden.keys() - {"tokens", "greedy"}

@@ -17,8 +17,8 @@ from mamba_eqx.pretrained import (
     save_pretrained,
     state_dict,
 )
-from tests.pretrained.test_mamba1 import BOTH, config, make
 from tests.support.bounded import bounded
+from tests.support.checkpoints import BOTH, config, make
 
 
 @pytest.fixture

@@ -7,10 +7,9 @@ import pytest
 
 import mamba_eqx as mbx
 from mamba_eqx.pretrained import CheckpointError, from_pretrained, save_pretrained, state_dict
-from tests.pretrained.test_mamba1 import assert_same, config, make
+from tests.support.checkpoints import WEIGHTLESS, assert_same, config, make
 
 
-WEIGHTLESS = mbx.Mamba1Config(d_model=6, select_norm="weightless", select_norm_eps=3e-3)
 WEIGHTED = mbx.Mamba1Config(d_model=6, select_norm="weighted")
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from mamba_eqx.pretrained import CheckpointError, from_pretrained, save_pretrained, state_dict
-from tests.pretrained.test_mamba1 import BOTH, assert_same, make
 from tests.support import torch_files as tf
+from tests.support.checkpoints import BOTH, assert_same, make
 from tests.support.hub_server import Fault, Hub
 
 

@@ -1,7 +1,6 @@
 """Checkpoints of hybrids with attention: what is special to them, beside `test_pretrained.py`."""
 
 import json
-from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -17,62 +16,19 @@ from mamba_eqx.pretrained import (
     save_pretrained,
     state_dict,
 )
-from tests.pretrained.test_mamba1 import assert_same, make
-
-
-MAMBA1 = mbx.Mamba1Config(
-    6, d_state=3, d_conv=3, dt_rank=2, select_norm="weighted", select_norm_eps=1e-5
+from tests.support.checkpoints import (
+    HYBRIDS as MODELS,
+    NORMALISED,
+    OFFICIAL,
+    ROTARY,
+    assert_same,
+    attention,
+    hybrid,
+    make,
+    mamba2,
 )
-MAMBA2 = mbx.Mamba2Config(6, d_inner=18, d_state=5, d_conv=3, headdim=3, ngroups=2)
 
 
-def attention(**fields: Any) -> mbx.AttentionConfig:
-    heads: dict[str, Any] = {"nheads": 4, "nheads_kv": 2, "headdim": 8}
-    return mbx.AttentionConfig(6, **(heads | fields))
-
-
-def hybrid(
-    *mixers: mbx.models.AbstractMixerConfig, width: int | None = 9, **fields: Any
-) -> mbx.LanguageModelConfig:
-    blocks = [mbx.BlockConfig(mixer, d_intermediate=width) for mixer in mixers]
-    return mbx.LanguageModelConfig(13, tuple(blocks), **fields)
-
-
-ROTARY = attention(rotary_emb_dim=4, rotary_emb_base=50.0)
-OFFICIAL = attention(
-    d_conv=3,
-    rotary_emb_dim=6,
-    rotary_emb_base=50.0,
-    rotary_emb_interleaved=True,
-    softmax_scale=0.3,
-    qkv_proj_bias=True,
-)
-MODELS = {
-    "transformers": {
-        "bamba": hybrid(MAMBA2, ROTARY, MAMBA2, padded_vocab_size=16),
-        "bamba_bias": hybrid(
-            mbx.AttentionConfig(
-                6,
-                nheads=3,
-                nheads_kv=1,
-                rotary_emb_dim=2,
-                qkv_proj_bias=True,
-                out_proj_bias=True,
-            ),
-            MAMBA2,
-            tie_embeddings=False,
-            residual_in_fp32=False,
-        ),
-        "no_attention": hybrid(MAMBA2, MAMBA2),
-        "jamba": hybrid(MAMBA1, attention(nheads=3, nheads_kv=3, headdim=2), MAMBA1, MAMBA1),
-        "jamba_untied": hybrid(*[MAMBA1, MAMBA1, attention()] * 2, tie_embeddings=False),
-    },
-    "state-spaces": {
-        "mamba2": hybrid(MAMBA2, OFFICIAL, MAMBA2, width=None, padded_vocab_size=16),
-        "mamba1_mlp": hybrid(ROTARY, mbx.Mamba1Config(6), width=128),
-        "attention_alone": hybrid(ROTARY, ROTARY, width=None, tie_embeddings=False),
-    },
-}
 CASES = [(layout, name) for layout, models in MODELS.items() for name in models]
 cases = pytest.mark.parametrize(("layout", "name"), CASES)
 
@@ -104,6 +60,9 @@ def test_state_dict(layout, name, tmp_path):
 def test_parts_of_an_array():
     model = make(MODELS["transformers"]["bamba"])
     named, block = state_dict(model), model.layers.unstack()[1]
+    assert isinstance(block, mbx.Block)
+    assert isinstance(block.mixer, mbx.Attention)
+    assert block.mlp is not None
     q, k, v = jnp.split(block.mixer.in_proj.weight, [32, 48])
     up, gate = jnp.split(block.mlp.fc1.weight, 2)
     want = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v}
@@ -264,30 +223,34 @@ def test_config_is_refused(layout, name, fields, message, saved):
 @pytest.mark.parametrize(
     ("layout", "model", "message"),
     [
-        ("transformers", hybrid(MAMBA2, attention()), "rotary embedding is none"),
-        ("transformers", hybrid(MAMBA2, OFFICIAL), "attention has a convolution"),
-        ("transformers", hybrid(MAMBA2, attention(window=4)), "attention has a window"),
-        ("transformers", hybrid(MAMBA2, attention(softmax_scale=0.3)), "softmax_scale=0.3"),
-        ("transformers", hybrid(MAMBA2, ROTARY, attention()), "layers differ within one kind"),
-        ("transformers", hybrid(MAMBA2, ROTARY, width=None), "attention but no MLP"),
+        ("transformers", hybrid(mamba2(), attention()), "rotary embedding is none"),
+        ("transformers", hybrid(mamba2(), OFFICIAL), "attention has a convolution"),
+        ("transformers", hybrid(mamba2(), attention(window=4)), "attention has a window"),
+        ("transformers", hybrid(mamba2(), attention(softmax_scale=0.3)), "softmax_scale=0.3"),
+        ("transformers", hybrid(mamba2(), ROTARY, attention()), "layers differ within one kind"),
+        ("transformers", hybrid(mamba2(), ROTARY, d_intermediate=None), "attention but no MLP"),
         ("transformers", hybrid(ROTARY, ROTARY), "layers are all attention"),
-        ("transformers", hybrid(MAMBA1, MAMBA2), "mixers are of these kinds.*Mamba1.*Mamba2"),
-        ("transformers", hybrid(MAMBA1, ROTARY), "attention has a rotary embedding"),
-        ("transformers", hybrid(MAMBA1, attention(out_proj_bias=True)), "attention has biases"),
+        ("transformers", hybrid(NORMALISED, mamba2()), "mixers are of these kinds.*Mamba1.*Mamba2"),
+        ("transformers", hybrid(NORMALISED, ROTARY), "attention has a rotary embedding"),
+        ("transformers", hybrid(NORMALISED, attention(out_proj_bias=True)), "attention has biases"),
         (
             "transformers",
-            hybrid(MAMBA1, MAMBA1, attention(), attention()),
+            hybrid(NORMALISED, NORMALISED, attention(), attention()),
             r"not in every so many layers \(it is in \[2, 3\]",
         ),
-        ("transformers", hybrid(mbx.Mamba1Config(6), width=9), "layers have an MLP"),
-        ("state-spaces", hybrid(MAMBA2, attention(window=4), width=None), "a window"),
+        ("transformers", hybrid(mbx.Mamba1Config(6), d_intermediate=9), "layers have an MLP"),
+        ("state-spaces", hybrid(mamba2(), attention(window=4), d_intermediate=None), "a window"),
         (
             "state-spaces",
-            hybrid(MAMBA2, ROTARY, OFFICIAL, width=None),
+            hybrid(mamba2(), ROTARY, OFFICIAL, d_intermediate=None),
             "layers differ within one kind",
         ),
-        ("state-spaces", hybrid(MAMBA2, ROTARY), "not a multiple of 128 wide"),
-        ("state-spaces", hybrid(MAMBA1, ROTARY, width=None), "`dt`, `B` and `C` are normed"),
+        ("state-spaces", hybrid(mamba2(), ROTARY), "not a multiple of 128 wide"),
+        (
+            "state-spaces",
+            hybrid(NORMALISED, ROTARY, d_intermediate=None),
+            "`dt`, `B` and `C` are normed",
+        ),
     ],
 )
 def test_a_layout_refuses_what_it_cannot_hold(layout, model, message, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 import mamba_eqx as mbx
 from mamba_eqx.pretrained._tokenizer import _NEOX
-from tests.pretrained.test_mamba1 import BOTH, make
+from tests.support.checkpoints import BOTH, make
 
 
 tokenizers = pytest.importorskip("tokenizers")

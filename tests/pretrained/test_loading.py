@@ -15,9 +15,9 @@ import mamba_eqx as mbx
 from mamba_eqx.formats._safetensors import open_safetensors, write_safetensors
 from mamba_eqx.formats.torch._state_dict import open_torch
 from mamba_eqx.pretrained import CheckpointError, from_pretrained, save_pretrained, state_dict
-from tests.pretrained.test_mamba1 import BOTH, assert_same, config, make
 from tests.support import torch_files as tf
 from tests.support.bounded import bounded
+from tests.support.checkpoints import BOTH, assert_same, config, make
 
 
 # 12 layers with a matrix of 1 MB each, and more.

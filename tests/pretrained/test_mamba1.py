@@ -1,6 +1,5 @@
 """Checkpoints of whole models: what is saved is what is loaded, and what others load."""
 
-import functools
 import itertools
 import json
 import os
@@ -22,58 +21,10 @@ from mamba_eqx.pretrained import (
     save_pretrained,
     state_dict,
 )
+from tests.support.checkpoints import BIASED, BOTH, MAMBA1 as MODELS, ODD, assert_same, config, make
 
 
-ODD = mbx.Mamba1Config(d_model=6, d_inner=9, d_state=3, d_conv=5, dt_rank=2)
-BIASED = mbx.Mamba1Config(d_model=6, bias=True, conv_bias=False)
-
-
-def config(
-    mixer: mbx.models.AbstractMixerConfig = ODD,
-    *,
-    d_intermediate=None,
-    rms_norm=True,
-    norm_eps=1e-5,
-    n_layer=2,
-    **fields,
-):
-    block = mbx.BlockConfig(
-        mixer, d_intermediate=d_intermediate, rms_norm=rms_norm, norm_eps=norm_eps
-    )
-    return mbx.LanguageModelConfig(
-        13, (block,) * n_layer, rms_norm=rms_norm, norm_eps=norm_eps, **fields
-    )
-
-
-BOTH = {
-    "tied": config(padded_vocab_size=16),
-    "untied": config(BIASED, tie_embeddings=False, residual_in_fp32=False),
-}
-MODELS = {
-    "transformers": BOTH | {"eps": config(norm_eps=3e-4)},
-    "state-spaces": BOTH
-    | {
-        "mlp": config(d_intermediate=256),
-        "layer_norm": config(d_intermediate=128, rms_norm=False),
-        "padded_oddly": config(padded_vocab_size=50),
-    },
-}
 CASES = [(layout, name) for layout, models in MODELS.items() for name in models]
-
-
-@functools.cache
-def make(config, dtype=None, **how):
-    """A model with no zeros and ones in it, which could be mistaken for one another."""
-    shapes = eqx.filter_eval_shape(lambda: config.build(key=jr.key(0), dtype=dtype, **how))
-    random = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape).astype(x.dtype)), shapes)
-
-
-def assert_same(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
-        assert a.dtype == b.dtype, jax.tree_util.keystr(path)
-        assert np.array_equal(a, b), jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -2,7 +2,6 @@
 
 import json
 import math
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -18,33 +17,9 @@ from mamba_eqx.pretrained import (
     save_pretrained,
     state_dict,
 )
-from tests.pretrained.test_mamba1 import assert_same, config, make
+from tests.support.checkpoints import MAMBA2 as MODELS, assert_same, config, make, mamba2 as mixer
 
 
-def mixer(**fields: Any) -> mbx.Mamba2Config:
-    sizes = {"d_model": 6, "d_inner": 18, "d_state": 5, "d_conv": 3, "headdim": 3, "ngroups": 2}
-    return mbx.Mamba2Config(**{**sizes, **fields})
-
-
-BOTH = {
-    "tied": config(mixer(), padded_vocab_size=16),
-    "untied": config(mixer(bias=True, conv_bias=False), tie_embeddings=False),
-    "lower_limit": config(mixer(dt_limit=(0.25, math.inf))),
-    "limits": config(mixer(dt_limit=(0.25, 0.75)), residual_in_fp32=False),
-}
-MODELS = {
-    "transformers": BOTH
-    | {
-        "eps": config(mixer(norm_eps=3e-4), norm_eps=3e-4),
-    },
-    "state-spaces": BOTH
-    | {
-        "mlp": config(mixer(), d_intermediate=128),
-        "per_channel": config(mixer(D_has_hdim=True, norm_before_gate=True)),
-        "without_norm": config(mixer(rms_norm=False)),
-        "d_ssm": config(mixer(d_ssm=12, bias=True)),
-    },
-}
 CASES = [(layout, name) for layout, models in MODELS.items() for name in models]
 cases = pytest.mark.parametrize(("layout", "name"), CASES)
 
@@ -71,7 +46,7 @@ def test_state_dict(layout, name, stacked):
 
 
 def test_names_and_shapes():
-    named = state_dict(make(BOTH["tied"]))
+    named = state_dict(make(MODELS["transformers"]["tied"]))
     got = {k.removeprefix("backbone.layers.1."): v.shape for k, v in named.items() if ".1." in k}
     assert got == {
         "norm.weight": (6,),
@@ -86,8 +61,11 @@ def test_names_and_shapes():
     }
     model = make(MODELS["state-spaces"]["per_channel"])
     D = state_dict(model, layout="state-spaces")["backbone.layers.0.mixer.D"]
+    block = model.layers.unstack()[0]
+    assert isinstance(block, mbx.Block)
+    assert isinstance(block.mixer, mbx.Mamba2)
     # `rearrange(D, "(h p) -> h p")` in the official code.
-    assert np.array_equal(D, np.concatenate(model.layers.unstack()[0].mixer.D))
+    assert np.array_equal(D, np.concatenate(block.mixer.D))
     ensemble = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), model)
     with pytest.raises(CheckpointError, match="ensemble"):
         state_dict(ensemble, layout="state-spaces")
@@ -115,7 +93,7 @@ INFINITE = [math.inf, {"__float__": "Infinity"}]
 
 
 def test_what_is_written(tmp_path):
-    save_pretrained(make(BOTH["tied"]), tmp_path / "1")
+    save_pretrained(make(MODELS["transformers"]["tied"]), tmp_path / "1")
     fields = json.loads((tmp_path / "1" / "config.json").read_text())
     assert fields["model_type"] == "mamba2"
     assert fields["tie_word_embeddings"] is True
@@ -125,7 +103,7 @@ def test_what_is_written(tmp_path):
     save_pretrained(make(MODELS["transformers"]["lower_limit"]), tmp_path / "2")
     fields = json.loads((tmp_path / "2" / "config.json").read_text())
     assert fields["time_step_limit"] == [0.25, {"__float__": "Infinity"}]
-    save_pretrained(make(BOTH["limits"]), tmp_path / "3", layout="state-spaces")
+    save_pretrained(make(MODELS["transformers"]["limits"]), tmp_path / "3", layout="state-spaces")
     fields = json.loads((tmp_path / "3" / "config.json").read_text())
     assert fields["ssm_cfg"]["layer"] == "Mamba2"
     assert fields["ssm_cfg"]["dt_limit"] == [0.25, 0.75]
@@ -150,7 +128,10 @@ def test_fields_that_do_not_matter_are_ignored(infinity, saved):
         "use_cache": True,
         "torch_dtype": "float32",
     }
-    assert_same(from_pretrained(saved("transformers", BOTH["tied"], fields)), make(BOTH["tied"]))
+    assert_same(
+        from_pretrained(saved("transformers", MODELS["transformers"]["tied"], fields)),
+        make(MODELS["transformers"]["tied"]),
+    )
 
 
 @pytest.mark.parametrize("infinity", INFINITE)
@@ -227,7 +208,7 @@ def test_config_is_refused(layout, fields, message, saved):
         sizes = {"expand": 3, "d_state": 5, "d_conv": 3, "headdim": 3, "ngroups": 2}
         fields = {"ssm_cfg": {"layer": "Mamba2"} | sizes | fields}
     with pytest.raises(CheckpointError, match=f"(?s){message}"):
-        from_pretrained(saved(layout, BOTH["tied"], fields))
+        from_pretrained(saved(layout, MODELS["transformers"]["tied"], fields))
 
 
 @pytest.mark.parametrize(

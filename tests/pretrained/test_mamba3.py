@@ -1,7 +1,6 @@
 """Checkpoints of Mamba-3 models: what is special to them, beside `test_pretrained.py`."""
 
 import json
-from typing import Any
 
 import equinox as eqx
 import pytest
@@ -14,31 +13,13 @@ from mamba_eqx.pretrained import (
     save_pretrained,
     state_dict,
 )
-from tests.pretrained.test_mamba1 import assert_same, config, make
+from tests.support.checkpoints import MAMBA3, assert_same, config, make, mamba3 as mixer
 
 
 LAYOUT = "state-spaces"
 
 
-def mixer(**fields: Any) -> mbx.Mamba3Config:
-    sizes = {"d_model": 6, "d_inner": 18, "d_state": 5, "headdim": 3, "ngroups": 2}
-    return mbx.Mamba3Config(**{**sizes, **fields})
-
-
-MODELS = {
-    "siso": config(mixer(), padded_vocab_size=16),
-    "mimo": config(
-        mixer(
-            mimo_rank=2,
-            rope_fraction=1.0,
-            A_activation="softplus",
-            A_floor=0.25,
-            outproj_norm=True,
-        ),
-        tie_embeddings=False,
-    ),
-    "mlp": config(mixer(d_inner=15, ngroups=5, mimo_rank=1), d_intermediate=128),
-}
+MODELS = MAMBA3[LAYOUT]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

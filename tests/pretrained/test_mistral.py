@@ -8,16 +8,10 @@ from safetensors.numpy import load_file, save_file
 
 import mamba_eqx as mbx
 from mamba_eqx.pretrained import CheckpointError, from_pretrained, save_pretrained, state_dict
-from tests.pretrained.test_mamba1 import assert_same, config, make
+from tests.support.checkpoints import MISTRAL, assert_same, config, make
 
 
-MODELS = {
-    # As Codestral: untied, several groups.
-    "untied": config(mbx.Mamba2Config(d_model=64, ngroups=2), n_layer=1, tie_embeddings=False),
-    "tied": config(
-        mbx.Mamba2Config(d_model=32), padded_vocab_size=16, residual_in_fp32=False, n_layer=1
-    ),
-}
+MODELS = MISTRAL["mistral"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mamba_eqx.pretrained import CheckpointError, from_pretrained, push_to_hub
-from tests.pretrained.test_mamba1 import BOTH, assert_same, config, make
+from tests.support.checkpoints import BOTH, assert_same, config, make
 from tests.support.hub_server import Fault
 
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 import mamba_eqx as mbx
-from tests.pretrained.test_mamba1 import BOTH, assert_same, config, make
+from tests.support.checkpoints import BOTH, assert_same, config, make
 
 
 PROGRAM = """
