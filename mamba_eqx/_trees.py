@@ -1,21 +1,24 @@
+"""Helpers for pytrees of any kind."""
+
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
 
-def path_name(path: tuple[Any, ...]) -> str:
-    """The path to a leaf or a node as users read and write it: `layers.layers.3.mixer.A_log`."""
+def path_name(path: KeyPath) -> str:
+    """Returns the path of a leaf or node as users write it: `layers.layers.3.mixer.A_log`."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def repeated(state: PyTree, rows: int) -> PyTree:
-    """The state of one sequence as that of a batch: `rows` times the same past."""
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *leaf.shape)), state)
-
-
-def named_leaves(state: PyTree) -> dict[str, Any]:
-    """The leaves by the names that they have in a file: the path to each, with dots."""
-    paths = jax.tree_util.tree_leaves_with_path(state)
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """Returns all leaves of a tree by their paths, which are their names in a file."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
     return {path_name(path): leaf for path, leaf in paths}
+
+
+def repeated(state: PyTree, rows: int) -> PyTree:
+    """Repeats the state of one sequence for a batch of `rows` sequences."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *leaf.shape)), state)

@@ -1,4 +1,4 @@
-"""Functions of arrays, free of modules: the mathematics of the layers."""
+"""The mathematics of the layers as functions of arrays."""
 
 from ._attention import attention as attention, attention_step as attention_step
 from ._conv import causal_conv1d as causal_conv1d, causal_conv1d_step as causal_conv1d_step

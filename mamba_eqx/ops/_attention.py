@@ -1,4 +1,5 @@
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -6,20 +7,39 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from .._dtypes import at_least_float32
+from ._arguments import check_kv_heads, size_or_default
 from ._chunks import cut_into_chunks
-from ._masks import expand, freeze, last_resets, real_tokens
+from ._masks import append_axes, document_starts, fill_padding, real_tokens
 
 
 Cache = tuple[
     Float[Array, "nheads_kv room headdim"], Float[Array, "nheads_kv room headdim"], Int[Array, ""]
 ]
-"""The keys and values of earlier tokens, and the number of tokens. Heads come first, so that the
-products with it are plain matrix products: with time first a decoding step takes twice to five
-times as long on a CPU."""
+"""The keys and values of earlier tokens, and the number of these tokens. Heads come first, so that
+the products with the cache are plain matrix products: with time first a decoding step takes two to
+five times as long on a CPU."""
 
 
-# In the einsums: q and k count queries and keys, g the heads of keys, r those of the queries that
-# share one, d the features of a head.
+# Subscripts: q and k count queries and keys, g the heads of keys, r the query heads that share one,
+# d the features of a head.
+
+
+class _Keys(NamedTuple):
+    """Keys and values, heads first, and the offset of each from the first token of the call."""
+
+    k: Float[Array, "nheads_kv keys headdim"]
+    v: Float[Array, "nheads_kv keys headdim"]
+    offset: Int[Array, " keys"]
+
+
+class _Queries(NamedTuple):
+    """Queries, one block or all blocks of them, with the range of keys that each sees."""
+
+    q: Float[Array, "*block nheads_kv shared headdim"]
+    offset: Int[Array, "*block"]
+    """The offset of the query, which is that of the last key it sees."""
+    first: Int[Array, "*block"]
+    """The offset of the first key it sees."""
 
 
 @partial(jax.jit, static_argnames=("scale", "window", "block_size"))
@@ -36,73 +56,82 @@ def attention(
     window: int | None = None,
     block_size: int | None = None,
 ) -> tuple[Float[Array, "seq nheads headdim"], Cache]:
-    r"""Causal softmax attention,
+    r"""Computes causal softmax attention,
 
     $$y_t = \sum_{s \le t} p_{ts} v_s, \qquad
       p_t = \mathrm{softmax}_s(\text{scale} \cdot q_t^\top k_s).$$
 
-    Head `h` of the queries meets head `h // (nheads // nheads_kv)` of the keys and values. Queries
-    are taken a block at a time, in reverse as well, so that no matrix of `seq` times `seq` is held.
-    All is computed at least in float32.
+    Query head `h` uses head `h // (nheads // nheads_kv)` of the keys and values. The forward and
+    the reverse pass run one block of queries after another, so that no `seq` by `seq` matrix is
+    held. Everything is computed in float32 or better.
 
     **Arguments:**
 
-    - `q`, `k`, `v`: queries, keys and values, time first.
-    - `state`: the `(keys, values, number)` of the tokens before these. The arrays have room for so
-        many tokens; unused room is zero. The empty past with room for `seq` tokens if `None`.
-    - `reset`: where true, the tokens before that one are never seen again.
-    - `length`: only the first `length` tokens are real; the state returned is the one after them.
-    - `scale`: `1 / sqrt(headdim)` by default.
-    - `window`: the most tokens that a query sees, its own included. The state then has room for
-        just these, and the newest takes the place of the oldest (token `n` that of `n % window`).
-    - `block_size`: queries per block; `None` leaves the choice to this function.
+    - `q`: the queries, shape `(seq, nheads, headdim)`.
+    - `k`, `v`: the keys and values, shape `(seq, nheads_kv, headdim)`.
+    - `state`: the earlier tokens, as returned: keys and values, shape `(nheads_kv, room, headdim)`,
+        and the number of tokens. `room` is the capacity, and unused entries are zero. `None` is the
+        empty past with a capacity of `seq` tokens.
+    - `reset`: true where a token forgets everything before it, shape `(seq,)`.
+    - `length`: the number of real tokens; later ones are padding. The returned state is the one
+        after `length` tokens, and the outputs of padding are meaningless.
+    - `scale`: the factor of the scores, `1 / sqrt(headdim)` by default.
+    - `window`: the maximum number of tokens that a query sees, itself included; no limit if `None`.
+        With a window, the capacity of the state equals the window, and the newest token overwrites
+        the oldest: token `n` is entry `n % window`.
+    - `block_size`: queries per block, at least 1; `None` selects the size automatically.
 
     **Returns:**
 
-    The outputs, in the dtype of `q`, and the state: that of the tokens since the last reset. A
-    token for which there was no room is not in it, and its output is NaN.
+    The outputs, shape `(seq, nheads, headdim)`, in the dtype of `q`, and the state with the tokens
+    since the last reset. Tokens beyond its capacity are dropped, and their outputs are NaN.
+
+    **Raises:**
+
+    `ValueError` if `nheads_kv` does not divide `nheads`, the capacity of `state` is not `window`,
+    or `block_size` is less than 1.
     """
     seq, nheads, headdim = q.shape
     nheads_kv = k.shape[1]
-    _check_heads(nheads, nheads_kv)
-    room = _room(state, window, seq)
+    check_kv_heads(nheads, nheads_kv)
+    room = _capacity(state, window, seq)
     start = jnp.zeros((), jnp.int32) if state is None else state[2]
     if seq == 0:
         empty = jnp.zeros((nheads_kv, room, headdim), k.dtype)
         return q, (empty, empty, start) if state is None else state
     real = real_tokens(seq, length)
-    begin = last_resets(seq, reset, real)
-    # Padding may be anything, even NaN: no real query sees it, but 0 * NaN is NaN.
-    k, v = jnp.swapaxes(freeze(real, k, 0), 0, 1), jnp.swapaxes(freeze(real, v, 0), 0, 1)
+    begin = document_starts(seq, reset, real)
+    # No real query sees padding, but padding may be NaN, which times zero is NaN.
+    k, v = (jnp.swapaxes(fill_padding(real, t, 0), 0, 1) for t in (k, v))
 
-    # Tokens of this piece count from 0, those before it backwards from -1. A query sees the tokens
-    # from the first that it may see to itself.
-    index = jnp.arange(seq, dtype=jnp.int32)
+    # Offsets count these tokens from 0 on, and earlier ones backwards from -1. A query sees the
+    # keys from `first` to itself.
+    offset = jnp.arange(seq, dtype=jnp.int32)
     first = jnp.where(begin < 0, -start, begin)
     if window is not None:
-        first = jnp.maximum(first, index - window + 1)
-    pieces = [(k, v, index)]
+        first = jnp.maximum(first, offset - window + 1)
+    pieces = [_Keys(k, v, offset)]
     if state is not None:
-        past = _past(state, window, seq, forgotten=begin[0] >= 0)
-        pieces = [past, *pieces] if window is None else [_joined(past, pieces[0])]
+        past = _earlier_keys(state, window, seq, forgotten=begin[0] >= 0)
+        pieces = [past, *pieces] if window is None else [_concatenate(past, pieces[0])]
 
     attend = partial(_attend, scale=headdim**-0.5 if scale is None else scale, window=window)
-    queries = q.reshape(seq, nheads_kv, nheads // nheads_kv, headdim)
-    size = _BLOCK if block_size is None else block_size
+    queries = _Queries(q.reshape(seq, nheads_kv, nheads // nheads_kv, headdim), offset, first)
+    size = size_or_default("block_size", block_size, _BLOCK_SIZE)
     if seq <= size:
-        y = attend(pieces, (queries, index, first))
+        y = attend(pieces, queries)
     else:
-        blocks = cut_into_chunks(size, (queries, index, first))
+        blocks = cut_into_chunks(size, queries)
         body = jax.checkpoint(partial(attend, pieces), prevent_cse=False)
-        y = lax.map(body, blocks).reshape(-1, *queries.shape[1:])[:seq]
+        y = lax.map(body, blocks).reshape(-1, *queries.q.shape[1:])[:seq]
     y = y.reshape(q.shape)
     if state is not None and window is None:
-        y = jnp.where(expand(index - first >= room, y), jnp.nan, y)
+        y = jnp.where(append_axes(offset - first >= room, y), jnp.nan, y)
 
     if state is None and window is None and reset is None and length is None:
         return y, (k, v, jnp.asarray(seq, jnp.int32))
     count = jnp.asarray(seq if length is None else length, jnp.int32)
-    return y, _remember(k, v, state, begin[-1], count, room, window)
+    return y, _updated_cache(k, v, state, begin[-1], count, room, window)
 
 
 @partial(jax.jit, static_argnames=("scale", "window"))
@@ -116,14 +145,34 @@ def attention_step(
     scale: float | None = None,
     window: int | None = None,
 ) -> tuple[Float[Array, "nheads headdim"], Cache]:
-    """One token of [`mamba_eqx.ops.attention`][]: the same arguments, for one token."""
+    """Computes one token of [`mamba_eqx.ops.attention`][].
+
+    **Arguments:**
+
+    - `q`: the query, shape `(nheads, headdim)`.
+    - `k`, `v`: the key and the value, shape `(nheads_kv, headdim)`.
+    - `state`: the earlier tokens, as for [`mamba_eqx.ops.attention`][].
+    - `scale`: the factor of the scores, `1 / sqrt(headdim)` by default.
+    - `window`: the maximum number of tokens that the query sees, itself included; no limit if
+        `None`.
+
+    **Returns:**
+
+    The output, shape `(nheads, headdim)`, in the dtype of `q`, and the state with this token. The
+    output is NaN if the state was full.
+
+    **Raises:**
+
+    `ValueError` if `nheads_kv` does not divide `nheads`, or the capacity of `state` is not
+    `window`.
+    """
     nheads, headdim = q.shape
     nheads_kv = k.shape[0]
-    _check_heads(nheads, nheads_kv)
-    room = _room(state, window, 1)
+    check_kv_heads(nheads, nheads_kv)
+    room = _capacity(state, window, 1)
     keys, values, start = state
     slot = start if window is None else start % room
-    # Where there is no room, this overwrites the last token, and the output is NaN.
+    # In a full state this overwrites the last token, and the output below is NaN.
     keys = lax.dynamic_update_slice_in_dim(keys, k[:, None], slot, axis=1)
     values = lax.dynamic_update_slice_in_dim(values, v[:, None], slot, axis=1)
     seen = jnp.arange(room, dtype=jnp.int32) <= start
@@ -136,33 +185,23 @@ def attention_step(
     return y, (keys, values, start + 1)
 
 
-_BLOCK = 128  # queries
-
-
-# Keys and values (heads first), and where they are: counted as the queries are.
-_Piece = tuple[Array, Array, Array]
+_BLOCK_SIZE = 128
 
 
 def _attend(
-    pieces: list[_Piece],
-    queries: tuple[
-        Float[Array, "block nheads_kv shared headdim"], Int[Array, " block"], Int[Array, " block"]
-    ],
-    *,
-    scale: float,
-    window: int | None,
+    pieces: list[_Keys], queries: _Queries, *, scale: float, window: int | None
 ) -> Float[Array, "block nheads_kv shared headdim"]:
-    """A block of queries, each with its place and that of the first key it sees."""
-    q, index, first = queries
+    """Returns the outputs of one block of queries."""
+    q, offset, first = queries
     if window is not None:
-        size = window + len(index) - 1
-        pieces = [_near(piece, index[0] - window + 1, size) for piece in pieces]
+        size = window + len(offset) - 1
+        pieces = [_slice_keys(piece, offset[0] - window + 1, size) for piece in pieces]
     scores = []
     for k, _, at in pieces:
-        seen = (first[:, None] <= at) & (at <= index[:, None])
+        seen = (first[:, None] <= at) & (at <= offset[:, None])
         score = _product("qgrd,gkd->grqk", q, k)
         score = score * jnp.asarray(scale, score.dtype)
-        # Not minus infinity: a query of padding may see nothing, and its softmax would be NaN.
+        # With minus infinity, the softmax of a padding query that sees no key would be NaN.
         scores.append(jnp.where(seen, score, jnp.finfo(score.dtype).min))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1))
     cuts = [score.shape[-1] for score in scores[:-1]]
@@ -173,35 +212,40 @@ def _attend(
     return y.astype(q.dtype)
 
 
-def _joined(earlier: _Piece, later: _Piece) -> _Piece:
-    """In order, so that a block of queries can cut out what it sees through a window."""
-    pairs = zip(earlier, later, (1, 1, 0), strict=True)
-    k, v, at = (jnp.concatenate([one, other], axis) for one, other, axis in pairs)
-    return k, v, at
+def _concatenate(earlier: _Keys, later: _Keys) -> _Keys:
+    """Joins keys in the order of their offsets, so that `_slice_keys` can cut out a window."""
+    return _Keys(
+        jnp.concatenate([earlier.k, later.k], axis=1),
+        jnp.concatenate([earlier.v, later.v], axis=1),
+        jnp.concatenate([earlier.offset, later.offset]),
+    )
 
 
-def _near(piece: _Piece, index: Int[Array, ""], size: int) -> _Piece:
-    """Of keys in order, `size` of them from `index` on (or the last `size`)."""
-    k, v, at = piece
-    size = min(size, len(at))
-    begin = jnp.maximum(index - at[0], 0)
+def _slice_keys(keys: _Keys, offset: Int[Array, ""], size: int) -> _Keys:
+    """Returns `size` consecutive keys from `offset` on, clamped to the first and the last key."""
+    size = min(size, len(keys.offset))
+    begin = jnp.maximum(offset - keys.offset[0], 0)
     cut = partial(lax.dynamic_slice_in_dim, start_index=begin, slice_size=size)
-    return cut(k, axis=1), cut(v, axis=1), cut(at)
+    return _Keys(cut(keys.k, axis=1), cut(keys.v, axis=1), cut(keys.offset))
 
 
-def _past(state: Cache, window: int | None, seq: int, forgotten: Bool[Array, ""]) -> _Piece:
+def _earlier_keys(
+    state: Cache, window: int | None, seq: int, *, forgotten: Bool[Array, ""]
+) -> _Keys:
+    """Returns the keys and values of a state with their offsets, zero if they are `forgotten`."""
     k, v, start = state
-    # What no query sees may be anything, as padding may.
+    # After a reset at token 0 no query sees the state, but it may be NaN, as padding may.
     k, v = (jnp.where(forgotten, jnp.zeros_like(a), a) for a in (k, v))
     slot = jnp.arange(k.shape[1], dtype=jnp.int32)
     if window is None:
-        return k, v, jnp.where(slot < start, slot - start, seq)  # seq: after all queries
-    # The oldest first. Before the beginning there are zeros, which no query sees.
+        # Unused room gets the offset `seq`, which is later than all queries.
+        return _Keys(k, v, jnp.where(slot < start, slot - start, seq))
+    # The oldest key comes first. Until the window is full, zeros precede it, which no query sees.
     k, v = (jnp.roll(a, -(start % window), axis=1) for a in (k, v))
-    return k, v, slot - window
+    return _Keys(k, v, slot - window)
 
 
-def _remember(
+def _updated_cache(
     k: Float[Array, "nheads_kv seq headdim"],
     v: Float[Array, "nheads_kv seq headdim"],
     state: Cache | None,
@@ -210,13 +254,22 @@ def _remember(
     room: int,
     window: int | None,
 ) -> Cache:
-    """The cache after `count` tokens, the last of which belong to a document that began at `begin`
-    (or, if negative, before them)."""
+    """Returns the cache after new tokens.
+
+    **Arguments:**
+
+    - `k`, `v`: the new keys and values, heads first.
+    - `state`: the cache before them.
+    - `begin`: the offset at which the last document starts; negative if before these tokens.
+    - `count`: the number of real tokens.
+    - `room`: the capacity of the cache.
+    - `window`: as for `attention`.
+    """
     start = jnp.zeros((), jnp.int32) if state is None else state[2]
-    before = jnp.where(begin < 0, start, -begin)  # the position of token 0
+    before = jnp.where(begin < 0, start, -begin)  # The position of token 0.
     total = before + count
     slot = jnp.arange(room, dtype=jnp.int32)
-    # The position of the token that belongs into each slot, and that token's place in the piece.
+    # `position` is the position of the token that belongs into each slot, `token` its offset.
     position = slot if window is None else total - 1 - (total - 1 - slot) % room
     token = position - before
     new = (position >= 0) & (token >= 0) & (token < count)
@@ -232,7 +285,8 @@ def _remember(
     return write(k, keys), write(v, values), total
 
 
-def _room(state: Cache | None, window: int | None, seq: int) -> int:
+def _capacity(state: Cache | None, window: int | None, seq: int) -> int:
+    """Returns the number of tokens that the state has room for."""
     if state is None:
         return seq if window is None else window
     room = state[0].shape[1]
@@ -244,16 +298,8 @@ def _room(state: Cache | None, window: int | None, seq: int) -> int:
     return room
 
 
-def _check_heads(nheads: int, nheads_kv: int) -> None:
-    if nheads % nheads_kv:
-        raise ValueError(
-            "The number of heads of keys and values must divide that of queries, but got "
-            f"{nheads_kv} and {nheads}."
-        )
-
-
 def _product(subscripts: str, a: Array, b: Array) -> Array:
-    # Cast, and not by `preferred_element_type`: XLA's CPU backend lacks some of those products of
-    # bfloat16 (of 4 queries and 4 keys, say).
+    # Casts rather than `preferred_element_type`, because XLA's CPU backend lacks some products of
+    # bfloat16 with a float32 result (of 4 queries and 4 keys, for example).
     dtype = at_least_float32(a, b)
     return jnp.einsum(subscripts, a.astype(dtype), b.astype(dtype))

@@ -1,55 +1,28 @@
-"""What the ops that run in chunks share, within one chunk."""
+"""Helpers for ops that run one chunk of tokens after another."""
+
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 
-def documents(
-    reset: Bool[Array, " chunk"] | None, size: int
-) -> tuple[Bool[Array, "chunk chunk"], Bool[Array, " chunk"]]:
-    """Which tokens (of the first axis) see which others, and which see what came before the chunk:
-    none beyond the last reset."""
-    document = jnp.zeros(size, jnp.int32) if reset is None else jnp.cumsum(reset, dtype=jnp.int32)
-    return jnp.tril(document[:, None] == document), document == 0
+Tokens = TypeVar("Tokens")
 
 
-def decays(
-    logs: Float[Array, "*heads chunk"], visible: Bool[Array, "chunk chunk"]
-) -> Float[Array, "*heads chunk chunk"]:
-    """The decay of every token (last axis) until every later one that sees it; otherwise zero.
-
-    The decay from token s to token l is summed from s on. As a difference of two sums from the
-    start of the chunk it would have the rounding errors of both.
+def cut_into_chunks(chunk_size: int, tokens: Tokens) -> Tokens:
+    """Splits the time axis of every array into chunks.
 
     **Arguments:**
 
-    - `logs`: the logarithm of every token's decay.
+    - `chunk_size`: tokens per chunk, at least 1. A shorter sequence becomes one shorter chunk.
+    - `tokens`: a pytree of arrays of shape `(seq, ...)`.
+
+    **Returns:**
+
+    The same pytree, with arrays of shape `(chunks, chunk, ...)`. Zeros fill up the last chunk.
     """
-    ones = jnp.ones(visible.shape, bool)
-    # The sums as a product of matrices, several times as fast as `jnp.cumsum`. Infinity times zero
-    # would not be a number.
-    logs = jnp.maximum(logs, jnp.finfo(logs.dtype).min)
-    terms = jnp.where(jnp.tril(ones, -1), logs[..., None], jnp.zeros_like(logs)[..., None])
-    upto = jnp.tril(ones).astype(logs.dtype)
-    between = jnp.einsum("lt,...ts->...ls", upto, terms, precision=lax.Precision.HIGHEST)
-    return jnp.exp(jnp.where(visible, between, -jnp.inf))
-
-
-def only(mask: Bool[Array, "*#shape"], array: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`array` where `mask` is true, zero elsewhere.
-
-    A `where`, because what is forgotten need not be a number. Its derivative need not be one
-    either, unless its factors are masked as well.
-    """
-    return jnp.where(mask, array, jnp.zeros_like(array))
-
-
-def cut_into_chunks(chunk_size: int, tokens: PyTree[Array]) -> PyTree[Array]:
-    """Arrays over tokens as arrays over chunks of tokens, the last chunk filled with zeros."""
-    if chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be at least 1, but got chunk_size={chunk_size}.")
 
     def cut(t: Array) -> Array:
         size = max(1, min(chunk_size, t.shape[0]))
@@ -57,3 +30,60 @@ def cut_into_chunks(chunk_size: int, tokens: PyTree[Array]) -> PyTree[Array]:
         return t.reshape((-1, size, *t.shape[1:]))
 
     return jax.tree.map(cut, tokens)
+
+
+def visibility(
+    reset: Bool[Array, " chunk"] | None, size: int
+) -> tuple[Bool[Array, "chunk chunk"], Bool[Array, " chunk"]]:
+    """Returns two masks of a chunk, in which no token sees beyond the last reset before it.
+
+    **Arguments:**
+
+    - `reset`: true at the first token of every new document, or `None` if there is none.
+    - `size`: the number of tokens in the chunk.
+
+    **Returns:**
+
+    Whether a token (first axis) sees another (second axis), shape `(chunk, chunk)`; and whether it
+    sees the state before the chunk, shape `(chunk,)`.
+    """
+    document = jnp.zeros(size, jnp.int32) if reset is None else jnp.cumsum(reset, dtype=jnp.int32)
+    return jnp.tril(document[:, None] == document), document == 0
+
+
+def decays_between(
+    logs: Float[Array, "*heads chunk"], visible: Bool[Array, "chunk chunk"]
+) -> Float[Array, "*heads chunk chunk"]:
+    """Returns the decay from every token to every later token of a chunk.
+
+    The decay from token s to token l is summed from s on. As a difference of two sums from the
+    start of the chunk it would have the rounding errors of both.
+
+    **Arguments:**
+
+    - `logs`: the logarithm of every token's decay, shape `(*heads, chunk)`.
+    - `visible`: whether token l (first axis) sees token s (second axis), shape `(chunk, chunk)`.
+
+    **Returns:**
+
+    The decays, shape `(*heads, l, s)`: zero where l does not see s.
+    """
+    ones = jnp.ones(visible.shape, bool)
+    # A matrix product computes the sums several times as fast as `jnp.cumsum`. The clamp avoids
+    # infinity times zero, which is NaN.
+    logs = jnp.maximum(logs, jnp.finfo(logs.dtype).min)
+    terms = jnp.where(jnp.tril(ones, -1), logs[..., None], jnp.zeros_like(logs)[..., None])
+    upto = jnp.tril(ones).astype(logs.dtype)
+    between = jnp.einsum("lt,...ts->...ls", upto, terms, precision=lax.Precision.HIGHEST)
+    return jnp.exp(jnp.where(visible, between, -jnp.inf))
+
+
+def keep_where(
+    mask: Bool[Array, "*#shape"], array: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """Returns `array` where `mask` is true, and zero elsewhere.
+
+    `jnp.where` is needed because a forgotten entry may be NaN, which times zero is NaN. Gradients
+    are finite only if the factors of such an entry are masked as well.
+    """
+    return jnp.where(mask, array, jnp.zeros_like(array))

@@ -18,25 +18,28 @@ def causal_conv1d(
     reset: Bool[Array, " seq"] | None = None,
     length: Int[Array, ""] | int | None = None,
 ) -> tuple[Float[Array, "seq channels"], Float[Array, "lag channels"]]:
-    r"""A depthwise causal convolution over time,
+    r"""Computes a depthwise causal convolution over time,
 
     $$y_t = b + \sum_{k=0}^{K-1} w_k \, x_{t-(K-1)+k},$$
 
-    with $K$ = `d_conv`, so that the last tap $w_{K-1}$ meets the current token. It is written as
-    $K$ shifted multiply-adds: on a CPU these are faster than a grouped convolution.
+    with $K$ = `d_conv`, so that the last tap $w_{K-1}$ meets the current token. It runs as $K$
+    shifted multiply-adds, which are faster on a CPU than a grouped convolution.
 
     **Arguments:**
 
-    - `x`: the inputs.
-    - `weight`: the taps, oldest first.
-    - `bias`: added to every output, or `None`.
-    - `state`: the `lag = d_conv - 1` inputs before `x`, oldest first; zero if `None`.
-    - `reset`: where true, the inputs before that token count as zero.
-    - `length`: only the first `length` tokens are real; the state returned is the one after them.
+    - `x`: the inputs, shape `(seq, channels)`.
+    - `weight`: the taps, oldest first, shape `(d_conv, channels)`.
+    - `bias`: the bias of every channel, shape `(channels,)`, or `None`.
+    - `state`: the `lag = d_conv - 1` inputs before `x`, oldest first, shape `(lag, channels)`; zero
+        if `None`.
+    - `reset`: true where the inputs before a token count as zero, shape `(seq,)`.
+    - `length`: the number of real tokens; later ones are padding. The returned state is the one
+        after `length` tokens, and the outputs of padding are meaningless.
 
     **Returns:**
 
-    The outputs, in the dtype of `x`, and the last `lag` inputs.
+    The outputs, shape `(seq, channels)`, in the dtype of `x`, and the last `lag` inputs, shape
+    `(lag, channels)`.
     """
     seq, channels = x.shape
     lag = weight.shape[0] - 1
@@ -46,7 +49,7 @@ def causal_conv1d(
     if reset is None:
         document = None
     else:
-        # Tokens see one another only inside one document; what came with `state` is document 0.
+        # A token sees only inputs of its own document. The inputs in `state` are document 0.
         reset = mask_resets(reset, real_tokens(seq, length))
         document = jnp.concatenate(
             [jnp.zeros(lag + 1, jnp.int32), jnp.cumsum(reset, dtype=jnp.int32)]
@@ -77,7 +80,20 @@ def causal_conv1d_step(
     *,
     state: Float[Array, "lag channels"],
 ) -> tuple[Float[Array, " channels"], Float[Array, "lag channels"]]:
-    """One token of [`mamba_eqx.ops.causal_conv1d`][]: the same arguments, for one token."""
+    """Computes one token of [`mamba_eqx.ops.causal_conv1d`][].
+
+    **Arguments:**
+
+    - `x`: the input, shape `(channels,)`.
+    - `weight`: the taps, oldest first, shape `(d_conv, channels)`.
+    - `bias`: the bias of every channel, shape `(channels,)`, or `None`.
+    - `state`: the `lag = d_conv - 1` inputs before `x`, oldest first, shape `(lag, channels)`.
+
+    **Returns:**
+
+    The output, shape `(channels,)`, in the dtype of `x`, and the last `lag` inputs, shape
+    `(lag, channels)`.
+    """
     window = jnp.concatenate([state, x[None]])
     dtype = at_least_float32(x, weight)
     y = jnp.sum(weight.astype(dtype) * window.astype(dtype), axis=0)

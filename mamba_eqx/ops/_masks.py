@@ -1,3 +1,8 @@
+"""The arguments `reset` and `length`, which act alike in every op.
+
+A token at or after `length` is padding: it leaves the state unchanged and cannot reset it.
+"""
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -10,52 +15,62 @@ def document_positions(
     reset: Bool[Array, " seq"] | None = None,
     length: Int[Array, ""] | int | None = None,
 ) -> Int[Array, " seq"]:
-    """How many tokens there are before each, since the last reset.
+    """Returns the position of every token in its document.
+
+    A document begins at each reset; its first token has position 0. Packed documents therefore get
+    the position embeddings that each would get alone.
 
     **Arguments:**
 
     - `seq`: the number of tokens.
-    - `start`: how many there are before the first.
-    - `reset`, `length`: as for [`mamba_eqx.ops.attention`][].
+    - `start`: the position of the first token, unless a reset sets it to 0.
+    - `reset`: true at the first token of every new document, shape `(seq,)`.
+    - `length`: the number of real tokens; later ones are padding and their resets are ignored.
+
+    **Returns:**
+
+    The positions, shape `(seq,)`.
     """
-    begin = last_resets(seq, reset, real_tokens(seq, length))
+    begin = document_starts(seq, reset, real_tokens(seq, length))
     return jnp.arange(seq, dtype=jnp.int32) - jnp.where(begin < 0, -start, begin)
 
 
-def last_resets(
+def document_starts(
     seq: int, reset: Bool[Array, " seq"] | None, real: Bool[Array, " seq"] | None
 ) -> Int[Array, " seq"]:
-    """Where each token's document begins: -1 if before the first token."""
+    """Returns the index at which each token's document starts, or -1 if that is before token 0."""
     if reset is None:
         return jnp.full(seq, -1, jnp.int32)
     places = jnp.where(mask_resets(reset, real), jnp.arange(seq, dtype=jnp.int32), -1)
     return lax.cummax(places)
 
 
-# How `length` and `reset` act, the same in every recurrence of this package: a token that is not
-# real leaves the state as it is, and cannot reset it.
-
-
 def real_tokens(seq: int, length: Int[Array, ""] | int | None) -> Bool[Array, " seq"] | None:
-    """Which tokens are among the first `length`; `None` stands for all of them."""
+    """Returns a mask of the first `length` tokens, or `None` if `length` is (all are real)."""
     return None if length is None else jnp.arange(seq) < length
 
 
 def mask_resets(
     reset: Bool[Array, " seq"], real: Bool[Array, " seq"] | None
 ) -> Bool[Array, " seq"]:
+    """Returns `reset` without the resets of padding."""
     return reset if real is None else reset & real
 
 
-def freeze(
+def fill_padding(
     real: Bool[Array, " seq"] | None, array: Float[Array, "seq *shape"], value: int
 ) -> Float[Array, "seq *shape"]:
-    """`array` with `value` (one that leaves the state as it is) in the tokens that are not real."""
+    """Returns `array` with `value` at every padding token.
+
+    Ops pass the value that leaves the state unchanged. Padding may hold anything, even NaN.
+    """
     if real is None:
         return array
-    return jnp.where(expand(real, array), array, jnp.asarray(value, array.dtype))
+    return jnp.where(append_axes(real, array), array, jnp.asarray(value, array.dtype))
 
 
-def expand(mask: Bool[Array, " seq"], array: Float[Array, "seq *shape"]) -> Bool[Array, "seq ..."]:
-    """`mask` with trailing axes of size one, to broadcast against `array`."""
+def append_axes(
+    mask: Bool[Array, " seq"], array: Float[Array, "seq *shape"]
+) -> Bool[Array, "seq ..."]:
+    """Returns `mask` with trailing axes of size one, so that it broadcasts against `array`."""
     return mask.reshape(mask.shape + (1,) * (array.ndim - 1))

@@ -16,7 +16,7 @@ def gated_rms_norm(
     eps: float = 1e-5,
     norm_before_gate: bool = False,
 ) -> Float[Array, "*seq channels"]:
-    r"""The root-mean-square norm of gated channels (official `RMSNormGated`),
+    r"""Normalises gated channels by their root mean square (official `RMSNormGated`),
 
     $$\mathrm{norm}(x \odot \mathrm{silu}(z)), \quad \text{or} \quad
       \mathrm{norm}(x) \odot \mathrm{silu}(z) \quad \text{if norm\_before\_gate}, \qquad
@@ -26,16 +26,17 @@ def gated_rms_norm(
 
     **Arguments:**
 
-    - `x`: the values.
-    - `z`: the gate.
-    - `weight`: $w$.
-    - `ngroups`: divides the channels.
+    - `x`: the values, shape `(*seq, channels)`.
+    - `z`: the gate, shape `(*seq, channels)`.
+    - `weight`: $w$, shape `(channels,)`.
+    - `ngroups`: the number of groups, which divides the number of channels.
     - `eps`: $\epsilon$.
-    - `norm_before_gate`: as above.
+    - `norm_before_gate`: whether to normalise before gating, as in the second formula.
 
     **Returns:**
 
-    The result in the dtype of `x`; it is computed in float32 or better.
+    The normalised values, shape `(*seq, channels)`, in the dtype of `x`. They are computed in
+    float32 or better.
     """
     dtype = at_least_float32(x, z, weight)
     y, gate = x.astype(dtype), jax.nn.silu(z.astype(dtype))

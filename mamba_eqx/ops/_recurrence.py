@@ -6,16 +6,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ._masks import expand, freeze, mask_resets, real_tokens
+from ._masks import append_axes, fill_padding, mask_resets, real_tokens
 
 
 Pair = tuple[Float[Array, "*shape"], Float[Array, "*shape"]]
 
 
 def combine(earlier: Pair, later: Pair) -> Pair:
-    """The composition of two affine maps `h -> a h + b`, `earlier` applied first.
+    """Composes two affine maps `h -> a h + b`, with `earlier` applied first.
 
-    It is associative, so that a recurrence is a prefix sum under it (Blelloch, 1990).
+    Composition is associative, so a recurrence is a prefix sum under it (Blelloch, 1990).
     """
     a1, b1 = earlier
     a2, b2 = later
@@ -33,33 +33,40 @@ def linear_recurrence(
     length: Int[Array, ""] | int | None = None,
     method: Literal["sequential", "associative"] | None = None,
 ) -> tuple[Float[Array, "seq *shape"], Float[Array, "*shape"]]:
-    r"""Every term of the linear recurrence
+    r"""Computes every term of the linear recurrence
 
     $$h_t = a_t h_{t-1} + b_t.$$
 
-    It holds all `seq` terms in memory; [`mamba_eqx.ops.selective_scan`][], which must not, uses
-    it a chunk at a time.
+    All `seq` terms are held in memory. [`mamba_eqx.ops.selective_scan`][] avoids this by running
+    one chunk at a time.
 
     **Arguments:**
 
-    - `a`, `b`: the factors and the terms, time first.
-    - `state`: $h_{-1}$; zero if `None`.
-    - `reset`: where true, everything before that token is forgotten ($a_t$ counts as 0).
-    - `length`: only the first `length` tokens are real; the state returned is the one after them.
-    - `method`: `"sequential"` (a `jax.lax.scan`) or `"associative"` (a
-        `jax.lax.associative_scan`: logarithmic depth, for accelerators). `None` is
-        `"sequential"`, the faster one on a CPU.
+    - `a`: the factors $a_t$, shape `(seq, *shape)`.
+    - `b`: the terms $b_t$, shape `(seq, *shape)`.
+    - `state`: the term $h_{-1}$ before the first, shape `(*shape)`; zero if `None`.
+    - `reset`: true where a token forgets everything before it ($a_t$ counts as 0), shape `(seq,)`.
+    - `length`: the number of real tokens; later ones are padding. The returned state is the one
+        after `length` tokens.
+    - `method`: `"sequential"` (a `jax.lax.scan`) or `"associative"` (a `jax.lax.associative_scan`,
+        which has logarithmic depth and is meant for accelerators). `None` selects `"sequential"`,
+        the faster one on a CPU.
 
     **Returns:**
 
-    All $h_t$, and the state after the last real token.
+    All terms $h_t$, shape `(seq, *shape)`, and the state after the last real token, shape
+    `(*shape)`.
+
+    **Raises:**
+
+    `ValueError` if `method` is unknown.
     """
     if state is None:
         state = jnp.zeros(b.shape[1:], b.dtype)
     real = real_tokens(b.shape[0], length)
-    a, b = freeze(real, a, 1), freeze(real, b, 0)
+    a, b = fill_padding(real, a, 1), fill_padding(real, b, 0)
     if reset is not None:
-        a = jnp.where(expand(mask_resets(reset, real), a), 0, a)
+        a = jnp.where(append_axes(mask_resets(reset, real), a), 0, a)
     if method in (None, "sequential"):
 
         def step(

@@ -8,7 +8,7 @@ from .._dtypes import at_least_float32
 
 
 def wrap(angle: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The same angle within half a turn of zero, with the derivative of the identity."""
+    """Returns the equivalent angle between -pi and pi, with the derivative of the identity."""
     return angle - 2 * math.pi * jnp.round(angle / (2 * math.pi))
 
 
@@ -16,10 +16,10 @@ def wrap(angle: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 def cos_sin(
     angle: Float[Array, "*shape"],
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    """The cosine and the sine of angles within half a turn of zero.
+    """Returns the cosine and the sine of angles between -pi and pi.
 
-    By their series, since XLA's CPU backend computes `jnp.cos` one number at a time, ten times as
-    slowly (docs/speed.md).
+    They are computed by their series, because XLA's CPU backend computes `jnp.cos` one number at a
+    time, ten times as slowly (docs/speed.md).
     """
     terms = 12 if angle.dtype == jnp.float64 else 7
     half_turns = jnp.round(angle / math.pi)
@@ -38,7 +38,7 @@ def _(
 
 
 def _series(x: Float[Array, "*shape"], coefficients: list[float]) -> Float[Array, "*shape"]:
-    """The sum of `(-1)^i c_i x^i`."""
+    """Returns the sum of `(-1)^i c_i x^i` over the coefficients `c_i`."""
     total = jnp.zeros_like(x)
     for coefficient in reversed(coefficients):
         total = coefficient - total * x
@@ -53,25 +53,36 @@ def rotary_embedding(
     base: float,
     interleaved: bool,
 ) -> Float[Array, "*seq nheads headdim"]:
-    r"""Rotary position embedding (Su et al., 2021) of the first `dim` features of every head.
+    r"""Applies rotary position embedding (Su et al., 2021) to the first `dim` features of every
+    head.
 
-    Pair $i$ is turned by the angle $\text{position} \cdot \text{base}^{-2i / \text{dim}}$, at least
-    in float32.
+    Pair $i$ rotates by the angle $\text{position} \cdot \text{base}^{-2i / \text{dim}}$, which is
+    computed in float32 or better.
 
     **Arguments:**
 
-    - `x`: queries or keys.
-    - `positions`: of the tokens.
-    - `dim`: how many features are turned; the others pass as they are.
-    - `base`: of the angles.
-    - `interleaved`: whether the pairs are of neighbours, or else of features `dim / 2` apart.
+    - `x`: queries or keys, shape `(*seq, nheads, headdim)`.
+    - `positions`: the positions of the tokens, shape `(*seq,)`.
+    - `dim`: the number of features that rotate, an even number of at most `headdim`. The other
+        features are rerotated unchanged.
+    - `base`: the base of the angles.
+    - `interleaved`: whether neighbouring features form the pairs; otherwise features `dim / 2`
+        apart do.
+
+    **Returns:**
+
+    The rotated queries or keys, in the shape and dtype of `x`.
+
+    **Raises:**
+
+    `ValueError` if `dim` is odd or more than `headdim`.
     """
     dtype = at_least_float32(x)
     rates = jnp.asarray(base, dtype) ** (-jnp.arange(0, dim, 2, dtype=dtype) / dim)
     angles = positions[..., None, None].astype(dtype) * rates
-    turned, rest = x[..., :dim].astype(dtype), x[..., dim:]
-    turned = rotate(turned, jnp.cos(angles), jnp.sin(angles), interleaved=interleaved)
-    return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
+    rotated, rest = x[..., :dim].astype(dtype), x[..., dim:]
+    rotated = rotate(rotated, jnp.cos(angles), jnp.sin(angles), interleaved=interleaved)
+    return jnp.concatenate([rotated.astype(x.dtype), rest], axis=-1)
 
 
 def rotate(
@@ -81,29 +92,34 @@ def rotate(
     *,
     interleaved: bool,
 ) -> Float[Array, "*batch features"]:
-    r"""Turns pairs of features, each by an angle of its own (rotary embedding: Su et al., 2021),
+    r"""Rotates pairs of features, each by its own angle (rotary embedding: Su et al., 2021),
 
     $$(a, b) \mapsto (a \cos\theta_i - b \sin\theta_i,\; a \sin\theta_i + b \cos\theta_i).$$
 
-    Features that are in no pair pass as they are.
+    Features outside of all pairs are rerotated unchanged.
 
     **Arguments:**
 
-    - `x`: the features.
-    - `cos`, `sin`: of the angles $\theta_i$; at most one for two features.
-    - `interleaved`: whether pair $i$ is of neighbours, $(2i, 2i + 1)$, or else of features half the
-        width of `x` apart, $(i, i + \lfloor\texttt{features} / 2\rfloor)$. That is the whole width
-        even if only some features are turned: to have all pairs among the first features, give
-        those alone.
+    - `x`: the features, shape `(*batch, features)`.
+    - `cos`, `sin`: the cosines and sines of the angles $\theta_i$, shape `(*batch, pairs)`, with at
+        most one pair for two features.
+    - `interleaved`: whether pair $i$ consists of neighbours, $(2i, 2i + 1)$; otherwise of features
+        half the width of `x` apart, $(i, i + \lfloor\texttt{features} / 2\rfloor)$. This is half
+        of the whole width even if only some features rotate. For pairs among the first features,
+        pass these alone.
 
     **Returns:**
 
-    The turned features, in the dtype that `x`, `cos` and `sin` share.
+    The rotated features, in the dtype that `x`, `cos` and `sin` share.
+
+    **Raises:**
+
+    `ValueError` if the pairs need more features than `x` has.
     """
     pairs, features = cos.shape[-1], x.shape[-1]
     if 2 * pairs > features:
         raise ValueError(
-            f"{pairs} angles turn {2 * pairs} features, but the array has {features} of them."
+            f"{pairs} angles rotate {2 * pairs} features, but the array has {features} of them."
         )
     if interleaved:
         a, b = x[..., 0 : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]
@@ -112,7 +128,7 @@ def rotate(
     a, b = a * cos - b * sin, a * sin + b * cos
     rest = jnp.broadcast_to(x, (*a.shape[:-1], features))
     if interleaved:
-        turned = jnp.stack([a, b], axis=-1).reshape(*a.shape[:-1], 2 * pairs)
-        return jnp.concatenate([turned, rest[..., 2 * pairs :]], axis=-1)
+        rotated = jnp.stack([a, b], axis=-1).reshape(*a.shape[:-1], 2 * pairs)
+        return jnp.concatenate([rotated, rest[..., 2 * pairs :]], axis=-1)
     middle, end = rest[..., pairs : features // 2], rest[..., features // 2 + pairs :]
     return jnp.concatenate([a, middle, b, end], axis=-1)

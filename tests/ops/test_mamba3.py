@@ -1,7 +1,10 @@
-"""The op of Mamba-3 by itself: its methods agree, with each other and with a plain loop."""
+"""The op of Mamba-3 without the layer around it.
+
+Its methods agree with each other and with a plain loop.
+"""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +12,25 @@ import jax.test_util
 import numpy as np
 import pytest
 from hypothesis import example, given, strategies as st
+from jaxtyping import PyTree
 
 from mamba_eqx import ops
 from mamba_eqx.ops._rotary import cos_sin, wrap
-from tests.ops.test_scans import close, shapes_in
+from tests.ops.helpers import assert_close, assert_finite, largest_array
 from tests.support.cases import quick
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
-METHODS: list[Any] = ["chunked", "sequential"]
+Method = Literal["chunked", "sequential"]
+Arrays = dict[str, Any]
+"""The arguments by name; `mimo_x` may be `None`."""
+State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+METHODS: list[Method] = ["chunked", "sequential"]
 NAMES = ["x", "dt", "A", "B", "C", "D", "trap", "angles", "B_bias", "C_bias", "mimo_x"]
-OF_ALL_TOKENS = {"D", "B_bias", "C_bias", "mimo_x"}
+PARAMETERS = {"D", "B_bias", "C_bias", "mimo_x"}
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +49,11 @@ def inputs(
     pairs: int = 2,
     rank: int | None = 3,
     dtype: str = "float64",
-) -> tuple[dict[str, Any], tuple[Any, ...]]:
-    """The arguments by name, and a state."""
+) -> tuple[Arrays, State]:
+    """Returns the arguments by name, and a state."""
     rng, nheads, ranks = np.random.default_rng(seq), ngroups * heads, rank or 1
 
-    def normal(*shape: int) -> Any:
+    def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
     arrays = {
@@ -69,13 +78,14 @@ def inputs(
     return arrays, state
 
 
-def call(arrays: dict[str, Any], **options: Any) -> Any:
+def call(arrays: Arrays, **options: Any) -> PyTree:
     positional = [arrays[name] for name in NAMES[:6]]
     return ops.mamba3(*positional, **{name: arrays[name] for name in NAMES[6:]}, **options)
 
 
-def loop(arrays: dict[str, Any], state: Any, reset: Any, interleaved: bool) -> Any:
-    """The equations, one number at a time, with complex numbers for the pairs."""
+def loop(arrays: Arrays, state: State, reset: np.ndarray, interleaved: bool) -> PyTree:
+    """Computes the equations in the docstring one number at a time, with complex numbers for the
+    pairs."""
     a = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
     angle, h, k, v = (np.array(t) for t in state)
     seq, nheads, headdim = a["x"].shape
@@ -83,7 +93,7 @@ def loop(arrays: dict[str, Any], state: Any, reset: Any, interleaved: bool) -> A
     up = a.get("mimo_x", np.ones((nheads, ranks, headdim)))
     y = np.zeros((seq, ranks, nheads, headdim))
 
-    def turn(x: Any, angle: Any) -> Any:
+    def rotate(x: np.ndarray, angle: np.ndarray) -> np.ndarray:
         x = x.copy()
         for j in range(len(angle)):
             first, second = (2 * j, 2 * j + 1) if interleaved else (j, j + d_state // 2)
@@ -101,10 +111,10 @@ def loop(arrays: dict[str, Any], state: Any, reset: Any, interleaved: bool) -> A
             h[i] *= alpha
             for r in range(ranks):
                 h[i] += (1 - lam) * dt * alpha * np.outer(v[i] * up[i, r], k[r, i])
-                k[r, i] = turn(a["B"][t, r, group] + a["B_bias"][i, r], angle[i])
+                k[r, i] = rotate(a["B"][t, r, group] + a["B_bias"][i, r], angle[i])
                 h[i] += lam * dt * np.outer(a["x"][t, i] * up[i, r], k[r, i])
             for r in range(ranks):
-                q = turn(a["C"][t, r, group] + a["C_bias"][i, r], angle[i])
+                q = rotate(a["C"][t, r, group] + a["C_bias"][i, r], angle[i])
                 y[t, r, i] = h[i] @ q + a["D"][i] * a["x"][t, i] * up[i, r]
             v[i] = a["x"][t, i]
     return y, (np.asarray(wrap(jnp.asarray(angle))), h, k, v)
@@ -116,8 +126,8 @@ def loop(arrays: dict[str, Any], state: Any, reset: Any, interleaved: bool) -> A
     ("ngroups", "heads", "rank", "d_state", "pairs"),
     [(1, 1, None, 4, 1), (2, 3, 2, 7, 3), (3, 1, 1, 8, 4)],
 )
-def test_the_equations(
-    method: Any,
+def test_matches_equations(
+    method: Method,
     interleaved: bool,
     ngroups: int,
     heads: int,
@@ -129,22 +139,26 @@ def test_the_equations(
     reset = np.isin(np.arange(9), [4, 7])
     options: Any = {"state": state, "reset": jnp.asarray(reset), "interleaved": interleaved}
     got = call(arrays, **options, method=method, chunk_size=4)
-    close(got, loop(arrays, state, reset, interleaved), 1e-14)
+    assert_close(got, loop(arrays, state, reset, interleaved), 1e-14)
 
 
 @given(
     seq=st.sampled_from([0, 1, 10]),
     chunk_size=st.sampled_from([1, 4, 5, None]),
-    # On, beside and away from the borders of chunks; one after the other; at both ends.
+    # On, beside and away from the borders of chunks; in a row; at both ends.
     resets=st.sampled_from([None, (0,), (4, 5), (3, 8, 9), tuple(range(10))]),
     length=st.sampled_from([None, 0, 4, 5, 7]),
     rank=st.sampled_from([None, 2]),
 )
 @example(seq=10, chunk_size=4, resets=(3, 8, 9), length=5, rank=2)
-def test_methods(
-    seq: int, chunk_size: int | None, resets: Any, length: int | None, rank: int | None
+def test_methods_agree(
+    seq: int,
+    chunk_size: int | None,
+    resets: tuple[int, ...] | None,
+    length: int | None,
+    rank: int | None,
 ):
-    """Outputs, final state and every gradient, whatever the chunks are and the padding holds."""
+    """Outputs, final state and all gradients agree for every chunk size and with NaN as padding."""
     arrays, state = inputs(seq, rank=rank)
     reset = None if resets is None else jnp.isin(jnp.arange(seq), jnp.array(resets, int))
     real = jnp.ones(seq, bool)
@@ -155,8 +169,8 @@ def test_methods(
             mask = real.reshape((-1,) + (1,) * (arrays[name].ndim - 1))
             arrays[name] = jnp.where(mask, arrays[name], jnp.nan)
 
-    def run(method: Any) -> Any:
-        def loss(arrays: Any, state: Any) -> Any:
+    def run(method: Method) -> PyTree:
+        def loss(arrays: Arrays, state: State) -> tuple[jax.Array, PyTree]:
             options: Any = {"method": method, "chunk_size": chunk_size}
             y, state = call(
                 arrays,
@@ -173,20 +187,19 @@ def test_methods(
         return quick(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(arrays, state)
 
     got = run("chunked")
-    close(got, run("sequential"))
-    for leaf in jax.tree.leaves(got):
-        assert np.isfinite(leaf).all()
+    assert_close(got, run("sequential"))
+    assert_finite(got)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [None, 2])
-def test_derivatives(rank: int | None):
-    """Both modes, against finite differences; and second derivatives."""
+def test_derivatives_match_finite_differences(rank: int | None):
+    """Forward mode, reverse mode and, for one rank, second derivatives."""
     arrays, state = inputs(5, rank=rank, ngroups=1, headdim=2, d_state=4)
     reset = jnp.arange(5) == 3
 
     @jax.jit
-    def run(arrays: Any, state: Any) -> Any:
+    def run(arrays: Arrays, state: State) -> PyTree:
         return call(arrays, state=state, reset=reset, chunk_size=2, interleaved=rank is None)
 
     jax.test_util.check_grads(run, (arrays, state), order=1, modes=["fwd", "rev"])
@@ -194,7 +207,7 @@ def test_derivatives(rank: int | None):
     if rank is not None:
         return
 
-    def loss(dt: Any, angles: Any) -> Any:
+    def loss(dt: jax.Array, angles: jax.Array) -> jax.Array:
         return jnp.sum(run(arrays | {"dt": dt, "angles": angles}, state)[0] ** 2)
 
     both = (arrays["dt"], arrays["angles"])
@@ -202,34 +215,33 @@ def test_derivatives(rank: int | None):
 
 
 @pytest.mark.parametrize("rate", [1e-30, 1e30])
-def test_extreme_rates(rate: float):
-    """Rates so large that every decay underflows, and so small that none decays."""
+def test_extreme_rates_give_finite_gradients(rate: float):
+    """Rates are so large that every decay underflows, or so small that nothing decays."""
     arrays, state = inputs(40, dtype="float32", ngroups=1, rank=None)
     arrays["A"] = arrays["A"] * 0 - rate
     arrays["dt"] = arrays["dt"].at[30:].mul(0).at[10:15].mul(1e10)
 
-    def run(method: Any) -> Any:
-        def loss(arrays: Any, state: Any) -> Any:
+    def run(method: Method) -> PyTree:
+        def loss(arrays: Arrays, state: State) -> tuple[jax.Array, PyTree]:
             y, state = call(arrays, state=state, method=method, interleaved=True)
             return jnp.sum(y) * 1e-10 + sum(jnp.sum(t) for t in state) * 1e-10, (y, state)
 
         return quick(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(arrays, state)
 
-    for leaf in jax.tree.leaves(run("chunked")):
-        assert np.isfinite(leaf).all()
-    # Angles after 1e10 turns are noise, whatever adds them.
+    assert_finite(run("chunked"))
+    # After 1e10 rotations an angle is noise in every method.
     arrays["dt"] = arrays["dt"].at[10:15].mul(1e-10)
-    close(run("chunked")[0][1], run("sequential")[0][1], 1e-5)
+    assert_close(run("chunked")[0][1], run("sequential")[0][1], 1e-5)
 
 
 @pytest.mark.parametrize("at", [0, 3, 4, 6])
-def test_a_reset_forgets_what_is_not_a_number(at: int):
-    """In the outputs after it, in the state and in the gradients with respect to all after it."""
+def test_reset_forgets_non_finite_state(at: int):
+    """Outputs after the reset, the final state and the gradients of later inputs are finite."""
     arrays, state = inputs(8)
     reset = jnp.arange(8) == at
 
-    def run(state: Any) -> Any:
-        def loss(arrays: Any, state: Any) -> Any:
+    def run(state: State) -> PyTree:
+        def loss(arrays: Arrays, state: State) -> tuple[jax.Array, PyTree]:
             y, end = call(arrays, state=state, reset=reset, chunk_size=4, interleaved=True)
             return jnp.sum(jnp.cos(y[at:])) + sum(jnp.sum(jnp.sin(t)) for t in end), (y, end)
 
@@ -240,16 +252,15 @@ def test_a_reset_forgets_what_is_not_a_number(at: int):
 
     lost = jax.tree.map(lambda t: jnp.full_like(t, jnp.nan), state)
     (got, before), (want, _) = run(lost), run(jax.tree.map(jnp.zeros_like, state))
-    for leaf in jax.tree.leaves(got):
-        assert np.isfinite(leaf).all()
-    close(got[:3], want[:3])
+    assert_finite(got)
+    assert_close(got[:3], want[:3])
     assert np.isnan(before).all()
     if at != 6:
         return
-    # One leaf alone, of one head: the others go on.
+    # A NaN in one leaf of one head leaves the other heads finite.
     for i, leaf in enumerate(state):
-        spoilt = leaf.at[(1, 0, 2) if i == 1 else (..., 1, 0)].set(jnp.nan)
-        states = (*state[:i], spoilt, *state[i + 1 :])
+        spoiled = leaf.at[(1, 0, 2) if i == 1 else (..., 1, 0)].set(jnp.nan)
+        states = (*state[:i], spoiled, *state[i + 1 :])
         y, _ = quick(lambda s: call(arrays, state=s, reset=reset, interleaved=True))(states)
         assert np.isnan(y[:at, :, 1]).any(-1).all()
         assert np.isfinite(y[at:]).all()
@@ -257,35 +268,34 @@ def test_a_reset_forgets_what_is_not_a_number(at: int):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_dtypes(dtype: str):
+def test_outputs_keep_dtype_and_state_is_float32(dtype: str):
     arrays, state = inputs(5, dtype=dtype)
     run = lambda arrays, state: call(arrays, state=state, interleaved=True)  # noqa: E731
     y, end = jax.eval_shape(run, arrays, state)
     assert (y.dtype, {t.dtype for t in end}) == (dtype, {jnp.dtype("float32")})
 
 
-def test_nothing_of_the_full_size_exists():
-    """Neither forward nor in reverse does the default hold a state, or the attention, of every
-    token, nor keys or queries of every head: nothing that is larger than `x`."""
+def test_default_method_holds_nothing_larger_than_x():
+    """Neither pass holds the states or the attention of all tokens, or the keys of all heads."""
     seq, heads, headdim, d_state = 512, 2, 8, 16
     arrays, state = inputs(
         seq, ngroups=1, heads=heads, headdim=headdim, d_state=d_state, pairs=4, rank=None
     )
 
-    def largest(method: Any) -> int:
-        def loss(arrays: Any) -> Any:
+    def largest(method: Method) -> int:
+        def loss(arrays: Arrays) -> jax.Array:
             y, end = call(arrays, state=state, method=method, interleaved=True)
             return jnp.sum(y) + jnp.sum(end[1])
 
         jaxpr = jax.make_jaxpr(jax.grad(loss))(arrays)
-        return max(int(np.prod(shape)) for shape in shapes_in(jaxpr.jaxpr))
+        return largest_array(jaxpr.jaxpr)
 
     assert largest("chunked") <= seq * heads * headdim
-    assert largest("sequential") >= seq * heads * headdim * d_state  # the test can tell
+    assert largest("sequential") >= seq * heads * headdim * d_state  # The test would notice.
 
 
-def test_angles_keep_their_digits():
-    """Over a long sequence: as a plain sum they would lose four of seven."""
+def test_angles_stay_accurate_over_long_sequences():
+    """A plain sum would lose four of seven digits."""
     seq, dtype = 4096, "float32"
     arrays, _ = inputs(seq, ngroups=1, heads=1, pairs=1, rank=None, dtype=dtype)
     arrays["angles"] = jnp.full_like(arrays["angles"], 3.1)
@@ -296,7 +306,7 @@ def test_angles_keep_their_digits():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_cos_sin(dtype: str):
+def test_cos_sin_matches_numpy(dtype: str):
     angle = jnp.linspace(-np.pi, np.pi, 1001).astype(dtype)
     tolerance = {"float32": 2e-7, "float64": 4e-16}[dtype]
     for got, want in zip(cos_sin(angle), (np.cos(angle), np.sin(angle)), strict=True):
@@ -304,11 +314,11 @@ def test_cos_sin(dtype: str):
     jax.test_util.check_grads(jax.jit(cos_sin), (angle.astype("float64"),), order=2)
 
 
-def test_errors(as_users_run: None):
+def test_invalid_arguments_raise(as_users_run: None):
     arrays, state = inputs(3)
     with pytest.raises(ValueError, match="ngroups=3 and nheads=4"):
         call(arrays | {"B": jnp.ones((3, 3, 3, 7))}, interleaved=True)
-    one = {name: a if name in OF_ALL_TOKENS else a[0] for name, a in arrays.items()}
+    one = {name: a if name in PARAMETERS else a[0] for name, a in arrays.items()}
     one["B"] = jnp.ones((3, 3, 7))
     named = {name: one[name] for name in NAMES[6:]}
     with pytest.raises(ValueError, match="ngroups=3 and nheads=4"):
@@ -317,5 +327,5 @@ def test_errors(as_users_run: None):
         call(arrays, interleaved=True, method="fast")
     with pytest.raises(ValueError, match="`chunk_size` must be at least 1"):
         call(arrays, interleaved=True, chunk_size=0)
-    with pytest.raises(ValueError, match="4 angles turn 8 features, but the array has 7"):
+    with pytest.raises(ValueError, match="4 angles rotate 8 features, but the array has 7"):
         call(arrays | {"angles": jnp.ones((3, 4))}, interleaved=True)

@@ -1,8 +1,10 @@
-"""The ops by themselves: their methods agree, and agree with the official reference."""
+"""The selective scan, the linear recurrence and the convolution, without the layers around them.
+
+The methods of an op agree with each other and with the official reference.
+"""
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,24 +12,28 @@ import jax.test_util
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
-from jax.extend import core
+from jaxtyping import PyTree
 from safetensors.numpy import load_file
 
 from mamba_eqx import ops
+from tests.ops.helpers import GOLDEN, assert_close, assert_finite, largest_array
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-FAST = ["chunked", "associative"]
+Method = Literal["chunked", "associative", "sequential"]
+FAST: list[Method] = ["chunked", "associative"]
+METHODS: list[Method] = [*FAST, "sequential"]
 
 
-def scan_inputs(seq: int, d_inner: int = 3, d_state: int = 2, dtype: str = "float64") -> list[Any]:
-    """x, dt, A, B, C, D and a state."""
+def scan_inputs(
+    seq: int, d_inner: int = 3, d_state: int = 2, dtype: str = "float64"
+) -> list[jax.Array]:
+    """Returns `x`, `dt`, `A`, `B`, `C`, `D` and a state."""
     rng = np.random.default_rng(seq)
 
-    def normal(*shape: int) -> Any:
+    def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
     return [
@@ -39,12 +45,6 @@ def scan_inputs(seq: int, d_inner: int = 3, d_state: int = 2, dtype: str = "floa
         normal(d_inner),
         normal(d_state, d_inner),
     ]
-
-
-def close(got: Any, want: Any, rtol: float = 1e-12) -> None:
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert a.shape == b.shape
-        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(1.0, np.abs(b).max(initial=0)))
 
 
 @pytest.fixture(autouse=True)
@@ -60,10 +60,10 @@ def in_float64() -> Iterator[None]:
     reset=st.booleans(),
     length=st.sampled_from([None, 0, 7]),
 )
-def test_methods_of_the_selective_scan(
-    method: Any, seq: int, chunk_size: int, reset: bool, length: int | None
+def test_selective_scan_methods_agree(
+    method: Method, seq: int, chunk_size: int, reset: bool, length: int | None
 ):
-    """Outputs, final state and every gradient, whatever the chunks are."""
+    """Outputs, final state and all gradients agree for every chunk size."""
     *arrays, state = scan_inputs(seq)
     where = jnp.arange(seq) % 5 == 3 if reset else None
     weight = jnp.cos(jnp.arange(float(seq)))[:, None]
@@ -71,8 +71,8 @@ def test_methods_of_the_selective_scan(
         length = min(length, seq)
         weight = jnp.where(jnp.arange(seq)[:, None] < length, weight, 0.0)
 
-    def run(method: Any, chunk_size: int | None) -> Any:
-        def loss(arrays: Any, state: Any) -> Any:
+    def run(method: Method, chunk_size: int | None) -> PyTree:
+        def loss(arrays: list[jax.Array], state: jax.Array) -> tuple[jax.Array, PyTree]:
             y, state = ops.selective_scan(
                 *arrays,
                 state=state,
@@ -85,50 +85,52 @@ def test_methods_of_the_selective_scan(
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(arrays, state)
 
-    close(run(method, chunk_size), run("sequential", None))
+    assert_close(run(method, chunk_size), run("sequential", None))
 
 
-@pytest.mark.parametrize("method", [*FAST, "sequential"])
-def test_the_official_scan(method: Any):
+@pytest.mark.parametrize("method", METHODS)
+def test_selective_scan_matches_official_reference(method: Method):
     golden = load_file(GOLDEN / "selective_scan_ref" / "golden.safetensors")
     names = ["x", "dt", "A", "B", "C", "D"]
     inputs = [jnp.asarray(golden[name]) for name in names]
 
-    def objective(*inputs: Any) -> Any:
+    def objective(*inputs: jax.Array) -> tuple[jax.Array, PyTree]:
         y, state = ops.selective_scan(*inputs, method=method, chunk_size=4)
         value = jnp.sum(golden["weight.y"] * y) + jnp.sum(golden["weight.state"].T * state)
         return value, (y, state.T)
 
     (value, out), grads = jax.value_and_grad(objective, argnums=range(6), has_aux=True)(*inputs)
-    close((value, *out), (golden["objective"], golden["y"], golden["state"]), 1e-13)
-    close(grads, tuple(golden[f"grad.{name}"] for name in names), 1e-13)
+    assert_close((value, *out), (golden["objective"], golden["y"], golden["state"]), 1e-13)
+    assert_close(grads, tuple(golden[f"grad.{name}"] for name in names), 1e-13)
 
 
-def test_the_official_softplus():
-    """Step sizes from far below zero to far above 20, where torch's softplus is the identity."""
+def test_selective_scan_matches_official_softplus():
+    """Step sizes range from far below 0 to far above 20, where torch's softplus is the identity."""
     golden = load_file(GOLDEN / "selective_scan_ref_softplus" / "golden.safetensors")
     names = ["x", "dt_raw", "dt_bias", "A", "B", "C", "D"]
 
-    def objective(x: Any, dt_raw: Any, dt_bias: Any, *rest: Any) -> Any:
+    def objective(
+        x: jax.Array, dt_raw: jax.Array, dt_bias: jax.Array, *rest: jax.Array
+    ) -> tuple[jax.Array, PyTree]:
         y, state = ops.selective_scan(x, jax.nn.softplus(dt_raw + dt_bias), *rest)
         value = jnp.sum(golden["weight.y"] * y) + jnp.sum(golden["weight.state"].T * state)
         return value, (y, state.T)
 
     inputs = [jnp.asarray(golden[name]) for name in names]
     (_, out), grads = jax.value_and_grad(objective, argnums=range(7), has_aux=True)(*inputs)
-    # Above 20 the two softplus differ by exp(-20) = 2e-9.
+    # Above 20 torch's softplus differs from ours by up to exp(-20) = 2e-9.
     for got, want in zip(out, (golden["y"], golden["state"]), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-12)
     for got, name in zip(grads, names, strict=True):
         np.testing.assert_allclose(got, golden[f"grad.{name}"], rtol=1e-8, atol=1e-30)
 
 
-def test_forward_mode():
-    """`method="sequential"` has it, and it agrees with the reverse mode of the default."""
+def test_forward_mode_needs_sequential_method():
+    """`method="sequential"` supports forward mode, which agrees with the default's reverse mode."""
     inputs = scan_inputs(9)
     tangents = [jnp.sin(7 * a) for a in inputs]
 
-    def run(method: Any, *inputs: Any) -> Any:
+    def run(method: Method, *inputs: jax.Array) -> PyTree:
         *arrays, state = inputs
         return ops.selective_scan(*arrays, state=state, method=method)
 
@@ -143,46 +145,40 @@ def test_forward_mode():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [*FAST, "sequential"])
-def test_second_derivatives(method: Any):
+@pytest.mark.parametrize("method", METHODS)
+def test_second_derivatives_match_finite_differences(method: Method):
     *arrays, state = scan_inputs(5)
 
-    def loss(x: Any, dt: Any) -> Any:
+    def loss(x: jax.Array, dt: jax.Array) -> jax.Array:
         y, _ = ops.selective_scan(x, dt, *arrays[2:], state=state, method=method, chunk_size=2)
         return jnp.sum(y**2)
 
     jax.test_util.check_grads(jax.grad(loss, argnums=(0, 1)), arrays[:2], order=1, modes=["rev"])
 
 
-def shapes_in(jaxpr: Any) -> Iterator[tuple[int, ...]]:
-    for equation in jaxpr.eqns:
-        for variable in equation.outvars:
-            yield getattr(variable.aval, "shape", ())
-        for inner in core.jaxprs_in_params(equation.params):
-            yield from shapes_in(inner)
-
-
-def test_nothing_of_the_full_size_exists():
-    """Neither forward nor in reverse does the default hold `seq * d_inner * d_state` numbers."""
+def test_default_method_never_holds_all_states():
+    """Neither pass holds an array of `seq * d_inner * d_state` numbers."""
     seq, d_inner, d_state = 256, 8, 16
     *arrays, state = scan_inputs(seq, d_inner, d_state)
 
-    def loss(method: Any, arrays: Any, state: Any) -> Any:
+    def loss(method: Method, arrays: list[jax.Array], state: jax.Array) -> jax.Array:
         y, state = ops.selective_scan(*arrays, state=state, method=method)
         return jnp.sum(y) + jnp.sum(state)
 
-    def largest(method: Any) -> int:
+    def largest(method: Method) -> int:
         jaxpr = jax.make_jaxpr(lambda *a: jax.grad(loss, argnums=(1, 2))(method, *a))(arrays, state)
-        return max(int(np.prod(shape)) for shape in shapes_in(jaxpr.jaxpr))
+        return largest_array(jaxpr.jaxpr)
 
     full = seq * d_inner * d_state
     assert largest("chunked") <= full // 8
-    assert largest("sequential") >= full  # the test can tell
+    assert largest("sequential") >= full  # The test would notice.
 
 
 @pytest.mark.parametrize("method", ["sequential", "associative"])
 @given(reset=st.booleans(), length=st.sampled_from([None, 0, 4]), seq=st.sampled_from([0, 1, 6]))
-def test_linear_recurrence(method: Any, reset: bool, length: int | None, seq: int):
+def test_linear_recurrence_matches_loop(
+    method: Literal["sequential", "associative"], reset: bool, length: int | None, seq: int
+):
     rng = np.random.default_rng(seq)
     a, b, state = rng.random((seq, 2, 3)), rng.random((seq, 2, 3)), rng.random((2, 3))
     where = np.arange(seq) % 3 == 1
@@ -203,8 +199,7 @@ def test_linear_recurrence(method: Any, reset: bool, length: int | None, seq: in
     np.testing.assert_allclose(got[:n], np.reshape(hs, (n, 2, 3)), rtol=1e-14)
 
 
-def test_causal_convolution():
-    """Against numpy's own convolution, one channel at a time."""
+def test_causal_convolution_matches_numpy():
     rng = np.random.default_rng(0)
     x, weight, bias = rng.random((9, 3)), rng.random((4, 3)), rng.random(3)
     y, state = ops.causal_conv1d(jnp.asarray(x), jnp.asarray(weight), jnp.asarray(bias))
@@ -214,12 +209,10 @@ def test_causal_convolution():
     np.testing.assert_array_equal(state, x[-3:])
 
 
-def test_long_decays_do_not_overflow():
-    """Step sizes and rates so large that every decay underflows, and so small that none decays."""
+def test_extreme_step_sizes_give_finite_results():
+    """Step sizes are so large that every decay underflows, or so small that nothing decays."""
     for factor in (1e-30, 1e30):
         x, dt, A, B, C, D, state = scan_inputs(70, dtype="float32")
-        methods: list[Any] = [*FAST, "sequential"]
-        for method in methods:
+        for method in METHODS:
             y, end = ops.selective_scan(x, dt * factor, A, B, C, D, state=state, method=method)
-            assert np.isfinite(y).all()
-            assert np.isfinite(end).all()
+            assert_finite((y, end))

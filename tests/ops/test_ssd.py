@@ -1,7 +1,10 @@
-"""The op of Mamba-2 by itself: its methods agree, with each other and with a plain loop."""
+"""The op of Mamba-2 without the layer around it, and the gated norm.
 
-from collections.abc import Iterator
-from typing import Any
+Its methods agree with each other, with a plain loop and with the official reference.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +12,18 @@ import jax.test_util
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+from jaxtyping import PyTree
 from safetensors.numpy import load_file
 
 from mamba_eqx import ops
-from tests.ops.test_scans import GOLDEN, close, shapes_in
+from tests.ops.helpers import GOLDEN, assert_close, assert_finite, largest_array
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
-METHODS: list[Any] = ["chunked", "sequential"]
+Method = Literal["chunked", "sequential"]
+METHODS: list[Method] = ["chunked", "sequential"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +41,11 @@ def inputs(
     d_state: int = 5,
     per_channel: bool = False,
     dtype: str = "float64",
-) -> list[Any]:
-    """x, dt, A, B, C, D and a state."""
+) -> list[jax.Array]:
+    """Returns `x`, `dt`, `A`, `B`, `C`, `D` and a state."""
     rng, nheads = np.random.default_rng(seq), ngroups * heads
 
-    def normal(*shape: int) -> Any:
+    def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
     return [
@@ -54,8 +59,10 @@ def inputs(
     ]
 
 
-def loop(arrays: Any, state: Any, reset: Any) -> Any:
-    """The equations, one number at a time."""
+def loop(
+    arrays: list[jax.Array], state: jax.Array, reset: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Computes the equations in the docstring, one number at a time."""
     x, dt, A, B, C, D, h = (np.array(a) for a in (*arrays, state))
     nheads, headdim = x.shape[1:]
     y = np.zeros_like(x)
@@ -74,23 +81,23 @@ def loop(arrays: Any, state: Any, reset: Any) -> Any:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize(("ngroups", "heads"), [(1, 1), (2, 3), (3, 1)])
-def test_the_equations(method: Any, per_channel: bool, ngroups: int, heads: int):
+def test_matches_equations(method: Method, per_channel: bool, ngroups: int, heads: int):
     *arrays, state = inputs(9, ngroups=ngroups, heads=heads, per_channel=per_channel)
     reset = np.isin(np.arange(9), [4, 7])
     got = ops.ssd(*arrays, state=state, reset=jnp.asarray(reset), method=method, chunk_size=4)
-    close(got, loop(arrays, state, reset), 1e-14)
+    assert_close(got, loop(arrays, state, reset), 1e-14)
 
 
 @pytest.mark.parametrize(
     ("method", "chunk_size"), [("chunked", 4), ("chunked", 5), ("chunked", None), ("sequential", 1)]
 )
-def test_the_official_ssd(method: Any, chunk_size: int | None):
-    """`ssd_minimal_discrete`, with groups and from a state, which the official code holds against
-    its kernels. It has no skip connection."""
+def test_matches_official_reference(method: Method, chunk_size: int | None):
+    """The reference is `ssd_minimal_discrete`, with groups and an initial state. The official tests
+    compare their kernels to it. It has no skip connection."""
     golden = load_file(GOLDEN / "ssd_minimal" / "golden.safetensors")
     names = ["x", "dt", "A", "B", "C", "state"]
 
-    def objective(*inputs: Any) -> Any:
+    def objective(*inputs: jax.Array) -> tuple[jax.Array, PyTree]:
         *arrays, state = inputs
         y, end = ops.ssd(*arrays, None, state=state, method=method, chunk_size=chunk_size)
         value = jnp.sum(golden["weight.y"] * y) + jnp.sum(golden["weight.end"] * end)
@@ -98,22 +105,26 @@ def test_the_official_ssd(method: Any, chunk_size: int | None):
 
     inputs = [jnp.asarray(golden[name]) for name in names]
     (value, out), grads = jax.value_and_grad(objective, argnums=range(6), has_aux=True)(*inputs)
-    close((value, *out), (golden["objective"], golden["y"], golden["end"]), 1e-14)
-    close(grads, tuple(golden[f"grad.{name}"] for name in names), 1e-13)
+    assert_close((value, *out), (golden["objective"], golden["y"], golden["end"]), 1e-14)
+    assert_close(grads, tuple(golden[f"grad.{name}"] for name in names), 1e-13)
 
 
 @given(
     seq=st.sampled_from([0, 1, 9, 10]),
     chunk_size=st.sampled_from([1, 4, 5, 64, None]),
-    # On, beside and away from the borders of chunks; one after the other; at both ends.
+    # On, beside and away from the borders of chunks; in a row; at both ends.
     resets=st.sampled_from([None, (), (0,), (4, 5), (3, 8, 9), tuple(range(10))]),
     length=st.sampled_from([None, 0, 4, 5, 7]),
     per_channel=st.booleans(),
 )
-def test_methods(
-    seq: int, chunk_size: int | None, resets: Any, length: int | None, per_channel: bool
+def test_methods_agree(
+    seq: int,
+    chunk_size: int | None,
+    resets: tuple[int, ...] | None,
+    length: int | None,
+    per_channel: bool,
 ):
-    """Outputs, final state and every gradient, whatever the chunks are and the padding holds."""
+    """Outputs, final state and all gradients agree for every chunk size and with NaN as padding."""
     *arrays, state = inputs(seq, per_channel=per_channel)
     reset = None if resets is None else jnp.isin(jnp.arange(seq), jnp.array(resets, int))
     real = jnp.ones(seq, bool)
@@ -124,8 +135,8 @@ def test_methods(
             mask = real.reshape((-1,) + (1,) * (arrays[i].ndim - 1))
             arrays[i] = jnp.where(mask, arrays[i], jnp.nan)
 
-    def run(method: Any) -> Any:
-        def loss(arrays: Any, state: Any) -> Any:
+    def run(method: Method) -> PyTree:
+        def loss(arrays: list[jax.Array], state: jax.Array) -> tuple[jax.Array, PyTree]:
             y, state = ops.ssd(
                 *arrays,
                 state=state,
@@ -141,21 +152,20 @@ def test_methods(
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(arrays, state)
 
     got, want = run("chunked"), run("sequential")
-    close(got, want)
+    assert_close(got, want)
     (_, out), (gradients, state_bar) = got
-    # The skip connection of padding is a product with what it holds.
+    # The gradient of D is NaN, because the skip connection multiplies D by the padding.
     gradients = [g for i, g in enumerate(gradients) if i != 5]
-    for leaf in jax.tree.leaves((out, gradients, state_bar)):
-        assert np.isfinite(leaf).all()
+    assert_finite((out, gradients, state_bar))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gradients_are_derivatives(method: Any):
-    """Both modes, against finite differences."""
+def test_derivatives_match_finite_differences(method: Method):
+    """Forward and reverse mode."""
     reset = jnp.arange(5) == 3
 
     @jax.jit
-    def run(*arrays: Any) -> Any:
+    def run(*arrays: jax.Array) -> PyTree:
         *inputs, state = arrays
         return ops.ssd(*inputs, state=state, reset=reset, method=method, chunk_size=2)
 
@@ -163,18 +173,18 @@ def test_gradients_are_derivatives(method: Any):
 
 
 @pytest.mark.slow
-def test_second_derivatives():
+def test_second_derivatives_match_finite_differences():
     *arrays, state = inputs(5)
 
-    def loss(x: Any, dt: Any) -> Any:
+    def loss(x: jax.Array, dt: jax.Array) -> jax.Array:
         y, _ = ops.ssd(x, dt, *arrays[2:], state=state, chunk_size=2)
         return jnp.sum(y**2)
 
     jax.test_util.check_grads(jax.grad(loss, argnums=(0, 1)), arrays[:2], order=1, modes=["rev"])
 
 
-def gradients_of(arrays: Any, **options: Any) -> Any:
-    def loss(*arrays: Any) -> Any:
+def value_and_gradients(arrays: Sequence[jax.Array], **options: Any) -> PyTree:
+    def loss(*arrays: jax.Array) -> tuple[jax.Array, PyTree]:
         *inputs, state = arrays
         y, state = ops.ssd(*inputs, state=state, **options)
         return jnp.sum(y) + jnp.sum(state), (y, state)
@@ -184,53 +194,53 @@ def gradients_of(arrays: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("rate", [1e-30, 1e3, 1e30])
-def test_extreme_rates(rate: float, dtype: str):
-    """Rates so large that every decay underflows, and so small that none decays."""
+def test_extreme_rates_give_finite_gradients(rate: float, dtype: str):
+    """Rates are so large that every decay underflows, or so small that nothing decays."""
     arrays = inputs(70, dtype=dtype)
     arrays[2] = arrays[2] * 0 - rate
     arrays[1] = arrays[1].at[40:].mul(0).at[10:15].mul(1e-3)
-    got = gradients_of(arrays)
-    for leaf in jax.tree.leaves(got):
-        assert np.isfinite(leaf).all()
-    close(
-        got, gradients_of(arrays, method="sequential"), {"float32": 1e-5, "float64": 1e-13}[dtype]
+    got = value_and_gradients(arrays)
+    assert_finite(got)
+    assert_close(
+        got,
+        value_and_gradients(arrays, method="sequential"),
+        {"float32": 1e-5, "float64": 1e-13}[dtype],
     )
 
 
-def test_long_chunks_of_strong_decay():
-    """Products of -1e3 over chunks of 256, cut by resets on and beside their borders."""
+def test_strong_decay_in_long_chunks_gives_finite_gradients():
+    """The rate is -1e3, in chunks of 256 with resets on and beside their borders."""
     arrays = inputs(300, dtype="float32")
     arrays[2] = jnp.full_like(arrays[2], -1e3)
     options: Any = {"reset": jnp.isin(jnp.arange(300), jnp.array([0, 100, 255, 256, 299]))}
-    got = gradients_of(arrays, chunk_size=256, **options)
-    for leaf in jax.tree.leaves(got):
-        assert np.isfinite(leaf).all()
-    close(got, gradients_of(arrays, method="sequential", **options), 1e-5)
+    got = value_and_gradients(arrays, chunk_size=256, **options)
+    assert_finite(got)
+    assert_close(got, value_and_gradients(arrays, method="sequential", **options), 1e-5)
 
 
-def test_a_strong_decay_does_not_blur_the_tokens_after_it():
-    """As a difference of cumulative sums, 0.1 after 1e9 would be nothing."""
+def test_strong_decay_keeps_later_decays_exact():
+    """A difference of cumulative sums would lose a step of 0.1 after one of 1e9."""
     arrays = inputs(20, dtype="float32")
     arrays[2] = jnp.full_like(arrays[2], -1)
     arrays[1] = jnp.full_like(arrays[1], 0.1).at[3].set(1e9)
     want = ops.ssd(*arrays[:6], state=arrays[6], method="sequential")
     got = ops.ssd(*arrays[:6], state=arrays[6])
-    close((got[0] * 1e-9, got[1] * 1e-9), (want[0] * 1e-9, want[1] * 1e-9), 1e-6)
+    assert_close((got[0] * 1e-9, got[1] * 1e-9), (want[0] * 1e-9, want[1] * 1e-9), 1e-6)
     arrays[0] = arrays[0].at[3].set(0)
     want = ops.ssd(*arrays[:6], state=arrays[6], method="sequential")
-    close(ops.ssd(*arrays[:6], state=arrays[6]), want, 1e-6)
+    assert_close(ops.ssd(*arrays[:6], state=arrays[6]), want, 1e-6)
 
 
 @pytest.mark.parametrize("at", [0, 3, 4, 6])
-def test_a_reset_forgets_what_is_not_a_number(at: int):
-    """In the outputs after it, in the state and in the gradients with respect to all after it."""
+def test_reset_forgets_non_finite_state(at: int):
+    """Outputs after the reset, the final state and the gradients of later inputs are finite."""
     arrays = inputs(8)
     arrays[6] = jnp.full_like(arrays[6], jnp.nan)
     clean = [*arrays[:6], jnp.zeros_like(arrays[6])]
     reset = jnp.arange(8) == at
 
-    def run(arrays: Any) -> Any:
-        def loss(*arrays: Any) -> Any:
+    def run(arrays: list[jax.Array]) -> PyTree:
+        def loss(*arrays: jax.Array) -> tuple[jax.Array, PyTree]:
             *inputs, state = arrays
             y, state = ops.ssd(*inputs, state=state, reset=reset, chunk_size=4)
             return jnp.sum(jnp.cos(y[at:])) + jnp.sum(jnp.sin(state)), (y[at:], state)
@@ -239,17 +249,16 @@ def test_a_reset_forgets_what_is_not_a_number(at: int):
             *arrays
         )
         x, dt, A, B, C, D, state = grads
-        # If tokens before it met the state, with the decay, then no method has a derivative of A.
+        # If tokens before the reset decay the NaN state, the gradient of A is NaN in every method.
         return out, x[at:], dt[at:], A if at == 0 else None, B[at:], C[at:], D, state
 
     got = run(arrays)
-    for leaf in jax.tree.leaves(got):
-        assert np.isfinite(leaf).all()
-    close(got, run(clean))
+    assert_finite(got)
+    assert_close(got, run(clean))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_dtypes(dtype: str):
+def test_outputs_keep_dtype_and_state_is_float32(dtype: str):
     *arrays, state = inputs(5, dtype=dtype)
     y, end = jax.eval_shape(lambda *a: ops.ssd(*a, state=state), *arrays)
     assert (y.dtype, end.dtype) == (dtype, jnp.float32)
@@ -263,24 +272,25 @@ def test_dtypes(dtype: str):
     assert (y.dtype, end.dtype) == (dtype, jnp.float32)
 
 
-def test_nothing_of_the_full_size_exists():
-    """Neither forward nor in reverse does the default hold a state, or the attention, of every
-    token: nothing that is larger than `x`."""
+def test_default_method_holds_nothing_larger_than_x():
+    """Neither pass holds the state or the attention of every token."""
     seq, heads, headdim, d_state = 512, 2, 8, 16
     arrays = inputs(seq, ngroups=1, heads=heads, headdim=headdim, d_state=d_state)
 
-    def largest(method: Any) -> int:
-        jaxpr = jax.make_jaxpr(lambda *a: gradients_of(a, method=method, chunk_size=32))
-        return max(int(np.prod(shape)) for shape in shapes_in(jaxpr(*arrays).jaxpr))
+    def largest(method: Method) -> int:
+        jaxpr = jax.make_jaxpr(lambda *a: value_and_gradients(a, method=method, chunk_size=32))
+        return largest_array(jaxpr(*arrays).jaxpr)
 
     assert largest("chunked") <= seq * heads * headdim
-    assert largest("sequential") >= seq * heads * headdim * d_state  # the test can tell
+    assert largest("sequential") >= seq * heads * headdim * d_state  # The test would notice.
 
 
 @pytest.mark.slow
-def test_memory_of_the_reverse_pass():
-    """A further token adds its share of the state that each chunk leaves behind (and its inputs and
-    gradients): neither its own state nor its row of the attention, both of 1024 numbers here."""
+def test_reverse_pass_stores_one_state_per_chunk():
+    """Each token adds its share of its chunk's state, its inputs and its gradients to the memory.
+
+    No token adds a state or a row of the attention, both of which have 1024 numbers here.
+    """
     heads, headdim, d_state, chunk_size = 8, 4, 32, 128
 
     def temporary(seq: int) -> int:
@@ -289,7 +299,7 @@ def test_memory_of_the_reverse_pass():
                 seq, ngroups=1, heads=heads, headdim=headdim, d_state=d_state, dtype="float32"
             )
         )
-        run = jax.jit(lambda *arrays: gradients_of(arrays, chunk_size=chunk_size))
+        run = jax.jit(lambda *arrays: value_and_gradients(arrays, chunk_size=chunk_size))
         analysis = run.lower(*shapes).compile().memory_analysis()
         assert analysis is not None
         return analysis.temp_size_in_bytes
@@ -299,7 +309,7 @@ def test_memory_of_the_reverse_pass():
 
 @pytest.mark.parametrize("norm_before_gate", [False, True])
 @pytest.mark.parametrize("ngroups", [1, 3])
-def test_gated_norm(norm_before_gate: bool, ngroups: int):
+def test_gated_norm_matches_numpy(norm_before_gate: bool, ngroups: int):
     rng = np.random.default_rng(0)
     x, z, weight = rng.standard_normal((2, 12)), rng.standard_normal((2, 12)), rng.random(12)
     gate = z / (1 + np.exp(-z))

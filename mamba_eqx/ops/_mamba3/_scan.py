@@ -1,17 +1,17 @@
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from .._chunks import only
-from .._heads import check_groups
-from .._masks import freeze, mask_resets, real_tokens
+from .._arguments import check_groups, size_or_default
+from .._chunks import keep_where
+from .._masks import fill_padding, mask_resets, real_tokens
 from ._chunked import chunked
-from ._step import advance, in_one_dtype, map_state
-from ._types import Parameters, State, Tokens
+from ._step import advance
+from ._types import Parameters, State, StateTuple, Tokens, cast_together
 
 
 @partial(jax.jit, static_argnames=("interleaved", "method", "chunk_size"))
@@ -30,16 +30,16 @@ def mamba3(
     C_bias: Float[Array, "nheads rank d_state"],
     mimo_x: Float[Array, "nheads rank headdim"] | None = None,
     interleaved: bool,
-    state: State | None = None,
+    state: StateTuple | None = None,
     reset: Bool[Array, " seq"] | None = None,
     length: Int[Array, ""] | int | None = None,
     method: Literal["sequential", "chunked"] | None = None,
     chunk_size: int | None = None,
-) -> tuple[Float[Array, "seq rank nheads headdim"], State]:
-    r"""The state-space model of Mamba-3 (Lahoti et al., 2026). For every head, with channels
-    $x_t \in \mathbb{R}^P$, step size $\Delta_t$ and $\lambda_t$ = `trap`, a hidden state
-    $h \in \mathbb{R}^{N \times P}$ follows a trapezoidal rule, the term of the token before
-    included, and its dimensions turn in pairs,
+) -> tuple[Float[Array, "seq rank nheads headdim"], StateTuple]:
+    r"""Computes the state-space model of Mamba-3 (Lahoti et al., 2026). Every head, with channels
+    $x_t \in \mathbb{R}^P$, step size $\Delta_t$ and $\lambda_t$ = `trap`, has a hidden state
+    $h \in \mathbb{R}^{N \times P}$. The state follows a trapezoidal rule, which includes the term
+    of the previous token, and its dimensions rotate in pairs,
 
     $$\begin{aligned}
     \theta_t &= \theta_{t-1} + \Delta_t\, \texttt{angles}_t, &
@@ -53,74 +53,88 @@ def mamba3(
     y_{t,r} &= h_t^\top q_{t,r} + D v_{t,r}.
     \end{aligned}$$
 
-    That is a state of complex numbers, seen from a frame that does not turn, so that it decays at
-    one real rate. $\lambda = 1$ and no angles would be [`mamba_eqx.ops.ssd`][]. `rank` is that of
+    This is a complex state, seen from a frame that does not rotate, so that it decays at one real
+    rate. With $\lambda = 1$ and without angles it is [`mamba_eqx.ops.ssd`][]. `rank` is the rank of
     the state's input and output, more than one in the MIMO form. `ngroups` divides `nheads`, and
     head $i$ uses the $B$ and $C$ of group $\lfloor i / (\texttt{nheads} / \texttt{ngroups})
     \rfloor$.
 
-    The methods give the same result, and both have all of JAX's derivatives:
+    Both methods give the same result and support all of JAX's derivatives:
 
-    - `"chunked"`: attention within chunks, the state carried from one to the next. The term of the
-        token before is counted at that token: but for the output of its own, token $s$ weighs
-        $\gamma_s + (1 - \lambda_{s+1}) \Delta_{s+1}$. The angles of all tokens are in memory at
-        once, but of states and of attention only one chunk's; the reverse pass keeps the states at
-        the starts of the chunks. A token that is not finite spoils its whole chunk, earlier tokens
-        included.
-    - `"sequential"`: a `jax.lax.scan` over [`mamba_eqx.ops.mamba3_step`][]. Slower, and in reverse
-        it keeps the state of every token.
+    - `"chunked"`: attention within chunks, with the state carried from one to the next. Each token
+        adds its term for the next token ahead of time: except in its own output, token $s$ has the
+        weight $\gamma_s + (1 - \lambda_{s+1}) \Delta_{s+1}$. The angles of all tokens are in memory
+        at once, but the states and the attention of one chunk only. The reverse pass keeps the
+        states at the starts of the chunks. A non-finite token makes its whole chunk non-finite,
+        earlier tokens included.
+    - `"sequential"`: a `jax.lax.scan` over [`mamba_eqx.ops.mamba3_step`][]. It is slower, and its
+        reverse pass keeps the state of every token.
 
     **Arguments:**
 
-    - `x`: the inputs.
-    - `dt`: the step sizes $\Delta$, positive (softplus is the caller's). Zero leaves the hidden
-        state as it is.
-    - `A`: negative, one per head and token.
-    - `B`, `C`: the input and output maps of every token, shared over the heads of a group.
-    - `D`: the skip connection, or `None`.
-    - `trap`: $\lambda$, between 0 and 1 (the sigmoid is the caller's).
-    - `angles`: how far each pair turns per unit of step size (`pi * tanh` is the caller's).
-    - `B_bias`, `C_bias`: $b^B$ and $b^C$, per head.
-    - `mimo_x`: as above; ones if `None`.
-    - `interleaved`: which dimensions are pairs: $(2i, 2i + 1)$, as in the SISO form upstream, or
-        else $(i, i + \lfloor N / 2 \rfloor)$, as in the MIMO form.
-    - `state`: what came before the first token: $\theta$ (within half a turn of zero), $h$, $k$ and
-        $x$. All zero if `None`.
-    - `reset`: where true, everything before that token is forgotten.
-    - `length`: only the first `length` tokens are real. The state returned is the one after them,
-        and the outputs after them mean nothing.
-    - `method`: as above; `None` is `"chunked"`.
-    - `chunk_size`: tokens per chunk; `None` is 32 / `rank` (docs/speed.md). On accelerators larger
-        ones are usual: upstream has 64 / `rank`.
+    - `x`: the inputs, shape `(seq, nheads, headdim)`.
+    - `dt`: the step sizes $\Delta$, shape `(seq, nheads)`. They must be positive (apply softplus
+        before). A step size of zero leaves the hidden state unchanged.
+    - `A`: the negative rate of every head and token, shape `(seq, nheads)`.
+    - `B`, `C`: the input and output maps of every token, shared by the heads of a group, shape
+        `(seq, rank, ngroups, d_state)`.
+    - `D`: the skip connection, shape `(nheads,)`, or `None`.
+    - `trap`: $\lambda$, between 0 and 1 (apply the sigmoid before), shape `(seq, nheads)`.
+    - `angles`: the rotation of each pair per unit of step size, in radians (apply `pi * tanh`
+        before), shape `(seq, pairs)`. At most `d_state // 2` pairs rotate; other dimensions do not.
+    - `B_bias`, `C_bias`: $b^B$ and $b^C$, shape `(nheads, rank, d_state)`.
+    - `mimo_x`: the factors of the inputs of every rank, shape `(nheads, rank, headdim)`; ones if
+        `None`.
+    - `interleaved`: which dimensions form pair $i$. True selects $(2i, 2i + 1)$, as in the SISO
+        form upstream; false selects $(i, i + \lfloor N / 2 \rfloor)$, as in the MIMO form.
+    - `state`: the state before the first token, as returned; all zero if `None`. It consists of
+        $\theta$ between $-\pi$ and $\pi$, shape `(nheads, pairs)`; $h$, shape `(nheads, headdim,
+        d_state)`; the last token's $k$, shape `(rank, nheads, d_state)`; and its $x$, shape
+        `(nheads, headdim)`.
+    - `reset`: true where a token forgets everything before it, shape `(seq,)`.
+    - `length`: the number of real tokens; later ones are padding. The returned state is the one
+        after `length` tokens, and the outputs of padding are meaningless.
+    - `method`: one of the above; `None` selects `"chunked"`.
+    - `chunk_size`: tokens per chunk, at least 1; `None` selects 32 / `rank` (docs/speed.md). Larger
+        chunks are usual on accelerators: upstream uses 64 / `rank`. `"sequential"` ignores it.
 
     **Returns:**
 
-    The outputs for every rank, in the dtype of `x`, and the state after the last real token, in
-    float32 (float64 if any input is).
+    The outputs of every rank, shape `(seq, rank, nheads, headdim)`, in the dtype of `x`, and the
+    state after the last real token, in float32 (float64 if any input is).
+
+    **Raises:**
+
+    `ValueError` if `ngroups` does not divide `nheads`, `angles` has more than `d_state // 2` pairs,
+    `method` is unknown, or `chunk_size` is less than 1.
     """
-    tokens, parameters = (
-        Tokens(x, dt, A, B, C, trap, angles),
-        Parameters(D, B_bias, C_bias, mimo_x),
-    )
-    seq, rank, ngroups, d_state = B.shape
-    nheads, headdim = x.shape[1:]
-    check_groups(nheads, ngroups)
-    if state is None:
-        shapes = (nheads, angles.shape[1]), (nheads, headdim, d_state), (rank, nheads, d_state)
-        angle, h, k, v = (jnp.zeros(shape) for shape in (*shapes, (nheads, headdim)))
-        state = angle, h, k, v
-    y_dtype, real = x.dtype, real_tokens(seq, length)
-    tokens, parameters, state = in_one_dtype(tokens, parameters, state)
-    tokens = jax.tree.map(lambda t: freeze(real, t, 0), tokens)
+    tokens = Tokens(x, dt, A, B, C, trap, angles)
+    parameters = Parameters(D, B_bias, C_bias, mimo_x)
+    check_groups(x.shape[1], B.shape[2])
+    before = _empty_state(tokens) if state is None else State(*state)
+    seq, y_dtype, real = x.shape[0], x.dtype, real_tokens(x.shape[0], length)
+    tokens, parameters, before = cast_together(tokens, parameters, before)
+    tokens = jax.tree.map(lambda t: fill_padding(real, t, 0), tokens)
     reset = None if reset is None else mask_resets(reset, real)
     if method == "sequential" or seq == 0:
-        y, state = _sequential(tokens, parameters, state, reset, real, interleaved)
+        y, after = _sequential(tokens, parameters, before, reset, real, interleaved)
     elif method in (None, "chunked"):
-        chunk_size = max(1, 32 // rank) if chunk_size is None else chunk_size
-        y, state = chunked(chunk_size, tokens, parameters, state, reset, real, interleaved)
+        size = size_or_default("chunk_size", chunk_size, max(1, 32 // B.shape[1]))
+        y, after = chunked(size, tokens, parameters, before, reset, real, interleaved)
     else:
         raise ValueError(f'`method` must be "chunked", "sequential" or None, but got {method!r}.')
-    return y.astype(y_dtype), state
+    return y.astype(y_dtype), after.as_tuple()
+
+
+def _empty_state(tokens: Tokens) -> State:
+    _, nheads, headdim = tokens.x.shape
+    _, rank, _, d_state = tokens.B.shape
+    return State(
+        angle=jnp.zeros((nheads, tokens.angles.shape[1])),
+        h=jnp.zeros((nheads, headdim, d_state)),
+        k=jnp.zeros((rank, nheads, d_state)),
+        x=jnp.zeros((nheads, headdim)),
+    )
 
 
 def _sequential(
@@ -131,14 +145,16 @@ def _sequential(
     real: Bool[Array, " seq"] | None,
     interleaved: bool,
 ) -> tuple[Float[Array, "seq rank nheads headdim"], State]:
-    def step(state: State, token: Any) -> tuple[State, Array]:
-        token, reset, real = token
+    def step(
+        state: State, inputs: tuple[Tokens, Bool[Array, ""] | None, Bool[Array, ""] | None]
+    ) -> tuple[State, Array]:
+        token, reset, real = inputs
         if reset is not None:
-            state = map_state(lambda t: only(~reset, t), state)
-        y, new = advance(token, parameters, state, interleaved)
-        if real is not None:  # An empty token would still replace the key and the value.
-            new = jax.tree.map(lambda a, b: jnp.where(real, a, b), new, state)
-        return new, y
+            state = jax.tree.map(lambda t: keep_where(~reset, t), state)
+        y, after = advance(token, parameters, state, interleaved)
+        if real is not None:  # A padding token would otherwise replace the key and the value.
+            after = jax.tree.map(lambda a, b: jnp.where(real, a, b), after, state)
+        return after, y
 
     state, y = lax.scan(step, state, (tokens, reset, real))
     return y, state
