@@ -1,16 +1,48 @@
-from typing import Any
+"""Checks of single options; each raises a `ValueError` that names the option and its value.
+
+Constructors, configs and generation options share these functions, so that an option is equally
+strict wherever it is given.
+"""
+
+import math
+from typing import TypeGuard
 
 import numpy as np
 
 
-def check_count(name: str, value: Any) -> None:
-    is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not is_int or not 1 <= value < 2**31:
+def check_positive(name: str, value: object) -> None:
+    """Raises unless `value` is a Python integer of at least 1. (NumPy's integers cannot be written
+    to JSON, hence no size of a model may be one.)"""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1, but got {name}={value!r}.")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raises unless `value` is an integer of Python or NumPy of at least 1 that an int32 can hold,
+    as compiled loops count in int32."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value < 2**31:
         raise ValueError(
             f"`{name}` must be an integer of at least 1 and below 2**31, but got {name}={value!r}."
         )
 
 
-def check_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be an integer of at least 1, but got {name}={value!r}.")
+def check_positive_number(name: str, value: object) -> None:
+    """Raises unless `value` is a positive, finite number."""
+    if not _is_number(value) or not 0 < value < math.inf:
+        raise ValueError(f"`{name}` must be a positive number, but got {name}={value!r}.")
+
+
+def check_fraction(name: str, value: object) -> None:
+    """Raises unless `value` is a number strictly between 0 and 1, such as the epsilon of a norm."""
+    if not _is_number(value) or not 0 < value < 1:
+        raise ValueError(f"`{name}` must be a number between 0 and 1, but got {name}={value!r}.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises unless `value` is `True` or `False`."""
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False, but got {name}={value!r}.")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, float | int) and not isinstance(value, bool)

@@ -10,14 +10,23 @@ from ._cache import AbstractCache as AbstractCache, with_room as with_room
 from ._conv import CausalConv1d as CausalConv1d
 from ._linear import Linear as Linear, product as product
 from ._mlp import GatedMLP as GatedMLP
-from ._norm import GatedRMSNorm as GatedRMSNorm, norm as norm
-from ._protocol import AbstractSequenceLayer as AbstractSequenceLayer
+from ._norm import GatedRMSNorm as GatedRMSNorm, Norm as Norm, norm as norm
+from ._protocol import (
+    AbstractSequenceLayer as AbstractSequenceLayer,
+    Length as Length,
+    Reset as Reset,
+)
 from ._recurrence_parameters import (
     RECURRENCE as RECURRENCE,
     cast as cast,
     recurrence_mask as recurrence_mask,
 )
-from ._stack import AbstractStack as AbstractStack, Stacked as Stacked, Unrolled as Unrolled
+from ._stack import (
+    AbstractStack as AbstractStack,
+    Remat as Remat,
+    Stacked as Stacked,
+    Unrolled as Unrolled,
+)
 from .mixers import (
     Attention as Attention,
     KVCache as KVCache,
@@ -27,17 +36,14 @@ from .mixers import (
     Mamba2State as Mamba2State,
     Mamba3 as Mamba3,
     Mamba3State as Mamba3State,
-    check_A as check_A,
     check_attention as check_attention,
-    check_d_ssm as check_d_ssm,
-    check_dt_limit as check_dt_limit,
-    check_heads as check_heads,
-    check_rope_fraction as check_rope_fraction,
-    check_select_norm as check_select_norm,
+    check_mamba1 as check_mamba1,
+    check_mamba2 as check_mamba2,
+    check_mamba3 as check_mamba3,
 )
 
 
-# The public names. The others are for the other folders of the package.
+# The public names. Other folders of the package may import the other names too.
 __all__ = [
     "RECURRENCE",
     "AbstractCache",

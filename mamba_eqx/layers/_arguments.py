@@ -1,12 +1,11 @@
+"""Validation of the arguments of `scan` and `step`. Shapes and dtypes are known while tracing, so
+compiled code contains none of these checks."""
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from ._protocol import AbstractSequenceLayer, State
-
-
-# What every layer checks before it runs. Shapes and dtypes are known while tracing, so that none
-# of this is left in compiled code.
 
 
 def check_sequence(
@@ -16,6 +15,7 @@ def check_sequence(
     reset: Array | None = None,
     length: Array | int | None = None,
 ) -> None:
+    """Validates the arguments of `scan` of the layer `name`, except for the state."""
     if x.ndim == 3:
         raise ValueError(
             f"`{name}.scan` takes one sequence of shape (seq, {d_model}), but got a batch of shape "
@@ -32,6 +32,7 @@ def check_sequence(
 
 
 def check_token(name: str, d_model: int, x: Array) -> None:
+    """Validates the token given to `step` of the layer `name`."""
     if x.ndim != 1:
         raise ValueError(
             f"`{name}.step` takes one token of shape ({d_model},), but got an array of shape "
@@ -44,6 +45,7 @@ def check_token(name: str, d_model: int, x: Array) -> None:
 def check_reset_and_length(
     name: str, seq: int, reset: Array | None, length: Array | int | None
 ) -> None:
+    """Validates `reset` and `length` for a sequence of `seq` tokens."""
     if reset is not None and (reset.shape != (seq,) or reset.dtype != jnp.bool_):
         raise ValueError(
             f"`reset` of `{name}` must be a bool array of shape ({seq},), one value per token, "
@@ -60,18 +62,35 @@ def check_reset_and_length(
         raise ValueError(f"`length` of `{name}` must be within 0..{seq}, but got length={length}.")
 
 
+def check_features(name: str, d_model: int, x: Array) -> None:
+    """Validates the last axis and the dtype of `x`."""
+    if x.shape[-1] != d_model:
+        raise ValueError(
+            f"The last axis of the input of `{name}` must be d_model={d_model}, but got an array "
+            f"of shape {x.shape}."
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"`{name}` takes floating-point features, but got {x.dtype}. Cast with `x.astype`."
+        )
+
+
 def checked_state(
     layer: AbstractSequenceLayer[State], state: State | None, *, max_len: int | None = None
 ) -> State:
-    """`state` if it is one of `layer`'s own, the empty past if it is `None`."""
+    """Returns `state` if it has the structure, shapes and dtypes of `layer.init_state`, or the
+    initial state if `state` is `None`.
+
+    **Raises:** `ValueError` if `state` differs from the initial state.
+    """
     if state is None:
         return layer.init_state(max_len=max_len)
     name = type(layer).__name__
     like = jax.eval_shape(lambda: layer.init_state(max_len=max_len))
     if jax.tree.structure(state) != jax.tree.structure(like):
         raise ValueError(
-            f"The state given to `{name}` must be a {type(like).__name__} as `init_state` returns "
-            f"it, but got {type(state).__name__}. Start from `layer.init_state()`."
+            f"The state given to `{name}` must be a {type(like).__name__} as returned by "
+            f"`init_state`, but got {type(state).__name__}. Start from `layer.init_state()`."
         )
     for (path, got), want in zip(
         jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(like), strict=True
@@ -83,15 +102,3 @@ def checked_state(
                 "Start from `layer.init_state()`."
             )
     return state
-
-
-def check_features(name: str, d_model: int, x: Array) -> None:
-    if x.shape[-1] != d_model:
-        raise ValueError(
-            f"`{name}` was made for d_model={d_model} features, but got an array of shape "
-            f"{x.shape}: its last axis must be {d_model}."
-        )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f"`{name}` takes floating-point features, but got {x.dtype}. Cast with `x.astype`."
-        )

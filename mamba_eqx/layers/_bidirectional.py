@@ -1,27 +1,24 @@
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ._arguments import check_features, check_reset_and_length
-from ._protocol import AbstractSequenceLayer
+from ._protocol import AbstractSequenceLayer, Length, Reset
 
 
 class Bidirectional(eqx.Module):
-    r"""A sequence layer run both ways, for encoders,
+    r"""A sequence layer run in both directions, for encoders,
 
     $$y = \mathrm{forward}(x) + \mathrm{flip}(\mathrm{backward}(\mathrm{flip}(x))),$$
 
-    so that every output has seen every token. With `backward=None` the same layer, with the same
-    weights, runs both ways.
+    so that every output depends on every token. With `backward=None`, the same layer with the same
+    weights runs in both directions.
 
-    It is not a sequence layer itself: an output depends on tokens to come, so that there is neither
-    a state nor a `step`, and no language model can be made of it. By its type it fits nowhere that
-    takes an [`mamba_eqx.AbstractSequenceLayer`][]. The layers in it are mixers: of a
-    [`mamba_eqx.Block`][] the sum would have the residual stream twice. In an encoder the norm and
-    the residual go around it:
+    This class is not an [`mamba_eqx.AbstractSequenceLayer`][]: an output depends on later tokens,
+    so there is no state and no `step`, and no language model can be built from it. Wrap mixers, not
+    [`mamba_eqx.Block`][]s: the sum of two blocks would add the residual stream twice. In an
+    encoder, put the norm and the residual around the bidirectional mixer:
 
     ```python
     class EncoderBlock(eqx.Module):
@@ -37,24 +34,24 @@ class Bidirectional(eqx.Module):
     ```
 
     The directions are summed as in Vision Mamba (Zhu et al., 2024, algorithm 1) and in the BiMamba
-    of Caduceus (Schiff et al., 2024). Both share a part of the weights between the directions, the
-    projections `in_proj` and `out_proj`; here either all are shared or none.
+    of Caduceus (Schiff et al., 2024). Unlike here, where the directions share all weights or none,
+    both of these share some weights: the projections `in_proj` and `out_proj`.
     """
 
-    forward: AbstractSequenceLayer[Any]
-    backward: AbstractSequenceLayer[Any] | None
+    forward: AbstractSequenceLayer[PyTree]
+    backward: AbstractSequenceLayer[PyTree] | None
 
     def __init__(
         self,
-        forward: AbstractSequenceLayer[Any],
-        backward: AbstractSequenceLayer[Any] | None = None,
+        forward: AbstractSequenceLayer[PyTree],
+        backward: AbstractSequenceLayer[PyTree] | None = None,
     ):
         """**Arguments:**
 
-        - `forward`: runs from the first token to the last.
-        - `backward`: runs from the last to the first; `forward` does that too if `None`.
+        - `forward`: the layer that runs from the first token to the last.
+        - `backward`: the layer that runs from the last token to the first; `None` for `forward`.
 
-        **Raises:** `ValueError` if the two differ in `d_model`.
+        **Raises:** `ValueError` if the two layers differ in `d_model`.
         """
         if backward is not None and backward.d_model != forward.d_model:
             raise ValueError(
@@ -66,6 +63,7 @@ class Bidirectional(eqx.Module):
 
     @property
     def d_model(self) -> int:
+        """The number of features of a token."""
         return self.forward.d_model
 
     @jax.named_scope("mamba_eqx.Bidirectional")
@@ -73,18 +71,26 @@ class Bidirectional(eqx.Module):
         self,
         x: Float[Array, "seq {self.d_model}"],
         *,
-        reset: Bool[Array, " seq"] | None = None,
-        length: Int[Array, ""] | int | None = None,
+        reset: Reset = None,
+        length: Length = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "seq {self.d_model}"]:
-        """**Arguments:**
+        """Runs a whole sequence.
 
-        - `x`: a whole sequence.
-        - `reset`: where true, a document begins: tokens see those of their own document only, in
-            both directions.
-        - `length`: only the first `length` tokens are real, the others are padding, which no real
-            token sees. Outputs after them mean nothing.
+        **Arguments:**
+
+        - `x`: the sequence, an array of shape `(seq, d_model)`.
+        - `reset`: a boolean array of shape `(seq,)`, true at the first token of each document. In
+            both directions, outputs depend on tokens of their own document only.
+        - `length`: the number of real tokens, within `0..seq`. The tokens after them are padding:
+            they influence no real token, and their outputs are meaningless.
         - `key`: ignored; accepted so that the layer fits into `equinox.nn.Sequential`.
+
+        **Returns:**
+
+        The outputs, an array of shape `(seq, d_model)`.
+
+        **Raises:** `ValueError` if `x`, `reset` or `length` has the wrong shape or dtype.
         """
         if x.ndim != 2:
             raise ValueError(
@@ -94,16 +100,18 @@ class Bidirectional(eqx.Module):
         check_features("Bidirectional", self.d_model, x)
         check_reset_and_length("Bidirectional", x.shape[0], reset, length)
         backward = self.forward if self.backward is None else self.backward
-        behind = None
+        reversed_reset = None
         if reset is not None:
-            # A document that begins at a token begins, seen from behind, after that token: at the
-            # one before it. What comes round to the other end is at a first token, or in padding.
-            behind = _reverse(jnp.roll(reset, -1), length)
-        y = backward(_reverse(x, length), reset=behind, length=length)
+            # A document that begins at a token ends, for the reversed sequence, one token earlier.
+            # `roll` wraps one flag around; it lands on a first token or on padding, where it has
+            # no effect.
+            reversed_reset = _reverse(jnp.roll(reset, -1), length)
+        y = backward(_reverse(x, length), reset=reversed_reset, length=length)
         return self.forward(x, reset=reset, length=length) + _reverse(y, length)
 
 
 def _reverse(x: Array, length: Array | int | None) -> Array:
-    """The first `length` tokens in reverse, the others still after them; its own inverse."""
+    """Reverses the first `length` tokens, and separately the padding after them. Applied twice, it
+    returns `x`."""
     flipped = jnp.flip(x, axis=0)
     return flipped if length is None else jnp.roll(flipped, length, axis=0)

@@ -1,39 +1,42 @@
 from collections.abc import Callable
+from typing import TypeAlias
 
-import equinox as eqx
 import jax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from ._arguments import check_sequence, check_token
-from ._norm import norm
-from ._protocol import AbstractSequenceLayer, State
+from ._norm import Norm, norm
+from ._protocol import AbstractSequenceLayer, Length, Reset, State
+
+
+TokenMap: TypeAlias = Callable[[Float[Array, " d_model"]], Float[Array, " d_model"]]
 
 
 class Block(AbstractSequenceLayer[State]):
-    r"""A mixer, and optionally a network on every token, in a pre-norm residual stream,
+    r"""A mixer, and optionally an MLP on every token, in a pre-norm residual stream,
 
     $$x \leftarrow x + \mathrm{mixer}(\mathrm{norm}(x)), \qquad
       x \leftarrow x + \mathrm{mlp}(\mathrm{norm2}(x)).$$
 
-    The sum keeps the dtype of the stream it is given. The official models keep the stream in
-    float32 even if everything else is bfloat16 (`residual_in_fp32`);
-    [`mamba_eqx.LanguageModel`][] starts it so. The norm sees the stream at full precision, as the
-    official fused kernel does. The state is the mixer's own.
+    The sum keeps the dtype of the residual stream. The official models keep the stream in float32
+    even if everything else is bfloat16 (`residual_in_fp32`), and so does
+    [`mamba_eqx.LanguageModel`][]. The norms read the stream at full precision, as the official
+    fused kernel does. The state of a block is the state of its mixer.
 
     Reference: official `mamba_ssm.modules.block.Block`.
     """
 
-    norm: eqx.nn.RMSNorm | eqx.nn.LayerNorm
+    norm: Norm
     mixer: AbstractSequenceLayer[State]
-    norm2: eqx.nn.RMSNorm | eqx.nn.LayerNorm | None
-    mlp: Callable[[Float[Array, " d_model"]], Float[Array, " d_model"]] | None
+    norm2: Norm | None
+    mlp: TokenMap | None
 
     def __init__(
         self,
         mixer: AbstractSequenceLayer[State],
         *,
-        mlp: Callable[[Float[Array, " d_model"]], Float[Array, " d_model"]] | None = None,
+        mlp: TokenMap | None = None,
         rms_norm: bool = True,
         norm_eps: float = 1e-5,
         dtype: DTypeLike | None = None,
@@ -41,10 +44,15 @@ class Block(AbstractSequenceLayer[State]):
         """**Arguments:**
 
         - `mixer`: any sequence layer.
-        - `mlp`: any module from one token to one token, [`mamba_eqx.GatedMLP`][] for instance.
-        - `rms_norm`: whether the norms are RMSNorm, or else LayerNorm.
-        - `norm_eps`: added to the mean square (the variance) in the norms.
-        - `dtype`: of the norms' parameters; float32 by default (float64 in JAX's 64-bit mode).
+        - `mlp`: any module that maps one token of shape `(d_model,)` to another, for instance
+            [`mamba_eqx.GatedMLP`][]; `None` for a block without an MLP.
+        - `rms_norm`: whether the norms are RMSNorm, rather than LayerNorm.
+        - `norm_eps`: a number between 0 and 1, added to the mean square (or the variance) in the
+            norms.
+        - `dtype`: the dtype of the norms' parameters; float32 by default (float64 in JAX's 64-bit
+            mode).
+
+        **Raises:** `ValueError` if `norm_eps` is not between 0 and 1.
         """
         self.norm = norm(mixer.d_model, rms_norm=rms_norm, eps=norm_eps, dtype=dtype)
         self.mixer = mixer
@@ -56,10 +64,11 @@ class Block(AbstractSequenceLayer[State]):
 
     @property
     def d_model(self) -> int:
+        """The number of features of a token."""
         return self.mixer.d_model
 
     def init_state(self, *, max_len: int | None = None) -> State:
-        """The mixer's."""
+        """Returns the mixer's initial state."""
         return self.mixer.init_state(max_len=max_len)
 
     @jax.named_scope("mamba_eqx.Block.scan")
@@ -68,8 +77,8 @@ class Block(AbstractSequenceLayer[State]):
         x: Float[Array, "seq {self.d_model}"],
         state: State | None = None,
         *,
-        reset: Bool[Array, " seq"] | None = None,
-        length: Int[Array, ""] | int | None = None,
+        reset: Reset = None,
+        length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], State]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
         check_sequence("Block", self.d_model, x, reset, length)

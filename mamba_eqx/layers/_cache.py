@@ -1,5 +1,4 @@
 import abc
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -7,25 +6,42 @@ from jaxtyping import PyTree
 
 
 class AbstractCache(eqx.Module):
-    """A state, or a part of one, that has room for a number of tokens and then is full.
+    """A state, or a part of a state, with a fixed capacity in tokens.
 
-    Without such a state a layer runs for ever; with one, whoever knows how many tokens are to come
-    reserves room for them, as [`mamba_eqx.generate`][] does.
+    Layers without caches run forever. Callers that run layers with caches reserve capacity with
+    [`mamba_eqx.layers.with_room`][] before the cache fills, as [`mamba_eqx.generate`][] does.
     """
 
     @abc.abstractmethod
     def with_room(self, max_len: int) -> "AbstractCache":
-        """The same cache with room for at least `max_len` tokens, the ones in it included. It may
-        be that of a batch, or of a [`mamba_eqx.Stacked`][]."""
+        """Returns the same cache with a capacity of at least `max_len` tokens.
+
+        The leaves may have leading axes, of a batch or of a [`mamba_eqx.Stacked`][].
+
+        **Arguments:**
+
+        - `max_len`: the capacity in tokens, including the tokens already in the cache.
+        """
 
 
 def with_room(state: PyTree, max_len: int) -> PyTree:
-    """A state of any layer, with room for at least `max_len` tokens in all its caches."""
+    """Enlarges every cache in the state of any layer or model.
 
-    def is_cache(node: Any) -> bool:
+    **Arguments:**
+
+    - `state`: the state, possibly batched.
+    - `max_len`: the capacity in tokens, including the tokens already in the caches.
+
+    **Returns:**
+
+    The state with a capacity of at least `max_len` tokens in all its caches. Larger caches, and
+    everything that is not a cache, stay as they are.
+    """
+
+    def is_cache(node: PyTree) -> bool:
         return isinstance(node, AbstractCache)
 
-    def enlarged(node: Any) -> Any:
+    def enlarge(node: PyTree) -> PyTree:
         return node.with_room(max_len) if isinstance(node, AbstractCache) else node
 
-    return jax.tree.map(enlarged, state, is_leaf=is_cache)
+    return jax.tree.map(enlarge, state, is_leaf=is_cache)

@@ -3,23 +3,24 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from .. import ops
 from .._checks import check_positive
 from .._dtypes import default_dtype
 from ._arguments import check_sequence, check_token, checked_state
 from ._initialisers import uniform
-from ._protocol import AbstractSequenceLayer
+from ._protocol import AbstractSequenceLayer, Length, Reset
 
 
 class CausalConv1d(AbstractSequenceLayer[Float[Array, "lag {self.d_model}"]]):
-    r"""A depthwise convolution over the current and the `d_conv - 1` tokens before it,
+    r"""A depthwise convolution over the current token and the `d_conv - 1` tokens before it,
 
     $$y_t = b + \sum_{k=0}^{K-1} w_k \odot x_{t-(K-1)+k}, \qquad K = \texttt{d\_conv}.$$
 
-    Its state is the array of the last `d_conv - 1` inputs, oldest first. It is the short
-    convolution of the Mamba mixers (official `causal_conv1d`), and a layer of its own.
+    The state is an array of the last `d_conv - 1` inputs, oldest first. This is the short
+    convolution of the Mamba mixers (official `causal_conv1d`), and can be used as a layer by
+    itself.
     """
 
     weight: Float[Array, "{self.d_conv} {self.d_model}"]
@@ -39,10 +40,13 @@ class CausalConv1d(AbstractSequenceLayer[Float[Array, "lag {self.d_model}"]]):
         """**Arguments:**
 
         - `d_model`: the number of channels.
-        - `d_conv`: the number of taps, the current token included.
+        - `d_conv`: the number of taps, including the current token.
         - `use_bias`: whether to add a bias.
-        - `dtype`: of the parameters; float32 by default (float64 in JAX's 64-bit mode).
-        - `key`: for the initial weights and biases, uniform within `±1/sqrt(d_conv)`.
+        - `dtype`: the dtype of the parameters; float32 by default (float64 in JAX's 64-bit mode).
+        - `key`: the random key for the initial weight and bias, uniform within
+            `±1/sqrt(d_conv)`.
+
+        **Raises:** `ValueError` if a size is not a positive integer.
         """
         check_positive("d_model", d_model)
         check_positive("d_conv", d_conv)
@@ -55,7 +59,7 @@ class CausalConv1d(AbstractSequenceLayer[Float[Array, "lag {self.d_model}"]]):
         self.d_conv = d_conv
 
     def init_state(self, *, max_len: int | None = None) -> Float[Array, "lag {self.d_model}"]:
-        """Zeros. `max_len` is ignored."""
+        """Returns zeros of shape `(d_conv - 1, d_model)`. `max_len` is ignored."""
         return jnp.zeros((self.d_conv - 1, self.d_model), self.weight.dtype)
 
     @jax.named_scope("mamba_eqx.CausalConv1d.scan")
@@ -64,8 +68,8 @@ class CausalConv1d(AbstractSequenceLayer[Float[Array, "lag {self.d_model}"]]):
         x: Float[Array, "seq {self.d_model}"],
         state: Float[Array, "lag {self.d_model}"] | None = None,
         *,
-        reset: Bool[Array, " seq"] | None = None,
-        length: Int[Array, ""] | int | None = None,
+        reset: Reset = None,
+        length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], Float[Array, "lag {self.d_model}"]]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
         check_sequence("CausalConv1d", self.d_model, x, reset, length)

@@ -14,8 +14,8 @@ def dt_bias(
     dt_init_floor: float,
     dtype: jnp.dtype,
 ) -> Float[Array, "..."]:
-    r"""The bias that makes $\mathrm{softplus}(\text{bias})$ log-uniform in `[dt_min, dt_max]`, and
-    at least `dt_init_floor` (official `Mamba.__init__`)."""
+    r"""Draws a bias for which $\mathrm{softplus}(\text{bias})$ is log-uniform in
+    `[dt_min, dt_max]`, and at least `dt_init_floor` (official `Mamba.__init__`)."""
     low, high = math.log(dt_min), math.log(dt_max)
     dt = jnp.exp(jr.uniform(key, shape, dtype, low, high))
     dt = jnp.maximum(dt, dt_init_floor)
@@ -25,4 +25,5 @@ def dt_bias(
 def uniform(
     key: PRNGKeyArray, shape: tuple[int, ...], *, bound: float, dtype: jnp.dtype
 ) -> Float[Array, "..."]:
+    """Draws from the uniform distribution over `[-bound, bound)`."""
     return jr.uniform(key, shape, dtype, -bound, bound)

@@ -5,14 +5,15 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._dtypes import default_dtype
+
 
 class Linear(eqx.Module):
-    r"""$y = W x + b$ over the last axis of `x`.
+    r"""A linear map over the last axis of its input, $y = W x + b$.
 
-    The parameters are those of `equinox.nn.Linear`, `weight` of shape `(out_features,
-    in_features)`. It differs in taking any number of leading axes: `equinox.nn.Linear` under
-    `jax.vmap` multiplies with the weight on the left, and XLA's CPU backend may then write every
-    result twice, the second time transposed (docs/speed.md).
+    The parameters are those of `equinox.nn.Linear`, but the input may have any number of leading
+    axes. `equinox.nn.Linear` under `jax.vmap` multiplies with the weight on the left, and XLA's CPU
+    backend may then write every result twice, the second time transposed (docs/speed.md).
     """
 
     weight: Float[Array, "out_features in_features"]
@@ -23,21 +24,23 @@ class Linear(eqx.Module):
         in_features: int,
         out_features: int,
         *,
-        use_bias: bool,
+        use_bias: bool = True,
         scale: float = 1.0,
-        dtype: jnp.dtype,
+        dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
         """The initialisation is that of the official models (`_init_weights`).
 
         **Arguments:**
 
-        - `in_features`, `out_features`: the sizes.
-        - `use_bias`: whether there is a bias; it starts at zero.
-        - `scale`: the weight is uniform within `±scale / sqrt(in_features)`.
-        - `dtype`: of the parameters.
-        - `key`: for the weight.
+        - `in_features`: the size of the input's last axis.
+        - `out_features`: the size of the output's last axis.
+        - `use_bias`: whether to add a bias, which starts at zero.
+        - `scale`: the initial weight is uniform within `±scale / sqrt(in_features)`.
+        - `dtype`: the dtype of the parameters; float32 by default (float64 in JAX's 64-bit mode).
+        - `key`: the random key for the weight.
         """
+        dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
         bound = scale * in_features**-0.5
         self.weight = jr.uniform(key, (out_features, in_features), dtype, -bound, bound)
         self.bias = jnp.zeros(out_features, dtype) if use_bias else None
@@ -45,9 +48,15 @@ class Linear(eqx.Module):
     def __call__(
         self, x: Float[Array, "*batch in_features"]
     ) -> Float[Array, "*batch out_features"]:
-        """**Arguments:**
+        """Applies the map.
 
-        - `x`: in the dtype of the parameters.
+        **Arguments:**
+
+        - `x`: an array of shape `(..., in_features)`, in the dtype of the parameters.
+
+        **Returns:**
+
+        An array of shape `(..., out_features)`.
         """
         y = product(self.weight, x)
         return y if self.bias is None else y + self.bias
@@ -59,9 +68,10 @@ def product(
     *,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "*batch out_features"]:
-    """`weight` on the last axis of `x`, with the result in `dtype` (by default that of both)."""
+    """Multiplies the last axis of `x` with `weight`. The result has the dtype `dtype`, by default
+    that of the arguments."""
     if x.ndim == 1:
-        # The barrier keeps XLA's CPU backend from fusing the product with what follows it, for
-        # which it leaves its fast routine: decoding would take half as long again (docs/speed.md).
+        # XLA's CPU backend would otherwise fuse the product with the code after it and thereby
+        # leave its fast routine: decoding would take half as long again (docs/speed.md).
         return lax.optimization_barrier(jnp.matmul(weight, x, preferred_element_type=dtype))
     return jnp.matmul(x, weight.T, preferred_element_type=dtype)

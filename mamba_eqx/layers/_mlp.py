@@ -11,11 +11,11 @@ from ._linear import Linear
 
 
 class GatedMLP(eqx.Module):
-    r"""A gated feed-forward network on every token by itself,
+    r"""A gated feed-forward network, applied to every token separately,
 
     $$a, g = W_1 x, \qquad \text{out} = W_2 (a \odot \mathrm{SiLU}(g)).$$
 
-    `fc1` emits `[a, g]`, the gate last, as in the official `mamba_ssm.modules.mlp.GatedMLP`.
+    `fc1` emits `[a, g]`, with the gate last, as in the official `mamba_ssm.modules.mlp.GatedMLP`.
     """
 
     fc1: Linear
@@ -33,13 +33,15 @@ class GatedMLP(eqx.Module):
     ):
         """**Arguments:**
 
-        - `d_model`: features of the input and the output.
-        - `d_intermediate`: the hidden width, taken as it is. (The official class rounds it up to a
+        - `d_model`: the number of features of the input and the output.
+        - `d_intermediate`: the hidden width. (Unlike here, the official class rounds it up to a
             multiple of 128.)
         - `bias`: whether `fc1` and `fc2` have a bias.
         - `residual_scale`: multiplies the initial weight of `fc2`; see [`mamba_eqx.Mamba1`][].
-        - `dtype`: of the parameters; float32 by default (float64 in JAX's 64-bit mode).
-        - `key`: for the initial parameters.
+        - `dtype`: the dtype of the parameters; float32 by default (float64 in JAX's 64-bit mode).
+        - `key`: the random key for the initial parameters.
+
+        **Raises:** `ValueError` if a size is not a positive integer.
         """
         check_positive("d_model", d_model)
         check_positive("d_intermediate", d_intermediate)
@@ -54,10 +56,16 @@ class GatedMLP(eqx.Module):
     def __call__(
         self, x: Float[Array, "*seq d_model"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*seq d_model"]:
-        """**Arguments:**
+        """Applies the network.
 
-        - `x`: one token, or a sequence of tokens.
+        **Arguments:**
+
+        - `x`: one token of shape `(d_model,)`, or tokens of shape `(..., d_model)`.
         - `key`: ignored; accepted so that the layer fits into `equinox.nn.Sequential`.
+
+        **Returns:**
+
+        An array of the same shape and dtype.
         """
         a, gate = jnp.split(self.fc1(x.astype(self.fc1.weight.dtype)), 2, axis=-1)
         return self.fc2(a * jax.nn.silu(gate)).astype(x.dtype)

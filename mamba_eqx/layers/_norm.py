@@ -1,19 +1,22 @@
+from typing import TypeAlias
+
 import equinox as eqx
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .. import ops
-from .._checks import check_positive
+from .._checks import check_fraction, check_positive
 from .._dtypes import default_dtype
 
 
-def norm(
-    d_model: int, *, rms_norm: bool, eps: float, dtype: DTypeLike | None
-) -> eqx.nn.RMSNorm | eqx.nn.LayerNorm:
-    """The norm of a block or of a model; an official RMSNorm has no bias, a LayerNorm has one."""
-    if not eps > 0:
-        raise ValueError(f"`norm_eps` must be positive, but got norm_eps={eps}.")
+Norm: TypeAlias = eqx.nn.RMSNorm | eqx.nn.LayerNorm
+
+
+def norm(d_model: int, *, rms_norm: bool, eps: float, dtype: DTypeLike | None) -> Norm:
+    """Makes the norm of a block or of a model. An RMSNorm has no bias, a LayerNorm has one, as in
+    the official code."""
+    check_fraction("norm_eps", eps)
     dtype = default_dtype() if dtype is None else dtype
     if rms_norm:
         return eqx.nn.RMSNorm(d_model, eps, use_bias=False, dtype=dtype)
@@ -21,7 +24,10 @@ def norm(
 
 
 class GatedRMSNorm(eqx.Module):
-    """[`mamba_eqx.ops.gated_rms_norm`][] with its weight: over the last axis, in groups."""
+    """A gated root-mean-square norm over groups of channels.
+
+    It computes [`mamba_eqx.ops.gated_rms_norm`][] and holds its weight.
+    """
 
     weight: Float[Array, " channels"]
     ngroups: int = eqx.field(static=True)
@@ -39,22 +45,25 @@ class GatedRMSNorm(eqx.Module):
     ):
         """**Arguments:**
 
-        - `channels`: the length of the last axis.
-        - `ngroups`: groups of channels, each with a norm of its own.
-        - `eps`: added to the mean square.
-        - `norm_before_gate`: whether the gate comes after the norm.
-        - `dtype`: of the weight, which starts at one; float32 by default (float64 in JAX's 64-bit
-            mode).
+        - `channels`: the size of the last axis.
+        - `ngroups`: the number of groups of channels, each normalised separately. It must divide
+            `channels`.
+        - `eps`: a number between 0 and 1, added to the mean square.
+        - `norm_before_gate`: whether to normalise before the gate is applied, rather than after.
+        - `dtype`: the dtype of the weight, which starts at one; float32 by default (float64 in
+            JAX's 64-bit mode).
+
+        **Raises:** `ValueError` if a size is not a positive integer, `ngroups` does not divide
+        `channels`, or `eps` is not between 0 and 1.
         """
         check_positive("channels", channels)
         check_positive("ngroups", ngroups)
         if channels % ngroups:
             raise ValueError(
-                "`ngroups` must divide the channels, but got "
-                f"ngroups={ngroups} and channels={channels}."
+                f"`ngroups` must divide `channels`, but got ngroups={ngroups} and "
+                f"channels={channels}."
             )
-        if not eps > 0:
-            raise ValueError(f"`norm_eps` must be positive, but got norm_eps={eps}.")
+        check_fraction("eps", eps)
         self.weight = jnp.ones(channels, default_dtype() if dtype is None else dtype)
         self.ngroups = ngroups
         self.eps = eps
@@ -63,10 +72,16 @@ class GatedRMSNorm(eqx.Module):
     def __call__(
         self, x: Float[Array, "*seq channels"], z: Float[Array, "*seq channels"]
     ) -> Float[Array, "*seq channels"]:
-        """**Arguments:**
+        """Normalises and gates.
 
-        - `x`: the values.
-        - `z`: their gate.
+        **Arguments:**
+
+        - `x`: the values, an array of shape `(..., channels)`.
+        - `z`: the gate, before its SiLU, of the same shape.
+
+        **Returns:**
+
+        An array of the same shape.
         """
         return ops.gated_rms_norm(
             x,

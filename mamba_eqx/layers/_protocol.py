@@ -1,11 +1,15 @@
 import abc
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import equinox as eqx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 
 State = TypeVar("State")
+
+# jaxtyping binds the axes of an alias anew at every call, as if the alias were written out.
+Reset: TypeAlias = Bool[Array, " seq"] | None
+Length: TypeAlias = Int[Array, ""] | int | None
 
 
 class AbstractSequenceLayer(eqx.Module, Generic[State]):
@@ -19,33 +23,36 @@ class AbstractSequenceLayer(eqx.Module, Generic[State]):
     | `layer.scan(x, state)` | a piece of a sequence, in parallel: prefill, state passing |
     | `layer.step(x, state)` | one token, in time and memory independent of the past: decoding |
 
-    The three are one function, and these laws say so (`tests/test_laws.py` holds every layer of
-    this package to them; put a layer of your own into its registry and they hold it as well):
+    The three ways compute one function, which means that these laws hold:
 
     - *recurrence*: `scan` equals `step` folded over the sequence, in outputs, state and gradients;
-    - *splitting*: scanning two pieces, the state handed over, equals scanning them joined;
+    - *splitting*: `scan` of two pieces, the second one from the state of the first, equals `scan`
+        of both joined;
     - *causality*: a token influences no output before it;
-    - *reset*: `scan(x, reset=r)` equals the segments that begin where `r` is true, run apart;
+    - *reset*: `scan(x, reset=r)` equals separate runs of the segments that begin where `r` is true;
     - *length*: `scan(x, state, length=n)` equals `scan(x[:n], state)`, in the first `n` outputs
         and in the state;
-    - *closure*: the states of `init_state`, `scan` and `step` have one structure, and the same
-        shapes and dtypes, so that a state is a valid carry of `jax.lax.scan`;
+    - *closure*: `init_state`, `scan` and `step` return states of the same structure, shapes and
+        dtypes, so that a state is a valid carry of `jax.lax.scan`;
     - *dtype*: `y.dtype == x.dtype`.
 
-    A layer is unbatched: wrap it in `jax.vmap`. Its state is an ordinary pytree value: copy it,
-    save it, `vmap` over it, differentiate through it.
+    `docs/api/protocol.md` has the full table of laws. `tests/test_laws.py` checks them for every
+    layer in `tests/support/registry.py`; add your own layers there to check them as well.
+
+    Layers are unbatched: use `jax.vmap` for batches. A state is an ordinary pytree, which can be
+    copied, saved, batched with `jax.vmap` and differentiated.
     """
 
     d_model: eqx.AbstractVar[int]
 
     @abc.abstractmethod
     def init_state(self, *, max_len: int | None = None) -> State:
-        """The state that stands for the empty past.
+        """Returns the state of the empty past.
 
         **Arguments:**
 
-        - `max_len`: the largest number of tokens that will pass, which a layer with a cache needs
-            to know. State-space models have no use for it.
+        - `max_len`: the maximum number of tokens that will be run from this state. Layers with a
+            cache need it; state-space models ignore it.
         """
 
     @abc.abstractmethod
@@ -54,24 +61,26 @@ class AbstractSequenceLayer(eqx.Module, Generic[State]):
         x: Float[Array, "seq {self.d_model}"],
         state: State | None = None,
         *,
-        reset: Bool[Array, " seq"] | None = None,
-        length: Int[Array, ""] | int | None = None,
+        reset: Reset = None,
+        length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], State]:
-        """Runs a piece of a sequence, in parallel over time where the layer can.
+        """Runs a piece of a sequence, in parallel over time if the layer can.
 
         **Arguments:**
 
-        - `x`: the piece.
-        - `state`: what came before it; the empty past if `None`. (Layers that have to know a
-            `max_len` then take that of `x`.)
-        - `reset`: where true, everything before that token is forgotten, so that several
-            documents can be packed into one sequence.
-        - `length`: only the first `length` tokens are real, the others are padding. The state
-            returned is the one after the real ones; outputs after them mean nothing.
+        - `x`: the piece, an array of shape `(seq, d_model)`.
+        - `state`: the state after the tokens before `x`. `None` is the empty past; a layer that
+            needs a `max_len` then takes the length of `x`.
+        - `reset`: a boolean array of shape `(seq,)`. Where it is true, the layer forgets everything
+            before that token, so that several documents can be packed into one sequence.
+        - `length`: the number of real tokens, within `0..seq`. The tokens after them are padding:
+            they do not change the state, and their outputs are meaningless.
 
         **Returns:**
 
-        The outputs and the state after the last (real) token.
+        The outputs, an array of shape `(seq, d_model)`, and the state after the last real token.
+
+        **Raises:** `ValueError` if `x`, `state`, `reset` or `length` has the wrong shape or dtype.
         """
 
     @abc.abstractmethod
@@ -82,28 +91,36 @@ class AbstractSequenceLayer(eqx.Module, Generic[State]):
 
         **Arguments:**
 
-        - `x`: the token.
-        - `state`: what came before it.
+        - `x`: the token, an array of shape `(d_model,)`.
+        - `state`: the state after the tokens before `x`.
 
         **Returns:**
 
-        Its output, and the state after it.
+        The output, an array of shape `(d_model,)`, and the state after the token.
+
+        **Raises:** `ValueError` if `x` or `state` has the wrong shape or dtype.
         """
 
     def __call__(
         self,
         x: Float[Array, "seq {self.d_model}"],
         *,
-        reset: Bool[Array, " seq"] | None = None,
-        length: Int[Array, ""] | int | None = None,
+        reset: Reset = None,
+        length: Length = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "seq {self.d_model}"]:
-        """Runs a whole sequence: the outputs of `scan` from the empty past.
+        """Runs a whole sequence from the empty past.
 
         **Arguments:**
 
         - `x`, `reset`, `length`: as for `scan`.
         - `key`: ignored; accepted so that the layer fits into `equinox.nn.Sequential`.
+
+        **Returns:**
+
+        The outputs of `scan`, an array of shape `(seq, d_model)`.
+
+        **Raises:** `ValueError` as `scan` does.
         """
         y, _ = self.scan(x, reset=reset, length=length)
         return y

@@ -1,70 +1,74 @@
 import abc
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from ._arguments import check_sequence, check_token
-from ._protocol import AbstractSequenceLayer, State
+from ._protocol import AbstractSequenceLayer, Length, Reset, State
+
+
+# A stack may mix layers, whose states are of different types.
+Layer: TypeAlias = AbstractSequenceLayer[PyTree]
+Remat: TypeAlias = bool | Callable[..., bool]
 
 
 class AbstractStack(AbstractSequenceLayer[State]):
     """Layers of the same `d_model`, run one after another.
 
-    [`mamba_eqx.Unrolled`][] and [`mamba_eqx.Stacked`][] are the same function of the same
+    [`mamba_eqx.Unrolled`][] and [`mamba_eqx.Stacked`][] compute the same function of the same
     parameters. Convert with `Stacked(unrolled.unstack())` and `Unrolled(stacked.unstack())`.
     """
 
     n_layer: eqx.AbstractVar[int]
 
     @abc.abstractmethod
-    def unstack(self) -> tuple[AbstractSequenceLayer[Any], ...]:
-        """The layers, first to last."""
+    def unstack(self) -> tuple[Layer, ...]:
+        """Returns the layers, first to last."""
 
     @abc.abstractmethod
     def hidden_states(
         self,
         x: Float[Array, "seq {self.d_model}"],
         *,
-        reset: Bool[Array, " seq"] | None = None,
-        length: Int[Array, ""] | int | None = None,
+        reset: Reset = None,
+        length: Length = None,
     ) -> Float[Array, "{self.n_layer} seq {self.d_model}"]:
-        """The output of every layer, run from the empty past.
+        """Runs a whole sequence from the empty past and returns the outputs of every layer.
 
         **Arguments:** as for `scan`.
+
+        **Returns:**
+
+        An array of shape `(n_layer, seq, d_model)`.
         """
 
 
-class Unrolled(AbstractStack[tuple[Any, ...]]):
-    """Layers in a tuple, each with its own structure and its own place in the compiled code.
+class Unrolled(AbstractStack[tuple[PyTree, ...]]):
+    """A tuple of layers, each with its own structure and its own place in the compiled code.
 
-    The default: readable paths (`model.layers.layers[3].mixer.A_log`), any mixture of layers, and
-    the faster one when decoding, since no weight has to be sliced out of a stack. Its state is
-    the tuple of the layers' states.
+    This is the default. Its paths are readable (`model.layers.layers[3].mixer.A_log`), it takes any
+    mixture of layers, and it decodes faster than [`mamba_eqx.Stacked`][], because no weight has to
+    be sliced out of a stack. Its state is the tuple of the layers' states.
     """
 
-    layers: tuple[AbstractSequenceLayer[Any], ...]
-    remat: bool | Callable[..., Any] = eqx.field(static=True)
+    layers: tuple[Layer, ...]
+    remat: Remat = eqx.field(static=True)
 
-    def __init__(
-        self,
-        layers: Sequence[AbstractSequenceLayer[Any]],
-        *,
-        remat: bool | Callable[..., Any] = False,
-    ):
+    def __init__(self, layers: Sequence[Layer], *, remat: Remat = False):
         """**Arguments:**
 
-        - `layers`: at least one, all of the same `d_model`.
-        - `remat`: whether the reverse pass computes again what happens inside a layer instead of
-            keeping it: less memory, more time. Or what it is to keep, as one of
-            `jax.checkpoint_policies`: `dots_with_no_batch_dims_saveable` keeps the results of
-            products with weights (docs/training.md has the numbers).
+        - `layers`: at least one layer, all of the same `d_model`.
+        - `remat`: `True` to recompute a layer's intermediates in the reverse pass instead of
+            storing them, which takes less memory and more time. One of `jax.checkpoint_policies`
+            stores a selection: `dots_with_no_batch_dims_saveable` stores the products with weights
+            (docs/training.md has the numbers).
 
-        **Raises:** `ValueError` if there is no layer, or they differ in `d_model`, or `remat` is
+        **Raises:** `ValueError` if there is no layer, the layers differ in `d_model`, or `remat` is
         neither a bool nor a function.
         """
         _check_remat("Unrolled", remat)
@@ -73,29 +77,31 @@ class Unrolled(AbstractStack[tuple[Any, ...]]):
 
     @property
     def d_model(self) -> int:
+        """The number of features of a token."""
         return self.layers[0].d_model
 
     @property
     def n_layer(self) -> int:
+        """The number of layers."""
         return len(self.layers)
 
-    def unstack(self) -> tuple[AbstractSequenceLayer[Any], ...]:
-        """The layers, first to last."""
+    def unstack(self) -> tuple[Layer, ...]:
+        """Returns the layers, first to last."""
         return self.layers
 
-    def init_state(self, *, max_len: int | None = None) -> tuple[Any, ...]:
-        """The tuple of the layers' initial states."""
+    def init_state(self, *, max_len: int | None = None) -> tuple[PyTree, ...]:
+        """Returns the tuple of the layers' initial states."""
         return tuple(layer.init_state(max_len=max_len) for layer in self.layers)
 
     @jax.named_scope("mamba_eqx.Unrolled.scan")
     def scan(
         self,
         x: Float[Array, "seq {self.d_model}"],
-        state: tuple[Any, ...] | None = None,
+        state: tuple[PyTree, ...] | None = None,
         *,
-        reset: Bool[Array, " seq"] | None = None,
-        length: Int[Array, ""] | int | None = None,
-    ) -> tuple[Float[Array, "seq {self.d_model}"], tuple[Any, ...]]:
+        reset: Reset = None,
+        length: Length = None,
+    ) -> tuple[Float[Array, "seq {self.d_model}"], tuple[PyTree, ...]]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
         check_sequence("Unrolled", self.d_model, x, reset, length)
         outputs, states = self._run(x, state, reset, length)
@@ -103,8 +109,8 @@ class Unrolled(AbstractStack[tuple[Any, ...]]):
 
     @jax.named_scope("mamba_eqx.Unrolled.step")
     def step(
-        self, x: Float[Array, " {self.d_model}"], state: tuple[Any, ...]
-    ) -> tuple[Float[Array, " {self.d_model}"], tuple[Any, ...]]:
+        self, x: Float[Array, " {self.d_model}"], state: tuple[PyTree, ...]
+    ) -> tuple[Float[Array, " {self.d_model}"], tuple[PyTree, ...]]:
         """See [`mamba_eqx.AbstractSequenceLayer.step`][]."""
         check_token("Unrolled", self.d_model, x)
         states = []
@@ -117,16 +123,16 @@ class Unrolled(AbstractStack[tuple[Any, ...]]):
         self,
         x: Float[Array, "seq {self.d_model}"],
         *,
-        reset: Bool[Array, " seq"] | None = None,
-        length: Int[Array, ""] | int | None = None,
+        reset: Reset = None,
+        length: Length = None,
     ) -> Float[Array, "{self.n_layer} seq {self.d_model}"]:
         """See [`mamba_eqx.layers.AbstractStack.hidden_states`][]."""
         check_sequence("Unrolled", self.d_model, x, reset, length)
         return jnp.stack(self._run(x, None, reset, length)[0])
 
     def _run(
-        self, x: Array, state: tuple[Any, ...] | None, reset: Array | None, length: Any
-    ) -> tuple[list[Array], tuple[Any, ...]]:
+        self, x: Array, state: tuple[PyTree, ...] | None, reset: Reset, length: Length
+    ) -> tuple[list[Array], tuple[PyTree, ...]]:
         scan = _scan_layer(self.remat)
         outputs, states = [], []
         if state is None:
@@ -137,35 +143,32 @@ class Unrolled(AbstractStack[tuple[Any, ...]]):
             states.append(layer_state)
         return outputs, tuple(states)
 
-    def _check_state(self, state: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _check_state(self, state: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
         if not isinstance(state, tuple) or len(state) != self.n_layer:
             raise ValueError(
-                f"The state of an `Unrolled` of {self.n_layer} layers is a tuple of {self.n_layer} "
-                f"states, but got {_describe(state)}. Start from `layer.init_state()`."
+                f"The state of an `Unrolled` of {self.n_layer} layers must be a tuple of "
+                f"{self.n_layer} states, but got {_describe(state)}. Start from "
+                "`layer.init_state()`."
             )
         return state
 
 
 class Stacked(AbstractStack[PyTree]):
-    """Layers of one structure, their parameters stacked along a new first axis, run by a loop.
+    """Layers of one structure, with their parameters stacked along a new first axis, run by a loop.
 
-    It compiles once instead of once per layer, and with `remat` holds one layer's intermediates
-    instead of all: for deep models in training. Its state is the layers' states, stacked likewise.
+    A stack compiles once instead of once per layer, and with `remat` it stores the intermediates of
+    one layer at a time, which makes it the choice for training deep models. Its state consists of
+    the layers' states, stacked along a new first axis.
     """
 
-    layers: AbstractSequenceLayer[Any]
+    layers: Layer
     n_layer: int = eqx.field(static=True)
-    remat: bool | Callable[..., Any] = eqx.field(static=True)
+    remat: Remat = eqx.field(static=True)
 
-    def __init__(
-        self,
-        layers: Sequence[AbstractSequenceLayer[Any]],
-        *,
-        remat: bool | Callable[..., Any] = False,
-    ):
+    def __init__(self, layers: Sequence[Layer], *, remat: Remat = False):
         """**Arguments:**
 
-        - `layers`: at least one, all of the same structure and shapes.
+        - `layers`: at least one layer, all of the same structure and shapes.
         - `remat`: as for [`mamba_eqx.Unrolled`][].
 
         **Raises:** `ValueError` as for [`mamba_eqx.Unrolled`][], and if two layers differ in
@@ -176,8 +179,8 @@ class Stacked(AbstractStack[PyTree]):
         for i, layer in enumerate(layers):
             if _signature(layer) != _signature(layers[0]):
                 raise ValueError(
-                    "`Stacked` needs layers of one structure, shapes and dtypes, but layer "
-                    f"{i} ({type(layer).__name__}) differs from layer 0 "
+                    "The layers of `Stacked` must have the same structure, shapes and dtypes, but "
+                    f"layer {i} ({type(layer).__name__}) differs from layer 0 "
                     f"({type(layers[0]).__name__}). Use `Unrolled` for layers that differ."
                 )
         arrays = [eqx.filter(layer, eqx.is_array) for layer in layers]
@@ -188,10 +191,11 @@ class Stacked(AbstractStack[PyTree]):
 
     @property
     def d_model(self) -> int:
+        """The number of features of a token."""
         return self.layers.d_model
 
-    def unstack(self) -> tuple[AbstractSequenceLayer[Any], ...]:
-        """The layers, first to last."""
+    def unstack(self) -> tuple[Layer, ...]:
+        """Returns the layers, first to last."""
         arrays, rest = eqx.partition(self.layers, eqx.is_array)
         return tuple(
             eqx.combine(jax.tree.map(lambda leaf: leaf[i], arrays), rest)  # noqa: B023
@@ -199,7 +203,7 @@ class Stacked(AbstractStack[PyTree]):
         )
 
     def init_state(self, *, max_len: int | None = None) -> PyTree:
-        """The layers' initial states, stacked."""
+        """Returns the layers' initial states, stacked along a new first axis."""
         make = eqx.filter_vmap(lambda layer: layer.init_state(max_len=max_len))
         return make(self.layers)
 
@@ -209,8 +213,8 @@ class Stacked(AbstractStack[PyTree]):
         x: Float[Array, "seq {self.d_model}"],
         state: PyTree | None = None,
         *,
-        reset: Bool[Array, " seq"] | None = None,
-        length: Int[Array, ""] | int | None = None,
+        reset: Reset = None,
+        length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], PyTree]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
         check_sequence("Stacked", self.d_model, x, reset, length)
@@ -229,40 +233,49 @@ class Stacked(AbstractStack[PyTree]):
         self,
         x: Float[Array, "seq {self.d_model}"],
         *,
-        reset: Bool[Array, " seq"] | None = None,
-        length: Int[Array, ""] | int | None = None,
+        reset: Reset = None,
+        length: Length = None,
     ) -> Float[Array, "{self.n_layer} seq {self.d_model}"]:
         """See [`mamba_eqx.layers.AbstractStack.hidden_states`][]."""
         check_sequence("Stacked", self.d_model, x, reset, length)
 
-        def run(layer: Any, x: Array, _: None) -> tuple[Array, Array]:
+        def run(layer: Layer, x: Array, _: PyTree) -> tuple[Array, Array]:
             y, _ = layer.scan(x, reset=reset, length=length)
             return y, y
 
         return self._loop(run, x, None)[1]
 
     def _loop(
-        self, run: Callable[[Any, Array, Any], tuple[Array, Any]], x: Array, state: PyTree
+        self,
+        run: Callable[[Layer, Array, PyTree], tuple[Array, PyTree]],
+        x: Array,
+        state: PyTree,
     ) -> tuple[Array, PyTree]:
+        """Runs every layer on the output of the one before it. **Returns:** the last output, and
+        the second results of `run`, stacked."""
         arrays, rest = eqx.partition(self.layers, eqx.is_array)
         if any(jnp.shape(leaf)[:1] != (self.n_layer,) for leaf in jax.tree.leaves(state)):
             raise ValueError(
-                f"The state of a `Stacked` of {self.n_layer} layers has a first axis of "
+                f"The state of a `Stacked` of {self.n_layer} layers must have a first axis of "
                 f"{self.n_layer} in every leaf, but got {_describe(state)}. "
                 "Start from `layer.init_state()`."
             )
 
-        def body(x: Array, layer: tuple[Any, Any]) -> tuple[Array, Any]:
+        def body(x: Array, layer: tuple[PyTree, PyTree]) -> tuple[Array, PyTree]:
             arrays, state = layer
             return run(eqx.combine(arrays, rest), x, state)
 
         return lax.scan(body, x, (arrays, state))
 
 
-def _scan_layer(remat: bool | Callable[..., Any]) -> Callable[..., tuple[Array, Any]]:
+def _scan_layer(
+    remat: Remat,
+) -> Callable[[Layer, Array, PyTree, Reset, Length], tuple[Array, PyTree]]:
+    """Returns `scan` of a layer as a function of the layer, with the given rematerialisation."""
+
     def scan(
-        layer: AbstractSequenceLayer[Any], x: Array, state: Any, reset: Array | None, length: Any
-    ) -> tuple[Array, Any]:
+        layer: Layer, x: Array, state: PyTree, reset: Array | None, length: Array | int | None
+    ) -> tuple[Array, PyTree]:
         return layer.scan(x, state, reset=reset, length=length)
 
     if remat is False:
@@ -270,7 +283,7 @@ def _scan_layer(remat: bool | Callable[..., Any]) -> Callable[..., tuple[Array, 
     return eqx.filter_checkpoint(scan, policy=None if remat is True else remat)
 
 
-def _check_remat(name: str, remat: Any) -> None:
+def _check_remat(name: str, remat: object) -> None:
     if not isinstance(remat, bool) and not callable(remat):
         raise ValueError(
             f"`remat` of `{name}` must be True, False, or one of `jax.checkpoint_policies`, but "
@@ -278,25 +291,29 @@ def _check_remat(name: str, remat: Any) -> None:
         )
 
 
-def _check_layers(
-    name: str, layers: Sequence[AbstractSequenceLayer[Any]]
-) -> tuple[AbstractSequenceLayer[Any], ...]:
+def _check_layers(name: str, layers: Sequence[Layer]) -> tuple[Layer, ...]:
     layers = tuple(layers)
     if not layers:
         raise ValueError(f"`{name}` needs at least one layer, but got none.")
     for i, layer in enumerate(layers):
         if layer.d_model != layers[0].d_model:
             raise ValueError(
-                f"The layers of an `{name}` must share `d_model`, but layer 0 has "
+                f"The layers of `{name}` must share `d_model`, but layer 0 has "
                 f"d_model={layers[0].d_model} and layer {i} has d_model={layer.d_model}."
             )
     return layers
 
 
-def _signature(layer: PyTree) -> tuple[Any, ...]:
+def _signature(layer: Layer) -> tuple[Hashable, ...]:
+    """Returns what two layers must share to be stacked."""
     arrays, rest = eqx.partition(layer, eqx.is_array)
-    shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays)]
-    return jax.tree.structure(arrays), shapes, jax.tree.leaves(rest), jax.tree.structure(rest)
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays))
+    return (
+        jax.tree.structure(arrays),
+        shapes,
+        tuple(jax.tree.leaves(rest)),
+        jax.tree.structure(rest),
+    )
 
 
 def _describe(state: PyTree) -> str:

@@ -1,8 +1,9 @@
-"""The language model, and the configs that build models and are read off them."""
+"""The language model, and the configs that build models and are read from them."""
 
-from ._config import BlockConfig as BlockConfig, LanguageModelConfig as LanguageModelConfig
+from ._block_config import BlockConfig as BlockConfig
 from ._fingerprint import fingerprint as fingerprint
 from ._language_model import LanguageModel as LanguageModel
+from ._language_model_config import LanguageModelConfig as LanguageModelConfig
 from .mixer_configs import (
     AbstractMixerConfig as AbstractMixerConfig,
     AttentionConfig as AttentionConfig,
@@ -12,7 +13,7 @@ from .mixer_configs import (
 )
 
 
-# The public names. The others are for the other folders of the package.
+# The public names. Other folders of the package may import the other names too.
 __all__ = [
     "AbstractMixerConfig",
     "AttentionConfig",

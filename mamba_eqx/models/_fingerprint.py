@@ -10,7 +10,12 @@ from ._language_model import LanguageModel
 
 
 def fingerprint(model: LanguageModel) -> np.ndarray:
-    """32 bytes that differ between models which differ in any parameter, dtype or name."""
+    """Computes a hash of a model's parameters.
+
+    **Returns:**
+
+    32 bytes. They differ if two models differ in the name, shape, dtype or value of a parameter.
+    """
     text = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
         text.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} ".encode())
@@ -20,8 +25,11 @@ def fingerprint(model: LanguageModel) -> np.ndarray:
 
 @jax.jit
 def _checksum(leaf: Array) -> UInt32[Array, "2"]:
-    """Sums of all bits with odd weights, modulo 2^32: as fast as memory, and no single change goes
-    unnoticed. (It is no protection against someone who wants it to.)"""
+    """Computes two weighted sums of the words of `leaf`, modulo 2^32, at the speed of memory.
+
+    The first sum has odd weights, so that any single change is detected. This is not a
+    cryptographic hash.
+    """
     size = leaf.dtype.itemsize
     bits = lax.bitcast_convert_type(leaf, jnp.uint32 if size >= 4 else f"uint{8 * size}")
     bits = bits.reshape(-1).astype(jnp.uint32)

@@ -1,41 +1,48 @@
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .._checks import check_positive
+from .._checks import check_flag, check_positive
 from .._dtypes import at_least_float32, default_dtype
-from ..layers import AbstractStack, Linear, check_reset_and_length, norm, product
+from ..layers import (
+    AbstractStack,
+    Length,
+    Linear,
+    Norm,
+    Reset,
+    check_reset_and_length,
+    norm,
+    product,
+)
 
 
 class LanguageModel(eqx.Module):
     r"""A language model: an embedding, a stack of sequence layers, a norm and a head.
 
-    It has the verbs of a sequence layer, over tokens: `model(tokens)`, `model.scan(tokens, state)`
-    and `model.step(token, state)`, which return logits. They obey the same laws; see
-    [`mamba_eqx.AbstractSequenceLayer`][].
+    The model has the methods of a sequence layer, over tokens: `model(tokens)`,
+    `model.scan(tokens, state)` and `model.step(token, state)`, which return logits. They obey the
+    same laws; see [`mamba_eqx.AbstractSequenceLayer`][].
 
-    The rows of the embedding may be padded beyond `vocab_size`. The logits have a column for each
-    row, padded ones included, as in the official models: padded rows were never trained, and must
-    not be sampled.
+    The embedding may have more rows than `vocab_size`. The logits have a column for each row,
+    including the padding, as in the official models. The padding was never trained and must not be
+    sampled.
 
     Reference: official `mamba_ssm.models.mixer_seq_simple.MambaLMHeadModel`.
     """
 
     embedding: eqx.nn.Embedding
-    layers: AbstractStack[Any]
-    norm_f: eqx.nn.RMSNorm | eqx.nn.LayerNorm
+    layers: AbstractStack[PyTree]
+    norm_f: Norm
     lm_head: Linear | None
     vocab_size: int = eqx.field(static=True)
     residual_in_fp32: bool = eqx.field(static=True)
 
     def __init__(
         self,
-        layers: AbstractStack[Any],
+        layers: AbstractStack[PyTree],
         *,
         vocab_size: int,
         padded_vocab_size: int | None = None,
@@ -49,25 +56,26 @@ class LanguageModel(eqx.Module):
         """**Arguments:**
 
         - `layers`: the layers, usually [`mamba_eqx.Block`][]s.
-        - `vocab_size`: the number of tokens.
-        - `padded_vocab_size`: the number of rows of the embedding (and of an untied head);
-            `vocab_size` by default. Official models round it up to a multiple of 8 or 16.
-        - `tie_embeddings`: whether the head is the embedding, transposed.
-        - `rms_norm`, `norm_eps`: of the final norm; see [`mamba_eqx.Block`][].
-        - `residual_in_fp32`: whether the residual stream is at least float32, whatever the dtype
-            of the parameters.
-        - `dtype`: of the parameters; float32 by default (float64 in JAX's 64-bit mode).
-        - `key`: for the initial parameters: a normal distribution of standard deviation 0.02 for
-            the embedding, uniform within `±1/sqrt(d_model)` for an untied head.
+        - `vocab_size`: the number of token ids.
+        - `padded_vocab_size`: the number of rows of the embedding (and of an untied head), at least
+            `vocab_size`, which is the default. Official models round it up to a multiple of 8 or
+            16.
+        - `tie_embeddings`: whether the head is the transposed embedding.
+        - `rms_norm`, `norm_eps`: the kind and the epsilon of the final norm; see
+            [`mamba_eqx.Block`][].
+        - `residual_in_fp32`: whether the residual stream is at least float32, whatever the dtype of
+            the parameters.
+        - `dtype`: the dtype of the parameters; float32 by default (float64 in JAX's 64-bit mode).
+        - `key`: the random key for the initial parameters: a normal distribution of standard
+            deviation 0.02 for the embedding, uniform within `±1/sqrt(d_model)` for an untied head.
+
+        **Raises:** `ValueError` if a size is not a positive integer, `padded_vocab_size` is less
+        than `vocab_size`, or `norm_eps` is not between 0 and 1.
         """
-        check_positive("vocab_size", vocab_size)
-        rows = vocab_size if padded_vocab_size is None else padded_vocab_size
-        check_positive("padded_vocab_size", rows)
-        if rows < vocab_size:
-            raise ValueError(
-                f"`padded_vocab_size` must be at least `vocab_size`, but got {rows} rows for "
-                f"vocab_size={vocab_size}."
-            )
+        rows = check_vocab_size(vocab_size, padded_vocab_size)
+        check_flag("tie_embeddings", tie_embeddings)
+        check_flag("rms_norm", rms_norm)
+        check_flag("residual_in_fp32", residual_in_fp32)
         dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
         embedding_key, head_key = jr.split(key)
         d_model = layers.d_model
@@ -84,30 +92,46 @@ class LanguageModel(eqx.Module):
 
     @property
     def d_model(self) -> int:
+        """The number of features of the residual stream."""
         return self.layers.d_model
 
     @property
     def padded_vocab_size(self) -> int:
+        """The number of rows of the embedding, which is the number of logits."""
         return self.embedding.num_embeddings
 
     def init_state(self, *, max_len: int | None = None) -> PyTree:
-        """The state of the layers that stands for the empty past."""
+        """Returns the state of the empty past.
+
+        **Arguments:**
+
+        - `max_len`: the maximum number of tokens that will be run from this state. Layers with a
+            cache need it; state-space models ignore it.
+
+        **Returns:**
+
+        The initial state of the layers.
+        """
         return self.layers.init_state(max_len=max_len)
 
     def __call__(
         self,
         tokens: Int[Array, " seq"],
         *,
-        reset: Bool[Array, " seq"] | None = None,
-        length: Int[Array, ""] | int | None = None,
+        reset: Reset = None,
+        length: Length = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "seq {self.padded_vocab_size}"]:
-        """The logits of the token after each token of a whole sequence.
+        """Runs a whole sequence from the empty past.
 
         **Arguments:**
 
         - `tokens`, `reset`, `length`: as for `scan`.
         - `key`: ignored; accepted for compatibility with other Equinox modules.
+
+        **Returns:**
+
+        The logits of `scan`, an array of shape `(seq, padded_vocab_size)`.
         """
         logits, _ = self.scan(tokens, reset=reset, length=length)
         return logits
@@ -118,19 +142,22 @@ class LanguageModel(eqx.Module):
         tokens: Int[Array, " seq"],
         state: PyTree | None = None,
         *,
-        reset: Bool[Array, " seq"] | None = None,
-        length: Int[Array, ""] | int | None = None,
+        reset: Reset = None,
+        length: Length = None,
     ) -> tuple[Float[Array, "seq {self.padded_vocab_size}"], PyTree]:
         """Runs a piece of a sequence.
 
         **Arguments:**
 
-        - `tokens`: within `0..vocab_size - 1`.
+        - `tokens`: token ids within `0..vocab_size - 1`, an array of shape `(seq,)`.
         - `state`, `reset`, `length`: see [`mamba_eqx.AbstractSequenceLayer.scan`][].
 
         **Returns:**
 
-        The logits of the token after each token, at least in float32, and the state.
+        The logits of the token that follows each token, an array of shape
+        `(seq, padded_vocab_size)`, at least in float32; and the state after the last real token.
+
+        **Raises:** `ValueError` if an argument has the wrong shape or dtype.
         """
         features, state = self.backbone(tokens, state, reset=reset, length=length)
         return self.logits(features), state
@@ -143,12 +170,15 @@ class LanguageModel(eqx.Module):
 
         **Arguments:**
 
-        - `token`: within `0..vocab_size - 1`.
-        - `state`: what came before it.
+        - `token`: a token id within `0..vocab_size - 1`, of shape `()`.
+        - `state`: the state after the tokens before `token`.
 
         **Returns:**
 
-        The logits of the token after it, at least in float32, and the state.
+        The logits of the token that follows, an array of shape `(padded_vocab_size,)`, at least in
+        float32; and the state after `token`.
+
+        **Raises:** `ValueError` if an argument has the wrong shape or dtype.
         """
         features, state = self.backbone_step(token, state)
         return self.logits(features), state
@@ -158,13 +188,20 @@ class LanguageModel(eqx.Module):
         tokens: Int[Array, " seq"],
         state: PyTree | None = None,
         *,
-        reset: Bool[Array, " seq"] | None = None,
-        length: Int[Array, ""] | int | None = None,
+        reset: Reset = None,
+        length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], PyTree]:
-        """`scan` without its last step: the features that `logits` turns into logits.
+        """Runs `scan` without the head.
 
-        With a large vocabulary the head is a third of the work, so that a prefill, which needs
-        the logits of its last token only, runs this and applies `logits` once.
+        With a large vocabulary the head is a third of the work. A prefill needs the logits of its
+        last token only, so it runs the backbone and applies `logits` once.
+
+        **Arguments:** as for `scan`.
+
+        **Returns:**
+
+        The features that `logits` converts to logits, an array of shape `(seq, d_model)`; and the
+        state after the last real token.
         """
         _check_tokens("scan", tokens, 1)
         check_reset_and_length("LanguageModel", tokens.shape[0], reset, length)
@@ -174,7 +211,15 @@ class LanguageModel(eqx.Module):
     def backbone_step(
         self, token: Int[Array, ""], state: PyTree
     ) -> tuple[Float[Array, " {self.d_model}"], PyTree]:
-        """`step` without its last step: the features that `logits` turns into logits."""
+        """Runs `step` without the head.
+
+        **Arguments:** as for `step`.
+
+        **Returns:**
+
+        The features that `logits` converts to logits, an array of shape `(d_model,)`; and the state
+        after `token`.
+        """
         _check_tokens("step", token, 0)
         x, state = self.layers.step(self._embed(token), state)
         return self.norm_f(x), state
@@ -182,7 +227,16 @@ class LanguageModel(eqx.Module):
     def logits(
         self, features: Float[Array, "*seq {self.d_model}"]
     ) -> Float[Array, "*seq {self.padded_vocab_size}"]:
-        """The head, on the features of one token or of several."""
+        """Applies the head to the features of one token or of several.
+
+        **Arguments:**
+
+        - `features`: the result of `backbone` or `backbone_step`, of shape `(..., d_model)`.
+
+        **Returns:**
+
+        The logits, of shape `(..., padded_vocab_size)`, at least in float32.
+        """
         weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
         return product(weight, features.astype(weight.dtype), dtype=at_least_float32(weight))
 
@@ -190,12 +244,17 @@ class LanguageModel(eqx.Module):
         self,
         tokens: Int[Array, " seq"],
         *,
-        reset: Bool[Array, " seq"] | None = None,
-        length: Int[Array, ""] | int | None = None,
+        reset: Reset = None,
+        length: Length = None,
     ) -> Float[Array, "{self.layers.n_layer}+1 seq {self.d_model}"]:
-        """The residual stream after each layer, and last of all after `norm_f`.
+        """Runs a whole sequence and returns the residual stream after each layer, and after the
+        final norm.
 
         **Arguments:** as for `scan`.
+
+        **Returns:**
+
+        An array of shape `(n_layer + 1, seq, d_model)`.
         """
         _check_tokens("scan", tokens, 1)
         hidden = self.layers.hidden_states(self._embed(tokens), reset=reset, length=length)
@@ -205,6 +264,20 @@ class LanguageModel(eqx.Module):
         weight = self.embedding.weight
         dtype = at_least_float32(weight) if self.residual_in_fp32 else weight.dtype
         return weight[tokens].astype(dtype)
+
+
+def check_vocab_size(vocab_size: int, padded_vocab_size: int | None) -> int:
+    """Validates the sizes of the vocabulary. **Returns:** `padded_vocab_size`, by default
+    `vocab_size`."""
+    check_positive("vocab_size", vocab_size)
+    padded_vocab_size = vocab_size if padded_vocab_size is None else padded_vocab_size
+    check_positive("padded_vocab_size", padded_vocab_size)
+    if padded_vocab_size < vocab_size:
+        raise ValueError(
+            "`padded_vocab_size` must be at least `vocab_size`, but got "
+            f"padded_vocab_size={padded_vocab_size} and vocab_size={vocab_size}."
+        )
+    return padded_vocab_size
 
 
 def _check_tokens(verb: str, tokens: Array, ndim: int) -> None:
@@ -219,5 +292,5 @@ def _check_tokens(verb: str, tokens: Array, ndim: int) -> None:
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(
             f"`LanguageModel.{verb}` takes integer tokens, but got {tokens.dtype}. "
-            "Text has to be tokenized first."
+            "Encode text with a tokenizer first."
         )

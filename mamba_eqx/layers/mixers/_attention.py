@@ -11,30 +11,37 @@ from .._arguments import check_sequence, check_token, checked_state
 from .._cache import AbstractCache
 from .._conv import CausalConv1d
 from .._linear import Linear
-from .._protocol import AbstractSequenceLayer
+from .._protocol import AbstractSequenceLayer, Length, Reset
 from ._validation import check_attention
 
 
 class KVCache(AbstractCache):
-    """What `Attention` remembers of the tokens since the last reset: the last inputs of its
-    convolution, the keys and values, and the number of tokens.
+    """The state of [`mamba_eqx.Attention`][]: what it keeps of the tokens since the last reset.
 
-    Token `n` is in place `n` of the room, or, with a window, in place `n % window`. Room that is
-    not used is zero.
+    Token `n` is stored at index `n`, or, with a window, at index `n % window`. Unused places are
+    zero.
+
+    - `conv`: the last `d_conv - 1` inputs of the convolution, oldest first; `None` without a
+        convolution.
+    - `k`: the keys, rotated if there is a rotary embedding, in the dtype of the parameters.
+    - `v`: the values, in the dtype of the parameters.
+    - `length`: the number of tokens since the last reset.
+    - `rolling`: whether new tokens replace the oldest ones, which is the case with a window.
     """
 
     conv: Float[Array, "lag channels"] | None
     k: Float[Array, "nheads_kv room headdim"]
     v: Float[Array, "nheads_kv room headdim"]
     length: Int[Array, ""]
-    rolls: bool = eqx.field(static=True)
+    rolling: bool = eqx.field(static=True)
 
     def with_room(self, max_len: int) -> "KVCache":
-        """See [`mamba_eqx.layers.AbstractCache.with_room`][]. A rolling cache never fills."""
+        """See [`mamba_eqx.layers.AbstractCache.with_room`][]. A rolling cache never fills and is
+        returned unchanged."""
         more = max_len - self.k.shape[-2]
-        if self.rolls or more <= 0:
+        if self.rolling or more <= 0:
             return self
-        # Counted from the end, as there may be axes of a batch and of a stack in front.
+        # Axes are counted from the end, because a batch or a stack adds leading axes.
         widths = [(0, 0)] * (self.k.ndim - 2) + [(0, more), (0, 0)]
         longer = [jnp.pad(array, widths) for array in (self.k, self.v)]
         return eqx.tree_at(lambda cache: [cache.k, cache.v], self, longer)
@@ -43,24 +50,24 @@ class KVCache(AbstractCache):
 class Attention(AbstractSequenceLayer[KVCache]):
     r"""Causal softmax attention, the other mixer of hybrid models.
 
-    With $\mathrm{conv}$ the optional short convolution and $R_t$ the optional rotary embedding of
+    With $\mathrm{conv1d}$ an optional short convolution and $R_t$ an optional rotary embedding of
     position $t$, for every head
 
     $$\begin{aligned}
-    q, k, v &= \mathrm{conv1d}(W_{in} u), \\
+    q, k, v &= \mathrm{conv1d}(W_{in} x), \\
     y_t &= \sum_{s \le t} p_{ts} v_s, \qquad
       p_t = \mathrm{softmax}_s(\text{scale} \cdot (R_t q_t)^\top R_s k_s), \\
     \text{out} &= W_{out}\, y.
     \end{aligned}$$
 
-    `in_proj` emits `[q, k, v]`, and head `h` meets the keys and values of head
-    `h // (nheads // nheads_kv)`, as in the official checkpoints. The cache is in the dtype of the
-    parameters, in which keys and values come out of `in_proj`; what is computed with it is at least
-    in float32. A step costs time in proportion to the room in the cache, used or not.
+    `in_proj` emits `[q, k, v]`, and head `h` attends to the keys and values of head
+    `h // (nheads // nheads_kv)`, as in the official checkpoints. The cache has the dtype of the
+    parameters, in which `in_proj` emits keys and values; computations with it are at least in
+    float32. The time of a step is proportional to the capacity of the cache, used or not.
 
-    It differs from the official module in `step` with a convolution, where that one takes the
-    outputs of the convolution in the prompt for its inputs; and in that it cannot be written past
-    the end of its cache, which is an error here.
+    There are two differences to the official module. With a convolution, the official `step`
+    mistakes the convolution's outputs over the prompt for its inputs. And the official module can
+    write past the end of its cache, which raises an error here.
 
     Reference: Vaswani et al., *Attention is all you need* (2017); Shazeer, *Fast transformer
     decoding* (2019) and Ainslie et al., *GQA* (2023), for fewer heads of keys and values; official
@@ -103,29 +110,45 @@ class Attention(AbstractSequenceLayer[KVCache]):
 
         **Arguments:**
 
-        - `d_model`: features of the input and the output.
-        - `nheads`: heads of queries.
-        - `nheads_kv`: heads of keys and values, which must divide `nheads`; by default as many.
-        - `headdim`: features per head; `d_model / nheads` by default.
-        - `d_conv`: taps of a convolution over queries, keys and values; 0 is none.
-        - `rotary_emb_dim`: how many features of a head, an even number, have the rotary embedding.
-        - `rotary_emb_base`: of its angles; see [`mamba_eqx.ops.rotary_embedding`][].
-        - `rotary_emb_interleaved`: whether it pairs neighbours, or else halves.
-        - `softmax_scale`: `1 / sqrt(headdim)` by default.
-        - `window`: the most tokens that a token sees, itself included; all by default.
+        - `d_model`: the number of features of the input and the output.
+        - `nheads`: the number of heads of queries.
+        - `nheads_kv`: the number of heads of keys and values, which must divide `nheads`; `nheads`
+            by default.
+        - `headdim`: the number of features per head; `d_model / nheads` by default.
+        - `d_conv`: the number of taps of a convolution over queries, keys and values; 0 for no
+            convolution.
+        - `rotary_emb_dim`: the number of features per head with a rotary embedding, an even number;
+            0 for no embedding.
+        - `rotary_emb_base`: the base of the embedding's angles, a positive number; see
+            [`mamba_eqx.ops.rotary_embedding`][]. Ignored without an embedding.
+        - `rotary_emb_interleaved`: whether the embedding pairs neighbouring features, rather than
+            the two halves. Ignored without an embedding.
+        - `softmax_scale`: a positive number; `1 / sqrt(headdim)` by default.
+        - `window`: the maximum number of tokens that a token attends to, including itself; `None`
+            for all.
         - `qkv_proj_bias`, `out_proj_bias`: whether `in_proj` and `out_proj` have a bias. (The
             convolution always has one, as upstream.)
         - `residual_scale`: multiplies the initial weight of `out_proj`; see
             [`mamba_eqx.Mamba1`][].
-        - `dtype`: of the parameters; float32 by default (float64 in JAX's 64-bit mode).
-        - `key`: for the initial parameters.
+        - `dtype`: the dtype of the parameters; float32 by default (float64 in JAX's 64-bit mode).
+        - `key`: the random key for the initial parameters.
 
-        **Raises:** `ValueError` for a size that is not a positive integer or does not divide what
-        it has to, or a rotary embedding that does not fit into a head.
+        **Raises:** `ValueError` if a size is not a positive integer or does not divide what it
+        must, a number is not positive, or the rotary embedding does not fit into a head.
         """
-        nheads_kv = nheads if nheads_kv is None else nheads_kv
-        headdim = check_attention(
-            d_model, nheads, nheads_kv, headdim, d_conv, rotary_emb_dim, window
+        nheads_kv, headdim, softmax_scale = check_attention(
+            d_model=d_model,
+            nheads=nheads,
+            nheads_kv=nheads_kv,
+            headdim=headdim,
+            d_conv=d_conv,
+            rotary_emb_dim=rotary_emb_dim,
+            rotary_emb_base=rotary_emb_base,
+            rotary_emb_interleaved=rotary_emb_interleaved,
+            softmax_scale=softmax_scale,
+            window=window,
+            qkv_proj_bias=qkv_proj_bias,
+            out_proj_bias=out_proj_bias,
         )
         dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
         channels = (nheads + 2 * nheads_kv) * headdim
@@ -147,35 +170,36 @@ class Attention(AbstractSequenceLayer[KVCache]):
         self.nheads_kv = nheads_kv
         self.headdim = headdim
         self.rotary_emb_dim = rotary_emb_dim
-        self.rotary_emb_base = float(rotary_emb_base)
-        self.rotary_emb_interleaved = rotary_emb_interleaved
-        self.softmax_scale = headdim**-0.5 if softmax_scale is None else float(softmax_scale)
+        # Options without an effect have one value, so that equal layers have equal structures.
+        self.rotary_emb_base = float(rotary_emb_base) if rotary_emb_dim else 10000.0
+        self.rotary_emb_interleaved = rotary_emb_interleaved if rotary_emb_dim else False
+        self.softmax_scale = softmax_scale
         self.window = window
 
     def init_state(self, *, max_len: int | None = None) -> KVCache:
-        """An empty cache.
+        """Returns an empty cache.
 
         **Arguments:**
 
-        - `max_len`: the most tokens that it has room for, counted from the last reset. With a
-            `window` it is ignored: the cache holds so many tokens and never fills up.
+        - `max_len`: the capacity in tokens, counted from the last reset. Ignored with a `window`,
+            whose cache holds `window` tokens and never fills.
 
         **Raises:** `ValueError` if there is neither a window nor a `max_len`.
         """
-        if self.window is None and max_len is None:
+        room = max_len if self.window is None else self.window
+        if room is None:
             raise ValueError(
-                "`Attention` remembers every token and has to know how many there will be: use "
-                "`init_state(max_len=...)`. (`layer(x)` and `layer.scan(x)` need no state.)"
+                "`Attention` without a `window` needs the maximum number of tokens, but got "
+                "max_len=None. Use `init_state(max_len=...)`. (`layer(x)` and `layer.scan(x)` need "
+                "no state.)"
             )
-        room = self.window if max_len is None or self.window is not None else max_len
-        dtype = self.in_proj.weight.dtype
-        empty = jnp.zeros((self.nheads_kv, room, self.headdim), dtype)  # pyright: ignore
+        empty = jnp.zeros((self.nheads_kv, room, self.headdim), self.in_proj.weight.dtype)
         return KVCache(
             conv=None if self.conv1d is None else self.conv1d.init_state(),
             k=empty,
             v=empty,
             length=jnp.zeros((), jnp.int32),
-            rolls=self.window is not None,
+            rolling=self.window is not None,
         )
 
     @jax.named_scope("mamba_eqx.Attention.scan")
@@ -184,13 +208,13 @@ class Attention(AbstractSequenceLayer[KVCache]):
         x: Float[Array, "seq {self.d_model}"],
         state: KVCache | None = None,
         *,
-        reset: Bool[Array, " seq"] | None = None,
-        length: Int[Array, ""] | int | None = None,
+        reset: Reset = None,
+        length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], KVCache]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][].
 
-        Without a state, the cache that is returned is full: it has room for `x` alone (or for a
-        window). To go on, start from `init_state(max_len=...)`.
+        Without a state, the returned cache is full: its capacity is the length of `x` (or the
+        window). To continue from it, start from `init_state(max_len=...)` instead.
         """
         check_sequence("Attention", self.d_model, x, reset, length)
         conv = cache = None
@@ -235,14 +259,14 @@ class Attention(AbstractSequenceLayer[KVCache]):
         return self._emit(y).astype(x.dtype), KVCache(conv, k, v, end, self.window is not None)
 
     def _checked(self, state: KVCache) -> KVCache:
-        # Any room will do, so that of the state itself is what it is compared with.
+        # A cache may have any capacity, so the state is compared with one of its own capacity.
         room = state.k.shape[-2] if isinstance(state, KVCache) and state.k.ndim > 1 else 1
         return checked_state(self, state, max_len=room)
 
     def _with_room_for(
         self, state: KVCache, seq: int, reset: Array | None, length: Array | int | None
     ) -> Int[Array, ""]:
-        """The number of tokens in the cache, after checking that `seq` more will fit."""
+        """Returns the number of tokens in the cache, after checking that `seq` more fit."""
         room = state.k.shape[1]
         if self.window is not None or seq == 0:
             return state.length
@@ -251,14 +275,14 @@ class Attention(AbstractSequenceLayer[KVCache]):
             if more > room:
                 raise ValueError(
                     f"The cache given to `Attention` has room for {room} tokens, but got {more} "
-                    "more. Start from `init_state(max_len=...)` with a larger `max_len`."
+                    "more tokens. Start from `init_state(max_len=...)` with a larger `max_len`."
                 )
         positions = ops.document_positions(seq, start=state.length, reset=reset, length=length)
         if length is not None:
             positions = jnp.where(jnp.arange(seq) < length, positions, 0)
         return _with_room(state.length, jnp.max(positions) >= room, room)
 
-    # Of one token or of a sequence: the axes in front do not matter.
+    # The methods below accept one token or a sequence of tokens.
 
     def _split(
         self, qkv: Float[Array, "*seq channels"], positions: Int[Array, "*seq"]
@@ -287,11 +311,11 @@ class Attention(AbstractSequenceLayer[KVCache]):
 
 
 def _with_room(length: Int[Array, ""], full: Bool[Array, ""], room: int) -> Int[Array, ""]:
-    """`length`, or an error at run time."""
+    """Returns `length`, or raises an error at run time if the cache is full."""
     return eqx.error_if(
         length,
         full,
         f"A cache of `Attention` is full: it has room for {room} tokens since the last reset. "
-        "Start from `init_state(max_len=...)` with a larger `max_len`, or enlarge the cache by "
+        "Start from `init_state(max_len=...)` with a larger `max_len`, or enlarge the cache with "
         "`cache.with_room(max_len)`.",
     )

@@ -1,4 +1,3 @@
-import math
 from typing import Literal
 
 import equinox as eqx
@@ -6,22 +5,27 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from ... import ops
-from ..._checks import check_positive
 from ..._dtypes import at_least_float32, default_dtype
 from .._arguments import check_sequence, check_token, checked_state
 from .._conv import CausalConv1d
 from .._initialisers import dt_bias
 from .._linear import Linear
-from .._protocol import AbstractSequenceLayer
+from .._protocol import AbstractSequenceLayer, Length, Reset
 from .._recurrence_parameters import RECURRENCE
-from ._validation import check_dt, check_select_norm
+from ._validation import check_dt, check_mamba1
 
 
 class Mamba1State(eqx.Module):
-    """What `Mamba1` remembers: the last inputs of its convolution, and its hidden state."""
+    """The state of [`mamba_eqx.Mamba1`][].
+
+    - `conv`: the last `d_conv - 1` inputs of the convolution, oldest first.
+    - `ssm`: the hidden state, at least in float32. The channels are its last axis, so that every
+        elementwise operation of the scan is a vector operation. ([`mamba_eqx.Mamba2State`][] and
+        [`mamba_eqx.Mamba3State`][] order their axes differently, each as its own scan needs.)
+    """
 
     conv: Float[Array, "lag d_inner"]
     ssm: Float[Array, "d_state d_inner"]
@@ -30,29 +34,31 @@ class Mamba1State(eqx.Module):
 class Mamba1(AbstractSequenceLayer[Mamba1State]):
     r"""The Mamba mixer: a gated, selective state-space model.
 
-    With $\sigma$ = SiLU, and channels $E$ = `d_inner`, state size $N$ = `d_state`,
+    With $\sigma$ = SiLU, $E$ = `d_inner` channels and the state size $N$ = `d_state`,
 
     $$\begin{aligned}
-    x, z &= W_{in} u, & x &\leftarrow \sigma(\mathrm{conv1d}(x)), \\
-    \delta, B, C &= W_x x, & \Delta &= \mathrm{softplus}(W_{dt} \delta + b_{dt}), \\
-    h_t &= \exp(\Delta_t A)\, h_{t-1} + \Delta_t B_t x_t, & y_t &= C_t^\top h_t + D x_t, \\
+    u, z &= W_{in} x, & u &\leftarrow \sigma(\mathrm{conv1d}(u)), \\
+    \delta, B, C &= W_x u, & \Delta &= \mathrm{softplus}(W_{dt} \delta + b_{dt}), \\
+    h_t &= \exp(\Delta_t A)\, h_{t-1} + \Delta_t B_t u_t, & y_t &= C_t^\top h_t + D u_t, \\
     && \text{out} &= W_{out} (y \odot \sigma(z)),
     \end{aligned}$$
 
-    where $A = -\exp(\texttt{A\_log})$. Only $B, C, \Delta$ depend on the input: that is the
-    selection. The input is discretised by Euler's rule, as in the official code, not by the
+    where $A = -\exp(\texttt{A\_log})$. (The paper swaps the letters $x$ and $u$; here $x$ is the
+    input, as for every layer.) Only $B, C, \Delta$ depend on the input, which makes the model
+    selective. The input is discretised by Euler's rule, as in the official code, not by the
     zero-order hold of the paper's equation 4.
 
-    `scan` has a reverse mode only ([`mamba_eqx.ops.selective_scan`][] says why). For forward-mode
-    derivatives fold `step` with `jax.lax.scan`, which is the same function.
+    `scan` supports reverse-mode differentiation only ([`mamba_eqx.ops.selective_scan`][] explains
+    why). For forward-mode derivatives, fold `step` with `jax.lax.scan`, which computes the same
+    function.
 
-    With `select_norm`, each of $\delta$, $B$ and $C$ passes a root-mean-square norm of its own on
-    leaving $W_x$, as in Jamba (`"weighted"`) and in Falcon-Mamba (`"weightless"`); official Mamba
-    has none.
+    With `select_norm`, a separate root-mean-square norm is applied to each of $\delta$, $B$ and
+    $C$, as in Jamba (`"weighted"`) and in Falcon-Mamba (`"weightless"`). The official Mamba has no
+    such norm.
 
-    `in_proj` emits `[x, z]` and `x_proj` emits `[dt, B, C]`, in the order of the official
-    checkpoints. `A_log`, `D`, `dt_bias` and the hidden state stay in float32 below that precision;
-    `dt_bias` is what official checkpoints call `dt_proj.bias`.
+    `in_proj` emits `[u, z]` and `x_proj` emits `[dt, B, C]`, in the order of the official
+    checkpoints. `A_log`, `D`, `dt_bias` and the hidden state stay in float32 if the other
+    parameters have a narrower dtype. Official checkpoints call `dt_bias` `dt_proj.bias`.
 
     Reference: Gu and Dao, *Mamba: Linear-Time Sequence Modeling with Selective State Spaces*
     (2023), section 3; official `mamba_ssm.modules.mamba_simple.Mamba`.
@@ -97,33 +103,39 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
 
         **Arguments:**
 
-        - `d_model`: features of the input and the output.
-        - `d_inner`: channels of the state-space model; `2 * d_model` by default.
-        - `d_state`: hidden dimensions per channel.
-        - `d_conv`: taps of the convolution.
-        - `dt_rank`: rank of the map to the step sizes; `ceil(d_model / 16)` by default.
+        - `d_model`: the number of features of the input and the output.
+        - `d_inner`: the number of channels of the state-space model; `2 * d_model` by default.
+        - `d_state`: the number of hidden dimensions per channel.
+        - `d_conv`: the number of taps of the convolution.
+        - `dt_rank`: the rank of the map to the step sizes; `ceil(d_model / 16)` by default.
         - `dt_min`, `dt_max`, `dt_init_floor`: the initial step sizes are log-uniform in
             `[dt_min, dt_max]` and at least `dt_init_floor`.
         - `bias`: whether `in_proj` and `out_proj` have a bias.
-        - `conv_bias`: whether `conv1d` has one.
-        - `select_norm`: whether `dt`, `B` and `C` are normed (see above), with weights or without.
-        - `select_norm_eps`: added to the mean square in these norms.
+        - `conv_bias`: whether `conv1d` has a bias.
+        - `select_norm`: whether to normalise `dt`, `B` and `C` (see above), with weights or
+            without.
+        - `select_norm_eps`: a number between 0 and 1, added to the mean square in these norms.
         - `residual_scale`: multiplies the initial weight of `out_proj`. In a model of `n` layers
-            the official value is `1 / sqrt(n)`, which keeps the residual stream at the same size.
-        - `dtype`: of the parameters; float32 by default (float64 in JAX's 64-bit mode).
-        - `key`: for the initial parameters.
+            the official value is `1 / sqrt(n)`, which keeps the size of the residual stream
+            independent of `n`.
+        - `dtype`: the dtype of the parameters; float32 by default (float64 in JAX's 64-bit mode).
+        - `key`: the random key for the initial parameters.
 
-        **Raises:** `ValueError` for a size that is not a positive integer, an empty range of step
-        sizes, or a `select_norm` that does not exist.
+        **Raises:** `ValueError` if a size is not a positive integer, the range of step sizes is
+        empty, or an option is invalid.
         """
-        check_positive("d_model", d_model)
-        d_inner = 2 * d_model if d_inner is None else d_inner
-        dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
-        check_positive("d_inner", d_inner)
-        check_positive("d_state", d_state)
-        check_positive("dt_rank", dt_rank)
+        d_inner, dt_rank = check_mamba1(
+            d_model=d_model,
+            d_inner=d_inner,
+            d_state=d_state,
+            d_conv=d_conv,
+            dt_rank=dt_rank,
+            bias=bias,
+            conv_bias=conv_bias,
+            select_norm=select_norm,
+            select_norm_eps=select_norm_eps,
+        )
         check_dt(dt_min, dt_max, dt_init_floor)
-        check_select_norm(select_norm, select_norm_eps)
         dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
         wide = at_least_float32(dtype)
         in_key, conv_key, x_key, dt_key, bias_key, out_key = jr.split(key, 6)
@@ -163,11 +175,11 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
 
     @property
     def A(self) -> Float[Array, "{self.d_inner} {self.d_state}"]:
-        """The (negative) rates of decay, `-exp(A_log)`."""
+        """The rates of decay, `-exp(A_log)`, which are negative."""
         return -jnp.exp(self.A_log)
 
     def init_state(self, *, max_len: int | None = None) -> Mamba1State:
-        """Zeros. `max_len` is ignored."""
+        """Returns zeros. `max_len` is ignored."""
         ssm_dtype = at_least_float32(self.in_proj.weight, self.A_log)
         return Mamba1State(
             conv=self.conv1d.init_state(),
@@ -180,8 +192,8 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
         x: Float[Array, "seq {self.d_model}"],
         state: Mamba1State | None = None,
         *,
-        reset: Bool[Array, " seq"] | None = None,
-        length: Int[Array, ""] | int | None = None,
+        reset: Reset = None,
+        length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], Mamba1State]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
         check_sequence("Mamba1", self.d_model, x, reset, length)
@@ -211,7 +223,7 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
         out = self.out_proj(y * jax.nn.silu(z))
         return out.astype(x.dtype), Mamba1State(conv, ssm)
 
-    # Of one token or of a sequence: the axes in front do not matter.
+    # The methods below accept one token or a sequence of tokens.
 
     def _project(
         self, x: Float[Array, "*seq {self.d_model}"]

@@ -1,30 +1,55 @@
 import math
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from ... import ops
-from ..._checks import check_positive
 from ..._dtypes import at_least_float32, default_dtype
 from .._arguments import check_sequence, check_token, checked_state
 from .._conv import CausalConv1d
 from .._initialisers import dt_bias
 from .._linear import Linear
 from .._norm import GatedRMSNorm
-from .._protocol import AbstractSequenceLayer
+from .._protocol import AbstractSequenceLayer, Length, Reset
 from .._recurrence_parameters import RECURRENCE
-from ._validation import check_d_ssm, check_dt, check_dt_limit, check_heads
+from ._validation import check_A_init_range, check_dt, check_mamba2
 
 
 class Mamba2State(eqx.Module):
-    """What `Mamba2` remembers: the last inputs of its convolution, and its hidden state."""
+    """The state of [`mamba_eqx.Mamba2`][].
+
+    - `conv`: the last `d_conv - 1` inputs of the convolution, oldest first.
+    - `ssm`: the hidden state, at least in float32. The heads, and within them the channels, are its
+        last axes, so that one matrix product multiplies `B` or `C` with all heads of a group.
+        ([`mamba_eqx.Mamba1State`][] and [`mamba_eqx.Mamba3State`][] order their axes differently,
+        each as its own scan needs.)
+    """
 
     conv: Float[Array, "lag channels"]
     ssm: Float[Array, "d_state nheads headdim"]
+
+
+class _Projected(NamedTuple):
+    """The output of `in_proj`, split."""
+
+    mlp: Float[Array, "*seq d_mlp"]
+    z: Float[Array, "*seq d_ssm"]
+    uBC: Float[Array, "*seq channels"]
+    dt: Float[Array, "*seq nheads"]
+
+
+class _Selected(NamedTuple):
+    """The inputs of the state-space model, except for `A` and `D`."""
+
+    u: Float[Array, "*seq nheads headdim"]
+    dt: Float[Array, "*seq nheads"]
+    B: Float[Array, "*seq ngroups d_state"]
+    C: Float[Array, "*seq ngroups d_state"]
 
 
 class Mamba2(AbstractSequenceLayer[Mamba2State]):
@@ -33,23 +58,25 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
     With $\sigma$ = SiLU, and for every head, with $P$ = `headdim` channels and $N$ = `d_state`,
 
     $$\begin{aligned}
-    z, x, B, C, \delta &= W_{in} u, &
-      [x, B, C] &\leftarrow \sigma(\mathrm{conv1d}([x, B, C])), \\
-    h_t &= \exp(\Delta_t A)\, h_{t-1} + \Delta_t B_t x_t^\top, &
+    z, u, B, C, \delta &= W_{in} x, &
+      [u, B, C] &\leftarrow \sigma(\mathrm{conv1d}([u, B, C])), \\
+    h_t &= \exp(\Delta_t A)\, h_{t-1} + \Delta_t B_t u_t^\top, &
       \Delta &= \mathrm{clip}(\mathrm{softplus}(\delta + b_{dt})), \\
-    y_t &= h_t^\top C_t + D \odot x_t, &
+    y_t &= h_t^\top C_t + D \odot u_t, &
       \text{out} &= W_{out}\, \mathrm{norm}(y \odot \sigma(z)),
     \end{aligned}$$
 
-    where $A = -\exp(\texttt{A\_log})$ is one number per head. $B$ and $C$ are shared by the heads
-    of a group, and the norm is over the channels of a group.
+    where $A = -\exp(\texttt{A\_log})$ is one number per head. (The paper swaps the letters $x$ and
+    $u$; here $x$ is the input, as for every layer.) The heads of a group share $B$ and $C$, and the
+    norm is over the channels of a group.
 
-    Only `d_ssm` of the `d_inner` channels, by default all, are a state-space model's. The others
-    are a gated MLP's, $\sigma(z_0) \odot x_0$, which `out_proj` takes in front of the rest.
+    Only `d_ssm` of the `d_inner` channels, by default all, belong to the state-space model. The
+    others form a gated MLP, $\sigma(z_0) \odot u_0$, whose output precedes the state-space model's
+    in the input of `out_proj`.
 
-    `in_proj` emits `[z0, x0, z, x, B, C, dt]`, in the order of the official checkpoints. `A_log`,
-    `D`, `dt_bias` and the hidden state stay in float32 below that precision. It differs from the
-    official module and from transformers in `step`, where these forget `dt_limit`.
+    `in_proj` emits `[z0, u0, z, u, B, C, dt]`, in the order of the official checkpoints. `A_log`,
+    `D`, `dt_bias` and the hidden state stay in float32 if the other parameters have a narrower
+    dtype. Unlike here, `step` of the official module and of transformers ignores `dt_limit`.
 
     Reference: Dao and Gu, *Transformers are SSMs: Generalized Models and Efficient Algorithms
     Through Structured State Space Duality* (2024), section 7; official
@@ -103,51 +130,53 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
 
         **Arguments:**
 
-        - `d_model`: features of the input and the output.
-        - `d_inner`: channels between the projections; `2 * d_model` by default.
-        - `d_ssm`: channels of the state-space model, `d_inner` by default. The others are an MLP's.
-        - `d_state`: hidden dimensions per channel.
-        - `d_conv`: taps of the convolution.
-        - `headdim`: channels per head; it must divide `d_ssm`.
-        - `ngroups`: groups of heads, each with its own `B`, `C` and norm; it must divide the number
-            of heads.
-        - `A_init_range`: the initial rates `-A` are uniform in it.
-        - `D_has_hdim`: whether the skip connection has one weight per channel, or else per head.
+        - `d_model`: the number of features of the input and the output.
+        - `d_inner`: the number of channels between the projections; `2 * d_model` by default.
+        - `d_ssm`: the number of channels of the state-space model, at most `d_inner`, which is the
+            default. The others form a gated MLP.
+        - `d_state`: the number of hidden dimensions per channel.
+        - `d_conv`: the number of taps of the convolution.
+        - `headdim`: the number of channels per head; it must divide `d_ssm`.
+        - `ngroups`: the number of groups of heads, each with its own `B`, `C` and norm; it must
+            divide the number of heads.
+        - `A_init_range`: the initial rates `-A` are uniform in this range.
+        - `D_has_hdim`: whether the skip connection has one weight per channel, rather than per
+            head.
         - `dt_min`, `dt_max`, `dt_init_floor`: the initial step sizes are log-uniform in
             `[dt_min, dt_max]` and at least `dt_init_floor`.
-        - `dt_limit`: the step sizes are clipped to it.
+        - `dt_limit`: the smallest and the largest step size, to which step sizes are clipped.
         - `bias`: whether `in_proj` and `out_proj` have a bias.
-        - `conv_bias`: whether `conv1d` has one.
-        - `rms_norm`: whether there is a norm in front of `out_proj`, or else only the gate.
-        - `norm_before_gate`: whether the gate comes after that norm.
-        - `norm_eps`: added to the mean square in it.
+        - `conv_bias`: whether `conv1d` has a bias.
+        - `rms_norm`: whether there is a norm before `out_proj`, rather than only the gate.
+        - `norm_before_gate`: whether to normalise before the gate is applied, rather than after.
+        - `norm_eps`: a number between 0 and 1, added to the mean square in the norm.
         - `residual_scale`: multiplies the initial weight of `out_proj`. In a model of `n` layers
-            the official value is `1 / sqrt(n)`, which keeps the residual stream at the same size.
-        - `dtype`: of the parameters; float32 by default (float64 in JAX's 64-bit mode).
-        - `key`: for the initial parameters.
+            the official value is `1 / sqrt(n)`, which keeps the size of the residual stream
+            independent of `n`.
+        - `dtype`: the dtype of the parameters; float32 by default (float64 in JAX's 64-bit mode).
+        - `key`: the random key for the initial parameters.
 
-        **Raises:** `ValueError` for a size that is not a positive integer or does not divide what
-        it has to, an empty range, or `norm_before_gate` without a norm.
+        **Raises:** `ValueError` if a size is not a positive integer or does not divide what it
+        must, a range is empty, or `norm_before_gate` is set without a norm.
         """
-        check_positive("d_model", d_model)
-        d_inner = 2 * d_model if d_inner is None else d_inner
-        check_positive("d_inner", d_inner)
-        check_positive("d_state", d_state)
-        if d_ssm is None:
-            d_ssm = d_inner
-            check_heads(d_inner, headdim, ngroups)
-        else:
-            check_d_ssm(d_ssm, d_inner)
-            check_heads(d_ssm, headdim, ngroups, name="d_ssm")
+        d_inner, d_ssm = check_mamba2(
+            d_model=d_model,
+            d_inner=d_inner,
+            d_ssm=d_ssm,
+            d_state=d_state,
+            d_conv=d_conv,
+            headdim=headdim,
+            ngroups=ngroups,
+            D_has_hdim=D_has_hdim,
+            dt_limit=dt_limit,
+            bias=bias,
+            conv_bias=conv_bias,
+            rms_norm=rms_norm,
+            norm_before_gate=norm_before_gate,
+            norm_eps=norm_eps,
+        )
         check_dt(dt_min, dt_max, dt_init_floor)
-        check_dt_limit(dt_limit)
-        if not 0 < A_init_range[0] <= A_init_range[1] < math.inf:
-            raise ValueError(
-                "`A_init_range` must be positive and in order, as the rates of decay are drawn "
-                f"from it, but got {A_init_range}."
-            )
-        if norm_before_gate and not rms_norm:
-            raise ValueError("`norm_before_gate=True` needs the norm, but got rms_norm=False.")
+        check_A_init_range(A_init_range)
         dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
         wide = at_least_float32(dtype)
         nheads = d_ssm // headdim
@@ -194,15 +223,16 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
 
     @property
     def nheads(self) -> int:
+        """The number of heads, `d_ssm / headdim`."""
         return self.d_ssm // self.headdim
 
     @property
     def A(self) -> Float[Array, " {self.nheads}"]:
-        """The (negative) rates of decay, `-exp(A_log)`."""
+        """The rates of decay, `-exp(A_log)`, which are negative."""
         return -jnp.exp(self.A_log)
 
     def init_state(self, *, max_len: int | None = None) -> Mamba2State:
-        """Zeros. `max_len` is ignored."""
+        """Returns zeros. `max_len` is ignored."""
         ssm_dtype = at_least_float32(self.in_proj.weight, self.A_log)
         return Mamba2State(
             conv=self.conv1d.init_state(),
@@ -215,13 +245,13 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         x: Float[Array, "seq {self.d_model}"],
         state: Mamba2State | None = None,
         *,
-        reset: Bool[Array, " seq"] | None = None,
-        length: Int[Array, ""] | int | None = None,
+        reset: Reset = None,
+        length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], Mamba2State]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
         check_sequence("Mamba2", self.d_model, x, reset, length)
         state = checked_state(self, state)
-        mlp, z, uBC, dt = self._split(x)
+        mlp, z, uBC, dt = self._project(x)
         uBC, conv = self.conv1d.scan(uBC, state.conv, reset=reset, length=length)
         u, dt, B, C = self._select(uBC, dt)
         y, ssm = ops.ssd(u, dt, self.A, B, C, self.D, state=state.ssm, reset=reset, length=length)
@@ -234,43 +264,32 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         """See [`mamba_eqx.AbstractSequenceLayer.step`][]."""
         check_token("Mamba2", self.d_model, x)
         state = checked_state(self, state)
-        mlp, z, uBC, dt = self._split(x)
+        mlp, z, uBC, dt = self._project(x)
         uBC, conv = self.conv1d.step(uBC, state.conv)
         u, dt, B, C = self._select(uBC, dt)
         y, ssm = ops.ssd_step(u, dt, self.A, B, C, self.D, state=state.ssm)
         return self._emit(y, z, mlp).astype(x.dtype), Mamba2State(conv, ssm)
 
-    # Of one token or of a sequence: the axes in front do not matter.
+    # The methods below accept one token or a sequence of tokens.
 
-    def _split(
-        self, x: Float[Array, "*seq {self.d_model}"]
-    ) -> tuple[
-        Float[Array, "*seq d_mlp"],
-        Float[Array, "*seq {self.d_ssm}"],
-        Float[Array, "*seq channels"],
-        Float[Array, "*seq {self.nheads}"],
-    ]:
+    def _project(self, x: Float[Array, "*seq {self.d_model}"]) -> _Projected:
         projected = self.in_proj(x.astype(self.in_proj.weight.dtype))
         end_of_mlp = 2 * (self.d_inner - self.d_ssm)
         ends = [end_of_mlp, end_of_mlp + self.d_ssm, projected.shape[-1] - self.nheads]
-        mlp, z, uBC, dt = jnp.split(projected, ends, axis=-1)
-        return mlp, z, uBC, dt
+        return _Projected(*jnp.split(projected, ends, axis=-1))
 
     def _select(
         self, uBC: Float[Array, "*seq channels"], dt: Float[Array, "*seq {self.nheads}"]
-    ) -> tuple[
-        Float[Array, "*seq {self.nheads} {self.headdim}"],
-        Float[Array, "*seq {self.nheads}"],
-        Float[Array, "*seq {self.ngroups} {self.d_state}"],
-        Float[Array, "*seq {self.ngroups} {self.d_state}"],
-    ]:
+    ) -> _Selected:
         sizes = [self.d_ssm, self.d_ssm + self.ngroups * self.d_state]
         u, B, C = jnp.split(jax.nn.silu(uBC), sizes, axis=-1)
-        u = u.reshape(*u.shape[:-1], self.nheads, self.headdim)
-        B = B.reshape(*B.shape[:-1], self.ngroups, self.d_state)
-        C = C.reshape(*C.shape[:-1], self.ngroups, self.d_state)
         dt = jax.nn.softplus(dt.astype(self.dt_bias.dtype) + self.dt_bias)
-        return u, jnp.clip(dt, *self.dt_limit), B, C
+        return _Selected(
+            u=u.reshape(*u.shape[:-1], self.nheads, self.headdim),
+            dt=jnp.clip(dt, *self.dt_limit),
+            B=B.reshape(*B.shape[:-1], self.ngroups, self.d_state),
+            C=C.reshape(*C.shape[:-1], self.ngroups, self.d_state),
+        )
 
     def _emit(
         self,

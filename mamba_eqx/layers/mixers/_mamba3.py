@@ -6,23 +6,29 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from ... import ops
-from ..._checks import check_positive
 from ..._dtypes import at_least_float32, default_dtype
 from .._arguments import check_sequence, check_token, checked_state
 from .._initialisers import dt_bias
 from .._linear import Linear
 from .._norm import GatedRMSNorm
-from .._protocol import AbstractSequenceLayer
+from .._protocol import AbstractSequenceLayer, Length, Reset
 from .._recurrence_parameters import RECURRENCE
-from ._validation import check_A, check_dt, check_heads, check_rope_fraction
+from ._validation import check_dt, check_mamba3
 
 
 class Mamba3State(eqx.Module):
-    """What `Mamba3` remembers: the angles by which its hidden state has turned (modulo a turn), the
-    hidden state, and the last token's key and value."""
+    """The state of [`mamba_eqx.Mamba3`][]. All arrays are at least in float32.
+
+    - `angle`: the angles, in radians within half a turn of zero, by which the hidden state has
+        rotated.
+    - `ssm`: the hidden state. The heads are its first axis and the summed dimensions its last,
+        which makes `step` several times faster than the order of [`mamba_eqx.Mamba2State`][].
+    - `k`: the rotated keys of the last token.
+    - `v`: the values of the last token, $u$ in the equations.
+    """
 
     angle: Float[Array, "nheads pairs"]
     ssm: Float[Array, "nheads headdim d_state"]
@@ -31,10 +37,10 @@ class Mamba3State(eqx.Module):
 
 
 class _Projected(NamedTuple):
-    """What `in_proj` says of one token, or of a sequence of them."""
+    """The output of `in_proj`, split, normalised and activated."""
 
     z: Float[Array, "*seq nheads headdim"]
-    x: Float[Array, "*seq nheads headdim"]
+    u: Float[Array, "*seq nheads headdim"]
     dt: Float[Array, "*seq nheads"]
     A: Float[Array, "*seq nheads"]
     B: Float[Array, "*seq rank ngroups d_state"]
@@ -44,50 +50,53 @@ class _Projected(NamedTuple):
 
 
 class Mamba3(AbstractSequenceLayer[Mamba3State]):
-    r"""The Mamba-3 mixer: a gated, selective state-space model whose hidden state turns, with a
+    r"""The Mamba-3 mixer: a gated, selective state-space model with a rotating hidden state, and a
     trapezoidal rule in place of a convolution.
 
     With $\sigma$ = SiLU, and for every head, with $P$ = `headdim` channels and $N$ = `d_state`,
 
     $$\begin{aligned}
-    z, x, B, C, \delta, a, \tau, \omega &= W_{in} u, &
+    z, u, B, C, \delta, a, \tau, \omega &= W_{in} x, &
       \Delta &= \mathrm{softplus}(\delta + b_{dt}), \quad A = -\max(f(a), \texttt{A\_floor}), \quad
       \lambda = \mathrm{sigmoid}(\tau), \\
     \theta_t &= \theta_{t-1} + \Delta_t \pi \tanh(\omega_t), &
       k_t &= \mathrm{Rot}(\theta_t) (\mathrm{norm}(B_t) + b_B), \quad
       q_t = \mathrm{Rot}(\theta_t) (\mathrm{norm}(C_t) + b_C), \\
-    h_t &= \alpha_t h_{t-1} + \beta_t k_{t-1} x_{t-1}^\top + \gamma_t k_t x_t^\top, &
+    h_t &= \alpha_t h_{t-1} + \beta_t k_{t-1} u_{t-1}^\top + \gamma_t k_t u_t^\top, &
       \alpha_t &= e^{\Delta_t A_t}, \quad \beta_t = (1 - \lambda_t) \Delta_t \alpha_t, \quad
       \gamma_t = \lambda_t \Delta_t, \\
-    y_t &= h_t^\top q_t + D x_t, &
+    y_t &= h_t^\top q_t + D u_t, &
       \text{out} &= W_{out} (\mathrm{norm}(y \text{, if } \texttt{outproj\_norm}) \odot \sigma(z)).
     \end{aligned}$$
 
-    $\mathrm{Rot}(\theta)$ turns pairs of the state's dimensions, as if the state were complex. $B$
-    and $C$ are shared by the heads of a group, $\omega$ by all heads.
+    $\mathrm{Rot}(\theta)$ rotates pairs of the state's dimensions, as if the state were complex.
+    The heads of a group share $B$ and $C$, and all heads share $\omega$. (The paper swaps the
+    letters $x$ and $u$; here $x$ is the input, as for every layer.)
 
-    That is the SISO form. The MIMO form has `mimo_rank` = $R$ of $B$, $C$, $k$ and $q$, and
+    These equations describe the SISO form. The MIMO form has `mimo_rank` = $R$ of $B$, $C$, $k$ and
+    $q$, and
 
     $$h_t = \alpha_t h_{t-1} + \beta_t \sum_r k_{t-1,r} v_{t-1,r}^\top
-      + \gamma_t \sum_r k_{t,r} v_{t,r}^\top, \quad v_{t,r} = x_t \odot \texttt{mimo\_x}_r, \quad
+      + \gamma_t \sum_r k_{t,r} v_{t,r}^\top, \quad v_{t,r} = u_t \odot \texttt{mimo\_x}_r, \quad
       \text{out} = W_{out} \sum_r \texttt{mimo\_o}_r \odot
       (h_t^\top q_{t,r} + D v_{t,r}) \odot \sigma(z_t \odot \texttt{mimo\_z}_r).$$
 
-    Its pairs are $(i, i + N/2)$ in place of $(2i, 2i + 1)$, as in the official kernels, so that a
-    MIMO mixer of rank 1 is another model than the SISO one.
+    The MIMO form rotates the pairs $(i, i + N/2)$ and the SISO form the pairs $(2i, 2i + 1)$, as in
+    the official kernels, so that a MIMO mixer of rank 1 differs from the SISO mixer.
 
-    `in_proj` emits `[z, x, B, C, dt, A, trap, angles]`, in the order of the official checkpoints;
-    `B` and `C` are by rank, then by group. `D`, `dt_bias`, and all of the state stay in float32
-    below that precision. `B_bias` and `C_bias`, which upstream trains in float32 too but decays
-    and stores as the other weights, have the dtype of the weights here.
+    `in_proj` emits `[z, u, B, C, dt, A, trap, angles]`, in the order of the official checkpoints;
+    `B` and `C` are ordered by rank, then by group. `D`, `dt_bias` and the whole state stay in
+    float32 if the other parameters have a narrower dtype. `B_bias` and `C_bias` have the dtype of
+    the weights here; upstream trains them in float32 too, but applies weight decay to them and
+    stores them like the weights.
 
-    What differs from the paper is what differs in the official code: the rate of decay is
-    $f(a) = 1 + a$ for $a \ge 0$ and $1 / (1 - a)$ below ("heavy tail"), where the paper, and
-    releases of the official package up to 2.3.2, have $f$ = softplus (`A_activation`). What differs
-    from the official code: `scan` goes on from any state, by any number of tokens; `step` has no
-    limits on `ngroups` and `headdim`, and is the same function as `scan`; the angle is reduced to
-    within half a turn of zero everywhere, where the official SISO kernel has 0 to 1 turn, and the
-    MIMO one does not reduce it; and softplus is exact.
+    The differences to the paper are those of the official code: the rate of decay is
+    $f(a) = 1 + a$ for $a \ge 0$ and $1 / (1 - a)$ below ("heavy tail"), whereas the paper, and
+    releases of the official package up to 2.3.2, use $f$ = softplus (`A_activation`). The
+    differences to the official code: `scan` continues from any state, by any number of tokens;
+    `step` does not limit `ngroups` and `headdim`, and computes the same function as `scan`; the
+    angle is always reduced to within half a turn of zero, whereas the official SISO kernel reduces
+    it to between 0 and 1 turn and the MIMO kernel does not reduce it; and softplus is exact.
 
     Reference: Lahoti, Li, Chen, Wang, Bick, Kolter, Dao and Gu, *Mamba-3: Improved Sequence
     Modeling using State Space Principles* (2026); official `mamba_ssm.modules.mamba3.Mamba3`.
@@ -140,41 +149,45 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
 
         **Arguments:**
 
-        - `d_model`: features of the input and the output.
-        - `d_inner`: channels of the state-space model; `2 * d_model` by default.
-        - `d_state`: hidden dimensions per channel.
-        - `headdim`: channels per head; it must divide `d_inner`.
-        - `ngroups`: groups of heads, each with its own `B` and `C`; it must divide the number of
-            heads.
+        - `d_model`: the number of features of the input and the output.
+        - `d_inner`: the number of channels of the state-space model; `2 * d_model` by default.
+        - `d_state`: the number of hidden dimensions per channel.
+        - `headdim`: the number of channels per head; it must divide `d_inner`.
+        - `ngroups`: the number of groups of heads, each with its own `B` and `C`; it must divide
+            the number of heads.
         - `mimo_rank`: the rank of the MIMO form, upstream 4; `None` is the SISO form.
-        - `rope_fraction`: the fraction of the `d_state` dimensions that are turned: 0.5 or 1.
-        - `A_activation`: as above.
-        - `A_floor`: the rate of decay is at least this.
+        - `rope_fraction`: the fraction of the `d_state` dimensions that are rotated: 0.5 or 1.
+        - `A_activation`: the function $f$ above, `"heavy_tail"` or `"softplus"`.
+        - `A_floor`: the smallest rate of decay, a positive number.
         - `dt_min`, `dt_max`, `dt_init_floor`: the initial step sizes are log-uniform in
             `[dt_min, dt_max]` and at least `dt_init_floor`.
-        - `outproj_norm`: whether there is a norm, over each head, in front of the gate (upstream
+        - `outproj_norm`: whether to normalise each head before the gate is applied (upstream
             `is_outproj_norm`).
-        - `norm_eps`: added to the mean square in that norm, and in those of `B` and `C`.
+        - `norm_eps`: a number between 0 and 1, added to the mean square in this norm and in those
+            of `B` and `C`.
         - `residual_scale`: multiplies the initial weight of `out_proj`. In a model of `n` layers
-            the official value is `1 / sqrt(n)`, which keeps the residual stream at the same size.
-        - `dtype`: of the parameters; float32 by default (float64 in JAX's 64-bit mode).
-        - `key`: for the initial parameters.
+            the official value is `1 / sqrt(n)`, which keeps the size of the residual stream
+            independent of `n`.
+        - `dtype`: the dtype of the parameters; float32 by default (float64 in JAX's 64-bit mode).
+        - `key`: the random key for the initial parameters.
 
-        **Raises:** `ValueError` for a size that is not a positive integer or does not divide what
-        it has to, an empty range, or an unknown option.
+        **Raises:** `ValueError` if a size is not a positive integer or does not divide what it
+        must, a range is empty, or an option is invalid.
         """
-        check_positive("d_model", d_model)
-        d_inner = 2 * d_model if d_inner is None else d_inner
-        check_positive("d_inner", d_inner)
-        check_positive("d_state", d_state)
-        check_heads(d_inner, headdim, ngroups)
-        if mimo_rank is not None:
-            check_positive("mimo_rank", mimo_rank)
-        check_rope_fraction(rope_fraction, d_state)
-        check_A(A_activation, A_floor)
+        d_inner = check_mamba3(
+            d_model=d_model,
+            d_inner=d_inner,
+            d_state=d_state,
+            headdim=headdim,
+            ngroups=ngroups,
+            mimo_rank=mimo_rank,
+            rope_fraction=rope_fraction,
+            A_activation=A_activation,
+            A_floor=A_floor,
+            outproj_norm=outproj_norm,
+            norm_eps=norm_eps,
+        )
         check_dt(dt_min, dt_max, dt_init_floor)
-        if not norm_eps > 0:
-            raise ValueError(f"`norm_eps` must be positive, but got norm_eps={norm_eps}.")
         dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
         wide = at_least_float32(dtype)
         self.d_model = d_model
@@ -218,26 +231,27 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
 
     @property
     def nheads(self) -> int:
+        """The number of heads, `d_inner / headdim`."""
         return self.d_inner // self.headdim
 
     @property
     def rank(self) -> int:
-        """`mimo_rank`, and 1 in the SISO form."""
+        """The rank of the MIMO form, and 1 in the SISO form."""
         return 1 if self.mimo_rank is None else self.mimo_rank
 
     @property
     def pairs(self) -> int:
-        """How many pairs of dimensions are turned."""
+        """The number of rotated pairs of dimensions."""
         return int(self.d_state * self.rope_fraction) // 2
 
     @property
     def _sizes(self) -> list[int]:
-        """Of `z, x, B, C, dt, A, trap, angles`."""
-        of_B = self.rank * self.ngroups * self.d_state
-        return [self.d_inner] * 2 + [of_B] * 2 + [self.nheads] * 3 + [self.pairs]
+        """The sizes of `z, u, B, C, dt, A, trap, angles` in the output of `in_proj`."""
+        size_of_B = self.rank * self.ngroups * self.d_state
+        return [self.d_inner] * 2 + [size_of_B] * 2 + [self.nheads] * 3 + [self.pairs]
 
     def init_state(self, *, max_len: int | None = None) -> Mamba3State:
-        """Zeros. `max_len` is ignored."""
+        """Returns zeros. `max_len` is ignored."""
         dtype = at_least_float32(self.in_proj.weight, self.dt_bias)
         return Mamba3State(
             angle=jnp.zeros((self.nheads, self.pairs), dtype),
@@ -252,22 +266,22 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
         x: Float[Array, "seq {self.d_model}"],
         state: Mamba3State | None = None,
         *,
-        reset: Bool[Array, " seq"] | None = None,
-        length: Int[Array, ""] | int | None = None,
+        reset: Reset = None,
+        length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], Mamba3State]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
         check_sequence("Mamba3", self.d_model, x, reset, length)
         state = checked_state(self, state)
-        z, u, dt, A, B, C, trap, angles = self._project(x)
+        projected = self._project(x)
         y, after = ops.mamba3(
-            u,
-            dt,
-            A,
-            B,
-            C,
+            projected.u,
+            projected.dt,
+            projected.A,
+            projected.B,
+            projected.C,
             self.D,
-            trap=trap,
-            angles=angles,
+            trap=projected.trap,
+            angles=projected.angles,
             B_bias=self.B_bias,
             C_bias=self.C_bias,
             mimo_x=self.mimo_x,
@@ -276,7 +290,7 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
             reset=reset,
             length=length,
         )
-        return self._emit(y, z).astype(x.dtype), Mamba3State(*after)
+        return self._emit(y, projected.z).astype(x.dtype), Mamba3State(*after)
 
     @jax.named_scope("mamba_eqx.Mamba3.step")
     def step(
@@ -285,25 +299,25 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
         """See [`mamba_eqx.AbstractSequenceLayer.step`][]."""
         check_token("Mamba3", self.d_model, x)
         state = checked_state(self, state)
-        z, u, dt, A, B, C, trap, angles = self._project(x)
+        projected = self._project(x)
         y, after = ops.mamba3_step(
-            u,
-            dt,
-            A,
-            B,
-            C,
+            projected.u,
+            projected.dt,
+            projected.A,
+            projected.B,
+            projected.C,
             self.D,
-            trap=trap,
-            angles=angles,
+            trap=projected.trap,
+            angles=projected.angles,
             B_bias=self.B_bias,
             C_bias=self.C_bias,
             mimo_x=self.mimo_x,
             interleaved=self.mimo_rank is None,
             state=(state.angle, state.ssm, state.k, state.v),
         )
-        return self._emit(y, z).astype(x.dtype), Mamba3State(*after)
+        return self._emit(y, projected.z).astype(x.dtype), Mamba3State(*after)
 
-    # Of one token or of a sequence: the axes in front do not matter.
+    # The methods below accept one token or a sequence of tokens.
 
     def _project(self, x: Float[Array, "*seq {self.d_model}"]) -> _Projected:
         everything = self.in_proj(x.astype(self.in_proj.weight.dtype))
@@ -315,7 +329,7 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
         B, C, dt, a, trap, angles = (t.astype(wide) for t in (B, C, dt, a, trap, angles))
         return _Projected(
             z=z,
-            x=u,
+            u=u,
             dt=jax.nn.softplus(dt + self.dt_bias),
             A=-jnp.maximum(_rate(a, self.A_activation), self.A_floor),
             B=_over_last_axis(self.B_norm, B.reshape(shape)),
@@ -339,7 +353,8 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
             y = self.norm(y.reshape(flat), z.reshape(flat)).reshape(y.shape)
         if self.mimo_o is not None:
             y = y * self.mimo_o.swapaxes(0, 1)
-        # A sum of arrays, which fuses with the products; over an axis it would be scalar code.
+        # `jnp.sum` over an axis would compile to scalar code; a sum of arrays fuses with the
+        # products.
         total = sum(y[..., r, :, :] for r in range(1, self.rank)) + y[..., 0, :, :]
         return self.out_proj(total.reshape(*total.shape[:-2], self.d_inner))
 
@@ -347,9 +362,10 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
 def _rate(
     a: Float[Array, "*shape"], activation: Literal["heavy_tail", "softplus"]
 ) -> Float[Array, "*shape"]:
+    """Computes $f(a)$, the rate of decay before its floor."""
     if activation == "softplus":
         return jax.nn.softplus(a)
-    # The branch not taken is kept away from its pole, where its derivative is not a number.
+    # The derivative of the branch not taken would otherwise be NaN at its pole.
     return jnp.where(a >= 0, 1 + a, 1 / (1 - jnp.minimum(a, 0)))
 
 

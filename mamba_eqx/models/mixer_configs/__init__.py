@@ -1,23 +1,24 @@
-"""Configs of mixers: what each is made of."""
+"""The configs of the mixers, one per file."""
+
+from typing import Any
 
 from ...layers import Attention, Mamba1, Mamba2, Mamba3
 from ._attention import AttentionConfig as AttentionConfig
 from ._base import (
+    COMPUTED as COMPUTED,
     AbstractMixerConfig as AbstractMixerConfig,
-    check_eps as check_eps,
-    check_flag as check_flag,
-    check_size as check_size,
+    set_fields as set_fields,
 )
 from ._mamba1 import Mamba1Config as Mamba1Config
 from ._mamba2 import Mamba2Config as Mamba2Config
 from ._mamba3 import Mamba3Config as Mamba3Config
+from ._round_trip import check_round_trip as check_round_trip
 
 
-# One line for each mixer.
-CONFIG_OF: dict[type, type[AbstractMixerConfig]] = {
+# One entry for each mixer.
+MIXER_CONFIGS: dict[type, type[AbstractMixerConfig[Any]]] = {
     Mamba1: Mamba1Config,
     Mamba2: Mamba2Config,
     Mamba3: Mamba3Config,
     Attention: AttentionConfig,
 }
-CONFIG_NAMED = {config.kind: config for config in CONFIG_OF.values()}

@@ -1,87 +1,49 @@
 import dataclasses
 from typing import ClassVar
 
-from jax.typing import DTypeLike
-from jaxtyping import PRNGKeyArray
-
 from ...layers import Attention, check_attention
-from ._base import AbstractMixerConfig, check_flag, check_positive_number, check_size
+from ._base import COMPUTED, AbstractMixerConfig, set_fields
+
+
+_ROTARY_EMB_BASE = 10000.0
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionConfig(AbstractMixerConfig):
-    """The architecture of a [`mamba_eqx.Attention`][], whose arguments its fields are.
+class AttentionConfig(AbstractMixerConfig[Attention]):
+    """The architecture of an [`mamba_eqx.Attention`][].
 
-    Fields left out are set to the values they stand for, so that equal architectures are equal;
-    so are the options of a rotary embedding of no features.
+    The fields are the arguments of `Attention`. Defaults are computed when the config is made, so
+    that configs of equal architectures are equal; the options of the rotary embedding are set to
+    their defaults if `rotary_emb_dim` is 0.
+
+    **Raises:** `ValueError` for every value that `Attention` refuses.
     """
 
     kind: ClassVar[str] = "attention"
+    mixer_type = Attention
 
     d_model: int
     nheads: int
-    nheads_kv: int = None  # pyright: ignore[reportAssignmentType]  (set in `__post_init__`)
-    headdim: int = None  # pyright: ignore[reportAssignmentType]
+    nheads_kv: int = COMPUTED
+    headdim: int = COMPUTED
     d_conv: int = 0
     rotary_emb_dim: int = 0
-    rotary_emb_base: float = 10000.0
+    rotary_emb_base: float = _ROTARY_EMB_BASE
     rotary_emb_interleaved: bool = False
-    softmax_scale: float = None  # pyright: ignore[reportAssignmentType]
+    softmax_scale: float = COMPUTED
     window: int | None = None
     qkv_proj_bias: bool = False
     out_proj_bias: bool = False
 
     def __post_init__(self):
-        for name in ("d_model", "nheads"):
-            check_size(self, name)
-        if self.nheads_kv is None:
-            object.__setattr__(self, "nheads_kv", self.nheads)
-        headdim = check_attention(
-            self.d_model,
-            self.nheads,
-            self.nheads_kv,
-            self.headdim,
-            self.d_conv,
-            self.rotary_emb_dim,
-            self.window,
-        )
-        object.__setattr__(self, "headdim", headdim)
-        if self.softmax_scale is None:
-            object.__setattr__(self, "softmax_scale", headdim**-0.5)
-        for name in ("softmax_scale", "rotary_emb_base"):
-            check_positive_number(self, name)
-            object.__setattr__(self, name, float(getattr(self, name)))
-        for name in ("rotary_emb_interleaved", "qkv_proj_bias", "out_proj_bias"):
-            check_flag(self, name)
+        set_fields(self, **check_attention(**vars(self))._asdict())
+        set_fields(self, rotary_emb_base=float(self.rotary_emb_base))
         if self.rotary_emb_dim == 0:
-            object.__setattr__(self, "rotary_emb_base", 10000.0)
-            object.__setattr__(self, "rotary_emb_interleaved", False)
-
-    def build(
-        self, *, residual_scale: float = 1.0, dtype: DTypeLike | None = None, key: PRNGKeyArray
-    ) -> Attention:
-        """A new `Attention`, initialised as in the official code."""
-        return Attention(
-            self.d_model,
-            nheads=self.nheads,
-            nheads_kv=self.nheads_kv,
-            headdim=self.headdim,
-            d_conv=self.d_conv,
-            rotary_emb_dim=self.rotary_emb_dim,
-            rotary_emb_base=self.rotary_emb_base,
-            rotary_emb_interleaved=self.rotary_emb_interleaved,
-            softmax_scale=self.softmax_scale,
-            window=self.window,
-            qkv_proj_bias=self.qkv_proj_bias,
-            out_proj_bias=self.out_proj_bias,
-            residual_scale=residual_scale,
-            dtype=dtype,
-            key=key,
-        )
+            set_fields(self, rotary_emb_base=_ROTARY_EMB_BASE, rotary_emb_interleaved=False)
 
     @classmethod
-    def of(cls, mixer: Attention) -> "AttentionConfig":
-        """The config of an existing `Attention`."""
+    def read(cls, mixer: Attention) -> "AttentionConfig":
+        """See [`mamba_eqx.models.AbstractMixerConfig.read`][]."""
         return cls(
             d_model=mixer.d_model,
             nheads=mixer.nheads,

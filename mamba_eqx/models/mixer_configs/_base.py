@@ -1,70 +1,75 @@
-"""What the configs of all mixers share."""
-
 import abc
-import math
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from jax.typing import DTypeLike
-from jaxtyping import PRNGKeyArray
+from jaxtyping import PRNGKeyArray, PyTree
 
 from ...layers import AbstractSequenceLayer
+from ._round_trip import check_round_trip
 
 
-class AbstractMixerConfig(abc.ABC):
-    """What a mixer is made of. Subclasses are frozen dataclasses, one for each mixer."""
+Mixer = TypeVar("Mixer", bound=AbstractSequenceLayer[PyTree])
+
+# The default of a field whose default value depends on other fields. `__post_init__` replaces it,
+# so that reading the field gives an `int` (or a `float`) and never `None`.
+COMPUTED: Any = None
+
+
+class AbstractMixerConfig(abc.ABC, Generic[Mixer]):
+    """The architecture of a mixer. Subclasses are frozen dataclasses, one for each mixer.
+
+    The fields are arguments of the mixer. Defaults are computed when the config is made, and
+    options without an effect are set to their defaults, so that configs of equal architectures are
+    equal.
+    """
 
     kind: ClassVar[str]
+    mixer_type: Callable[..., Mixer]
     d_model: int
 
-    @abc.abstractmethod
     def build(
         self, *, residual_scale: float = 1.0, dtype: DTypeLike | None = None, key: PRNGKeyArray
-    ) -> AbstractSequenceLayer[Any]:
-        """A new mixer of this kind, initialised as in the official code."""
+    ) -> Mixer:
+        """Makes a new mixer, initialised as in the official code.
+
+        **Arguments:**
+
+        - `residual_scale`, `dtype`, `key`: as for the mixer; see [`mamba_eqx.Mamba1`][].
+
+        **Returns:**
+
+        The mixer.
+        """
+        return self.mixer_type(**vars(self), residual_scale=residual_scale, dtype=dtype, key=key)
+
+    @classmethod
+    def of(cls, mixer: Mixer) -> Self:
+        """Reads the config of an existing mixer.
+
+        **Arguments:**
+
+        - `mixer`: the mixer, or a pytree of its structure. Arrays may be left out (`None`), as in
+            the parts that `equinox.partition` returns.
+
+        **Returns:**
+
+        The config, which builds a mixer of the same structure and shapes.
+
+        **Raises:** `ValueError` if no config builds such a mixer.
+        """
+        config = cls.read(mixer)
+        check_round_trip(config, mixer)
+        return config
 
     @classmethod
     @abc.abstractmethod
-    def of(cls, mixer: Any) -> "AbstractMixerConfig":
-        """The config of an existing mixer."""
+    def read(cls, mixer: Mixer) -> Self:
+        """Reads the fields of the config off `mixer`, without checking that `mixer` has nothing
+        else; `of` checks this."""
 
 
-def check_size(config: Any, name: str) -> None:
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(
-            f"`{name}` of {type(config).__name__} must be an integer of at least 1, "
-            f"but got {value!r}."
-        )
-
-
-def check_number(config: Any, name: str) -> None:
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, float | int):
-        raise ValueError(
-            f"`{name}` of {type(config).__name__} must be a number, but got {value!r}."
-        )
-
-
-def check_flag(config: Any, name: str) -> None:
-    value = getattr(config, name)
-    if not isinstance(value, bool):
-        raise ValueError(
-            f"`{name}` of {type(config).__name__} must be true or false, but got {value!r}."
-        )
-
-
-def check_eps(config: Any, name: str) -> None:
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, float | int) or not 0 < value < 1:
-        raise ValueError(
-            f"`{name}` of {type(config).__name__} must be between 0 and 1, but got {value!r}."
-        )
-
-
-def check_positive_number(config: Any, name: str) -> None:
-    check_number(config, name)
-    value = getattr(config, name)
-    if not 0 < value < math.inf:
-        raise ValueError(
-            f"`{name}` of {type(config).__name__} must be a number above 0, but got {value!r}."
-        )
+def set_fields(config: object, **values: object) -> None:
+    """Sets fields of a frozen config. For `__post_init__` only."""
+    for name, value in values.items():
+        object.__setattr__(config, name, value)

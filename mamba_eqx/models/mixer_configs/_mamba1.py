@@ -1,74 +1,46 @@
 import dataclasses
-import math
 from typing import ClassVar, Literal
 
-from jax.typing import DTypeLike
-from jaxtyping import PRNGKeyArray
-
-from ...layers import Mamba1, check_select_norm
-from ._base import AbstractMixerConfig, check_eps, check_flag, check_size
+from ...layers import Mamba1, check_mamba1
+from ._base import COMPUTED, AbstractMixerConfig, set_fields
 
 
 _EPS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class Mamba1Config(AbstractMixerConfig):
-    """The architecture of a [`mamba_eqx.Mamba1`][], whose arguments its fields are.
+class Mamba1Config(AbstractMixerConfig[Mamba1]):
+    """The architecture of a [`mamba_eqx.Mamba1`][].
 
-    Fields left out are set to the values they stand for, so that equal architectures are equal;
-    so is `select_norm_eps` where there is no such norm.
+    The fields are the arguments of `Mamba1`. Defaults are computed when the config is made, so that
+    configs of equal architectures are equal; `select_norm_eps` is set to its default if there is no
+    such norm.
+
+    **Raises:** `ValueError` for every value that `Mamba1` refuses.
     """
 
     kind: ClassVar[str] = "mamba1"
+    mixer_type = Mamba1
 
     d_model: int
-    d_inner: int = None  # pyright: ignore[reportAssignmentType]  (set in `__post_init__`)
+    d_inner: int = COMPUTED
     d_state: int = 16
     d_conv: int = 4
-    dt_rank: int = None  # pyright: ignore[reportAssignmentType]
+    dt_rank: int = COMPUTED
     bias: bool = False
     conv_bias: bool = True
     select_norm: Literal["weighted", "weightless"] | None = None
     select_norm_eps: float = _EPS
 
     def __post_init__(self):
-        check_size(self, "d_model")
-        if self.d_inner is None:
-            object.__setattr__(self, "d_inner", 2 * self.d_model)
-        if self.dt_rank is None:
-            object.__setattr__(self, "dt_rank", math.ceil(self.d_model / 16))
-        for name in ("d_inner", "d_state", "d_conv", "dt_rank"):
-            check_size(self, name)
-        for name in ("bias", "conv_bias"):
-            check_flag(self, name)
-        check_eps(self, "select_norm_eps")
-        check_select_norm(self.select_norm, self.select_norm_eps)
+        d_inner, dt_rank = check_mamba1(**vars(self))
+        set_fields(self, d_inner=d_inner, dt_rank=dt_rank)
         if self.select_norm is None:
-            object.__setattr__(self, "select_norm_eps", _EPS)
-
-    def build(
-        self, *, residual_scale: float = 1.0, dtype: DTypeLike | None = None, key: PRNGKeyArray
-    ) -> Mamba1:
-        """A new `Mamba1`, initialised as in the official code."""
-        return Mamba1(
-            self.d_model,
-            d_inner=self.d_inner,
-            d_state=self.d_state,
-            d_conv=self.d_conv,
-            dt_rank=self.dt_rank,
-            bias=self.bias,
-            conv_bias=self.conv_bias,
-            select_norm=self.select_norm,
-            select_norm_eps=self.select_norm_eps,
-            residual_scale=residual_scale,
-            dtype=dtype,
-            key=key,
-        )
+            set_fields(self, select_norm_eps=_EPS)
 
     @classmethod
-    def of(cls, mixer: Mamba1) -> "Mamba1Config":
-        """The config of an existing `Mamba1`."""
+    def read(cls, mixer: Mamba1) -> "Mamba1Config":
+        """See [`mamba_eqx.models.AbstractMixerConfig.read`][]."""
         norm = mixer.dt_norm
         return cls(
             d_model=mixer.d_model,

@@ -1,27 +1,30 @@
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from jax.typing import DTypeLike
-from jaxtyping import PRNGKeyArray
+from ...layers import Mamba2, check_mamba2
+from ._base import COMPUTED, AbstractMixerConfig, set_fields
 
-from ...layers import Mamba2, check_d_ssm, check_dt_limit, check_heads
-from ._base import AbstractMixerConfig, check_eps, check_flag, check_size
+
+_EPS = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
-class Mamba2Config(AbstractMixerConfig):
-    """The architecture of a [`mamba_eqx.Mamba2`][], whose arguments its fields are.
+class Mamba2Config(AbstractMixerConfig[Mamba2]):
+    """The architecture of a [`mamba_eqx.Mamba2`][].
 
-    Fields left out are set to the values they stand for, so that equal architectures are equal;
-    so is `norm_eps` where there is no norm.
+    The fields are the arguments of `Mamba2`. Defaults are computed when the config is made, so that
+    configs of equal architectures are equal; `norm_eps` is set to its default if there is no norm.
+
+    **Raises:** `ValueError` for every value that `Mamba2` refuses.
     """
 
     kind: ClassVar[str] = "mamba2"
+    mixer_type = Mamba2
 
     d_model: int
-    d_inner: int = None  # pyright: ignore[reportAssignmentType]  (set in `__post_init__`)
-    d_ssm: int = None  # pyright: ignore[reportAssignmentType]
+    d_inner: int = COMPUTED
+    d_ssm: int = COMPUTED
     d_state: int = 128
     d_conv: int = 4
     headdim: int = 64
@@ -32,57 +35,18 @@ class Mamba2Config(AbstractMixerConfig):
     conv_bias: bool = True
     rms_norm: bool = True
     norm_before_gate: bool = False
-    norm_eps: float = 1e-5
+    norm_eps: float = _EPS
 
     def __post_init__(self):
-        check_size(self, "d_model")
-        if self.d_inner is None:
-            object.__setattr__(self, "d_inner", 2 * self.d_model)
-        if self.d_ssm is None:
-            object.__setattr__(self, "d_ssm", self.d_inner)
-        for name in ("d_inner", "d_ssm", "d_state", "d_conv", "headdim", "ngroups"):
-            check_size(self, name)
-        check_d_ssm(self.d_ssm, self.d_inner)
-        name = "d_inner" if self.d_ssm == self.d_inner else "d_ssm"
-        check_heads(self.d_ssm, self.headdim, self.ngroups, name=name)
-        for name in ("D_has_hdim", "bias", "conv_bias", "rms_norm", "norm_before_gate"):
-            check_flag(self, name)
-        check_eps(self, "norm_eps")
+        d_inner, d_ssm = check_mamba2(**vars(self))
+        low, high = self.dt_limit
+        set_fields(self, d_inner=d_inner, d_ssm=d_ssm, dt_limit=(float(low), float(high)))
         if not self.rms_norm:
-            object.__setattr__(self, "norm_eps", 1e-5)
-            if self.norm_before_gate:
-                raise ValueError(
-                    "`norm_before_gate` of Mamba2Config needs the norm, but got rms_norm=False."
-                )
-        object.__setattr__(self, "dt_limit", _as_limit(self.dt_limit))
-
-    def build(
-        self, *, residual_scale: float = 1.0, dtype: DTypeLike | None = None, key: PRNGKeyArray
-    ) -> Mamba2:
-        """A new `Mamba2`, initialised as in the official code."""
-        return Mamba2(
-            self.d_model,
-            d_inner=self.d_inner,
-            d_ssm=self.d_ssm,
-            d_state=self.d_state,
-            d_conv=self.d_conv,
-            headdim=self.headdim,
-            ngroups=self.ngroups,
-            D_has_hdim=self.D_has_hdim,
-            dt_limit=self.dt_limit,
-            bias=self.bias,
-            conv_bias=self.conv_bias,
-            rms_norm=self.rms_norm,
-            norm_before_gate=self.norm_before_gate,
-            norm_eps=self.norm_eps,
-            residual_scale=residual_scale,
-            dtype=dtype,
-            key=key,
-        )
+            set_fields(self, norm_eps=_EPS)
 
     @classmethod
-    def of(cls, mixer: Mamba2) -> "Mamba2Config":
-        """The config of an existing `Mamba2`."""
+    def read(cls, mixer: Mamba2) -> "Mamba2Config":
+        """See [`mamba_eqx.models.AbstractMixerConfig.read`][]."""
         norm = mixer.norm
         return cls(
             d_model=mixer.d_model,
@@ -98,18 +62,5 @@ class Mamba2Config(AbstractMixerConfig):
             conv_bias=mixer.conv1d.bias is not None,
             rms_norm=norm is not None,
             norm_before_gate=norm is not None and norm.norm_before_gate,
-            norm_eps=1e-5 if norm is None else norm.eps,
+            norm_eps=_EPS if norm is None else norm.eps,
         )
-
-
-def _as_limit(value: Any) -> tuple[float, float]:
-    if not (
-        isinstance(value, tuple)
-        and len(value) == 2
-        and all(isinstance(v, float | int) and not isinstance(v, bool) for v in value)
-    ):
-        raise ValueError(
-            f"`dt_limit` of Mamba2Config must be a tuple of two numbers, but got {value!r}."
-        )
-    check_dt_limit(value)
-    return float(value[0]), float(value[1])

@@ -1,0 +1,68 @@
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Protocol
+
+import equinox as eqx
+import jax
+import jax.random as jr
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+
+ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+
+
+class Config(Protocol):
+    """A hashable config that builds a module."""
+
+    def build(self, *, key: PRNGKeyArray) -> eqx.Module: ...
+
+
+def check_round_trip(config: Config, module: eqx.Module, *, ignore: str | None = None) -> None:
+    """Raises unless `config` builds a module with the structure and the shapes of `module`.
+
+    **Arguments:**
+
+    - `config`: the config that was read off `module`.
+    - `module`: the module, from which arrays may be left out (`None`).
+    - `ignore`: the name of a field of `module` that is not compared.
+    """
+    built = _build_shapes(config)
+    for path, got, want in _differences(module, built, ignore):
+        name = type(module).__name__
+        raise ValueError(
+            f"{type(config).__name__} cannot express this {name}: its `{path}` is {got}, but that "
+            f"of a {name} built from the config is {want}. Use a {name} that a config can build."
+        )
+
+
+@functools.lru_cache(maxsize=128)
+def _build_shapes(config: Config) -> eqx.Module:
+    # Tracing takes milliseconds, and the layers of a model are mostly alike.
+    return eqx.filter_eval_shape(lambda: config.build(key=jr.key(0)))
+
+
+def _differences(
+    got: object, want: object, ignore: str | None = None, path: str = ""
+) -> Iterator[tuple[str, str, str]]:
+    """Yields the path of each difference, and a description of both sides."""
+    if isinstance(want, ARRAYS) and got is None:
+        return
+    if isinstance(want, ARRAYS) and isinstance(got, ARRAYS):
+        if got.shape != want.shape:
+            yield path, _describe(got), _describe(want)
+    elif isinstance(got, eqx.Module) and type(got) is type(want):
+        for field in dataclasses.fields(got):
+            if field.name != ignore:
+                below = f"{path}.{field.name}" if path else field.name
+                parts = (getattr(side, field.name) for side in (got, want))
+                yield from _differences(*parts, path=below)
+    elif type(got) is not type(want) or got != want:
+        yield path, _describe(got), _describe(want)
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, ARRAYS):
+        return f"an array of shape {value.shape}"
+    return f"a {type(value).__name__}" if isinstance(value, eqx.Module) else repr(value)
