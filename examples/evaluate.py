@@ -162,7 +162,7 @@ def evaluate(lm: Any, tasks: list[Any], limit: int | None = None) -> dict[str, d
     from lm_eval.evaluator import simple_evaluate
 
     found = simple_evaluate(lm, tasks=tasks, limit=limit, log_samples=False, bootstrap_iters=0)
-    is_metric = lambda value: isinstance(value, int | float)  # noqa: E731
+    is_metric = lambda value: isinstance(value, int | float)
     return {
         task: {name: float(v) for name, v in values.items() if is_metric(v)}
         for task, values in found["results"].items()

@@ -46,7 +46,7 @@ def render(
         raise _RefusedError(f"The template refuses the conversation: {message}")
 
     pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
-    mark = lambda text: pattern.sub(lambda m: m[0][0] + _MARK + m[0][1:], text)  # noqa: E731
+    mark = lambda text: pattern.sub(lambda m: m[0][0] + _MARK + m[0][1:], text)
     safe = [
         {name: mark(value.replace(_MARK, "")) for name, value in message.items()}
         for message in messages

@@ -69,7 +69,7 @@ def test_blocks_have_the_same_gradients():
         q, k, v = inputs(30)
 
         def gradients(**options):
-            loss = lambda *qkv: jnp.sum(jnp.sin(ops.attention(*qkv, **options)[0]))  # noqa: E731
+            loss = lambda *qkv: jnp.sum(jnp.sin(ops.attention(*qkv, **options)[0]))
             return quick(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
 
         for window in (None, 5):
@@ -163,7 +163,7 @@ def pair(*states):
 
 def many_steps(state, n):
     """As `generate` decodes: a loop, here without a batch."""
-    body = lambda carry: (carry[0] + 1, LAYER.step(X[0], carry[1])[1])  # noqa: E731
+    body = lambda carry: (carry[0] + 1, LAYER.step(X[0], carry[1])[1])
     return lax.while_loop(lambda carry: carry[0] < n, body, (0, state))[1]
 
 

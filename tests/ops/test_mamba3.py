@@ -270,7 +270,7 @@ def test_reset_forgets_non_finite_state(at: int):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_outputs_keep_dtype_and_state_is_float32(dtype: str):
     arrays, state = inputs(5, dtype=dtype)
-    run = lambda arrays, state: call(arrays, state=state, interleaved=True)  # noqa: E731
+    run = lambda arrays, state: call(arrays, state=state, interleaved=True)
     y, end = jax.eval_shape(run, arrays, state)
     assert (y.dtype, {t.dtype for t in end}) == (dtype, {jnp.dtype("float32")})
 

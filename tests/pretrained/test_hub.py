@@ -107,7 +107,7 @@ def test_offline(how, hub, load, monkeypatch):
         offline = functools.partial(monkeypatch.setattr, constants, "HF_HUB_OFFLINE")
     else:
         options["local_files_only"] = True
-        offline = lambda on: None  # noqa: E731
+        offline = lambda on: None
     offline(True)
     with pytest.raises(CheckpointError, match=r"'me/mine'.*not in the local cache.*while online"):
         load(**options)
