@@ -42,6 +42,12 @@ LEVELS = {
         "_describe",
         "__init__",
     ],
+    "training": [
+        "_checkpoints _metrics _recipe data finetuning",
+        "_interruption _loss _plots _progress",
+        "_fit _step",
+        "__init__",
+    ],
     "generation": [
         "_state sampling",
         "_prompts _result",

@@ -110,7 +110,12 @@ class Checkpoints:
         return min(scores, key=scores.__getitem__) if scores else None
 
     def path(self, step: int) -> Path:
-        """Returns the folder of a step's checkpoint."""
+        """Returns the folder of a step's checkpoint, whether it exists or not.
+
+        **Arguments:**
+
+        - `step`: the number of completed steps.
+        """
         return self.folder / f"step-{step:09}"
 
     def save(self, step: int, state: PyTree, *, score: float | None = None) -> None:

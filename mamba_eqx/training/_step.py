@@ -24,7 +24,17 @@ class Loss(Protocol):
 
     def __call__(
         self, model: PyTree, batch: PyTree, carry: PyTree | None, key: PRNGKeyArray, /
-    ) -> tuple[Float[Array, ""], LossAux]: ...
+    ) -> tuple[Float[Array, ""], LossAux]:
+        """**Arguments:**
+
+        - `model`: the model, in the dtype to compute in. Gradients are with respect to it.
+        - `batch`: the batch, or a group of its rows.
+        - `carry`: the state of each row before the batch; `None` if none is carried.
+        - `key`: a key of its own for each step and each group.
+
+        **Returns:** the loss, a scalar, and a [`mamba_eqx.training.LossAux`][].
+        """
+        ...
 
 
 class TrainState(eqx.Module):
