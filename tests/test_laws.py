@@ -1,7 +1,10 @@
-"""The laws that make the three ways of running a layer one function: see
-`mamba_eqx.AbstractSequenceLayer`. Each is held for every layer of `registry.py`."""
+"""The laws of sequence layers, checked for every layer in `tests/support/registry.py`.
+
+`docs/api/protocol.md` has a table of the laws. Each test is named after the law that it checks.
+"""
 
 import itertools
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,19 +20,22 @@ from hypothesis import given, strategies as st
 
 import mamba_eqx as mbx
 from tests.support.cases import (
+    CONFIG_TYPES,
     DTYPES,
     THOROUGH,
     assert_close,
+    fixed_case,
     fold,
     fold_in_jax,
     make_case,
     plans,
     precision,
     quick,
+    rebuild,
     scan,
-    scan_plainly,
-    simple,
+    scan_uncompiled,
     step,
+    structure,
 )
 from tests.support.registry import (
     CONFIGS,
@@ -47,18 +53,19 @@ from tests.support.registry import (
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES)
-everything = pytest.mark.parametrize("name", EVERYTHING)
+all_layers = pytest.mark.parametrize("name", EVERYTHING)
 mixers_in_all_dtypes = pytest.mark.parametrize(
     ("name", "dtype"),
     [
         (name, dtype)
         for name in EVERYTHING
         for dtype in DTYPES
-        if name in MIXERS or dtype == DTYPES[0]
+        if name in MIXERS or dtype == "float32"
     ],
 )
-# Where `test_recurrence` holds in all dtypes, one of them is enough for what follows from it.
-sharply = (
+# Once *recurrence* holds in all dtypes, one dtype is enough for the laws that concern the same
+# arithmetic, and float64 reveals the smallest mistakes.
+mixers_in_float64 = (
     mixers_in_all_dtypes
     if THOROUGH
     else pytest.mark.parametrize(
@@ -68,10 +75,23 @@ sharply = (
 )
 
 
+def test_docs_list_every_law():
+    """Each test is named after a law in the table of the docs, and each law has a test. The class
+    docstring of the protocol names a selection of the laws."""
+    page = (Path(__file__).parents[1] / "docs/api/protocol.md").read_text()
+    table = page.partition("| law | statement |")[2].partition("\n\n")[0]
+    laws = re.findall(r"^\| ([a-z]+) \|", table, flags=re.MULTILINE)
+    tests = {name for name in globals() if re.match("test_(?!docs)", name)}
+    assert {name.split("_")[1] for name in tests} == set(laws)
+    assert {f"test_{law}" for law in laws} <= tests
+    summary = re.findall(r"- \*([a-z]+)\*:", str(mbx.AbstractSequenceLayer.__doc__))
+    assert set(summary) <= set(laws)
+
+
 @mixers_in_all_dtypes
 @given(data=st.data())
 def test_recurrence(name: str, dtype: str, data: Any):
-    """`scan` is `step` folded over the sequence, in outputs and state, from any state."""
+    """`scan` equals `step` folded over the sequence, in outputs and state, from any state."""
     with precision(dtype):
         case = make_case(name, data.draw(plans(name, dtype)), dtype)
         assert_close(
@@ -79,22 +99,19 @@ def test_recurrence(name: str, dtype: str, data: Any):
         )
 
 
-@sharply
+@mixers_in_float64
 @given(data=st.data())
 def test_splitting(name: str, dtype: str, data: Any):
-    """Scanning two pieces, the state handed over, is scanning them joined."""
+    """`scan` of two pieces, the second from the first one's state, equals `scan` of both joined."""
     with precision(dtype):
         case = make_case(name, data.draw(plans(name, dtype)), dtype)
-        first, rest = (
-            (None, None) if case.reset is None else (case.reset[: case.cut], case.reset[case.cut :])
-        )
-        y1, middle = scan(case.layer, case.x[: case.cut], case.state, first)
-        y2, end = scan(case.layer, case.x[case.cut :], middle, rest)
+        y1, middle = scan(case.layer, case.x[: case.cut], case.state, case.reset[: case.cut])
+        y2, end = scan(case.layer, case.x[case.cut :], middle, case.reset[case.cut :])
         y = np.concatenate([np.asarray(y1), np.asarray(y2)])
         assert_close((y, end), scan(case.layer, case.x, case.state, case.reset), dtype)
 
 
-@everything
+@all_layers
 @given(data=st.data())
 def test_causality(name: str, data: Any):
     """A token influences no output before it."""
@@ -105,32 +122,33 @@ def test_causality(name: str, data: Any):
     np.testing.assert_array_equal(y[: case.cut], changed[: case.cut])
 
 
-@sharply
+@mixers_in_float64
 @given(data=st.data())
 def test_reset(name: str, dtype: str, data: Any):
-    """`scan` with `reset` is the segments run apart; the state survives until the first reset."""
+    """`scan` with `reset` equals separate runs of the segments, the first from the given state."""
     with precision(dtype):
         case = make_case(name, data.draw(plans(name, dtype)), dtype)
         want = fold(case.layer, case.x, case.state, case.reset)
         assert_close(scan(case.layer, case.x, case.state, case.reset), want, dtype)
 
 
-@everything
-def test_a_reset_forgets_even_what_is_not_a_number(name: str):
-    layer, x = simple(name, 4)
+@all_layers
+def test_reset_forgets_nan(name: str):
+    """NaN in the state does not survive a reset."""
+    layer, x = fixed_case(name, 4)
     reset = np.array([True, False, False, False])
     empty = layer.init_state(max_len=128)
-    # A counter has no NaN, and is then that of some tokens.
+    # A counter cannot be NaN, so it counts some tokens.
     state = jax.tree.map(
         lambda a: jnp.full_like(a, jnp.nan if jnp.issubdtype(a.dtype, jnp.floating) else 5), empty
     )
     assert_close(scan(layer, x, state, reset), scan(layer, x, empty, reset), "float32")
 
 
-@sharply
+@mixers_in_float64
 @given(data=st.data())
 def test_length(name: str, dtype: str, data: Any):
-    """Padding is as if it were not there, whatever it holds and even if it asks for a reset."""
+    """Padding has no effect, even if it holds NaN or asks for a reset."""
     with precision(dtype):
         case = make_case(name, data.draw(plans(name, dtype)), dtype)
         n = case.cut
@@ -142,16 +160,16 @@ def test_length(name: str, dtype: str, data: Any):
         assert_close((y[:n], end), want, dtype)
 
 
-@everything
+@all_layers
 @all_dtypes
 def test_closure(name: str, dtype: str):
-    """States have one structure, shapes and dtypes, whoever made them."""
+    """`init_state`, `scan` and `step` return the same structure, shapes and dtypes."""
     with precision(dtype):
         for s in SIZES if name in MIXERS else SIZES[:1]:
             layer, x = make_layer(name, s, dtype, 0), jnp.asarray(make_inputs(name, s, 3, dtype, 0))
             state, reset = layer.init_state(max_len=128), jnp.array([False, True, False])
             like = jax.eval_shape(lambda state=state: state)
-            # Without a state, a cache is as long as the sequence.
+            # Without a state, the capacity of a cache is the length of the sequence.
             alone = jax.eval_shape(lambda layer=layer: layer.init_state(max_len=3))
             many = itertools.product((None, state), (None, reset), (None, jnp.array(2)))
             for options in many if s == SIZES[0] else [(None, reset, None), (state, None, None)]:
@@ -160,9 +178,10 @@ def test_closure(name: str, dtype: str):
             assert jax.eval_shape(step, layer, x[0], state)[1] == like
 
 
-@everything
-def test_a_state_is_a_carry(name: str):
-    layer, x = simple(name, 4)
+@all_layers
+def test_closure_under_lax_scan(name: str):
+    """A state is a valid carry of `jax.lax.scan`."""
+    layer, x = fixed_case(name, 4)
     state = layer.init_state(max_len=128)
     assert_close(fold_in_jax(layer, state, x), scan(layer, x, state), "float32")
 
@@ -178,8 +197,9 @@ def test_dtype(name: str, dtype: str, x_dtype: str):
     assert jax.eval_shape(step, layer, x[0], layer.init_state(max_len=128))[0].dtype == x_dtype
 
 
-@everything
-def test_recurrences_stay_in_float32(name: str):
+@all_layers
+def test_dtype_of_recurrence(name: str):
+    """In a bfloat16 layer, the parameters of recurrences and hidden states stay in float32."""
     made = make_layer(name, SIZES[0], "bfloat16", 0)
     for layer in (made, mbx.cast(make_layer(name, SIZES[0], "float32", 0), jnp.bfloat16)):
         mask = mbx.recurrence_mask(layer)
@@ -191,15 +211,15 @@ def test_recurrences_stay_in_float32(name: str):
             if isinstance(leaf, mbx.KVCache):
                 assert leaf.k.dtype == leaf.v.dtype == jnp.bfloat16
                 continue
-            # All of Mamba-3's state is the recurrence's.
+            # The whole state of Mamba-3 belongs to the recurrence.
             kept = jax.tree_util.keystr(path).endswith((".ssm", ".angle", ".k", ".v"))
             assert leaf.dtype == (jnp.float32 if kept else jnp.bfloat16)
 
 
-@everything
+@all_layers
 @given(data=st.data())
 def test_batching(name: str, data: Any):
-    """`vmap` is a loop."""
+    """`vmap` of `scan` and of `step` equals a loop."""
     seeds = data.draw(st.lists(st.integers(0, 9), min_size=3, max_size=3))
     layer, s = make_layer(name, SIZES[0], "float32", 0), SIZES[0]
     empty = layer.init_state(max_len=128)
@@ -223,15 +243,15 @@ def test_batching(name: str, data: Any):
     assert_close(batched(layer, x[:, 0], stack(pasts)), one_by_one, "float32")
 
 
-@everything
+@all_layers
 def test_pytree(name: str):
-    """Plain `jax.jit`, `jax.grad` and `jax.tree.map` work, and so does serialisation."""
-    layer, x = simple(name, 4)
+    """`jax.jit`, `jax.grad`, `jax.tree.map` and serialisation work on layers."""
+    layer, x = fixed_case(name, 4)
     x = jnp.asarray(x)
     value_and_grad = quick(jax.value_and_grad(lambda layer: jnp.mean(layer(x) ** 2)))
     loss, grads = value_and_grad(layer)
     assert jax.tree.structure(grads) == jax.tree.structure(layer)
-    # In numpy, which compiles nothing.
+    # NumPy compiles nothing.
     rate = 1e-3 / np.sqrt(sum(np.square(np.asarray(g)).sum() for g in jax.tree.leaves(grads)))
     moved = jax.tree.map(lambda p, g: np.asarray(p) - rate * np.asarray(g), layer, grads)
     assert value_and_grad(moved)[0] < loss
@@ -248,14 +268,14 @@ def test_pytree(name: str):
     + [(name, s, 3) for name in MIXERS for s in SIZES[1:]],
 )
 def test_gradients(name: str, s: Sizes, seq: int):
-    """`scan` has the gradients of `step` folded: for inputs, parameters and initial state, through
-    the outputs and through the final state."""
+    """The gradients of `scan` equal those of `step` folded: for inputs, parameters and initial
+    state, through the outputs and through the final state."""
     with jax.enable_x64(True):
         layer = make_layer(name, s, "float64", 0)
         x = jnp.asarray(make_inputs(name, s, seq, "float64", 0))
         past = make_inputs(name, s, 5, "float64", 1)
         state = fold(layer, past, layer.init_state(max_len=128))[1]
-        # Tokens and counters have no derivative.
+        # Token ids and counters have no derivative.
         varied, fixed = eqx.partition((layer, state, x), eqx.is_inexact_array)
 
         def gradients(run: Any) -> Any:
@@ -272,8 +292,8 @@ def test_gradients(name: str, s: Sizes, seq: int):
 
 
 @pytest.mark.parametrize("name", MIXERS)
-def test_gradients_are_derivatives(name: str):
-    """Against finite differences."""
+def test_gradients_equal_finite_differences(name: str):
+    """The gradients of `scan` are its derivatives."""
     with jax.enable_x64(True):
         layer = make_layer(name, SIZES[0], "float64", 0)
         x = jnp.asarray(make_inputs(name, SIZES[0], 3, "float64", 0))
@@ -282,14 +302,14 @@ def test_gradients_are_derivatives(name: str):
 
         @jax.jit
         def run(varied: Any) -> Any:
-            return eqx.filter(scan_plainly(*eqx.combine(varied, fixed)), eqx.is_inexact_array)
+            return eqx.filter(scan_uncompiled(*eqx.combine(varied, fixed)), eqx.is_inexact_array)
 
         jax.test_util.check_grads(run, (varied,), order=1, modes=["rev"])
 
 
 @pytest.mark.parametrize("name", MIXERS)
-def test_forward_mode(name: str):
-    """`step` folded has it, and it agrees with the reverse mode of `scan`."""
+def test_gradients_in_forward_mode(name: str):
+    """Forward-mode derivatives of `step` folded agree with reverse-mode ones of `scan`."""
     with jax.enable_x64(True):
         layer = make_layer(name, SIZES[0], "float64", 0)
         tangent = make_layer(name, SIZES[0], "float64", 1)
@@ -313,7 +333,7 @@ PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, PRODUCTS], ids=["everything", "products"])
 def test_stack(remat: Any):
-    """`Stacked` is `Unrolled`, on the same parameters; so are their gradients."""
+    """`Stacked` and `Unrolled` have the same outputs, states and gradients."""
     name, s = "block_mlp", SIZES[0]
     layers = [make_layer(name, s, "float32", seed) for seed in range(3)]
     unrolled, stacked = mbx.Unrolled(layers), mbx.Stacked(layers, remat=remat)
@@ -338,8 +358,9 @@ def test_stack(remat: Any):
 
 
 @pytest.mark.parametrize("kind", [mbx.Unrolled, mbx.Stacked])
-def test_remat_computes_again_what_is_not_kept(kind: Any):
-    layer, x = simple("block_mlp", 5)
+def test_stack_with_remat_recomputes(kind: Any):
+    """`remat` recomputes the products that its policy does not store."""
+    layer, x = fixed_case("block_mlp", 5)
 
     def products(remat: Any) -> int:
         gradient = jax.grad(lambda stack, x: jnp.sum(stack(x)))
@@ -351,21 +372,30 @@ def test_remat_computes_again_what_is_not_kept(kind: Any):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("stacked", [False, True])
 def test_config(name: str, stacked: bool):
-    """A config built, and read back from the model, is the same; so is one read from JSON."""
+    """Reading a config from the model that it built, or from JSON, returns the same config."""
     config = CONFIGS[name]
     model = eqx.filter_eval_shape(lambda key: config.build(stacked=stacked, key=key), jr.key(0))
     assert mbx.LanguageModelConfig.of(model) == config
     assert mbx.LanguageModelConfig.from_json(config.to_json()) == config
 
 
-# With most of XLA's optimisations, which takes long: the quick run leaves it to the mixers.
+@all_layers
+def test_config_rebuilds_layers(name: str):
+    """The config of a layer builds a layer of the same structure, shapes and kinds of dtypes."""
+    for sizes in SIZES if name in MIXERS else SIZES[:1]:
+        layer = make_layer(name, sizes, "float32", 0)
+        if isinstance(layer, (*CONFIG_TYPES, mbx.Block, mbx.LanguageModel)):
+            assert structure(rebuild(layer)) == structure(layer)
+
+
+# Compiling with XLA's optimisations takes long, so the quick run checks the mixers only.
 @pytest.mark.parametrize(
     "name",
     [name if name in MIXERS else pytest.param(name, marks=pytest.mark.slow) for name in EVERYTHING],
 )
 def test_jit(name: str):
-    """Every verb gives the same under `jit`, and new values compile nothing new."""
-    layer, x = simple(name, 7)
+    """Every method gives the same result under `jit`, and new values compile nothing new."""
+    layer, x = fixed_case(name, 7)
     x, state = jnp.asarray(x), layer.init_state(max_len=128)
     reset, length = jnp.arange(7) == 3, jnp.array(5)
     traces = []

@@ -8,7 +8,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from .._checks import check_flag, check_fraction, check_positive
 from ..layers import Block, GatedMLP
-from .mixer_configs import MIXER_CONFIGS, AbstractMixerConfig, check_round_trip
+from .mixer_configs import MIXER_CONFIGS, AbstractMixerConfig, checked_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +103,7 @@ class BlockConfig:
             norm_eps=block.norm.eps,
             mlp_bias=mlp is not None and mlp.fc1.bias is not None,
         )
-        check_round_trip(config, block)
-        return config
+        return checked_config(config, block)
 
 
 def _mixer_config(mixer: PyTree) -> AbstractMixerConfig[Any]:

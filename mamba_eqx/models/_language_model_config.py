@@ -11,7 +11,7 @@ from ..layers import Block, Remat, Stacked, Unrolled
 from ._block_config import BlockConfig
 from ._config_json import fields_from_json, to_json
 from ._language_model import LanguageModel, check_vocab_size
-from .mixer_configs import COMPUTED, check_round_trip, set_fields
+from .mixer_configs import ARRAYS, COMPUTED, checked_config, set_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,13 @@ class LanguageModelConfig:
 
         **Raises:** `ValueError` if no config builds such a model.
         """
-        layers = jax.eval_shape(model.layers.unstack)
+        shapes = jax.tree.map(
+            lambda leaf: (
+                jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, ARRAYS) else leaf
+            ),
+            model.layers,
+        )
+        layers = eqx.filter_eval_shape(lambda stack: stack.unstack(), shapes)
         for layer in layers:
             if not isinstance(layer, Block):
                 raise ValueError(
@@ -144,7 +150,7 @@ class LanguageModelConfig:
         )
         # `BlockConfig.of` has compared the layers.
         one_layer = dataclasses.replace(config, layers=config.layers[:1])
-        check_round_trip(one_layer, model, ignore="layers")
+        checked_config(one_layer, model, ignore="layers")
         return config
 
     def to_json(self) -> str:

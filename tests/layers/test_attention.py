@@ -1,5 +1,5 @@
-"""Attention: its op against the formula, and the cache that is not written past its end. (What
-all layers have in common is in `test_laws.py`.)"""
+"""Attention: the op against its formula, and the capacity of the cache. (`test_laws.py` checks what
+all layers have in common.)"""
 
 from typing import Any
 
@@ -38,8 +38,9 @@ def formula(q, k, v, seen, scale):
 
 @pytest.mark.parametrize("block_size", [None, 7])
 @pytest.mark.parametrize("window", [None, 1, 4, 60])
-def test_the_formula(window, block_size):
-    """Also in blocks of queries, some of which see keys of earlier blocks, or of the state."""
+def test_op_equals_formula(window, block_size):
+    """The op equals the formula, also in blocks of queries that attend to earlier blocks or to the
+    state."""
     with jax.enable_x64(True):
         q, k, v = inputs(47)
         index = np.arange(47)
@@ -64,12 +65,12 @@ def test_the_formula(window, block_size):
         np.testing.assert_allclose(np.concatenate(got), want, rtol=0, atol=1e-14)
 
 
-def test_blocks_have_the_same_gradients():
+def test_gradients_do_not_depend_on_block_size():
     with jax.enable_x64(True):
         q, k, v = inputs(30)
 
         def gradients(**options):
-            loss = lambda *qkv: jnp.sum(jnp.sin(ops.attention(*qkv, **options)[0]))
+            loss = lambda *qkv: jnp.sum(jnp.sin(ops.attention(*qkv, **options)[0]))  # noqa: E731
             return quick(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
 
         for window in (None, 5):
@@ -78,8 +79,8 @@ def test_blocks_have_the_same_gradients():
                 np.testing.assert_allclose(a, b, rtol=0, atol=1e-13)
 
 
-def test_memory_is_bounded():
-    """No matrix of queries times keys: neither forward nor in reverse."""
+def test_memory_is_linear():
+    """No pass stores a matrix of queries times keys."""
     q, k, v = (jax.ShapeDtypeStruct((4096, 4, 8), jnp.float32) for _ in range(3))
 
     def loss(q, k, v):
@@ -91,7 +92,7 @@ def test_memory_is_bounded():
     assert memory.temp_size_in_bytes < 4 * 4096 * 4096 * 4 / 4
 
 
-def test_the_rotary_embedding_is_relative():
+def test_rotary_embedding_is_relative():
     with jax.enable_x64(True):
         q, k, _ = inputs(1, nheads=1, nheads_kv=1, headdim=8)
 
@@ -104,16 +105,16 @@ def test_the_rotary_embedding_is_relative():
 
         np.testing.assert_allclose(score(9, 4), score(5, 0))
         assert abs(score(9, 4) - score(8, 4)) > 1e-3
-        # The second of three rates, by hand.
+        # The expected values for the second of three rates are computed by hand.
         x = jnp.zeros((1, 1, 8)).at[0, 0, 1].set(1.0)
-        turned = ops.rotary_embedding(x, jnp.array([7]), dim=6, base=30.0, interleaved=False)
+        rotated = ops.rotary_embedding(x, jnp.array([7]), dim=6, base=30.0, interleaved=False)
         angle = 7 * 30.0 ** (-2 / 6)
         want = np.zeros(8)
         want[[1, 4]] = np.cos(angle), np.sin(angle)
-        np.testing.assert_allclose(turned[0, 0], want, rtol=0, atol=1e-15)
+        np.testing.assert_allclose(rotated[0, 0], want, rtol=0, atol=1e-15)
 
 
-# The end of a cache.
+# Capacity of the cache.
 
 LAYER = mbx.Attention(4, nheads=2, rotary_emb_dim=2, d_conv=2, key=jr.key(0))
 X = jr.normal(jr.key(1), (6, 4))
@@ -123,7 +124,7 @@ def scan(x, state, **options):
     return eqx.filter_jit(LAYER.scan)(x, state, **options)
 
 
-def test_a_cache_may_be_filled_to_the_end():
+def test_cache_can_be_filled_to_capacity():
     want, _ = LAYER.scan(X)
     y, state = scan(X, LAYER.init_state(max_len=6))
     np.testing.assert_allclose(y, want, rtol=0, atol=1e-6)
@@ -135,7 +136,7 @@ def test_a_cache_may_be_filled_to_the_end():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_writing_past_the_end_is_an_error():
+def test_exceeding_capacity_raises():
     state = LAYER.init_state(max_len=5)
     with pytest.raises(ValueError, match=r"room for 5 tokens, but got 6 more.*init_state\(max_len"):
         LAYER.scan(X, state)
@@ -162,15 +163,14 @@ def pair(*states):
 
 
 def many_steps(state, n):
-    """As `generate` decodes: a loop, here without a batch."""
-    body = lambda carry: (carry[0] + 1, LAYER.step(X[0], carry[1])[1])
+    """Decodes in a loop as `generate` does, but without a batch."""
+    body = lambda carry: (carry[0] + 1, LAYER.step(X[0], carry[1])[1])  # noqa: E731
     return lax.while_loop(lambda carry: carry[0] < n, body, (0, state))[1]
 
 
-def test_what_does_not_count_needs_no_room():
+def test_padding_and_tokens_before_a_reset_need_no_capacity():
     state = LAYER.init_state(max_len=5)
     _, almost = scan(X[:4], state)
-    # Padding, and what comes before a reset.
     assert int(scan(X, almost, length=jnp.array(1))[1].length) == 5
     assert int(scan(X, state, length=5)[1].length) == 5
     reset = jnp.arange(6) == 1
@@ -180,7 +180,7 @@ def test_what_does_not_count_needs_no_room():
     assert eqx.filter_jit(many_steps)(state, 5).length == 5
 
 
-def test_a_full_cache_can_be_enlarged():
+def test_full_cache_can_be_enlarged():
     want, _ = LAYER.scan(X)
     _, full = scan(X[:5], None)
     for state in (full, pair(full, full)):
@@ -191,7 +191,7 @@ def test_a_full_cache_can_be_enlarged():
     np.testing.assert_allclose(y, want[5], rtol=0, atol=1e-6)
 
 
-def test_the_op_never_writes_past_the_end_in_silence():
+def test_op_returns_nan_beyond_capacity():
     q, k, v = inputs(4)
     empty = jnp.zeros((2, 3, 3))
     state = (empty, empty, jnp.zeros((), jnp.int32))
@@ -201,7 +201,7 @@ def test_the_op_never_writes_past_the_end_in_silence():
     assert np.isnan(y).all()
 
 
-def test_a_window_needs_no_max_len():
+def test_window_needs_no_max_len():
     layer = mbx.Attention(4, nheads=2, window=3, key=jr.key(0))
     y, state = jnp.zeros(0), layer.init_state()
     assert state.k.shape == layer.init_state(max_len=100).k.shape == (2, 3, 2)
@@ -213,8 +213,8 @@ def test_a_window_needs_no_max_len():
 
 
 @pytest.mark.usefixtures("as_users_run")
-def test_mistakes_are_told():
-    with pytest.raises(ValueError, match=r"has to know how many.*init_state\(max_len=...\)"):
+def test_invalid_arguments_raise():
+    with pytest.raises(ValueError, match=r"maximum number of tokens.*init_state\(max_len=...\)"):
         LAYER.init_state()
     with pytest.raises(ValueError, match=r"must be a KVCache.*but got tuple"):
         LAYER.step(X[0], (1, 2))  # pyright: ignore[reportArgumentType]
@@ -234,7 +234,7 @@ def test_mistakes_are_told():
     for options, message in mistakes:
         with pytest.raises(ValueError, match=message):
             mbx.Attention(4, key=jr.key(0), **options)
-    with pytest.raises(ValueError, match=r"`softmax_scale` of AttentionConfig .* above 0.*-1"):
+    with pytest.raises(ValueError, match=r"`softmax_scale` must be a positive number.*-1"):
         mbx.AttentionConfig(4, 2, softmax_scale=-1.0)
     with pytest.raises(ValueError, match="state must have room for 4 tokens, but has room for 3"):
         ops.attention(*inputs(2), state=(state.k, state.v, state.length), window=4)
@@ -246,7 +246,7 @@ def test_mistakes_are_told():
 
 
 def test_hybrids_generate():
-    """Ragged prompts, and on from the state that is returned, whose caches are full."""
+    """Ragged prompts, continued from the returned state, whose caches are full."""
     rotary = mbx.AttentionConfig(6, nheads=4, nheads_kv=2, headdim=4, rotary_emb_dim=2, d_conv=3)
     mixers = [mbx.Mamba2Config(6, headdim=4, d_state=4), rotary]
     blocks = [mbx.BlockConfig(mixer) for mixer in mixers]

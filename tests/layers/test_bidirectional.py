@@ -1,4 +1,4 @@
-"""A layer run both ways: against the definition, and held to what documents and padding ask for."""
+"""`Bidirectional` against its definition, with packed documents and padding."""
 
 import itertools
 from typing import Any
@@ -39,8 +39,8 @@ def run(layer: Any, x: Any, reset: Any = None, length: Any = None) -> Any:
     return layer(x, reset=reset, length=length)
 
 
-def apart(layer: mbx.Bidirectional, x: np.ndarray) -> np.ndarray:
-    """The definition."""
+def run_separately(layer: mbx.Bidirectional, x: np.ndarray) -> np.ndarray:
+    """Runs both directions separately, as the definition does."""
     backward = layer.forward if layer.backward is None else layer.backward
     return np.asarray(run(layer.forward, x)) + np.asarray(run(backward, x[::-1]))[::-1]
 
@@ -48,17 +48,17 @@ def apart(layer: mbx.Bidirectional, x: np.ndarray) -> np.ndarray:
 @pytest.mark.slow
 @names
 @shared
-def test_definition(name: str, shared: bool):
+def test_equals_definition(name: str, shared: bool):
     layer, x = make(name, shared), inputs(name)
-    assert_close(np.asarray(run(layer, x)), apart(layer, x), "float32")
+    assert_close(np.asarray(run(layer, x)), run_separately(layer, x), "float32")
 
 
 @pytest.mark.slow
 @names
 @shared
 @given(data=st.data())
-def test_documents_and_padding(name: str, shared: bool, data: Any):
-    """Packed documents are as if each were alone, whatever the padding holds and asks for."""
+def test_packed_documents_are_independent(name: str, shared: bool, data: Any):
+    """Each packed document gives the outputs that it gives alone, whatever the padding holds."""
     layer, x = make(name, shared), inputs(name)
     length = data.draw(st.sampled_from([0, 1, 4, SEQ - 1, SEQ]))
     starts = data.draw(st.frozensets(st.integers(0, SEQ - 1)))
@@ -68,7 +68,7 @@ def test_documents_and_padding(name: str, shared: bool, data: Any):
     assert got.shape == x.shape
     borders = sorted({0, length} | {start for start in starts if start < length})
     for begin, end in itertools.pairwise(borders):
-        # In a sequence of one length, so as not to compile for each.
+        # One length for all documents avoids compiling for each.
         alone = np.full_like(x, 7.0)
         alone[: end - begin] = x[begin:end]
         want = np.asarray(run(layer, alone, np.zeros(SEQ, bool), np.array(end - begin)))
@@ -77,18 +77,18 @@ def test_documents_and_padding(name: str, shared: bool, data: Any):
 
 @shared
 @pytest.mark.parametrize("length", range(4))
-def test_padding_is_not_there(shared: bool, length: int):
-    """`length` against the shorter sequence itself."""
+def test_padding_has_no_effect(shared: bool, length: int):
+    """`length` gives the outputs of the shorter sequence."""
     layer, x = make("mamba1", shared), inputs("mamba1")
     got = np.asarray(run(layer, x, None, np.array(length)))[:length]
-    assert_close(got, apart(layer, x[:length]), "float32")
+    assert_close(got, run_separately(layer, x[:length]), "float32")
     assert_close(np.asarray(layer(jnp.asarray(x), length=length))[:length], got, "float32")
 
 
 @pytest.mark.slow
 @shared
 @pytest.mark.parametrize("t", range(3, 7))
-def test_every_output_sees_its_whole_document_and_no_other(shared: bool, t: int):
+def test_outputs_depend_on_their_own_document_only(shared: bool, t: int):
     layer, x = make("mamba1", shared), inputs("mamba1")
     reset, length = np.isin(np.arange(SEQ), [3, 7]), np.array(8)
     other = x.copy()
@@ -98,7 +98,7 @@ def test_every_output_sees_its_whole_document_and_no_other(shared: bool, t: int)
 
 
 def test_shared_weights():
-    """One set of them, whose gradient is the sum of both directions'."""
+    """The gradient of shared weights is the sum of both directions' gradients."""
     layer, x = make("mamba2", shared=True), jnp.asarray(inputs("mamba2"))
     twice = mbx.Bidirectional(layer.forward, layer.forward)
     assert len(jax.tree.leaves(twice)) == 2 * len(jax.tree.leaves(layer))
@@ -111,7 +111,7 @@ def test_shared_weights():
 
 @pytest.mark.slow
 @names
-def test_batching(name: str):
+def test_vmap_equals_loop(name: str):
     layer = make(name, shared=False)
     x = np.stack([inputs(name, seed) for seed in range(3)])
     reset = np.random.default_rng(0).random((3, SEQ)) < 0.3
@@ -122,19 +122,19 @@ def test_batching(name: str):
         assert_close(batched[i, :n], want[:n], "float32")
 
 
-def test_an_empty_sequence():
+def test_empty_sequence():
     layer = make("conv", shared=True)
     assert layer(jnp.zeros((0, S.d_model)), reset=jnp.zeros(0, bool), length=0).shape[0] == 0
 
 
-def test_in_a_sequential():
+def test_fits_into_sequential():
     layer, x = make("conv", shared=True), jnp.asarray(inputs("conv"))
     assert_close(eqx.nn.Sequential([layer])(x, key=jr.key(0)), layer(x), "float32")
     assert layer(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-def test_it_is_not_a_sequence_layer():
-    """It sees what is to come, and its type says so."""
+def test_is_not_a_sequence_layer():
+    """Outputs depend on later tokens, so the class has none of the protocol's methods."""
     layer = make("conv", shared=True)
     assert not isinstance(layer, mbx.AbstractSequenceLayer)
     for verb in ("step", "scan", "init_state"):
@@ -142,7 +142,7 @@ def test_it_is_not_a_sequence_layer():
 
 
 @pytest.mark.usefixtures("as_users_run")
-def test_errors():
+def test_invalid_arguments_raise():
     layer = mbx.Bidirectional(mbx.Mamba1(6, d_state=3, key=jr.key(0)))
     with pytest.raises(ValueError, match=r"whole sequence.*\(seq, 6\).*\(2, 4, 6\).*jax.vmap"):
         layer(jnp.zeros((2, 4, 6)))

@@ -1,4 +1,4 @@
-"""A new model is distributed as the official one: `Mamba.__init__` and `_init_weights`."""
+"""New models have the distribution of the official ones: `Mamba.__init__`, `_init_weights`."""
 
 from typing import Any
 
@@ -28,8 +28,8 @@ def model() -> mbx.LanguageModel:
 
 
 def is_uniform(values: Any, low: float, high: float) -> bool:
-    """Whether the largest distance between the two distribution functions is below the one that
-    chance exceeds once in a million (Kolmogorov and Smirnov), all of them being in the range."""
+    """Tests whether all values are in the range and uniform, by the test of Kolmogorov and Smirnov:
+    chance exceeds the critical distance once in a million."""
     sample = np.sort(np.ravel((values - low) / (high - low)))
     n = sample.size
     distance = np.abs(sample - (np.arange(n) + 0.5) / n).max() + 0.5 / n
@@ -54,7 +54,7 @@ def test_linear_maps(model: mbx.LanguageModel):
     assert is_uniform(model.lm_head.weight, -(96**-0.5), 96**-0.5)
 
 
-def test_recurrence(model: mbx.LanguageModel):
+def test_parameters_of_recurrence(model: mbx.LanguageModel):
     for block in model.layers.unstack():
         mixer = block.mixer  # pyright: ignore
         np.testing.assert_allclose(mixer.A, np.tile(-np.arange(1.0, 13), (192, 1)), rtol=1e-6)
@@ -102,7 +102,7 @@ def test_dtype(dtype: jnp.dtype):
         assert leaf.dtype == (jnp.float32 if recurrence else dtype)
 
 
-def test_norms_of_the_selection():
+def test_select_norms():
     mixer = mbx.Mamba1(
         64,
         d_state=5,
@@ -120,7 +120,7 @@ def test_norms_of_the_selection():
 
 
 def test_mamba2():
-    """`Mamba2.__init__`: one step size and one rate per head."""
+    """Mamba-2 draws one step size and one rate of decay per head, as `Mamba2.__init__`."""
     mixer = mbx.Mamba2(32, d_inner=2048, d_state=8, headdim=2, bias=True, key=jr.key(0))
     assert is_uniform(jnp.exp(mixer.A_log), 1 - 1e-4, 16 + 1e-4)
     np.testing.assert_array_equal(mixer.A, -jnp.exp(mixer.A_log))
@@ -160,7 +160,7 @@ def test_mamba2():
 
 
 def test_mamba3():
-    """`Mamba3.__init__`: ones, but for the step sizes and the linear maps."""
+    """Mamba-3 starts from ones, except for step sizes and linear maps, as `Mamba3.__init__`."""
     mixer = mbx.Mamba3(
         32,
         d_inner=2048,

@@ -1,5 +1,5 @@
-"""The norms of Mamba-1 on `dt`, `B` and `C`: weights, against the norms without them (which
-transformers has, `test_parity.py`)."""
+"""Mamba-1's norms of `dt`, `B` and `C`: weighted norms against weightless ones, which the parity
+tests compare with transformers."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -10,9 +10,9 @@ from tests.support.cases import assert_close, scan
 from tests.support.registry import SIZES, make_inputs, make_layer
 
 
-def test_weights():
-    """Those of `dt` might as well be in `dt_proj`. Those of `B` scale the state, and those of `C`
-    may take it back."""
+def test_weights_equal_scaled_projections():
+    """The weight of `dt_norm` equals a scaled `dt_proj`. The weight of `B_norm` scales the state,
+    and the inverse weight of `C_norm` undoes the scaling in the output."""
     s = SIZES[0]
     weighted = make_layer("mamba1_normed", s, "float32", 0)
     assert isinstance(weighted, mbx.Mamba1)

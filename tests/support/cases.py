@@ -1,32 +1,38 @@
-"""What the laws are tried on: layers, inputs, states, resets and places to cut, as hypothesis
-chooses them; and the ways of running a layer that are compared."""
+"""Cases for the laws: Hypothesis strategies, the ways to run a layer, and their comparison."""
 
 import contextlib
 import functools
 import os
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 from hypothesis import strategies as st
 from jax import lax
 
+import mamba_eqx as mbx
 from tests.support.registry import MIXERS, SIZES, Sizes, make_inputs, make_layer
 
 
-# Relative to the largest entry of what is compared. Two ways of summing the same products differ by
-# some units in the last place: 2^-24, 2^-8, 2^-53.
+# Relative to the largest compared entry. Two ways to sum the same products differ by a few units in
+# the last place, which are 2^-24, 2^-8 and 2^-53.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-2, "float64": 1e-12}
 DTYPES = list(TOLERANCE)
 
-# What is new has to be compiled, so that few lengths come from cutting.
-# 1 and 3 are shorter than the convolutions; 37 and 40 are more than one chunk of the scan.
-CUTS = [(1, 3), (3, 37), (37, 3), (3, 0), (0, 3)]
+# Whether the laws run with more examples, sizes, lengths and dtypes (docs/api/protocol.md).
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 
+# Every new length has to be compiled, so there are few of them: pairs of the lengths of two pieces.
+# 1 and 3 are shorter than the convolutions; 37 and 40 tokens are more than one chunk of a scan.
+CUTS = [(1, 3), (3, 37), (37, 3), (3, 0), (0, 3)]
 
-def _known(options: dict[str, Any]) -> dict[str, Any]:
-    """Those that the installed XLA has: they come and go."""
+
+def _known_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Selects the compiler options that the installed XLA knows, since they change between
+    versions."""
     known = {}
     for name, value in options.items():
         with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -35,30 +41,34 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
-# Compiling costs far more than running here. (`conftest.py` leaves the fusion emitters out only
-# where there are several processes.)
+# `jax.jit` that compiles quickly to slow code, because the tests spend far more time compiling than
+# running. (`conftest.py` switches the fusion emitters off too, but only with several processes.)
 quick = functools.partial(
     jax.jit,
-    compiler_options=_known(
+    compiler_options=_known_options(
         {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
     ),
 )
 
 
 class Plan(NamedTuple):
-    """What hypothesis chooses."""
+    """The choices of Hypothesis, small enough to be printed when a law fails."""
 
     sizes: Sizes
     seed: int
+    """The seed of the parameters and of the inputs."""
     seq: int
     cut: int
-    """A place in the sequence, `seq` included."""
+    """An index at which to cut the sequence, within `0..seq`."""
     resets: frozenset[int]
+    """The tokens at which `reset` is true."""
     fresh: bool
-    """Whether to start from the empty past, rather than from a state that tokens left behind."""
+    """Whether to start from the empty past, rather than from the state after five tokens."""
 
 
 class Case(NamedTuple):
+    """The layer and the arrays that a plan describes."""
+
     layer: Any
     x: np.ndarray
     state: Any
@@ -68,22 +78,24 @@ class Case(NamedTuple):
 
 @st.composite
 def plans(draw: st.DrawFn, name: str, dtype: str = "float32") -> Plan:
-    # The mathematics is the same in all dtypes, and float64 is the sharpest eye.
-    everywhere = THOROUGH or (name in MIXERS and dtype == "float64")
-    sizes = draw(st.sampled_from(SIZES if everywhere else SIZES[:1]))
+    """Chooses a case for the layer `name`."""
+    # The mathematics is the same in all dtypes, and float64 reveals the smallest mistakes.
+    all_sizes = THOROUGH or (name in MIXERS and dtype == "float64")
+    sizes = draw(st.sampled_from(SIZES if all_sizes else SIZES[:1]))
     if THOROUGH:
         seq = draw(st.integers(1, 80))
         cut = draw(st.integers(0, seq))
     else:
-        # Several chunks in one size; the other sizes are about the sizes.
-        several = CUTS if name in MIXERS else CUTS[:2]
-        cut, rest = draw(st.sampled_from(several if sizes == SIZES[0] else CUTS[:1]))
+        # One size is enough for the lengths, and one length is enough for the other sizes.
+        cuts = CUTS if name in MIXERS else CUTS[:2]
+        cut, rest = draw(st.sampled_from(cuts if sizes == SIZES[0] else CUTS[:1]))
         seq = cut + rest
     resets = draw(st.frozensets(st.integers(0, seq - 1), max_size=4))
     return Plan(sizes, draw(st.integers(0, 2)), seq, cut, resets, draw(st.booleans()))
 
 
 def make_case(name: str, plan: Plan, dtype: str = "float32") -> Case:
+    """Makes the layer and the arrays of a plan."""
     layer = make_layer(name, plan.sizes, dtype, plan.seed)
     state = layer.init_state(max_len=128)
     if not plan.fresh:
@@ -94,16 +106,16 @@ def make_case(name: str, plan: Plan, dtype: str = "float32") -> Case:
     return Case(layer, x, state, reset, plan.cut)
 
 
-def simple(name: str, seq: int) -> tuple[Any, np.ndarray]:
-    """Where nothing needs to be chosen."""
+def fixed_case(name: str, seq: int) -> tuple[Any, np.ndarray]:
+    """Makes a layer and inputs for laws that need no choices."""
     return make_layer(name, SIZES[0], "float32", 0), make_inputs(name, SIZES[0], seq, "float32", 0)
 
 
-def scan_plainly(layer: Any, x: Any, state: Any, reset: Any = None, length: Any = None) -> Any:
+def scan_uncompiled(layer: Any, x: Any, state: Any, reset: Any = None, length: Any = None) -> Any:
     return layer.scan(x, state, reset=reset, length=length)
 
 
-scan = quick(scan_plainly)
+scan = quick(scan_uncompiled)
 
 
 @quick
@@ -112,7 +124,7 @@ def step(layer: Any, x: Any, state: Any) -> Any:
 
 
 def fold(layer: Any, x: np.ndarray, state: Any, reset: np.ndarray | None = None) -> Any:
-    """`step`, one token after another, with the empty past where `reset` is true."""
+    """Runs `step` on one token after another, from the empty past wherever `reset` is true."""
     y = []
     for t in range(len(x)):
         if reset is not None and reset[t]:
@@ -123,23 +135,53 @@ def fold(layer: Any, x: np.ndarray, state: Any, reset: np.ndarray | None = None)
 
 
 def fold_in_jax(layer: Any, state: Any, x: Any) -> Any:
-    """`fold` as one differentiable function."""
+    """Runs `fold` as one differentiable function."""
     state, y = lax.scan(lambda state, x_t: layer.step(x_t, state)[::-1], state, x)
     return y, state
 
 
 def assert_close(got: Any, want: Any, dtype: str) -> None:
+    """Asserts equal structures, dtypes and shapes, and values equal up to the tolerance."""
     assert jax.tree.structure(got) == jax.tree.structure(want)
     leaves = zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True)
     for (path, a), b in leaves:
         assert a.dtype == b.dtype
         assert a.shape == b.shape
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        if jax.tree_util.keystr(path).endswith(".angle"):  # The same angle, whole turns away.
+        if jax.tree_util.keystr(path).endswith(".angle"):  # Angles are equal modulo whole turns.
             a = a - 2 * np.pi * np.round((a - b) / (2 * np.pi))
         scale = max(1.0, np.abs(b).max(initial=0.0))
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE[dtype] * scale)
 
 
 def precision(dtype: str) -> Any:
+    """Switches JAX's 64-bit mode on for float64."""
     return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
+
+
+CONFIG_TYPES = {
+    mbx.Mamba1: mbx.Mamba1Config,
+    mbx.Mamba2: mbx.Mamba2Config,
+    mbx.Mamba3: mbx.Mamba3Config,
+    mbx.Attention: mbx.AttentionConfig,
+}
+
+
+def rebuild(module: Any) -> Any:
+    """Reads the config of a module and builds a module from it."""
+    options = {}
+    if isinstance(module, mbx.LanguageModel):
+        config = mbx.LanguageModelConfig.of(module)
+        stack: Any = module.layers
+        options = {"stacked": isinstance(stack, mbx.Stacked), "remat": stack.remat}
+    elif isinstance(module, mbx.Block):
+        config = mbx.BlockConfig.of(module)
+    else:
+        config = CONFIG_TYPES[type(module)].of(module)
+    return eqx.filter_eval_shape(lambda key: config.build(**options, key=key), jr.key(0))
+
+
+def structure(module: Any) -> Any:
+    """Returns the structure (static fields included), the shapes and the kinds of dtypes."""
+    leaves, treedef = jax.tree.flatten(module)
+    return treedef, [(leaf.shape, jnp.issubdtype(leaf.dtype, jnp.floating)) for leaf in leaves]

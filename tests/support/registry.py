@@ -1,4 +1,7 @@
-"""Every layer that the laws are held for: one line each."""
+"""The registry of layers that `tests/test_laws.py` checks, one entry per layer.
+
+Add your own layer to `MIXERS` (checked in all sizes and dtypes) or `COMPOSITES` (in one size).
+"""
 
 import dataclasses
 import functools
@@ -16,7 +19,7 @@ import mamba_eqx as mbx
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Sizes that differ from one another, so that no two axes can be mistaken for each other."""
+    """The sizes of a layer. They differ from one another, so that mixing up two axes fails."""
 
     d_model: int
     d_inner: int
@@ -55,7 +58,7 @@ def mamba1_normed(select_norm: str) -> Make:
 
 
 def mamba2(*, ngroups: int, heads_per_group: int, d_mlp: int = 0, **options: Any) -> Make:
-    """`dt_rank` stands in for `headdim`; `d_mlp` channels are not the state-space model's."""
+    """Uses `dt_rank` as `headdim`. `d_mlp` channels belong to the gated MLP."""
 
     def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Mamba2:
         d_ssm = ngroups * heads_per_group * s.dt_rank
@@ -78,7 +81,7 @@ def mamba2(*, ngroups: int, heads_per_group: int, d_mlp: int = 0, **options: Any
 
 
 def attention(*, nheads_kv: int, shared: int, **options: Any) -> Make:
-    """`dt_rank` stands in for `headdim`, and `d_state` for the window of those that have one."""
+    """Uses `dt_rank` for the size of the heads and, if `window` is set, `d_state` as the window."""
 
     def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Attention:
         window: dict[str, Any] = {"window": s.d_state} if options.get("window") else {}
@@ -100,7 +103,7 @@ def attention(*, nheads_kv: int, shared: int, **options: Any) -> Make:
 
 
 def mamba3(*, ngroups: int, heads_per_group: int, **options: Any) -> Make:
-    """`dt_rank` stands in for `headdim`, and there are angles whatever `d_state`."""
+    """Uses `dt_rank` as `headdim`. The state is always large enough to rotate a pair."""
 
     def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Mamba3:
         return mbx.Mamba3(
@@ -161,7 +164,7 @@ def language_model(layers: Make, *, tie: bool, residual_in_fp32: bool = True) ->
 
 VOCAB_SIZE = 11
 
-# Layers with mathematics of their own: held in every size and dtype.
+# Layers with mathematics of their own are checked in every size and dtype.
 MIXERS: dict[str, Make] = {
     "conv": conv,
     "mamba1": mamba1,
@@ -193,7 +196,7 @@ MIXERS: dict[str, Make] = {
     ),
 }
 
-# Layers made of layers, and small variations: held in one size.
+# Layers made of other layers, and small variations, are checked in one size.
 COMPOSITES: dict[str, Make] = {
     "mamba1_normed": mamba1_normed("weighted"),
     "block": block(mamba1),
@@ -215,21 +218,20 @@ LANGUAGE_MODELS: dict[str, Make] = {
     "language_model_untied": language_model(
         stack(mbx.Stacked, block(mamba1), block(mamba1)), tie=False, residual_in_fp32=False
     ),
-}
-
-LANGUAGE_MODELS["hybrid"] = language_model(
-    stack(
-        mbx.Unrolled,
-        block(mamba2(ngroups=1, heads_per_group=2), mlp=True),
-        block(attention(nheads_kv=1, shared=2, d_conv=2), mlp=True),
-        remat=True,
+    "hybrid": language_model(
+        stack(
+            mbx.Unrolled,
+            block(mamba2(ngroups=1, heads_per_group=2), mlp=True),
+            block(attention(nheads_kv=1, shared=2, d_conv=2), mlp=True),
+            remat=True,
+        ),
+        tie=True,
     ),
-    tie=True,
-)
+}
 
 LAYERS = MIXERS | COMPOSITES
 
-# Left out of the quick run, where others stand for them.
+# The quick run leaves out these layers, because similar layers cover most of their code.
 VARIANTS = {
     "mamba1_normed",
     "mamba2_options",
@@ -248,128 +250,99 @@ VARIANTS = {
 }
 EVERYTHING = LAYERS | LANGUAGE_MODELS
 
+
+def config(
+    mixer: mbx.models.AbstractMixerConfig[Any],
+    block: dict[str, Any] | None = None,
+    **model: Any,
+) -> mbx.LanguageModelConfig:
+    """Two equal layers."""
+    layer = mbx.BlockConfig(mixer, **(block or {}))
+    return mbx.LanguageModelConfig(vocab_size=VOCAB_SIZE, layers=(layer, layer), **model)
+
+
 CONFIGS: dict[str, mbx.LanguageModelConfig] = {
-    "mamba1": mbx.LanguageModelConfig(
-        vocab_size=11, layers=(mbx.BlockConfig(mbx.Mamba1Config(d_model=5)),) * 2
-    ),
-    "mamba1_weightless": mbx.LanguageModelConfig(
-        vocab_size=11,
-        layers=(mbx.BlockConfig(mbx.Mamba1Config(d_model=5, select_norm="weightless")),) * 2,
-    ),
-    "mamba2": mbx.LanguageModelConfig(
-        vocab_size=11, layers=(mbx.BlockConfig(mbx.Mamba2Config(d_model=5, headdim=2)),) * 2
-    ),
-    "mamba2_every_field": mbx.LanguageModelConfig(
-        vocab_size=11,
-        layers=(
-            mbx.BlockConfig(
-                mbx.Mamba2Config(
-                    d_model=5,
-                    d_inner=15,
-                    d_ssm=12,
-                    d_state=3,
-                    d_conv=2,
-                    headdim=2,
-                    ngroups=3,
-                    D_has_hdim=True,
-                    dt_limit=(0.01, 0.2),
-                    bias=True,
-                    conv_bias=False,
-                    norm_before_gate=True,
-                    norm_eps=1e-3,
-                ),
-            ),
-        )
-        * 2,
-    ),
-    "mamba2_without_norm": mbx.LanguageModelConfig(
-        vocab_size=11,
-        layers=(mbx.BlockConfig(mbx.Mamba2Config(d_model=4, headdim=2, rms_norm=False)),) * 2,
-    ),
-    "attention_every_field": mbx.LanguageModelConfig(
-        vocab_size=11,
-        layers=(
-            mbx.BlockConfig(
-                mbx.AttentionConfig(
-                    d_model=5,
-                    nheads=4,
-                    nheads_kv=2,
-                    headdim=6,
-                    d_conv=3,
-                    rotary_emb_dim=4,
-                    rotary_emb_base=500.0,
-                    rotary_emb_interleaved=True,
-                    softmax_scale=0.3,
-                    window=7,
-                    qkv_proj_bias=True,
-                    out_proj_bias=True,
-                ),
-                d_intermediate=9,
-            ),
-        )
-        * 2,
-    ),
-    "mamba3": mbx.LanguageModelConfig(
-        vocab_size=11, layers=(mbx.BlockConfig(mbx.Mamba3Config(d_model=5, headdim=2)),) * 2
-    ),
-    "mamba3_every_field": mbx.LanguageModelConfig(
-        vocab_size=11,
-        layers=(
-            mbx.BlockConfig(
-                mbx.Mamba3Config(
-                    d_model=5,
-                    d_inner=12,
-                    d_state=3,
-                    headdim=2,
-                    ngroups=3,
-                    mimo_rank=2,
-                    rope_fraction=1.0,
-                    A_activation="softplus",
-                    A_floor=0.01,
-                    outproj_norm=True,
-                    norm_eps=1e-3,
-                ),
-            ),
-        )
-        * 2,
-    ),
-    "attention": mbx.LanguageModelConfig(
-        vocab_size=11,
-        layers=(mbx.BlockConfig(mbx.AttentionConfig(d_model=6, nheads=3)),) * 2,
-    ),
-    "mamba1_every_field": mbx.LanguageModelConfig(
-        vocab_size=11,
-        layers=(
-            mbx.BlockConfig(
-                mbx.Mamba1Config(
-                    d_model=5,
-                    d_inner=7,
-                    d_state=3,
-                    d_conv=2,
-                    dt_rank=4,
-                    bias=True,
-                    conv_bias=False,
-                    select_norm="weighted",
-                    select_norm_eps=1e-2,
-                ),
-                d_intermediate=9,
-                rms_norm=False,
-                norm_eps=1e-3,
-            ),
-        )
-        * 2,
+    "mamba1": config(mbx.Mamba1Config(d_model=5)),
+    "mamba1_weightless": config(mbx.Mamba1Config(d_model=5, select_norm="weightless")),
+    "mamba1_every_field": config(
+        mbx.Mamba1Config(
+            d_model=5,
+            d_inner=7,
+            d_state=3,
+            d_conv=2,
+            dt_rank=4,
+            bias=True,
+            conv_bias=False,
+            select_norm="weighted",
+            select_norm_eps=1e-2,
+        ),
+        block={"d_intermediate": 9, "mlp_bias": True, "rms_norm": False, "norm_eps": 1e-3},
         padded_vocab_size=16,
         tie_embeddings=False,
         rms_norm=False,
         norm_eps=2e-3,
         residual_in_fp32=False,
     ),
+    "mamba2": config(mbx.Mamba2Config(d_model=5, headdim=2)),
+    "mamba2_every_field": config(
+        mbx.Mamba2Config(
+            d_model=5,
+            d_inner=15,
+            d_ssm=12,
+            d_state=3,
+            d_conv=2,
+            headdim=2,
+            ngroups=3,
+            D_has_hdim=True,
+            dt_limit=(0.01, 0.2),
+            bias=True,
+            conv_bias=False,
+            norm_before_gate=True,
+            norm_eps=1e-3,
+        )
+    ),
+    "mamba2_without_norm": config(mbx.Mamba2Config(d_model=4, headdim=2, rms_norm=False)),
+    "mamba3": config(mbx.Mamba3Config(d_model=5, headdim=2)),
+    "mamba3_every_field": config(
+        mbx.Mamba3Config(
+            d_model=5,
+            d_inner=12,
+            d_state=3,
+            headdim=2,
+            ngroups=3,
+            mimo_rank=2,
+            rope_fraction=1.0,
+            A_activation="softplus",
+            A_floor=0.01,
+            outproj_norm=True,
+            norm_eps=1e-3,
+        )
+    ),
+    "attention": config(mbx.AttentionConfig(d_model=6, nheads=3)),
+    "attention_every_field": config(
+        mbx.AttentionConfig(
+            d_model=5,
+            nheads=4,
+            nheads_kv=2,
+            headdim=6,
+            d_conv=3,
+            rotary_emb_dim=4,
+            rotary_emb_base=500.0,
+            rotary_emb_interleaved=True,
+            softmax_scale=0.3,
+            window=7,
+            qkv_proj_bias=True,
+            out_proj_bias=True,
+        ),
+        block={"d_intermediate": 9},
+    ),
 }
 
 
 @functools.cache
 def make_layer(name: str, s: Sizes, dtype: Any, seed: int) -> Any:
-    """A layer with random parameters: initial ones, mostly ones and zeros, would hide mistakes."""
+    """Makes a layer with random parameters. The initial parameters are mostly ones and zeros, which
+    would hide mistakes."""
     make = EVERYTHING[name]
     rng = np.random.default_rng(seed)
     return jax.tree.map(
@@ -379,6 +352,7 @@ def make_layer(name: str, s: Sizes, dtype: Any, seed: int) -> Any:
 
 
 def make_inputs(name: str, s: Sizes, seq: int, dtype: Any, seed: int) -> np.ndarray:
+    """Makes a random sequence: token ids for language models, features for other layers."""
     rng = np.random.default_rng(seed)
     if name in LANGUAGE_MODELS:
         return rng.integers(0, VOCAB_SIZE, seq, np.int32)

@@ -5,7 +5,6 @@ values of the options that were left out.
 """
 
 import math
-from typing import NamedTuple
 
 from ..._checks import check_flag, check_fraction, check_positive, check_positive_number
 
@@ -120,7 +119,7 @@ def check_mamba3(
     check_positive_number("rope_fraction", rope_fraction)
     if rope_fraction not in (0.5, 1):
         raise ValueError(
-            "`rope_fraction`, the fraction of the state that is rotated, must be 0.5 or 1, but got "
+            "`rope_fraction` must be 0.5 or 1, the fraction of the state to rotate, but got "
             f"rope_fraction={rope_fraction!r}."
         )
     if int(d_state * rope_fraction) < 2:
@@ -139,14 +138,6 @@ def check_mamba3(
     return d_inner
 
 
-class AttentionSizes(NamedTuple):
-    """The options of `Attention` that have defaults computed from other options."""
-
-    nheads_kv: int
-    headdim: int
-    softmax_scale: float
-
-
 def check_attention(
     *,
     d_model: int,
@@ -161,10 +152,10 @@ def check_attention(
     window: int | None,
     qkv_proj_bias: bool,
     out_proj_bias: bool,
-) -> AttentionSizes:
+) -> tuple[int, int, float]:
     """Validates the options of `Attention`.
 
-    **Returns:** those options that may be `None`, with their defaults.
+    **Returns:** `nheads_kv`, `headdim` and `softmax_scale`, with their defaults if they are `None`.
     """
     check_positive("d_model", d_model)
     check_positive("nheads", nheads)
@@ -199,7 +190,7 @@ def check_attention(
         check_positive("window", window)
     check_flag("qkv_proj_bias", qkv_proj_bias)
     check_flag("out_proj_bias", out_proj_bias)
-    return AttentionSizes(nheads_kv, headdim, float(scale))
+    return nheads_kv, headdim, float(scale)
 
 
 def check_dt(dt_min: float, dt_max: float, dt_init_floor: float) -> None:

@@ -12,7 +12,7 @@ from ._base import (
 from ._mamba1 import Mamba1Config as Mamba1Config
 from ._mamba2 import Mamba2Config as Mamba2Config
 from ._mamba3 import Mamba3Config as Mamba3Config
-from ._round_trip import check_round_trip as check_round_trip
+from ._round_trip import ARRAYS as ARRAYS, checked_config as checked_config
 
 
 # One entry for each mixer.

@@ -3,6 +3,7 @@ from typing import ClassVar
 
 from ...layers import Attention, check_attention
 from ._base import COMPUTED, AbstractMixerConfig, set_fields
+from ._round_trip import checked_config
 
 
 _ROTARY_EMB_BASE = 10000.0
@@ -36,15 +37,16 @@ class AttentionConfig(AbstractMixerConfig[Attention]):
     out_proj_bias: bool = False
 
     def __post_init__(self):
-        set_fields(self, **check_attention(**vars(self))._asdict())
+        nheads_kv, headdim, softmax_scale = check_attention(**vars(self))
+        set_fields(self, nheads_kv=nheads_kv, headdim=headdim, softmax_scale=softmax_scale)
         set_fields(self, rotary_emb_base=float(self.rotary_emb_base))
         if self.rotary_emb_dim == 0:
             set_fields(self, rotary_emb_base=_ROTARY_EMB_BASE, rotary_emb_interleaved=False)
 
     @classmethod
-    def read(cls, mixer: Attention) -> "AttentionConfig":
-        """See [`mamba_eqx.models.AbstractMixerConfig.read`][]."""
-        return cls(
+    def of(cls, mixer: Attention) -> "AttentionConfig":
+        """See [`mamba_eqx.models.AbstractMixerConfig.of`][]."""
+        config = cls(
             d_model=mixer.d_model,
             nheads=mixer.nheads,
             nheads_kv=mixer.nheads_kv,
@@ -58,3 +60,4 @@ class AttentionConfig(AbstractMixerConfig[Attention]):
             qkv_proj_bias=mixer.in_proj.bias is not None,
             out_proj_bias=mixer.out_proj.bias is not None,
         )
+        return checked_config(config, mixer)

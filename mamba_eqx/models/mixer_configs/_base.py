@@ -1,12 +1,11 @@
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray, PyTree
 
 from ...layers import AbstractSequenceLayer
-from ._round_trip import check_round_trip
 
 
 Mixer = TypeVar("Mixer", bound=AbstractSequenceLayer[PyTree])
@@ -44,7 +43,8 @@ class AbstractMixerConfig(abc.ABC, Generic[Mixer]):
         return self.mixer_type(**vars(self), residual_scale=residual_scale, dtype=dtype, key=key)
 
     @classmethod
-    def of(cls, mixer: Mixer) -> Self:
+    @abc.abstractmethod
+    def of(cls, mixer: Mixer) -> "AbstractMixerConfig[Mixer]":
         """Reads the config of an existing mixer.
 
         **Arguments:**
@@ -58,15 +58,6 @@ class AbstractMixerConfig(abc.ABC, Generic[Mixer]):
 
         **Raises:** `ValueError` if no config builds such a mixer.
         """
-        config = cls.read(mixer)
-        check_round_trip(config, mixer)
-        return config
-
-    @classmethod
-    @abc.abstractmethod
-    def read(cls, mixer: Mixer) -> Self:
-        """Reads the fields of the config off `mixer`, without checking that `mixer` has nothing
-        else; `of` checks this."""
 
 
 def set_fields(config: object, **values: object) -> None:

@@ -3,6 +3,7 @@ from typing import ClassVar, Literal
 
 from ...layers import Mamba1, check_mamba1
 from ._base import COMPUTED, AbstractMixerConfig, set_fields
+from ._round_trip import checked_config
 
 
 _EPS = 1e-6
@@ -39,10 +40,10 @@ class Mamba1Config(AbstractMixerConfig[Mamba1]):
             set_fields(self, select_norm_eps=_EPS)
 
     @classmethod
-    def read(cls, mixer: Mamba1) -> "Mamba1Config":
-        """See [`mamba_eqx.models.AbstractMixerConfig.read`][]."""
+    def of(cls, mixer: Mamba1) -> "Mamba1Config":
+        """See [`mamba_eqx.models.AbstractMixerConfig.of`][]."""
         norm = mixer.dt_norm
-        return cls(
+        config = cls(
             d_model=mixer.d_model,
             d_inner=mixer.d_inner,
             d_state=mixer.d_state,
@@ -53,3 +54,4 @@ class Mamba1Config(AbstractMixerConfig[Mamba1]):
             select_norm=(None if norm is None else "weighted" if norm.use_weight else "weightless"),
             select_norm_eps=_EPS if norm is None else norm.eps,
         )
+        return checked_config(config, mixer)

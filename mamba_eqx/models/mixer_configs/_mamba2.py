@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from ...layers import Mamba2, check_mamba2
 from ._base import COMPUTED, AbstractMixerConfig, set_fields
+from ._round_trip import checked_config
 
 
 _EPS = 1e-5
@@ -45,10 +46,10 @@ class Mamba2Config(AbstractMixerConfig[Mamba2]):
             set_fields(self, norm_eps=_EPS)
 
     @classmethod
-    def read(cls, mixer: Mamba2) -> "Mamba2Config":
-        """See [`mamba_eqx.models.AbstractMixerConfig.read`][]."""
+    def of(cls, mixer: Mamba2) -> "Mamba2Config":
+        """See [`mamba_eqx.models.AbstractMixerConfig.of`][]."""
         norm = mixer.norm
-        return cls(
+        config = cls(
             d_model=mixer.d_model,
             d_inner=mixer.d_inner,
             d_ssm=mixer.d_ssm,
@@ -64,3 +65,4 @@ class Mamba2Config(AbstractMixerConfig[Mamba2]):
             norm_before_gate=norm is not None and norm.norm_before_gate,
             norm_eps=_EPS if norm is None else norm.eps,
         )
+        return checked_config(config, mixer)

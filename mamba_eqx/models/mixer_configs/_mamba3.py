@@ -3,6 +3,7 @@ from typing import ClassVar, Literal
 
 from ...layers import Mamba3, check_mamba3
 from ._base import COMPUTED, AbstractMixerConfig, set_fields
+from ._round_trip import checked_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +36,9 @@ class Mamba3Config(AbstractMixerConfig[Mamba3]):
         set_fields(self, rope_fraction=float(self.rope_fraction), A_floor=float(self.A_floor))
 
     @classmethod
-    def read(cls, mixer: Mamba3) -> "Mamba3Config":
-        """See [`mamba_eqx.models.AbstractMixerConfig.read`][]."""
-        return cls(
+    def of(cls, mixer: Mamba3) -> "Mamba3Config":
+        """See [`mamba_eqx.models.AbstractMixerConfig.of`][]."""
+        config = cls(
             d_model=mixer.d_model,
             d_inner=mixer.d_inner,
             d_state=mixer.d_state,
@@ -50,3 +51,4 @@ class Mamba3Config(AbstractMixerConfig[Mamba3]):
             outproj_norm=mixer.norm is not None,
             norm_eps=mixer.B_norm.eps,
         )
+        return checked_config(config, mixer)

@@ -1,7 +1,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, TypeVar, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -11,30 +11,40 @@ from jaxtyping import PRNGKeyArray
 
 
 ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+_PARTS = (eqx.Module, *ARRAYS)
 
 
+@runtime_checkable
 class Config(Protocol):
     """A hashable config that builds a module."""
 
     def build(self, *, key: PRNGKeyArray) -> eqx.Module: ...
 
 
-def check_round_trip(config: Config, module: eqx.Module, *, ignore: str | None = None) -> None:
-    """Raises unless `config` builds a module with the structure and the shapes of `module`.
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def checked_config(config: ConfigT, module: eqx.Module, *, ignore: str | None = None) -> ConfigT:
+    """Returns `config` after checking that it builds a module with the structure of `module`.
+
+    The structure consists of types, static fields, and the shapes of arrays.
 
     **Arguments:**
 
     - `config`: the config that was read off `module`.
     - `module`: the module, from which arrays may be left out (`None`).
     - `ignore`: the name of a field of `module` that is not compared.
+
+    **Raises:** `ValueError` that names the first difference.
     """
     built = _build_shapes(config)
     for path, got, want in _differences(module, built, ignore):
         name = type(module).__name__
         raise ValueError(
-            f"{type(config).__name__} cannot express this {name}: its `{path}` is {got}, but that "
-            f"of a {name} built from the config is {want}. Use a {name} that a config can build."
+            f"{type(config).__name__} cannot express this {name}: its `{path}` is {got}, but "
+            f"building the config gives {want}. Use a {name} that a config can build."
         )
+    return config
 
 
 @functools.lru_cache(maxsize=128)
@@ -58,7 +68,7 @@ def _differences(
                 below = f"{path}.{field.name}" if path else field.name
                 parts = (getattr(side, field.name) for side in (got, want))
                 yield from _differences(*parts, path=below)
-    elif type(got) is not type(want) or got != want:
+    elif isinstance(got, _PARTS) or isinstance(want, _PARTS) or got != want:
         yield path, _describe(got), _describe(want)
 
 
