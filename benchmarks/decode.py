@@ -1,8 +1,8 @@
-"""Greedy decoding with mamba-130m's shape, random float32 weights: tokens per second.
+"""Greedy decoding in tokens per second, with random float32 weights in mamba-130m's shape.
 
     python benchmarks/decode.py [--mixer mamba2] [--quick] [--no-peers]
 
-Every token reads all weights once, so the bandwidth of the memory is the limit at batch 1.
+Every token reads all weights once, so that memory bandwidth is the limit at batch 1.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ import mamba_eqx as mbx
 
 
 def generate(model: mbx.LanguageModel, prompts: np.ndarray, new: int) -> Callable[[], Any]:
-    # One token as the prompt: nothing but steps.
+    # With one token as the prompt, nothing but steps is measured.
     def run() -> jax.Array:
         return mbx.generate(model, prompts if len(prompts) > 1 else prompts[0], new).tokens
 
@@ -39,7 +39,7 @@ def generate(model: mbx.LanguageModel, prompts: np.ndarray, new: int) -> Callabl
 
 
 def steps(model: mbx.LanguageModel, prompts: np.ndarray, new: int) -> Callable[[], Any]:
-    """A Python loop around a compiled step."""
+    """Returns a Python loop around a compiled step."""
 
     @jax.jit
     def step(model: Any, token: Any, state: Any) -> Any:
@@ -132,7 +132,7 @@ def main() -> None:
             counts["llama.cpp"] = new
         seconds = medians(runs, repeats=7)
         if with_peers and available("torch"):
-            # They are ten times slower, or more.
+            # These are at least ten times slower, and generate fewer tokens.
             found = torch_peers(models["unrolled"], mixer, prompts, new_peers)
             runs |= found
             counts |= dict.fromkeys(found, new_peers)
@@ -148,7 +148,7 @@ def main() -> None:
             rows.append((batch, name, rate, ratio, share, f"{same:.0%}"))
         if llama is not None:
             llama.close()
-    print(f"{weights / 1e6:.0f} MB of weights; {new} tokens ({new_peers} by PyTorch's).\n")
+    print(f"{weights / 1e6:.0f} MB of weights; {new} tokens ({new_peers} in PyTorch).\n")
     print_table(
         (
             "batch",

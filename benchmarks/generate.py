@@ -1,9 +1,9 @@
-"""What `generate` costs beyond the model: sampling, penalties, stop strings, streaming; and what
-speculative decoding gains, or loses. Random float32 weights in mamba-130m's shape.
+"""The cost of `generate` beyond the model (sampling, penalties, stop strings, streaming), and the
+speed-up or slow-down of speculative decoding. Random float32 weights in mamba-130m's shape.
 
     python benchmarks/generate.py [--quick] [--no-peers]
 
-How fast the bare loop is beside other libraries: `decode.py`.
+`decode.py` compares the bare loop with other libraries.
 """
 
 import functools
@@ -33,7 +33,7 @@ import mamba_eqx as mbx
 
 
 class Numbers:
-    """A tokenizer for any vocabulary: each token is a word, its number."""
+    """A tokenizer for any vocabulary, in which each token is a number written as a word."""
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
@@ -53,25 +53,26 @@ class Numbers:
 
 SAMPLING = mbx.Sampling(temperature=0.8)
 KEY = jr.key(0)
-# At 0.8 random weights take all tokens for about as likely, so that a filter by probability keeps
-# most of them; at 0.2 they are sure. On text a trained model is between the two.
-SURE = mbx.Sampling(temperature=0.2)
-AGAIN = "the bare loop again"  # how far the noise of the machine goes
+# With random weights, all tokens are about equally likely at a temperature of 0.8, so that filters
+# by probability keep most of them; at 0.2 the distribution is peaked. Trained models are in
+# between.
+PEAKED = mbx.Sampling(temperature=0.2)
+AGAIN = "the bare loop again"  # shows the noise of the machine
 PENALTIES = mbx.sampling.Penalties(repetition=1.1, presence=0.1, frequency=0.1)
 
 
 def options(model: mbx.LanguageModel) -> dict[str, mbx.Sampling]:
-    # None of them comes up: all rows are of one length.
+    # No stop string occurs, so that all rows have the same length.
     stops = mbx.Sampling(stop_strings=["the end", "###"], tokenizer=Numbers(model.vocab_size))
     everything = replace(stops, temperature=0.2, top_k=40, top_p=0.95, penalties=PENALTIES)
     return {
-        "temperature": SURE,
-        "top-k": replace(SURE, top_k=40),
-        "top-p": replace(SURE, top_p=0.95),
-        "top-p, all about as likely": replace(SAMPLING, top_p=0.95),
-        "min-p": replace(SURE, min_p=0.05),
-        "typical": replace(SURE, typical_p=0.9),
-        "typical, all about as likely": replace(SAMPLING, typical_p=0.9),
+        "temperature": PEAKED,
+        "top-k": replace(PEAKED, top_k=40),
+        "top-p": replace(PEAKED, top_p=0.95),
+        "top-p, all about equally likely": replace(SAMPLING, top_p=0.95),
+        "min-p": replace(PEAKED, min_p=0.05),
+        "typical": replace(PEAKED, typical_p=0.9),
+        "typical, all about equally likely": replace(SAMPLING, typical_p=0.9),
         "penalties": mbx.Sampling(penalties=PENALTIES),
         "stop strings": stops,
         "top-k, top-p, penalties, stop strings": everything,
@@ -79,7 +80,7 @@ def options(model: mbx.LanguageModel) -> dict[str, mbx.Sampling]:
 
 
 def bare(model: mbx.LanguageModel, start: mbx.DecodingState, new: int) -> Callable[[], Any]:
-    """Nothing but steps and the largest logit, in one compiled loop."""
+    """Returns a compiled loop of nothing but steps and the largest logit."""
 
     @functools.partial(jax.jit, static_argnums=2)
     def loop(model: Any, start: Any, new: int) -> Any:
@@ -96,7 +97,7 @@ def bare(model: mbx.LanguageModel, start: mbx.DecodingState, new: int) -> Callab
 
 
 def overheads(model: mbx.LanguageModel, new: int, repeats: int) -> None:
-    """From a state, so that no prompt is read."""
+    """Measures the options of `generate`, from a state, so that no prompt is run."""
     worst = 0.0
     for batch in (1, 8):
         prompts = np.array(random_tokens(model, batch, 4))
@@ -119,14 +120,16 @@ def overheads(model: mbx.LanguageModel, new: int, repeats: int) -> None:
             if name != AGAIN:
                 worst = max(worst, ratio - 1)
             rows.append((batch, name, 1e3 * seconds / new, f"{ratio - 1:+.1%}"))
-        print_table(("batch", "", "ms per token", "more than the bare loop"), rows)
-    print_verdict("the most that options add to the time per token", worst, 0.05, at_most=True)
+        print_table(("batch", "", "ms per token", "above the bare loop"), rows)
+    print_verdict(
+        "the largest cost of options, relative to the time per token", worst, 0.05, at_most=True
+    )
     print()
 
 
 def choices(model: mbx.LanguageModel, repeats: int) -> None:
-    """The head and the choice of a token alone, for eight rows: of a whole step the noise of the
-    machine is more than what a choice costs."""
+    """Measures the head and the choice of a token alone, for eight rows. The noise of a whole step
+    would exceed the cost of a choice."""
     features = jr.normal(jr.key(0), (8, model.d_model))
     keys = jr.split(jr.key(1), len(features))
 
@@ -147,20 +150,21 @@ def choices(model: mbx.LanguageModel, repeats: int) -> None:
     }
     greedy = compiled(lambda logits, _: mbx.sampling.greedy(logits))
     runs: Competitors = {"greedy again": greedy}
-    for heat, how in ((0.2, ""), (8.0, ", all about as likely")):
+    for temperature, how in ((0.2, ""), (8.0, ", all about equally likely")):
         for name, chosen in filters.items():
-            choose = functools.partial(mbx.sampling.sample, temperature=heat, **chosen)
+            choose = functools.partial(mbx.sampling.sample, temperature=temperature, **chosen)
             runs[name + how] = compiled(choose)
     rows = [
         (name, 1e3 * seconds, 1e3 * seconds * (1 - 1 / ratio))
         for name, (seconds, ratio) in beside(greedy, runs, repeats=repeats).items()
     ]
-    print("The head and the choice, eight rows:\n")
-    print_table(("", "ms per token", "ms more than greedy"), rows)
+    print("The head and the choice of a token, eight rows:\n")
+    print_table(("", "ms per token", "ms above greedy"), rows)
 
 
 def draft_of(model: mbx.LanguageModel, layers: int) -> mbx.LanguageModel:
-    """The first layers of the model: with random weights it is wrong nearly always."""
+    """Returns the first layers of the model as a draft. With random weights, the model rejects
+    almost all of its proposals."""
     blocks = model.layers.unstack()[:layers]
     return mbx.LanguageModel(
         mbx.Unrolled(blocks),
@@ -173,11 +177,11 @@ def draft_of(model: mbx.LanguageModel, layers: int) -> mbx.LanguageModel:
 def speculation(
     model: mbx.LanguageModel, new: int, repeats: int, lookaheads: tuple[int, ...]
 ) -> None:
-    """The two ends: drafts that are always right, and drafts that never are. Between them the
-    speed-up goes with the number of tokens that are accepted."""
+    """Measures the two extremes, drafts that are always accepted and drafts that never are. In
+    between, the speed-up grows with the number of accepted tokens."""
     first = np.array(random_tokens(model, 32))
-    # What a model of random weights says is in the end a cycle: lookup is right about that, and
-    # about a sampled text never.
+    # A model with random weights ends in a cycle when it decodes greedily. Prompt lookup predicts a
+    # cycle perfectly, and a sampled text never.
     cycle = np.concatenate([first, mbx.generate(model, first, 16 if new < 32 else 256).tokens])
     cases: dict[str, tuple[Any, np.ndarray, mbx.Sampling]] = {
         "itself, greedy": (model, first, mbx.Sampling()),
@@ -208,7 +212,7 @@ def speculation(
 
 
 def peer(model: mbx.LanguageModel, new: int) -> None:
-    """Sampling in transformers costs more than the model does in some of its warpers."""
+    """Compares sampling with transformers, some of whose filters cost more than the model."""
     import torch
 
     theirs = transformers_model(model)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree, UInt32
 
-from ._sampling import Sampling
+from ._sampling import Sampling, check_sampling
 from ._stopping import Stopping, stopping_for
 from .sampling import (
     Filters,
@@ -117,11 +117,7 @@ def options_for(
     **Raises:** `ValueError` if an option does not fit the vocabulary or the rows, or if a key is
     needed and missing.
     """
-    if not isinstance(sampling, Sampling):
-        raise ValueError(
-            f"`sampling` must be a `Sampling`, but got {sampling!r}. Give, for example, "
-            "`mbx.Sampling(temperature=0.8)`."
-        )
+    check_sampling(sampling)
     temperature = _per_row(rows, "temperature", sampling.temperature, np.float32)
     filters = Filters(
         _optional(rows, "top_k", sampling.top_k, np.int32, most=vocab_size),

@@ -90,30 +90,34 @@ class Sampling:
                 check_token_ids(f"stop_tokens[{i}]", tokens)
         else:
             check_token_ids("stop_tokens", self.stop_tokens)
-        strings = self.stop_strings
-        if isinstance(strings, str) or not all(isinstance(s, str) and s for s in strings):
-            raise ValueError(
-                f"`stop_strings` must be a list of non-empty strings, but got {strings!r}."
-            )
-        if strings and self.tokenizer is None:
-            raise ValueError(
-                f"`stop_strings` must come with a `tokenizer`, but got stop_strings={strings!r} "
-                "and no tokenizer. Give the `tokenizer` of the model, which knows the text of each "
-                "token."
-            )
+        if self.stop_strings:
+            _check_stop_strings(self.stop_strings, self.tokenizer)
 
 
 def check_supported(function: str, sampling: Sampling, unsupported: Sequence[str]) -> None:
     """Raises `ValueError` if options are set that the function of this name cannot honour."""
+    check_sampling(sampling)
     for name in unsupported:
         value = getattr(sampling, name)
-        default = getattr(GREEDY, name)
-        is_default = value is None if default is None else not np.any(np.asarray(value) != default)
-        if not is_default:
+        if _is_set(name, value):
             raise ValueError(
                 f"`{function}` does not support `{name}`, but got {name}={value!r}. Leave it out, "
                 "or use `generate`."
             )
+
+
+def _is_set(name: str, value: object) -> bool:
+    if name == "temperature":
+        return bool(np.any(np.asarray(value) != 0))
+    return bool(value) if name == "stop_strings" else value is not None
+
+
+def check_sampling(sampling: Sampling) -> None:
+    if not isinstance(sampling, Sampling):
+        raise ValueError(
+            f"`sampling` must be a `Sampling`, but got {sampling!r}. Give, for example, "
+            "`mbx.Sampling(temperature=0.8)`."
+        )
 
 
 def has_rows(stop_tokens: Sequence[int] | Sequence[Sequence[int]]) -> bool:
@@ -123,7 +127,7 @@ def has_rows(stop_tokens: Sequence[int] | Sequence[Sequence[int]]) -> bool:
 
 
 def _check_each(name: str, value: object, check: Callable[[object], None]) -> None:
-    if value is None:
+    if value is None and name != "temperature":
         return
     each = np.asarray(value)
     if each.ndim == 0:
@@ -141,6 +145,18 @@ def _check_each(name: str, value: object, check: Callable[[object], None]) -> No
 def _check_temperature_or_greedy(value: object) -> None:
     if isinstance(value, bool | str) or value != 0:
         check_temperature(value)
+
+
+def _check_stop_strings(strings: Sequence[str], tokenizer: Tokenizer | None) -> None:
+    if isinstance(strings, str) or not all(isinstance(s, str) and s for s in strings):
+        raise ValueError(
+            f"`stop_strings` must be a list of non-empty strings, but got {strings!r}."
+        )
+    if tokenizer is None:
+        raise ValueError(
+            f"`stop_strings` must come with a `tokenizer`, but got stop_strings={strings!r} and no "
+            "tokenizer. Give the `tokenizer` of the model, which knows the text of each token."
+        )
 
 
 def _check_bias(bias: Mapping[int, float] | Array | np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Generation against its meaning: feed everything to the model, choose, repeat."""
+"""Tests of `generate` and `stream` against a naive loop over whole sequences."""
 
 from typing import Any
 
@@ -23,22 +23,22 @@ SAMPLING = mbx.Sampling(**FILTERS)
 
 
 def make(*, stacked=False, padded=VOCAB + 5, scale=60.0):
-    """A small model of decided opinions: few near-ties that rounding could turn over."""
+    """Builds a small model with few near-ties, whose order rounding could reverse."""
     block = mbx.BlockConfig(mbx.Mamba1Config(6, d_inner=10, d_state=4))
     config = mbx.LanguageModelConfig(
         VOCAB, (block,) * 2, padded_vocab_size=padded, tie_embeddings=False
     )
     model = config.build(stacked=stacked, key=jr.key(3))
     assert model.lm_head is not None
-    where = lambda model: (model.embedding.weight, model.lm_head.weight)
-    # Padded rows would win whenever they were allowed to.
+    where = lambda model: (model.embedding.weight, model.lm_head.weight)  # noqa: E731
+    # Rows of padding have the largest logits, so that a missing mask would show.
     head = 4 * model.lm_head.weight
     head = head.at[VOCAB:].set(50 * head[:1])
     model = eqx.tree_at(where, model, (scale * model.embedding.weight, head))
-    # What the mixers say outweighs the last token: the past matters.
-    mixers = lambda model: model.layers.layers.mixer.out_proj.weight
+    # The mixers outweigh the last token, so that the past matters.
+    mixers = lambda model: model.layers.layers.mixer.out_proj.weight  # noqa: E731
     if not stacked:
-        mixers = lambda model: [b.mixer.out_proj.weight for b in model.layers.layers]
+        mixers = lambda model: [b.mixer.out_proj.weight for b in model.layers.layers]  # noqa: E731
     return eqx.tree_at(mixers, model, replace_fn=lambda weight: 30 * weight)
 
 
@@ -47,7 +47,7 @@ PROMPT = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=14)
 
 
 def naive(model, prompt, n, *, key=None, stop=(), **options):
-    """The tokens and their log-probabilities, from the whole sequence every time."""
+    """Returns the tokens and their log-probabilities, running the whole sequence for each token."""
     tokens, log_probs = list(prompt), []
     for _ in range(n):
         padded = jnp.asarray((tokens + [0] * 64)[:64])
@@ -68,7 +68,7 @@ SAMPLE = jax.jit(mbx.sampling.sample)
 
 
 def row(out, i=None):
-    """The real tokens of a row, after checking its padding."""
+    """Returns the real tokens of a row after checking its padding."""
     pick = out if i is None else jax.tree.map(lambda leaf: leaf[i], out)
     n = int(pick.length)
     np.testing.assert_array_equal(pick.tokens[n:], -1)
@@ -78,7 +78,7 @@ def row(out, i=None):
 
 
 @given(PROMPT, st.integers(1, 20), st.booleans())
-def test_generate_is_the_naive_loop(prompt, n, sampling):
+def test_generate_equals_the_naive_loop(prompt, n, sampling):
     options: dict[str, Any] = {"sampling": SAMPLING, "key": KEY} if sampling else {}
     out = mbx.generate(MODEL, prompt, n, **options)
     filters: dict[str, Any] = FILTERS | {"key": KEY} if sampling else {}
@@ -88,7 +88,7 @@ def test_generate_is_the_naive_loop(prompt, n, sampling):
 
 
 @given(PROMPT, st.integers(1, 16), st.sets(st.integers(0, VOCAB - 1), min_size=1, max_size=3))
-def test_a_row_ends_with_its_first_stop_token(prompt, n, stop):
+def test_row_ends_with_its_first_stop_token(prompt, n, stop):
     out = mbx.generate(MODEL, prompt, n, mbx.Sampling(stop_tokens=sorted(stop)))
     tokens, _ = naive(MODEL, prompt, n, stop=stop)
     assert row(out) == tokens
@@ -97,7 +97,7 @@ def test_a_row_ends_with_its_first_stop_token(prompt, n, stop):
 
 @given(st.lists(PROMPT, min_size=3, max_size=3), st.integers(1, 12), st.booleans())
 def test_rows_do_not_influence_each_other(prompts, n, sampling):
-    # Token 0 stops, so that rows end at different times.
+    # Rows end at different times, since token 0 is a stop token.
     options = mbx.Sampling(**FILTERS if sampling else {}, stop_tokens=[0])
     out = mbx.generate(MODEL, prompts, n, options, key=KEY)
     for i, prompt in enumerate(prompts):
@@ -110,7 +110,7 @@ def test_rows_do_not_influence_each_other(prompts, n, sampling):
 
 
 @given(PROMPT, st.integers(1, 12), st.integers(1, 12), st.booleans())
-def test_going_on_from_the_state_is_generating_at_once(prompt, n, m, sampling):
+def test_continuing_equals_generating_at_once(prompt, n, m, sampling):
     options: dict[str, Any] = {"sampling": SAMPLING, "key": KEY} if sampling else {}
     first = mbx.generate(MODEL, prompt, n, **options)
     second = mbx.generate(MODEL, None, m, state=first.state, **options)
@@ -120,14 +120,14 @@ def test_going_on_from_the_state_is_generating_at_once(prompt, n, m, sampling):
 
 
 @given(PROMPT, PROMPT, st.integers(1, 5), st.integers(1, 5))
-def test_a_prompt_after_a_state_comes_after_all_that_was_generated(first, second, n, m):
+def test_prompt_follows_the_tokens_of_the_state(first, second, n, m):
     before = mbx.generate(MODEL, first, n)
     after = mbx.generate(MODEL, second, m, state=before.state)
     assert row(after) == row(mbx.generate(MODEL, first + row(before) + second, m))
     assert int(after.state.position) == len(first) + n + len(second) + m - 1
 
 
-def test_a_batch_goes_on_too():
+def test_batch_continues_from_its_state():
     prompts = [[1], [2, 3, 4]]
     first = mbx.generate(MODEL, prompts, 4)
     second = mbx.generate(MODEL, None, 5, state=first.state)
@@ -142,7 +142,7 @@ def test_a_batch_goes_on_too():
 
 @settings(max_examples=5)
 @given(st.integers(1, 40), st.integers(1, 40))
-def test_a_long_prompt_is_run_in_chunks(a, b):
+def test_long_prompts_run_in_chunks(a, b):
     prompts = [(list(range(VOCAB)) * 4)[:n] for n in (a, b)]
     whole = mbx.generate(MODEL, prompts, 3)
     with pytest.MonkeyPatch.context() as patch:
@@ -155,7 +155,7 @@ def test_a_long_prompt_is_run_in_chunks(a, b):
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_prompts_may_be_arrays():
+def test_prompts_can_be_arrays():
     expected = mbx.generate(MODEL, [1, 2, 3], 4).tokens
     for prompt in [np.array([1, 2, 3], np.uint8), jnp.array([1, 2, 3])]:
         np.testing.assert_array_equal(mbx.generate(MODEL, prompt, 4).tokens, expected)
@@ -163,7 +163,7 @@ def test_prompts_may_be_arrays():
         np.testing.assert_array_equal(mbx.generate(MODEL, prompts, 4).tokens, [expected] * 2)
 
 
-def test_stacked_layers_generate_the_same():
+def test_stacked_layers_generate_the_same_tokens():
     prompts = [[1], [2, 3, 4, 5]]
     expected = mbx.generate(MODEL, prompts, 6)
     out = mbx.generate(make(stacked=True), prompts, 6)
@@ -182,7 +182,7 @@ def test_padded_rows_of_the_vocabulary_are_never_sampled():
     assert exact.log_probs.shape == (1,)
 
 
-def test_the_same_key_gives_the_same_bits_and_another_key_others():
+def test_tokens_depend_on_the_key_only():
     one, two = (mbx.generate(MODEL, [[1], [1]], 12, SAMPLING, key=KEY) for _ in range(2))
     assert eqx.tree_equal(one, two)
     assert row(one, 0) != row(one, 1)
@@ -213,7 +213,7 @@ def test_stream_yields_the_tokens_of_generate(prompt, n, block, sampling):
 
 
 @given(PROMPT, st.integers(0, 12), st.booleans())
-def test_a_stream_that_is_left_goes_on_where_it_was_left(prompt, taken, sampling):
+def test_interrupted_stream_continues_from_its_state(prompt, taken, sampling):
     options: dict[str, Any] = {"sampling": SAMPLING, "key": KEY} if sampling else {}
     whole = row(mbx.generate(MODEL, prompt, 12, **options))
     tokens = mbx.stream(MODEL, prompt, 12, block=8, **options)
@@ -222,19 +222,19 @@ def test_a_stream_that_is_left_goes_on_where_it_was_left(prompt, taken, sampling
     if taken < 12:
         rest = mbx.generate(MODEL, None, 12 - taken, state=tokens.state, **options)
         assert first + row(rest) == whole
-    # To look at the state changes nothing.
+    # Reading the state does not change the stream.
     assert first + list(tokens) == whole
     assert int(tokens.state.position) == len(prompt) + 11
 
 
-def test_stream_goes_on_from_a_state():
+def test_stream_continues_from_a_state():
     first = mbx.generate(MODEL, [1, 2], 3)
     tokens = list(mbx.stream(MODEL, None, 4, state=first.state))
     assert row(first) + tokens == row(mbx.generate(MODEL, [1, 2], 7))
 
 
 class Counting(mbx.AbstractSequenceLayer):
-    """Counts how often its verbs are traced."""
+    """A layer that counts how often its methods are traced."""
 
     layer: mbx.Mamba1
     d_model: int = eqx.field(static=True)
@@ -264,7 +264,7 @@ def counted():
 
 
 def compilations(run):
-    """How often each verb was traced. (JAX traces the body of a loop more than once.)"""
+    """Returns how often each method was traced. (JAX traces the body of a loop more than once.)"""
     before = dict(TRACES)
     run()
     return {verb: TRACES[verb] - before[verb] for verb in TRACES}
@@ -288,16 +288,16 @@ def test_new_lengths_and_values_do_not_recompile():
         "key": jr.key(9),
     }
     assert compilations(lambda: mbx.generate(model, [1] * 20, 7, **others)) == NOTHING
-    # The next bucket of a prompt compiles a prefill, but no loop.
+    # The next compiled size of a prompt compiles another prefill, but not another loop.
     assert compilations(lambda: mbx.generate(model, [1] * 34, 5, **options)) == {
         "scan": first["scan"],
         "step": 0,
     }
-    # There is room in a cache for the prompt and for what is generated.
+    # The capacity of caches covers the prompt and the generated tokens.
     assert all(max_len >= 32 for max_len in MAX_LENS)
 
 
-def test_stream_compiles_once_for_all_its_blocks_and_calls():
+def test_stream_compiles_once_for_all_blocks_and_calls():
     model = counted()
     whole = compilations(lambda: mbx.generate(model, [1], 40))
     first = compilations(lambda: list(mbx.stream(model, [1], 40)))
@@ -306,7 +306,7 @@ def test_stream_compiles_once_for_all_its_blocks_and_calls():
     assert compilations(lambda: list(mbx.stream(model, [2], 23))) == NOTHING
 
 
-def test_stream_begins_before_everything_is_decoded():
+def test_stream_yields_before_all_is_decoded():
     tokens = mbx.stream(MODEL, [1], 2**31 - 1)
     assert [next(tokens) for _ in range(5)] == row(mbx.generate(MODEL, [1], 5))
 
@@ -348,7 +348,7 @@ def test_stream_begins_before_everything_is_decoded():
     ],
     ids=str,
 )
-def test_mistakes_are_told(prompts: Any, options: dict[str, Any], message: str):
+def test_invalid_arguments_raise(prompts: Any, options: dict[str, Any], message: str):
     others = {name: options.pop(name) for name in ("state", "key") if name in options}
     n = options.pop("max_new_tokens", 4)
     with pytest.raises(ValueError, match=message):
@@ -359,7 +359,7 @@ def test_mistakes_are_told(prompts: Any, options: dict[str, Any], message: str):
 
 
 @pytest.mark.usefixtures("as_users_run")
-def test_mistakes_with_states_and_streams_are_told():
+def test_mismatched_states_and_invalid_streams_raise():
     single, batch = mbx.generate(MODEL, [1], 1), mbx.generate(MODEL, [[1], [2]], 1)
     with pytest.raises(ValueError, match="prompts are 2 rows and the state is that of one seq"):
         mbx.generate(MODEL, [[1], [2]], 1, state=single.state)

@@ -1,4 +1,4 @@
-"""Penalties, bias, stop strings, masks and options by row, each against its meaning."""
+"""Tests of penalties, bias, stop strings, masks and options per row."""
 
 import dataclasses
 import importlib.util
@@ -13,19 +13,19 @@ import pytest
 from hypothesis import given, strategies as st
 
 import mamba_eqx as mbx
-from mamba_eqx.text._stop_strings import stop_table
+from mamba_eqx.text import stop_table
 from tests.generation.test_generate import FORWARD, KEY, MODEL, PROMPT, VOCAB, row
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 PENALTIES = mbx.sampling.Penalties(repetition=1.7, presence=0.4, frequency=0.3, window=5)
-# Nothing is said that is among the last three tokens: whoever counts them wrongly says another.
+# No token occurs twice within three positions, so that a wrong window changes the tokens.
 NO_REPEATS = mbx.sampling.Penalties(presence=1e4, window=3)
 
 
 def penalised(logits, tokens, penalties=PENALTIES):
-    """One after another, in numpy."""
+    """Applies the penalties one after the other, in NumPy."""
     logits = np.array(logits, np.float64)
     recent = list(tokens[-penalties.window :])
     factor: Any = penalties.repetition
@@ -52,7 +52,7 @@ def test_penalties_and_bias_change_the_greedy_choice(penalties, prompt, n, banne
         tokens.append(int(np.argmax(logits)))
     assert row(out) == tokens[len(prompt) :]
     assert banned not in row(out)
-    # As an array, and going on from a state, which has kept the last tokens.
+    # The bias as an array, and continuing from a state, which has kept the last tokens.
     dense = jnp.zeros(VOCAB).at[jnp.array(list(bias))].set(jnp.array(list(bias.values())))
     first = mbx.generate(MODEL, prompt, 1, mbx.Sampling(penalties=penalties, logit_bias=dense))
     rest = mbx.generate(
@@ -62,7 +62,7 @@ def test_penalties_and_bias_change_the_greedy_choice(penalties, prompt, n, banne
 
 
 @given(st.lists(st.integers(-1, VOCAB - 1), min_size=1, max_size=9), st.integers(0, 9))
-def test_penalties_are_what_they_say(recent, seed):
+def test_penalties_equal_their_equations(recent, seed):
     logits = np.random.default_rng(seed).standard_normal(VOCAB).astype(np.float32)
     window = jnp.asarray(recent)
     said = [token for token in recent if token >= 0]
@@ -78,7 +78,7 @@ def test_penalties_are_what_they_say(recent, seed):
 
 
 @given(st.integers(0, 99), st.floats(0.05, 1.0))
-def test_typical_p_keeps_the_most_typical(seed, p):
+def test_typical_p_keeps_the_most_typical_tokens(seed, p):
     logits = 2 * np.random.default_rng(seed).standard_normal(VOCAB).astype(np.float32)
     log_probs = np.asarray(jax.nn.log_softmax(jnp.asarray(logits)), np.float64)
     probs = np.exp(log_probs)
@@ -93,7 +93,7 @@ def test_typical_p_keeps_the_most_typical(seed, p):
     importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None,
     reason="needs transformers and torch",
 )
-def test_the_functions_are_those_of_transformers():
+def test_filters_and_penalties_agree_with_transformers():
     import torch
     import transformers.generation.logits_process as theirs
 
@@ -120,7 +120,7 @@ def test_the_functions_are_those_of_transformers():
 
 
 @given(st.lists(PROMPT, min_size=2, max_size=2), st.booleans())
-def test_a_mask_is_a_ragged_list(prompts, left):
+def test_mask_equals_a_ragged_list(prompts, left):
     width = max(map(len, prompts)) + 1
     tokens, mask = np.full((2, width), VOCAB + 3), np.zeros((2, width), bool)
     for i, prompt in enumerate(prompts):
@@ -130,8 +130,8 @@ def test_a_mask_is_a_ragged_list(prompts, left):
     np.testing.assert_array_equal(got.tokens, mbx.generate(MODEL, prompts, 4).tokens)
 
 
-def test_options_by_row():
-    """Each row is as if its options were those of all, greedy ones among sampled ones."""
+def test_options_per_row():
+    """Each row equals a call with its options alone, with greedy rows among sampled rows."""
     options: dict[str, Any] = {
         "temperature": [0.0, 1.5, 0.8],
         "top_k": [VOCAB, 3, 9],
@@ -148,12 +148,12 @@ def test_options_by_row():
 
 
 class Letters:
-    """A tokenizer whose tokens are of several bytes, one of them a part of a character."""
+    """A tokenizer whose tokens have several bytes, with parts of a character among them."""
 
     TEXTS = (b"a", b"b", b"ab", b"ba", b"aab", b"", "é".encode(), b"\xc3", b"\xa9", b"c", b"bb")
     vocab_size = len(TEXTS)
 
-    def __repr__(self) -> str:  # The same in all processes: it is in the names of tests.
+    def __repr__(self) -> str:  # Equal in all processes, since it is part of the names of tests.
         return "Letters()"
 
     def token_bytes(self, token: int) -> bytes:
@@ -173,7 +173,7 @@ STRINGS = st.lists(st.text("abcé", min_size=1, max_size=4), min_size=1, max_siz
 
 
 @given(STRINGS, st.lists(st.integers(0, VOCAB - 1), max_size=30))
-def test_stop_strings_are_found_wherever_they_lie(strings, tokens):
+def test_stop_strings_are_found_across_token_boundaries(strings, tokens):
     table = stop_table(Letters(), strings)
     state, text = 0, b""
     for token in tokens:
@@ -181,7 +181,7 @@ def test_stop_strings_are_found_wherever_they_lie(strings, tokens):
         assert (state == len(table) - 1) == any(s.encode() in text for s in strings)
 
 
-def test_the_table_of_stop_strings_is_made_once_for_each_tokenizer():
+def test_stop_table_is_built_once_for_each_tokenizer():
     letters = Letters()
     table = stop_table(letters, ["ab", "c"])
     assert stop_table(letters, ["ab", "c"]) is table
@@ -191,7 +191,7 @@ def test_the_table_of_stop_strings_is_made_once_for_each_tokenizer():
 
 
 @given(PROMPT, st.integers(1, 16), STRINGS)
-def test_a_row_ends_with_a_stop_string(prompt, n, strings):
+def test_row_ends_with_its_first_stop_string(prompt, n, strings):
     sampling = mbx.Sampling(stop_tokens=[9], stop_strings=strings, tokenizer=Letters())
     out = mbx.generate(MODEL, prompt, n, sampling)
     free, text, want = row(mbx.generate(MODEL, prompt, n)), b"", []
@@ -214,7 +214,7 @@ class Alphabet(Letters):
     TEXTS = tuple(bytes([97 + token]) for token in range(VOCAB))
 
 
-def test_a_stop_string_may_lie_across_the_blocks_of_a_stream():
+def test_stop_string_can_span_the_blocks_of_a_stream():
     sampling = mbx.Sampling(temperature=1.3)
     free = row(mbx.generate(MODEL, [1, 2], 16, sampling, key=KEY))
     text = b"".join(map(Alphabet().token_bytes, free)).decode()
@@ -259,14 +259,53 @@ def test_a_stop_string_may_lie_across_the_blocks_of_a_stream():
     ],
     ids=str,
 )
-def test_mistakes_are_told(prompts: Any, options: dict[str, Any], message: str):
+def test_invalid_options_raise(prompts: Any, options: dict[str, Any], message: str):
     others = {name: options.pop(name) for name in ("mask", "key") if name in options}
     with pytest.raises(ValueError, match=message):
         mbx.generate(MODEL, prompts, 4, mbx.Sampling(**options), **others)
 
 
 @pytest.mark.usefixtures("as_users_run")
-def test_mistakes_with_penalties_are_told():
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": [[0.5]]}, r"`temperature` must be one number, .*shape \(1, 1\)"),
+        ({"temperature": [0.5, -1.0]}, "temperature=-1.0"),
+        ({"top_k": [3, 0]}, "top_k=0"),
+        ({"min_p": 2.0}, "min_p=2.0"),
+        ({"stop_tokens": [[1], ["a"]]}, r"`stop_tokens\[1\]` must be a sequence of integers"),
+        ({"stop_strings": ["a"]}, "must come with a `tokenizer`"),
+        ({"logit_bias": {"a": 1.0}}, "must be token ids, but got 'a'"),
+        ({"logit_bias": [math.inf]}, "must be finite"),
+    ],
+    ids=str,
+)
+def test_sampling_validates_without_a_model(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        mbx.Sampling(**options)
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_unsupported_options_raise():
+    """Functions refuse the options that they cannot honour."""
+    stops = {"stop_strings": ["a"], "tokenizer": Letters()}
+    bias, penalties = {1: 2.0}, mbx.sampling.Penalties()
+    cases: list[dict[str, Any]] = [{"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5}]
+    cases += [{"min_p": 0.5}, {"typical_p": 0.5}, stops]
+    cases += [{"penalties": penalties}, {"logit_bias": bias}]
+    for options in cases:
+        name = next(iter(options))
+        with pytest.raises(ValueError, match=f"`beam_search` does not support `{name}`"):
+            mbx.beam_search(MODEL, [1], 4, mbx.Sampling(**options))
+    with pytest.raises(ValueError, match="`speculate` does not support `stop_strings`"):
+        mbx.speculate(MODEL, MODEL, [1], 4, mbx.Sampling(**stops))
+    for function in (mbx.generate, mbx.stream, mbx.beam_search):
+        with pytest.raises(ValueError, match=r"`sampling` must be a `Sampling`, but got 0\.8"):
+            function(MODEL, [1], 4, 0.8)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_invalid_penalties_raise():
     with pytest.raises(ValueError, match=r"`repetition` .* finite and positive, but got 0"):
         mbx.sampling.Penalties(repetition=0.0)
     with pytest.raises(ValueError, match=r"`window` .* at least 1, but got 0"):

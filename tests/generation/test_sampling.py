@@ -1,4 +1,4 @@
-"""The samplers against what their equations say, written out in numpy."""
+"""Tests of the filters and of drawing against their equations in NumPy."""
 
 import itertools
 
@@ -13,10 +13,10 @@ from hypothesis.extra import numpy as hnp
 import mamba_eqx as mbx
 
 
-# Few distinct values, so that ties are common; zeros of both signs are a tie too.
+# Few distinct values make ties common. Zeros of both signs are tied too.
 VALUES = st.sampled_from([-30.0, -2.0, -0.5, -0.0, 0.0, 0.25, 1.0, 3.0])
 LOGITS = hnp.arrays(np.float32, st.sampled_from([(1,), (2,), (5,), (3, 4)]), elements=VALUES)
-# So many that thresholds lie beyond the largest few, among which they are looked for first.
+# With this many tokens, thresholds lie beyond the few largest, which are searched first.
 MANY = hnp.arrays(np.float32, st.sampled_from([(600,), (2, 513)]), elements=VALUES, fill=VALUES)
 EXCLUDED = -np.inf
 
@@ -32,17 +32,17 @@ def by_row(keep, logits):
 
 
 @given(LOGITS | MANY, st.integers(1, 7) | st.integers(250, 610))
-def test_top_k_keeps_whatever_fewer_than_k_tokens_beat(logits, k):
+def test_top_k_keeps_tokens_with_fewer_than_k_larger_ones(logits, k):
     expected = by_row(lambda row: np.array([(row > x).sum() < k for x in row]), logits)
     np.testing.assert_array_equal(mbx.sampling.top_k(jnp.asarray(logits), k), expected)
 
 
 @pytest.mark.parametrize("k", [1, 40, 127, 128, 129, 300, 5003])
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])  # these have many ties
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])  # float16 has many ties
 def test_top_k_of_a_large_vocabulary(dtype, k):
-    # Of so many, only those in the groups with the largest maxima are looked at.
+    # With this many tokens, only the groups with the largest maxima are searched.
     logits = np.random.default_rng(k).normal(size=(3, 5003)).astype(dtype)
-    # Most of the largest in one group, and in the last one, which is not a full one.
+    # Most of the largest logits are in one group, or in the last group, which is not full.
     logits[1, 640:672] += 5
     logits[2, -11:] += 5
     expected = np.where(logits >= np.sort(logits)[:, -k, None], logits, EXCLUDED)
@@ -50,9 +50,9 @@ def test_top_k_of_a_large_vocabulary(dtype, k):
 
 
 @pytest.mark.parametrize("k", [1, 5, 300])
-def test_of_a_large_vocabulary_top_k_draws_from_what_it_keeps(k):
+def test_top_k_of_a_large_vocabulary_draws_kept_tokens(k):
     logits = np.random.default_rng(k).normal(size=(3, 5003)).astype(np.float32)
-    logits[1, :300] = 6.0  # the largest, all alike
+    logits[1, :300] = 6.0  # the largest logits are tied
     logits[2, -11:] += 5
     kept = np.isfinite(mbx.sampling.top_k(jnp.asarray(logits), k))
     keys = jr.split(jr.key(0), 400)
@@ -63,15 +63,15 @@ def test_of_a_large_vocabulary_top_k_draws_from_what_it_keeps(k):
 
     for tokens, row in zip(np.asarray(run(keys)).T, kept, strict=True):
         assert row[tokens].all()
-        # All of a few come up, and many of many.
+        # All tokens are drawn if few are kept, and many of them if many are kept.
         assert len(np.unique(tokens)) >= min(row.sum(), 150)
 
 
-def test_a_row_draws_the_same_beside_a_row_of_ties():
+def test_draw_does_not_depend_on_ties_in_other_rows():
     one, other = jr.normal(jr.key(0), (2, 5003))
     beside_ties = jnp.stack([one, other.at[:300].set(6.0)])
 
-    # The rows share a key, so that they are not drawn row by row, as they are under `vmap`.
+    # One key for both rows draws them together. Under `vmap` they would be drawn separately.
     for key in jr.split(jr.key(1), 10):
         token = mbx.sampling.sample(jnp.stack([one, other]), key, top_k=5)[0]
         assert mbx.sampling.sample(beside_ties, key, top_k=5)[0] == token
@@ -81,7 +81,7 @@ def test_a_row_draws_the_same_beside_a_row_of_ties():
 def test_top_p_keeps_the_smallest_set_of_at_least_p(logits, p):
     def keep(row):
         probs = softmax(row)
-        # A token stays if those that beat it have less than p together.
+        # A token is kept if the more likely tokens have less than p together.
         beaten = np.array([probs[row > x].sum() for x in row])
         near.append(np.abs(beaten - p).min() < 1e-5)
         return beaten < p
@@ -93,7 +93,7 @@ def test_top_p_keeps_the_smallest_set_of_at_least_p(logits, p):
 
 
 @given(LOGITS)
-def test_top_p_of_one_keeps_everything_of_weight(logits):
+def test_top_p_of_one_keeps_all_tokens_of_positive_weight(logits):
     kept = np.isfinite(mbx.sampling.top_p(jnp.asarray(logits), 1.0))
     assert kept[softmax(logits) > 1e-6].all()
 
@@ -122,7 +122,7 @@ def test_greedy_is_the_first_maximum(logits):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_filters_keep_the_dtype_and_agree_over_dtypes(dtype):
+def test_filters_preserve_and_agree_across_dtypes(dtype):
     logits = jnp.asarray([[0.5, -1.0, 2.0, -0.0], [-3.0, -3.5, -2.0, -8.0]], dtype)
     for name, value in [("top_k", 2), ("top_p", 0.6), ("min_p", 0.1), ("temperature", 0.5)]:
         got = getattr(mbx.sampling, name)(logits, value)
@@ -142,7 +142,7 @@ def draw(logits, **options):
 
 
 def distribution(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None, typical_p=None):
-    """What the filters leave one after the other, of logits without ties."""
+    """Returns the distribution after the filters, for logits without ties."""
     logits = logits.astype(np.float64) / temperature
 
     def only_first(order, probs, share):
@@ -165,7 +165,7 @@ def distribution(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None,
 
 
 def assert_frequencies(got, expected):
-    """Within five standard deviations."""
+    """Asserts that frequencies are within five standard deviations."""
     bound = 5 * np.sqrt(expected * (1 - expected) / N) + 1e-9
     np.testing.assert_array_less(np.abs(got - expected), bound)
 
@@ -196,7 +196,7 @@ SINGLE = [{"top_k": 2}, {"top_p": 0.5}, {"typical_p": 0.5}]
 def test_sample_draws_from_the_filtered_distribution(options):
     expected = distribution(LOGITS_5, **options)
     rows = jnp.tile(jnp.asarray(LOGITS_5), (N, 1))
-    # Rows with a key each, and rows with one key.
+    # One key for each row, and one key for all rows.
     at_once = np.bincount(mbx.sampling.sample(rows, jr.key(1), **options), minlength=5) / N
     for got in (draw(LOGITS_5, **options), at_once):
         np.testing.assert_array_equal(got[expected == 0], 0)
@@ -216,11 +216,11 @@ def test_sample_draws_from_the_filtered_distribution(options):
     ],
     ids=str,
 )
-def test_of_many_tokens_only_kept_ones_are_drawn_and_by_their_probabilities(options):
-    # Tokens of a kind follow each other over tiles, and many are refused before one is kept.
+def test_sample_draws_kept_tokens_of_a_large_vocabulary_by_their_probabilities(options):
+    # The kept tokens spread over several tiles, and many draws are rejected before one is kept.
     logits = np.random.default_rng(0).normal(size=1300).astype(np.float32)
     expected = distribution(logits, **options)
-    # The token at the threshold may go either way, by a rounding error.
+    # Rounding decides about the token at the threshold.
     kept = np.isfinite(filtered(logits, **options))
     assert (kept != (expected > 0)).sum() <= 1
     got = draw(logits, **options)
@@ -239,7 +239,7 @@ def filtered(logits, **options):
 
 
 @given(LOGITS | MANY, st.sampled_from([*SINGLE, FILTERS[-1]]), st.integers(0, 2**31 - 1))
-def test_sample_draws_what_the_filters_keep(logits, options, seed):
+def test_sample_draws_only_kept_tokens(logits, options, seed):
     kept = np.isfinite(filtered(logits, **options))
     tokens = np.asarray(mbx.sampling.sample(jnp.asarray(logits), jr.key(seed), **options))
     assert np.take_along_axis(kept, tokens[..., None], axis=-1).all()
@@ -247,20 +247,20 @@ def test_sample_draws_what_the_filters_keep(logits, options, seed):
 
 @pytest.mark.parametrize("options", [{}, *SINGLE], ids=str)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_no_numbers_end(options, value):
+def test_sampling_non_finite_logits_terminates(options, value):
     logits = jnp.full((2, 4500), value).at[0].set(0.0)
     tokens = mbx.sampling.sample(logits, jr.key(0), **options)
     assert ((tokens >= 0) & (tokens < 4500)).all()
 
 
 @pytest.mark.parametrize("survivors", [[0], [70_000], [3, 40_000]], ids=str)
-def test_no_excluded_token_of_a_large_vocabulary_is_drawn(survivors):
+def test_excluded_tokens_of_a_large_vocabulary_are_never_drawn(survivors):
     logits = jnp.full(70_001, -jnp.inf).at[jnp.asarray(survivors)].set(0.0)
     tokens = {int(mbx.sampling.sample(logits, key)) for key in jr.split(jr.key(1), 30)}
     assert tokens == set(survivors)
 
 
-def test_a_large_vocabulary_is_drawn_from_by_its_probabilities():
+def test_sample_draws_a_large_vocabulary_by_its_probabilities():
     expected = np.zeros(1300)
     expected[[0, 511, 512, 1024, 1299]] = 0.3, 0.2, 0.1, 0.05, 0.35
     with np.errstate(divide="ignore"):
@@ -268,32 +268,32 @@ def test_a_large_vocabulary_is_drawn_from_by_its_probabilities():
     assert_frequencies(got, expected)
 
 
-def test_batches_of_logits_are_drawn_independently():
+def test_rows_are_drawn_independently():
     logits = jnp.tile(jnp.asarray(LOGITS_5), (50, 2, 1))
     tokens = mbx.sampling.sample(logits, jr.key(0))
     assert tokens.shape == (50, 2)
     assert (tokens[:, 0] != tokens[:, 1]).any()
 
 
-def test_the_same_key_draws_the_same():
+def test_same_key_draws_the_same_token():
     logits = jr.normal(jr.key(0), (9,))
     assert mbx.sampling.sample(logits, jr.key(3)) == mbx.sampling.sample(logits, jr.key(3))
 
 
 @pytest.mark.parametrize("options", SINGLE, ids=str)
-def test_outside_of_jit_the_loops_are_compiled_once(options):
+def test_loops_compile_once_outside_jit(options):
     logits = jr.normal(jr.key(0), (3, 1500))
 
     def run(seed):
         mbx.sampling.sample(logits + seed, jr.key(seed), **options)
         filtered(logits + seed, **options)
 
-    run(1)  # also compiles what is met first
+    run(1)  # compiles
     with jax.no_tracing():
         run(2)
 
 
-def test_options_may_be_traced():
+def test_options_can_be_traced():
     logits = jnp.asarray(LOGITS_5)
 
     traces = []
@@ -331,7 +331,7 @@ def test_options_may_be_traced():
         ("min_p", 1.01, "min_p=1.01"),
     ],
 )
-def test_options_out_of_range_are_refused(name, value, message):
+def test_options_out_of_range_raise(name, value, message):
     with pytest.raises(ValueError, match=message):
         getattr(mbx.sampling, name)(jnp.zeros(3), value)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Speculative decoding, beam search and scoring, against plain generation and brute force."""
+"""Tests of speculation, beam search, scoring and prefill against `generate` and brute force."""
 
 import itertools
 from typing import Any
@@ -25,7 +25,7 @@ DRAFTS: dict[str, Any] = {
 
 @pytest.mark.parametrize("draft", DRAFTS)
 @given(PROMPT, st.integers(1, 16), st.booleans())
-def test_greedily_it_is_generate(draft, prompt, n, penalised):
+def test_greedy_speculation_equals_generate(draft, prompt, n, penalised):
     penalties = mbx.sampling.Penalties(repetition=1.4, frequency=0.2, window=6)
     sampling = mbx.Sampling(stop_tokens=[0], penalties=penalties if penalised else None)
     out = mbx.speculate(MODEL, DRAFTS[draft], prompt, n, sampling, lookahead=3)
@@ -39,13 +39,13 @@ def test_greedily_it_is_generate(draft, prompt, n, penalised):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
     assert int(out.accepted) <= int(out.proposed)
     if draft == "itself":
-        # All that fit are accepted, so that every round gives four tokens.
+        # All proposed tokens are accepted, so that every round gives four tokens.
         assert int(out.proposed) == 3 * -(-length // 4)
 
 
 @pytest.mark.parametrize("period", [1, 2, 3])
-def test_lookup_goes_on_with_a_cycle(period):
-    """Not only to the end of what has been said so far."""
+def test_prompt_lookup_continues_a_cycle(period):
+    """The proposal continues beyond the end of the text."""
     cycle = [1, 2, 3][:period]
     others = mbx.sampling.Penalties(presence=500.0, window=period - 1) if period > 1 else None
     out = mbx.speculate(
@@ -60,7 +60,7 @@ def test_lookup_goes_on_with_a_cycle(period):
     assert int(out.accepted) == int(out.proposed) == 9
 
 
-def test_it_goes_on_from_a_state():
+def test_speculation_continues_from_a_state():
     first = mbx.speculate(MODEL, DRAFTS["another"], [1, 2], 5)
     for draft in DRAFTS.values():
         second = mbx.speculate(MODEL, draft, [3], 6, state=first.state)
@@ -69,8 +69,8 @@ def test_it_goes_on_from_a_state():
 
 
 @pytest.mark.slow
-def test_the_distribution_is_that_of_the_model():
-    """The frequencies of all pairs of first tokens, within four standard deviations."""
+def test_sampled_speculation_has_the_distribution_of_the_model():
+    """The frequencies of all pairs of first tokens are within four standard deviations."""
     sampling = mbx.Sampling(temperature=1.4, top_k=4)
     prompt, count = [1, 2, 1], 4000
     logits = FORWARD(MODEL, jnp.asarray(prompt + [0] * 61))[2, :VOCAB]
@@ -86,14 +86,14 @@ def test_the_distribution_is_that_of_the_model():
         out = mbx.speculate(MODEL, DRAFTS["another"], prompt, 2, sampling, lookahead=2, key=key)
         return out.tokens
 
-    # (Over keys a speculation can be mapped: all else is the same.)
+    # A speculation can be mapped over keys, since all else is the same.
     np.add.at(found, tuple(np.asarray(jax.vmap(run)(jr.split(KEY, count))).T), 1)
     deviation = np.sqrt(count * joint * (1 - joint))
     assert (np.abs(found - count * joint) <= 4 * deviation + 1e-9).all()
 
 
 @pytest.mark.usefixtures("as_users_run")
-def test_mistakes_with_drafts_are_told():
+def test_invalid_drafts_raise():
     other = mbx.LanguageModelConfig(7, (mbx.BlockConfig(mbx.Mamba1Config(4)),)).build(key=KEY)
     with pytest.raises(ValueError, match="got vocab_size=7 and vocab_size=11"):
         mbx.speculate(MODEL, other, [1], 3)
@@ -109,7 +109,7 @@ TINY = make(padded=VOCAB)
 
 
 def brute_force(prompt, n, alpha, stop):
-    """All continuations, with their scores."""
+    """Returns all continuations with their scores, the best one first."""
     found: dict[tuple[int, ...], float] = {}
     for tokens in itertools.product(range(VOCAB), repeat=n):
         end = next((i + 1 for i, token in enumerate(tokens) if token in stop), n)
@@ -127,7 +127,7 @@ def brute_force(prompt, n, alpha, stop):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 2.0])
-def test_beam_search_is_brute_force(alpha):
+def test_beam_search_equals_brute_force(alpha):
     prompt, n, stop = [1, 2], 3, (0, 4)
     want = brute_force(prompt, n, alpha, stop)
     out = mbx.beam_search(
@@ -147,7 +147,7 @@ def test_beam_search_is_brute_force(alpha):
 
 @settings(max_examples=5)
 @given(PROMPT, st.sampled_from([1, 7]))
-def test_one_beam_is_greedy(prompt, n):
+def test_one_beam_equals_greedy_decoding(prompt, n):
     out = mbx.beam_search(MODEL, prompt, n, num_beams=1)
     assert out.tokens[0].tolist() == row(mbx.generate(MODEL, prompt, n))
     state = mbx.prefill(MODEL, prompt)
@@ -156,7 +156,7 @@ def test_one_beam_is_greedy(prompt, n):
 
 
 @given(st.lists(PROMPT, min_size=2, max_size=2), st.integers(0, 19))
-def test_scores_are_the_log_probabilities_of_the_tokens(texts: Any, cut: int):
+def test_scores_equal_the_log_probabilities_of_the_tokens(texts: Any, cut: int):
     out = mbx.score(MODEL, texts)
     for i, text in enumerate(texts):
         padded = jnp.asarray((text + [0] * 64)[:64])
@@ -166,7 +166,7 @@ def test_scores_are_the_log_probabilities_of_the_tokens(texts: Any, cut: int):
         assert out.log_probs[i, 0] == 0
         assert (out.log_probs[i, len(text) :] == 0).all()
         np.testing.assert_allclose(out.log_probs[i, 1 : len(text)], want, rtol=1e-3, atol=1e-3)
-    # In two pieces, the state handed over.
+    # Scoring in two pieces, the second from the state of the first.
     text = texts[0] + texts[1]
     cut = min(cut, len(text) - 1) + 1
     whole, first = mbx.score(MODEL, text), mbx.score(MODEL, text[:cut])
@@ -179,7 +179,7 @@ def test_scores_are_the_log_probabilities_of_the_tokens(texts: Any, cut: int):
         np.testing.assert_allclose(whole.perplexity, np.exp(-mean), rtol=1e-5)
 
 
-def test_prefill_is_generate_without_generating():
+def test_generate_continues_from_prefill():
     state = mbx.prefill(MODEL, [1, 2, 3])
     assert row(mbx.generate(MODEL, None, 6, state=state)) == row(mbx.generate(MODEL, [1, 2, 3], 6))
     both = mbx.generate(MODEL, [[4], [5, 6]], 6, state=mbx.fork(state, 2))
@@ -189,7 +189,7 @@ def test_prefill_is_generate_without_generating():
         mbx.fork(both.state, 2)
 
 
-def test_embed_is_the_last_feature():
+def test_embed_returns_the_last_features():
     texts = [[1, 2, 3], [4], [5] * 40]
     out = mbx.embed(MODEL, texts)
     for i, text in enumerate(texts):

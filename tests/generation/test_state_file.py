@@ -1,4 +1,4 @@
-"""A state goes to a file and comes back, for its own model only."""
+"""Tests of saving and loading states."""
 
 import equinox as eqx
 import jax
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("compile_fast")
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("prompts", [[1, 2, 3], [[1], [2, 3]]], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_state_comes_back_as_it_was(tmp_path, stacked, prompts, dtype):
+def test_saved_state_loads_unchanged(tmp_path, stacked, prompts, dtype):
     model = mbx.cast(make(stacked=stacked), jnp.dtype(dtype))
     first = mbx.generate(model, prompts, 4)
     mbx.save_state(tmp_path / "state", first.state, model)
@@ -27,7 +27,7 @@ def test_a_state_comes_back_as_it_was(tmp_path, stacked, prompts, dtype):
     assert eqx.tree_equal(again, want)
 
 
-def test_a_state_of_another_model_is_refused(tmp_path):
+def test_state_of_another_model_raises(tmp_path):
     mbx.save_state(tmp_path / "state", mbx.prefill(MODEL, [1, 2]), MODEL)
     weight = MODEL.embedding.weight
     other = eqx.tree_at(
@@ -38,8 +38,8 @@ def test_a_state_of_another_model_is_refused(tmp_path):
             mbx.load_state(tmp_path / "state", model)
 
 
-def test_a_fingerprint_sees_every_entry():
-    """Also two that change places."""
+def test_fingerprint_depends_on_every_entry():
+    """A swap of two entries changes it too."""
     seen = {fingerprint(MODEL).tobytes()}
     leaves, structure = jax.tree.flatten(MODEL)
     for i, leaf in enumerate(leaves):
@@ -58,7 +58,7 @@ def test_a_fingerprint_sees_every_entry():
                 seen.add(mark)
 
 
-def test_what_is_no_state_is_refused(tmp_path):
+def test_invalid_state_files_raise(tmp_path):
     mbx.save_pretrained(mbx.cast(make(), jnp.float32), tmp_path / "model", layout="state-spaces")
     (tmp_path / "noise").write_bytes(b"\x08" + bytes(40))
     mbx.save_state(tmp_path / "state", mbx.generate(MODEL, [1], 3).state, MODEL)

@@ -1,4 +1,4 @@
-"""A learned initial state, and generation from it."""
+"""Tests of generation from a learned initial state."""
 
 import equinox as eqx
 import jax
@@ -21,7 +21,7 @@ TEXT = jnp.asarray([3, 1, 4, 1, 5, 9, 2, 6])
 
 @pytest.fixture(scope="module")
 def learned():
-    """A state that makes the model say `TEXT`, as far as it can."""
+    """Trains an initial state that makes `TEXT` likely."""
     optimiser = optax.adam(0.3)
 
     @quick
@@ -36,11 +36,11 @@ def learned():
 
     state, losses = MODEL.init_state(), []
     opt_state = optimiser.init(state)
-    with jax.numpy_dtype_promotion("standard"):  # optax wants it.
+    with jax.numpy_dtype_promotion("standard"):  # optax needs it.
         for _ in range(100):
             state, opt_state, value = step(state, opt_state, MODEL)
             losses.append(float(value))
-    assert losses[-1] < 0.7 * losses[0]  # The model was made at random.
+    assert losses[-1] < 0.7 * losses[0]  # The model has random weights.
     return state
 
 
@@ -57,7 +57,7 @@ def naive(prompt, state, n):
     return tokens[len(prompt) :]
 
 
-def test_generation_begins_from_it(learned, tmp_path):
+def test_generation_starts_from_a_learned_state(learned, tmp_path):
     prefix = decoding_state(MODEL, learned, 3)
     want = naive([3, 1], learned, 6)
     assert prefix.recent.tolist() == [-1] * 63 + [3]
@@ -68,8 +68,8 @@ def test_generation_begins_from_it(learned, tmp_path):
     assert eqx.tree_equal(mbx.load_state(tmp_path / "prefix", MODEL), prefix)
 
 
-def test_from_the_empty_past_it_is_a_plain_generation():
-    """Random numbers and penalties included."""
+def test_state_from_the_empty_past_equals_plain_generation():
+    """Random numbers and penalties agree too."""
     key = jr.key(1)
     sampling = mbx.Sampling(temperature=1.0, penalties=mbx.sampling.Penalties(repetition=1.5))
     prefix = decoding_state(MODEL, MODEL.init_state(), 3)
@@ -79,7 +79,7 @@ def test_from_the_empty_past_it_is_a_plain_generation():
     np.testing.assert_array_equal(got.state.recent, want.state.recent)
 
 
-def test_errors(as_users_run):
+def test_invalid_states_raise(as_users_run):
     with pytest.raises(ValueError, match=r"`token` must be within 0\.\.10, but got 11"):
         decoding_state(MODEL, MODEL.init_state(), 11)
     with pytest.raises(ValueError, match="must be a tuple as `init_state` returns it"):
