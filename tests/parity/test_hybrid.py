@@ -94,7 +94,6 @@ THEIRS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 def test_transformers_loads_ours(name, torch, tmp_path):
     architecture = ARCHITECTURES[name.split("_")[0]]
@@ -102,7 +101,6 @@ def test_transformers_loads_ours(name, torch, tmp_path):
     check_they_load(torch, model, tmp_path, architecture, max_shard_size=1000)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", THEIRS)
 def test_ours_loads_transformers(name, torch, tmp_path):
     theirs = their_model(torch, THEIRS[name], name)

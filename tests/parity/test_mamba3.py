@@ -85,7 +85,6 @@ def test_golden_float64(case: str, in_float64: None):
     assert max(off.values()) < 1e-10, off
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", MODELS)
 def test_golden_float32(case: str):
     golden = load_file(GOLDEN / case / "golden.safetensors")
