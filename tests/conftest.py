@@ -16,8 +16,8 @@ from tests.support import hub_server
 from tests.support.hub_server import Hub
 
 
-# Every annotation of the package is checked at run time, shapes included, and no dtype is promoted
-# by accident. (Before the first import of the package.)
+# Annotations of the package are checked at run time, including shapes, and dtypes are not promoted
+# implicitly. The hook must be installed before the first import of the package.
 jaxtyping.install_import_hook("mamba_eqx", "beartype.beartype")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -32,34 +32,36 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.en
 
 @pytest.fixture
 def as_users_run() -> Iterator[None]:
-    """Without the run-time type checks, which users do not have: for tests of our own errors."""
+    """Switches the run-time type checks off, so that tests see the errors that users see."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-# None of the million objects that JAX keeps is garbage; looking for it took a tenth of the time.
+# JAX keeps a million objects, none of which is garbage; searching them took a tenth of the time.
 gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--rest", action="store_true", help="leave out what passed in the last run")
+    parser.addoption("--rest", action="store_true", help="skip tests that passed in the last run")
 
 
-# Compiling is half of the work, and takes half the time without XLA's fusion emitters.
+# Compilation is half of the work, and takes half the time without XLA's fusion emitters.
 FAST = "--xla_cpu_use_fusion_emitters=false"
 
 
 def _xla_knows(flags: str) -> bool:
-    """XLA ends the process at a flag that it does not know, and they come and go."""
+    """Returns whether the installed XLA accepts the flags; an unknown flag ends the process."""
     command = [sys.executable, "-c", "import jax; jax.devices()"]
     env = os.environ | {"XLA_FLAGS": flags}
     return subprocess.run(command, env=env, capture_output=True).returncode == 0
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The processes that run the tests inherit XLA's flags; `XLA_FLAGS= pytest` compiles as users
-    do. What one of them has compiled, the others need not, nor does the next run."""
+    """Sets XLA's flags, and a compilation cache shared by all test processes and later runs.
+
+    `XLA_FLAGS= pytest` compiles as users do.
+    """
     runs_tests = hasattr(config, "workerinput") or not config.getoption("numprocesses", None)
     if not runs_tests and "XLA_FLAGS" not in os.environ and _xla_knows(FAST):
         os.environ["XLA_FLAGS"] = FAST
@@ -72,7 +74,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module")
 def compile_fast() -> Iterator[None]:
-    """For what compiles much and runs little."""
+    """Switches most optimisations off, for tests that compile much and run little."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -82,43 +84,26 @@ _MAPPINGS = 20_000
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs_are_let_go() -> Iterator[None]:
-    """A compiled program has memory mappings of its own. Linux allows a process 65,530 of them, and
-    where there are no more XLA crashes, as it did towards the end of all tests."""
+def release_compiled_programs() -> Iterator[None]:
+    """Drops compiled programs when they hold too many memory mappings.
+
+    Linux allows a process 65,530 mappings. XLA crashes when there are no more, as it did towards
+    the end of a full run.
+    """
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > _MAPPINGS:
         jax.clear_caches()
 
 
-# What compiles much, and is about single features: left to CI, which runs everything.
-SLOW_FILES = {
-    "layers/test_bidirectional.py",
-    "cli/test_checkpoints.py",
-    "cli/test_text.py",
-    "pretrained/test_files_of_others.py",
-    "generation/test_options.py",
-    "training/test_killed_training.py",
-    "training/test_lora.py",
-    "ops/test_mamba3.py",
-    "pretrained/test_hybrid.py",
-    "pretrained/test_mamba2.py",
-    "generation/test_speculate.py",
-    "generation/test_state_file.py",
-    "generation/test_state_tuning.py",
-    "training/test_fit.py",
-    "training/test_step.py",
-}
-
-
-# What passed, for `--rest`.
+# The tests that passed, for `--rest`.
 PASSED = "mamba_eqx/passed"
 passed: set[str] = set()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" and report.passed:
-        passed.add(re.sub(r"@[^\]]*$", "", report.nodeid))  # xdist appends the group
+        passed.add(re.sub(r"@[^\]]*$", "", report.nodeid))  # xdist appends the group's name
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -127,11 +112,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         cache.set(PASSED, sorted(passed))
 
 
-# First, so that marks are there when tests are chosen by them.
+# Runs first, so that the marks exist when tests are selected by them.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is held for one layer runs in one process, which then compiles it once."""
-    from tests.support.registry import VARIANTS  # Not before the hook above.
+    """Marks the laws of the registry's variants slow, and runs each layer's laws in one process.
+
+    That process compiles the layer only once.
+    """
+    from tests.support.registry import VARIANTS  # After the import hook.
 
     for item in items:
         callspec = getattr(item, "callspec", None)
@@ -140,10 +128,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group(str(name)))
             if name in VARIANTS:
                 item.add_marker(pytest.mark.slow)
-        if f"{item.path.parent.name}/{item.path.name}" in SLOW_FILES or item.name.startswith(
-            "test_code_runs[docs/"
-        ):
-            item.add_marker(pytest.mark.slow)
     cache = getattr(config, "cache", None)
     if config.getoption("--rest") and cache is not None:
         done = set(cache.get(PASSED, []))
@@ -151,7 +135,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item.nodeid not in done]
 
 
-# A Hub on this machine.
+# --- A Hub on this machine ---
 
 
 @pytest.fixture(scope="session")
@@ -162,7 +146,7 @@ def server() -> Iterator[Hub]:
 
 @pytest.fixture
 def hub(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """An empty Hub, and nobody logged in; its patience takes no time."""
+    """An empty Hub without a logged-in user; waiting between retries takes no time."""
     from huggingface_hub import constants
 
     server.repositories.clear()

@@ -24,6 +24,7 @@ def test_benchmark_runs(script: str, pytestconfig: pytest.Config):
         if pytestconfig.cache is not None
         else "",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(

@@ -22,12 +22,25 @@ BLOCK = re.compile(
 ANY_BLOCK = re.compile(r"^ *(```|~~~)py", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 
-page = pytest.mark.parametrize(
-    "path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix().removesuffix(".md")
+
+def page_id(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix().removesuffix(".md")
+
+
+page = pytest.mark.parametrize("path", PAGES, ids=page_id)
+# The pages of docs/ train and generate, which takes minutes.
+page_slow_docs = pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path, id=page_id(path), marks=[pytest.mark.slow] if path.parent != ROOT else []
+        )
+        for path in PAGES
+    ],
 )
 
 
-@page
+@page_slow_docs
 def test_code_runs(path: Path, tmp_path, monkeypatch, as_users_run, compile_fast):
     """Runs the blocks of a page one after another in an empty folder.
 

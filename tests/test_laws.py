@@ -205,7 +205,7 @@ def test_dtype_of_recurrence(name: str):
         mask = mbx.recurrence_mask(layer)
         for leaf, recurrence in zip(jax.tree.leaves(layer), jax.tree.leaves(mask), strict=True):
             assert leaf.dtype == (jnp.float32 if recurrence else jnp.bfloat16)
-        is_cache = lambda node: isinstance(node, mbx.KVCache)  # noqa: E731
+        is_cache = lambda node: isinstance(node, mbx.KVCache)
         state = layer.init_state(max_len=128)
         for path, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_cache):
             if isinstance(leaf, mbx.KVCache):

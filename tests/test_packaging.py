@@ -1,4 +1,4 @@
-"""What is built from the repository, and that what is said twice is said alike."""
+"""The built archives are complete, and facts stated in two files agree."""
 
 import re
 import subprocess
@@ -23,14 +23,14 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A folder with a wheel and a source archive, built by the hatchling that is installed."""
+    """A folder with a wheel and a source archive, built by the installed hatchling."""
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "hatchling", "build", "-d", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return folder
 
 
-def test_the_wheel_holds_the_package(built):
+def test_wheel_contains_the_package(built):
     (path,) = built.glob("*.whl")
     with zipfile.ZipFile(path) as wheel:
         names = set(wheel.namelist())
@@ -46,7 +46,7 @@ def test_the_wheel_holds_the_package(built):
     assert size <= 6 * MIB
 
 
-def test_the_source_archive_holds_no_junk(built):
+def test_source_archive_contains_nothing_else(built):
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = [Path(*Path(name).parts[1:]) for name in archive.getnames()]
@@ -70,13 +70,13 @@ def test_the_source_archive_holds_no_junk(built):
     assert path.stat().st_size <= 10 * MIB
 
 
-def test_the_version_is_one():
+def test_version_is_in_changelog():
     version = str(Version(mbx.__version__))
     assert version == mbx.__version__
     assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
-def test_hooks_and_ci_run_the_same_tools():
+def test_hooks_and_ci_use_the_same_versions():
     config = (ROOT / ".pre-commit-config.yaml").read_text("utf-8")
     hooks = {
         Requirement(pin) for pin in re.findall(r'additional_dependencies: \["(.+?)"\]', config)

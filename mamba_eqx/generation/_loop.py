@@ -128,5 +128,5 @@ _Result = TypeVar("_Result", bound=PyTree)
 
 def trim(out: _Result, size: int) -> _Result:
     """Trims a result's `tokens` and `log_probs` from the compiled size to the requested one."""
-    where = lambda out: (out.tokens, out.log_probs)  # noqa: E731
+    where = lambda out: (out.tokens, out.log_probs)
     return eqx.tree_at(where, out, replace_fn=lambda buffer: buffer[..., :size])

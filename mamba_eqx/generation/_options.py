@@ -82,7 +82,7 @@ class Options(eqx.Module):
         """Returns the `in_axes` of `jax.vmap` over rows: 0, except for the stop table, which all
         rows share."""
         axes = jax.tree.map(lambda _: 0, self)
-        is_none = lambda leaf: leaf is None  # noqa: E731
+        is_none = lambda leaf: leaf is None
         return eqx.tree_at(lambda axes: axes.stopping.table, axes, None, is_leaf=is_none)
 
     def _penalised(
@@ -175,7 +175,7 @@ def _optional(
 def _penalties(rows: int | None, penalties: Penalties | None) -> Penalties | None:
     if penalties is None:
         return None
-    value = lambda name, value: jnp.asarray(_per_row(rows, name, value, np.float32))  # noqa: E731
+    value = lambda name, value: jnp.asarray(_per_row(rows, name, value, np.float32))
     return Penalties(
         repetition=value("repetition", penalties.repetition),
         presence=value("presence", penalties.presence),

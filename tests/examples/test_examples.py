@@ -1,4 +1,4 @@
-"""The examples run at small sizes, and what they claim to be equal is."""
+"""The examples run with small sizes, and their claims of equality hold."""
 
 import importlib.util
 import re
@@ -37,7 +37,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs an example and returns what it has printed."""
+    """Runs an example and returns its output."""
 
     def run_example(name: str, *args: str) -> str:
         module = load(name, monkeypatch)
@@ -63,14 +63,14 @@ def test_classify_series(run):
     assert number(r"logits differ by at most (\S+)", out) < 1e-4
 
 
-def test_the_class_of_a_series_is_the_order_of_its_patterns(monkeypatch):
+def test_series_are_labelled_by_the_order_of_patterns(monkeypatch):
     module = load("classify_series", monkeypatch)
     rng = np.random.default_rng(0)
     series, lengths, labels = module.make_series(rng, 50, 64)
     for row, length, label in zip(series[..., 0], lengths, labels, strict=True):
         assert np.all(row[length:] == 100)
         assert np.abs(row[:length]).max() < 10
-        # Each pattern is most like the series where it was put.
+        # Each pattern correlates best with the series where it was inserted.
         windows = np.lib.stride_tricks.sliding_window_view(row[:length], module.WIDTH)
         unit = module.PATTERNS / np.linalg.norm(module.PATTERNS, axis=1, keepdims=True)
         norms = np.linalg.norm(windows, axis=1, keepdims=True)
@@ -84,10 +84,10 @@ def test_encoder(run):
     out = run("encoder", "--steps", "2", "--batch", "2", "--d-model", "8", "--longest", "16")
     sizes = [found.replace(",", "") for found in re.findall(r"([\d,]+) parameters", out)]
     assert len(sizes) == 2
-    assert sizes[0] == sizes[1]  # The comparison is a fair one.
+    assert sizes[0] == sizes[1]  # The compared models are equally large.
 
 
-def test_the_tags_of_letters(monkeypatch):
+def test_letters_are_tagged_first_and_last(monkeypatch):
     module = load("encoder", monkeypatch)
     letters, lengths, tags = module.make_sequences(np.random.default_rng(0), 20, 24)
     for row, length, found in zip(letters, lengths, tags, strict=True):
@@ -105,7 +105,7 @@ def test_hybrid(run):
     assert len(re.findall(r"([\d.]+)% recalled", out)) == 3
 
 
-def test_what_is_asked_was_told(monkeypatch):
+def test_asked_keys_were_given_before(monkeypatch):
     module = load("hybrid", monkeypatch)
     tokens, targets, asked = module.make_recall(np.random.default_rng(0), 20, 8, 5)
     for row, answers in zip(tokens, targets, strict=True):
@@ -125,8 +125,8 @@ def test_policy(run):
     assert number(r"log-probabilities differ by at most (\S+)", out) < 1e-4
 
 
-def test_a_corridor(monkeypatch):
-    """Turning to the side of the colour is right; the next one follows at once."""
+def test_corridor_rewards(monkeypatch):
+    """Turning to the side of the colour is rewarded, and the next corridor starts at once."""
     module = load("policy", monkeypatch)
     env = module.begin(jax.random.key(0), 5)
     seen, keys = [], jax.random.split(jax.random.key(1), 6)

@@ -30,15 +30,15 @@ def make(*, stacked=False, padded=VOCAB + 5, scale=60.0):
     )
     model = config.build(stacked=stacked, key=jr.key(3))
     assert model.lm_head is not None
-    where = lambda model: (model.embedding.weight, model.lm_head.weight)  # noqa: E731
+    where = lambda model: (model.embedding.weight, model.lm_head.weight)
     # Rows of padding have the largest logits, so that a missing mask would show.
     head = 4 * model.lm_head.weight
     head = head.at[VOCAB:].set(50 * head[:1])
     model = eqx.tree_at(where, model, (scale * model.embedding.weight, head))
     # The mixers outweigh the last token, so that the past matters.
-    mixers = lambda model: model.layers.layers.mixer.out_proj.weight  # noqa: E731
+    mixers = lambda model: model.layers.layers.mixer.out_proj.weight
     if not stacked:
-        mixers = lambda model: [b.mixer.out_proj.weight for b in model.layers.layers]  # noqa: E731
+        mixers = lambda model: [b.mixer.out_proj.weight for b in model.layers.layers]
     return eqx.tree_at(mixers, model, replace_fn=lambda weight: 30 * weight)
 
 

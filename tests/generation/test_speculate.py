@@ -74,7 +74,7 @@ def test_sampled_speculation_has_the_distribution_of_the_model():
     sampling = mbx.Sampling(temperature=1.4, top_k=4)
     prompt, count = [1, 2, 1], 4000
     logits = FORWARD(MODEL, jnp.asarray(prompt + [0] * 61))[2, :VOCAB]
-    distribution = lambda x: jax.nn.softmax(mbx.sampling.top_k(mbx.sampling.temperature(x, 1.4), 4))  # noqa: E731
+    distribution = lambda x: jax.nn.softmax(mbx.sampling.top_k(mbx.sampling.temperature(x, 1.4), 4))
     first = np.asarray(distribution(logits), np.float64)
     joint = np.zeros((VOCAB, VOCAB))
     for token in np.flatnonzero(first):

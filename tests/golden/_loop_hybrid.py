@@ -1,22 +1,19 @@
-"""Hybrids of Mamba and attention as a plain loop over tokens, in float64: what witnesses are held
-against.
-
-Imported by `make_golden_hybrid.py`. Nothing of `mamba_eqx` is imported here.
-"""
+"""Hybrids of Mamba and attention as a plain loop over tokens, in float64."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import _loop_mamba2
 import numpy as np
 import torch
-from _witness import Tensors, rms_norm, silu
+
+from tests.golden import _loop_mamba2
+from tests.golden._witness import Tensors, rms_norm, silu
 
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """What a family calls the parts of a model."""
+    """The names of the parts of a model in a family of checkpoints."""
 
     embedding: str
     layer: str
@@ -49,23 +46,24 @@ TRANSFORMERS = Names(
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of the layers, `"1"`, `"2"` (Mamba) or `"a"` (attention) each, and of their parts."""
+    """The kind of each layer, `"1"`, `"2"` (Mamba) or `"a"` (attention), and the sizes of parts."""
 
     names: Names
     kinds: str
     eps: float
     d_inner: int
     d_state: int
-    heads: tuple[int, int, int]  # of queries, of keys, and the features of a head
+    heads: tuple[int, int, int]  # of queries, of keys; features per head
     dt_rank: int = 0
     nheads: int = 0
     ngroups: int = 1
     dt_limit: tuple[float, float] = (0.0, float("inf"))
-    rotary: tuple[int, float, bool] = (0, 1.0, False)  # features, base, of neighbours
+    rotary: tuple[int, float, bool] = (0, 1.0, False)  # features, base, interleaved
     scale: float | None = None
 
 
 def loop(weights: Tensors, tokens: torch.Tensor, sizes: Sizes) -> Tensors:
+    """Runs a hybrid one token and one layer at a time."""
     s, n = sizes, sizes.names
     embedding = weights[n.embedding]
     memory: list[dict[str, Any]] = [{} for _ in s.kinds]
@@ -88,7 +86,7 @@ def loop(weights: Tensors, tokens: torch.Tensor, sizes: Sizes) -> Tensors:
     for i, kind in enumerate(s.kinds):
         for name in ("k", "v") if kind == "a" else ("conv", "ssm"):
             value = memory[i][name]
-            # Heads of a state first, tokens of a cache after them.
+            # The heads come first, then the tokens of a cache.
             if kind != "1" and name != "conv":
                 value = torch.stack(value, dim=1 if kind == "a" else 0)
             answer[f"state.{i}.{name}"] = value
@@ -162,10 +160,10 @@ def _attention(w: Tensors, u: torch.Tensor, memory: dict[str, Any], s: Sizes) ->
     heads = qkv.reshape(-1, headdim)
     q, k, v = heads.split([nheads, nheads_kv, nheads_kv])
     at = len(memory.setdefault("k", []))
-    memory["k"].append(_turned(k, at, s))
+    memory["k"].append(_rotated(k, at, s))
     memory.setdefault("v", []).append(v)
     y = []
-    for head, query in enumerate(_turned(q, at, s)):
+    for head, query in enumerate(_rotated(q, at, s)):
         of = head * nheads_kv // nheads
         scores = torch.stack([(query * key[of]).sum() for key in memory["k"]])
         scores = torch.exp(scores * (headdim**-0.5 if s.scale is None else s.scale))
@@ -174,18 +172,18 @@ def _attention(w: Tensors, u: torch.Tensor, memory: dict[str, Any], s: Sizes) ->
     return _project(w, out, torch.cat(y))
 
 
-def _turned(x: torch.Tensor, at: int, s: Sizes) -> torch.Tensor:
-    """Every pair of features as a complex number, turned."""
-    dim, base, neighbours = s.rotary
+def _rotated(x: torch.Tensor, at: int, s: Sizes) -> torch.Tensor:
+    """Rotates every pair of features as a complex number."""
+    dim, base, interleaved = s.rotary
     if dim == 0:
         return x
-    turn, rest = x[:, :dim], x[:, dim:]
-    pairs = turn.unflatten(1, (-1, 2)) if neighbours else turn.unflatten(1, (2, -1)).mT
+    first, rest = x[:, :dim], x[:, dim:]
+    pairs = first.unflatten(1, (-1, 2)) if interleaved else first.unflatten(1, (2, -1)).mT
     angles = at * base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     cos, sin = torch.cos(angles), torch.sin(angles)
     a, b = pairs.unbind(-1)
     pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    return torch.cat([(pairs if neighbours else pairs.mT).flatten(1), rest], dim=1)
+    return torch.cat([(pairs if interleaved else pairs.mT).flatten(1), rest], dim=1)
 
 
 def _mlp(w: Tensors, x: torch.Tensor) -> torch.Tensor:

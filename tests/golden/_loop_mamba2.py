@@ -1,14 +1,12 @@
-"""Mamba-2 as a plain loop over tokens, in float64: what witnesses are held against.
-
-Imported by `make_golden_mamba2.py`. Nothing of `mamba_eqx` is imported here.
-"""
+"""Mamba-2 as a plain loop over tokens, in float64."""
 
 import dataclasses
 
-import _witness
 import numpy as np
 import torch
-from _witness import Tensors, rms_norm, silu
+
+from tests.golden import _witness
+from tests.golden._witness import Tensors, rms_norm, silu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Sizes:
 
 
 def loop(weights: Tensors, tokens: torch.Tensor, sizes: Sizes) -> Tensors:
-    """One token, one layer and one head at a time: Mamba-2 as its recurrence."""
+    """Runs Mamba-2 as its recurrence, one token, one layer and one head at a time."""
     s = sizes
     d_inner, of_groups = s.nheads * s.headdim, s.ngroups * s.d_state
     channels = d_inner + 2 * of_groups

@@ -1,19 +1,22 @@
-"""The second witness of Mamba-3. Imported by `make_golden_mamba3.py`."""
+"""Mamba-3 as a plain loop over tokens, in float64."""
 
 from typing import Any
 
 import torch
-from _witness import Tensors, rms_norm, silu
+
+from tests.golden._witness import Tensors, rms_norm, silu
 
 
 def heavy_tail(a: torch.Tensor) -> torch.Tensor:
-    """The activation of `dd_A` in the official repository since its pull request 962."""
+    """Computes the activation of `dd_A` in the official repository since its pull request 962."""
     return torch.where(a >= 0, 1 + a, 1 / (1 - torch.clamp(a, max=0)))
 
 
 def loop(weights: Tensors, tokens: torch.Tensor, cfg: Any) -> Tensors:
-    """One token, one layer and one head at a time: Mamba-3 as its recurrence, with complex numbers
-    for the pairs of dimensions."""
+    """Runs Mamba-3 as its recurrence, one token, one layer and one head at a time.
+
+    Rotated pairs of dimensions are complex numbers here.
+    """
     mimo, ranks = cfg.get("is_mimo", False), range(cfg.get("mimo_rank", 1))
     n, p, groups = cfg["d_state"], cfg["headdim"], cfg.get("ngroups", 1)
     turned = int(n * cfg.get("rope_fraction", 0.5)) // 2

@@ -1,7 +1,4 @@
-"""The cases whose witness is the official code: its scan, and its whole language model.
-
-Imported by `make_golden.py`. Nothing of `mamba_eqx` is imported here.
-"""
+"""Cases of the official code for Mamba-1: its scan, and its whole language model."""
 
 import importlib
 import json
@@ -16,8 +13,9 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _witness import (
-    Sizes,
+
+from tests.golden._loop_mamba1 import Sizes, loop
+from tests.golden._witness import (
     Tensors,
     check,
     check_size_of_values,
@@ -30,11 +28,11 @@ from _witness import (
 )
 
 
-# --- the official code --------------------------------------------------------------------------
+# --- the official code ---------------------------------------------------------------------------
 
 
 def import_official(sdist: Path) -> types.SimpleNamespace:
-    """The official modules from source, with stand-ins for their CUDA and Triton parts.
+    """Imports the official modules from source, with stand-ins for their CUDA and Triton parts.
 
     The scan and the norm become the official pure-torch references of the same files.
     """
@@ -43,7 +41,7 @@ def import_official(sdist: Path) -> types.SimpleNamespace:
         package.__path__ = [str(sdist / "mamba_ssm")]  # its `__init__.py` does not run
         modules: dict[str, Any] = sys.modules
         modules["mamba_ssm"] = package
-        for name in ("selective_scan_cuda", "triton", "triton.language"):
+        for name in ("selective_scan_cuda", "triton", "triton.language", "triton.testing"):
             modules[name] = mock.MagicMock(name=name)
             modules[name].Config.return_value.num_warps = 1
         for name in ("modules.mamba2", "modules.mha", "utils.determinism"):
@@ -78,9 +76,8 @@ SCAN_CASES = {"selective_scan_ref": False, "selective_scan_ref_softplus": True}
 
 
 def make_scan(case: str, out: Path, sdist: Path | None) -> None:
-    if sdist is None:
-        print(f"{case}: left out, it needs --official")
-        return
+    """Makes a case of the scan alone, which needs the official code."""
+    assert sdist is not None
     selective_scan_ref = import_official(sdist).selective_scan_ref
     softplus = SCAN_CASES[case]
     seq, d_inner, d_state = 11, 7, 5
@@ -171,6 +168,7 @@ STATE_SPACES_CONFIG = {
 
 
 def make_state_spaces(case: str, out: Path, sdist: Path | None) -> None:
+    """Makes a checkpoint of the official layout from the plain loop."""
     config, ssm = STATE_SPACES_CONFIG, STATE_SPACES_CONFIG["ssm_cfg"]
     d_model, d_inner = config["d_model"], ssm["expand"] * config["d_model"]
     padded = -config["vocab_size"] % config["pad_vocab_size_multiple"] + config["vocab_size"]
@@ -205,7 +203,7 @@ def make_state_spaces(case: str, out: Path, sdist: Path | None) -> None:
         eps=1e-5,
         act="silu",
     )
-    answer = loop_answers(weights, tokens, sizes)
+    answer = loop_answers(loop, weights, tokens, sizes)
     check_size_of_values(answer)
     publish_official(case, config, weights, tokens, answer, out, sdist)
 
@@ -219,14 +217,14 @@ def publish_official(
     out: Path,
     sdist: Path | None,
 ) -> None:
-    """Writes the case as an official checkpoint, once the official model agrees with `answer`."""
+    """Writes a case as an official checkpoint if the official model agrees with `answer`."""
     assert answer["greedy"].max() < config["vocab_size"], "a padding row was chosen"
     renamed: Any = OrderedDict(
         (name.replace("embeddings", "embedding"), w) for name, w in weights.items()
     )
     if "lm_head.weight" not in renamed:
         renamed["lm_head.weight"] = renamed["backbone.embedding.weight"]  # one storage, as upstream
-    # what `Module.state_dict()` carries along, and published files therefore hold
+    # `Module.state_dict()` adds this, so published files contain it.
     renamed._metadata = module_versions(list(renamed))
     answer = {name.replace("embeddings", "embedding"): value for name, value in answer.items()}
     with tempfile.TemporaryDirectory() as temporary:
@@ -234,7 +232,7 @@ def publish_official(
         (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n")
         torch.save(renamed, folder / "pytorch_model.bin")
         if sdist is None:
-            print(f"{case}: from the plain loop alone, --official would check it")
+            print(f"{case}: from the plain loop alone; --official compares it")
         else:
             check(case, official_answers(folder, tokens, sdist), answer)
         save(folder, {"tokens": tokens, **answer})
@@ -242,7 +240,7 @@ def publish_official(
 
 
 def module_versions(names: list[str]) -> OrderedDict[str, dict[str, int]]:
-    """The `_metadata` of a state dict: every module on the way to a parameter, parents first."""
+    """Returns the `_metadata` of a state dict: all modules above a parameter, parents first."""
     modules = OrderedDict()
     for name in names:
         parts = name.split(".")[:-1]
@@ -251,6 +249,7 @@ def module_versions(names: list[str]) -> OrderedDict[str, dict[str, int]]:
 
 
 def official_answers(folder: Path, tokens: torch.Tensor, sdist: Path) -> Tensors:
+    """Runs the official model on a checkpoint, in float64."""
     official = import_official(sdist)
     model = official.MambaLMHeadModel.from_pretrained(str(folder)).double()
     stored = torch.load(folder / "pytorch_model.bin", weights_only=True)

@@ -1,26 +1,25 @@
-"""The case whose witness is the official hybrid of Mamba-2 and attention (`mamba2attn`).
-
-Imported by `make_golden_hybrid.py`. Nothing of `mamba_eqx` is imported here.
-"""
+"""The case of the official hybrid of Mamba-2 and attention (`mamba2attn`)."""
 
 import importlib
 import sys
 import types
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import _witness
 import numpy as np
 import torch
-from _loop_hybrid import OFFICIAL, Sizes, loop, random_weight
-from _official import publish_official
-from _official_mamba2 import import_official_mamba2
+
+from tests.golden._loop_hybrid import OFFICIAL, Sizes, loop, random_weight
+from tests.golden._official import publish_official
+from tests.golden._official_mamba2 import import_official_mamba2
+from tests.golden._witness import check_size_of_values, loop_answers
 
 
 class RotaryEmbedding(torch.nn.Module):
-    """What `flash_attn.layers.rotary.RotaryEmbedding` computes, by the formula of its reference
-    (`apply_rotary_emb_torch`): on the queries, and on the first of keys and values."""
+    """A stand-in for `flash_attn.layers.rotary.RotaryEmbedding`, which needs a GPU.
+
+    It rotates queries and keys by the formula of flash-attn's reference (`apply_rotary_emb_torch`).
+    """
 
     def __init__(self, dim, base, interleaved, device=None):
         super().__init__()
@@ -52,7 +51,7 @@ class RotaryEmbedding(torch.nn.Module):
         return turn(q), torch.stack([turn(k), v], dim=2)
 
 
-# The MLP is rounded up to 128 wide. Everything that `MHA` has is off its default.
+# The width of the MLP is rounded up to 128. Every option of `MHA` differs from its default.
 SEED = 30
 CONFIG = {
     "d_model": 5,
@@ -89,7 +88,9 @@ CONFIG = {
 }
 
 
-def make_official(out: Path, sdist: Path) -> None:
+def make_hybrid(case: str, out: Path, sdist: Path | None) -> None:
+    """Makes the case from the plain loop and the official model."""
+    assert sdist is not None
     config, cfg = CONFIG, CONFIG["attn_cfg"]
     d, width, channels = config["d_model"], 128, (4 + 2 * 2) * 6
     mlp = {"norm2.weight": (d,), "mlp.fc1.weight": (2 * width, d), "mlp.fc2.weight": (d, width)}
@@ -120,7 +121,7 @@ def make_official(out: Path, sdist: Path) -> None:
     rng = np.random.default_rng(SEED)
     weights = {name: random_weight(rng, name, shape) for name, shape in shapes.items()}
     tokens = torch.from_numpy(rng.integers(config["vocab_size"], size=12))
-    sizes: Any = Sizes(
+    sizes = Sizes(
         names=OFFICIAL,
         kinds="2a",
         eps=1e-5,
@@ -131,11 +132,10 @@ def make_official(out: Path, sdist: Path) -> None:
         rotary=(4, 50.0, True),
         scale=cfg["softmax_scale"],
     )
-    with mock.patch.object(_witness, "loop", loop):
-        answer = _witness.loop_answers(weights, tokens, sizes)
-    _witness.check_size_of_values(answer)
+    answer = loop_answers(loop, weights, tokens, sizes)
+    check_size_of_values(answer)
     _import_official(sdist)
-    publish_official("state_spaces_hybrid", config, weights, tokens, answer, out, sdist)
+    publish_official(case, config, weights, tokens, answer, out, sdist)
 
 
 def _import_official(sdist: Path) -> None:

@@ -1,7 +1,4 @@
-"""The cases of Mamba-2 whose witness is the official code: its language model, and its ssd.
-
-Imported by `make_golden_mamba2.py`. Nothing of `mamba_eqx` is imported here.
-"""
+"""Cases of the official code for Mamba-2: its language model, and its ssd."""
 
 import importlib
 import math
@@ -11,19 +8,26 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import _witness
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _loop_mamba2 import Sizes, loop, random_weight
-from _official import import_official, publish_official
-from _witness import Tensors, check, check_size_of_values, honest_float64, publish, save
+
+from tests.golden._loop_mamba2 import Sizes, loop, random_weight
+from tests.golden._official import import_official, publish_official
+from tests.golden._witness import (
+    Tensors,
+    check,
+    check_size_of_values,
+    honest_float64,
+    loop_answers,
+    publish,
+    save,
+)
 
 
 def import_official_mamba2(sdist: Path) -> types.SimpleNamespace:
-    """The official modules from source, the kernels replaced by the references beside them."""
+    """Imports the official modules, with their kernels replaced by their own references."""
     import_official(sdist)
     triton: Any = sys.modules["triton"]
     triton.__version__ = "3.0.0"
@@ -50,7 +54,7 @@ def import_official_mamba2(sdist: Path) -> types.SimpleNamespace:
         )
 
     def chunk_scan(x, dt, A, B, C, *, chunk_size, D, z=None):
-        """The reference, which takes whole chunks only; tokens of dt = 0 change nothing."""
+        """Pads the sequence for the reference, which takes whole chunks; dt = 0 changes nothing."""
         seq = x.shape[1]
         x, dt, B, C = (
             F.pad(t, (0, 0) * (t.dim() - 2) + (0, -seq % chunk_size)) for t in (x, dt, B, C)
@@ -91,8 +95,8 @@ def import_official_mamba2(sdist: Path) -> types.SimpleNamespace:
     return types.SimpleNamespace(ssd_minimal=minimal.ssd_minimal_discrete, chunk_scan=chunk_scan)
 
 
-# Some channels are an MLP's, the skip is per channel, the norm before the gate, and the limit on
-# the step sizes is felt: all that transformers does not have.
+# All options that transformers lacks: some channels belong to an MLP, the skip is per channel, the
+# norm comes before the gate, and the limit of the step sizes clips some of them.
 SEED = 22
 MODEL_CONFIG = {
     "d_model": 13,
@@ -125,7 +129,9 @@ MODEL_CONFIG = {
 }
 
 
-def make_model(case: str, out: Path, sdist: Path) -> None:
+def make_model(case: str, out: Path, sdist: Path | None) -> None:
+    """Makes a checkpoint of the official layout from the plain loop and the official model."""
+    assert sdist is not None
     config, ssm = MODEL_CONFIG, MODEL_CONFIG["ssm_cfg"]
     d_model, d_ssm = config["d_model"], ssm["d_ssm"]
     d_inner, nheads = ssm["expand"] * d_model, d_ssm // ssm["headdim"]
@@ -155,7 +161,7 @@ def make_model(case: str, out: Path, sdist: Path) -> None:
     rng = np.random.default_rng(SEED)
     weights = {name: random_weight(rng, name, shape) for name, shape in shapes.items()}
     tokens = torch.from_numpy(rng.integers(config["vocab_size"], size=15))
-    sizes: Any = Sizes(
+    sizes = Sizes(
         n_layer=config["n_layer"],
         nheads=nheads,
         headdim=ssm["headdim"],
@@ -167,15 +173,15 @@ def make_model(case: str, out: Path, sdist: Path) -> None:
         d_mlp=d_mlp,
         norm_before_gate=ssm["norm_before_gate"],
     )
-    with mock.patch.object(_witness, "loop", loop):
-        answer = _witness.loop_answers(weights, tokens, sizes)
+    answer = loop_answers(loop, weights, tokens, sizes)
     check_size_of_values(answer)
     import_official_mamba2(sdist)
     publish_official(case, config, weights, tokens, answer, out, sdist)
 
 
-def make_ssd(case: str, out: Path, sdist: Path) -> None:
-    """`ssd_minimal_discrete`, which is listing 1 of the paper, from a state that is not zero."""
+def make_ssd(case: str, out: Path, sdist: Path | None) -> None:
+    """Makes `ssd_minimal_discrete` (listing 1 of the paper), from a state that is not zero."""
+    assert sdist is not None
     official = import_official_mamba2(sdist)
     seq, chunk, ngroups, nheads, headdim, d_state = 12, 4, 2, 6, 3, 5
     rng = np.random.default_rng(8)
@@ -238,7 +244,7 @@ def make_ssd(case: str, out: Path, sdist: Path) -> None:
     with honest_float64():
         witness = with_gradients(minimal)
     check(case, witness, with_gradients(plain))
-    print("  and the references of the kernels, from an empty state:")
+    print("  and against the references of the kernels, from an empty state:")
     empty = {"state": np.zeros_like(inputs["state"])}
     with honest_float64():
         theirs, ours = with_gradients(chunk_scan, **empty), with_gradients(minimal, **empty)
@@ -249,9 +255,3 @@ def make_ssd(case: str, out: Path, sdist: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         save(Path(temporary), arrays)
         publish(Path(temporary), out / case)
-
-
-OFFICIAL_CASES: dict[str, Callable[[str, Path, Path], None]] = {
-    "state_spaces_mamba2": make_model,
-    "ssd_minimal": make_ssd,
-}

@@ -1,13 +1,11 @@
-"""The second witness: Mamba-1 as a plain loop over tokens, in float64, and what compares the two.
-
-Imported by `make_golden.py`. Nothing of `mamba_eqx` is imported here.
-"""
+"""Shared by all golden cases: float64 for other people's code, the answers of a plain loop over
+tokens, and the comparison of the two."""
 
 import contextlib
-import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 from unittest import mock
 
 import numpy as np
@@ -24,25 +22,26 @@ GREEDY_MARGIN = 1e-2  # between the two best logits, so that float32 chooses the
 SMALLEST_GRADIENT = 1e-4  # every parameter's largest gradient is above this
 
 Tensors = dict[str, torch.Tensor]
+Sizes = TypeVar("Sizes")
 
 
-# --- float64 in code that says `.float()` -------------------------------------------------------
+# --- float64 in code that calls `.float()` -------------------------------------------------------
 
 
 class OnlyFloat64(TorchDispatchMode):
-    """Raises when any operation, forward or backward, answers in another floating type."""
+    """Raises if any operation, forward or backward, returns another floating-point dtype."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-                assert leaf.dtype == torch.float64, f"{func} answered in {leaf.dtype}"
+                assert leaf.dtype == torch.float64, f"{func} returned {leaf.dtype}"
         return out
 
 
 @contextlib.contextmanager
 def honest_float64() -> Iterator[None]:
-    """Within it, casts to float32 cast to float64, and nothing floating is anything but float64."""
+    """Turns casts to float32 into casts to float64, and checks that nothing else is computed."""
     to: Callable[..., torch.Tensor] = torch.Tensor.to
 
     def widened(value):
@@ -61,80 +60,33 @@ def honest_float64() -> Iterator[None]:
         yield
 
 
-# --- the independent loop -----------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    n_layer: int
-    d_inner: int
-    d_state: int
-    d_conv: int
-    dt_rank: int
-    eps: float
-    act: str
-    select_eps: float | None = None  # of Falcon-Mamba's norms on dt, B and C
+# --- what a loop over tokens answers -------------------------------------------------------------
 
 
 def silu(x):
     return x / (1 + torch.exp(-x))
 
 
-ACTIVATIONS: dict[str, Callable] = {
-    "silu": silu,
-    "gelu": lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,
-}
-
-
 def rms_norm(x, weight, eps):
     return weight * x / torch.sqrt((x * x).sum() / len(x) + eps)
 
 
-def loop(weights: Tensors, tokens: torch.Tensor, sizes: Sizes) -> Tensors:
-    """One token at a time, one layer at a time: Mamba-1 as its recurrence."""
-    s = sizes
-    conv = [torch.zeros(s.d_inner, s.d_conv, dtype=torch.float64) for _ in range(s.n_layer)]
-    ssm = [torch.zeros(s.d_inner, s.d_state, dtype=torch.float64) for _ in range(s.n_layer)]
-    embedding = weights["backbone.embeddings.weight"]
-    head = weights.get("lm_head.weight", embedding)
-    stream: dict[str, list] = {f"hidden_states.{i}": [] for i in range(s.n_layer)}
-    stream |= {"hidden_states.norm_f": [], "logits": []}
-    for token in tokens.tolist():
-        h = embedding[token]
-        for i in range(s.n_layer):
-            w = {
-                name.removeprefix(f"backbone.layers.{i}."): value
-                for name, value in weights.items()
-                if name.startswith(f"backbone.layers.{i}.")
-            }
-            u = rms_norm(h, w["norm.weight"], s.eps)
-            xz = w["mixer.in_proj.weight"] @ u + w.get("mixer.in_proj.bias", 0)
-            x, z = xz[: s.d_inner], xz[s.d_inner :]
-            conv[i] = torch.cat([conv[i][:, 1:], x[:, None]], dim=1)
-            x = (conv[i] * w["mixer.conv1d.weight"][:, 0]).sum(1) + w.get("mixer.conv1d.bias", 0)
-            x = ACTIVATIONS[s.act](x)
-            dbc = w["mixer.x_proj.weight"] @ x
-            dt, b, c = dbc.split([s.dt_rank, s.d_state, s.d_state])
-            if s.select_eps is not None:
-                dt, b, c = (rms_norm(part, 1, s.select_eps) for part in (dt, b, c))
-            dt = w["mixer.dt_proj.weight"] @ dt + w["mixer.dt_proj.bias"]
-            dt = torch.logaddexp(dt, torch.zeros_like(dt))
-            decay = torch.exp(-torch.exp(w["mixer.A_log"]) * dt[:, None])
-            ssm[i] = decay * ssm[i] + (dt * x)[:, None] * b[None, :]
-            y = (ssm[i] * c[None, :]).sum(1) + w["mixer.D"] * x
-            h = h + w["mixer.out_proj.weight"] @ (y * silu(z)) + w.get("mixer.out_proj.bias", 0)
-            stream[f"hidden_states.{i}"].append(h)
-        h = rms_norm(h, weights["backbone.norm_f.weight"], s.eps)
-        stream["hidden_states.norm_f"].append(h)
-        stream["logits"].append(head @ h)
-    answer = {name: torch.stack(rows) for name, rows in stream.items()}
-    for i in range(s.n_layer):
-        answer |= {f"state.{i}.conv": conv[i], f"state.{i}.ssm": ssm[i]}
-    return answer
+def loop_answers(
+    loop: Callable[[Tensors, torch.Tensor, Sizes], Tensors],
+    weights: Tensors,
+    tokens: torch.Tensor,
+    sizes: Sizes,
+) -> Tensors:
+    """Runs a loop over tokens, and adds its loss, the gradients and the greedy continuation.
 
+    **Arguments:**
 
-def loop_answers(weights: Tensors, tokens: torch.Tensor, sizes: Sizes) -> Tensors:
-    """`loop`, its loss, the loss's gradients and the greedy continuation."""
+    - `loop`: a model as a plain loop. It takes the weights, the tokens and the sizes, and returns
+        the logits, the residual stream and the final states.
+    - `weights`: by their names in the checkpoint.
+    - `tokens`: one sequence.
+    - `sizes`: the third argument of `loop`.
+    """
     weights = {name: w.double().clone().requires_grad_() for name, w in weights.items()}
     answer = loop(weights, tokens, sizes)
     surprise = torch.logsumexp(answer["logits"], 1)[:-1]
@@ -148,17 +100,17 @@ def loop_answers(weights: Tensors, tokens: torch.Tensor, sizes: Sizes) -> Tensor
 
 @torch.no_grad()
 def greedy(forward: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-    """Without any cache: the whole sequence again for every token."""
+    """Continues greedily without a cache, running the whole sequence again for every token."""
     for _ in range(GREEDY_TOKENS):
         best = forward(tokens)[-1].topk(2)
         gap = (best.values[0] - best.values[1]).item()
-        assert gap > GREEDY_MARGIN, f"the two best tokens are only {gap} apart: take another seed"
+        assert gap > GREEDY_MARGIN, f"the best tokens are only {gap} apart: change the seed"
         tokens = torch.cat([tokens, best.indices[:1]])
     return tokens[-GREEDY_TOKENS:]
 
 
 def check(case: str, witness: Tensors, ours: Tensors, tolerance: float = TOLERANCE) -> None:
-    """Raises unless every array of the two agrees; prints the largest difference by kind."""
+    """Raises unless all arrays agree; prints the largest difference by kind of array."""
     assert witness.keys() == ours.keys(), witness.keys() ^ ours.keys()
     worst: dict[str, float] = {}
     for name, value in witness.items():
@@ -172,17 +124,18 @@ def check(case: str, witness: Tensors, ours: Tensors, tolerance: float = TOLERAN
 
 
 def save(folder: Path, arrays: Tensors) -> None:
+    """Writes `golden.safetensors`, with token ids as int32."""
     narrow = {torch.int64: torch.int32}
     arrays = {k: v.detach().to(narrow.get(v.dtype, v.dtype)) for k, v in arrays.items()}
     numpy = {k: v.contiguous().numpy() for k, v in arrays.items()}
     save_file(numpy, folder / "golden.safetensors")
 
 
-# --- weights, and whether they are good ones -----------------------------------------------------
+# --- random weights, and checks that they are useful ---------------------------------------------
 
 
 def random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Nothing at its initial value, hidden values of order one, no small gradients."""
+    """Draws a weight such that hidden values are of order one and no gradient is small."""
 
     def normal(scale):
         return scale * rng.standard_normal(shape)
@@ -209,6 +162,7 @@ def random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -
 
 
 def check_size_of_values(answer: Tensors) -> None:
+    """Raises if a gradient is too small, or hidden values too far from one, to show a mistake."""
     gradients = {k: v.abs().max().item() for k, v in answer.items() if k.startswith("grad.")}
     hidden = {k: v.std().item() for k, v in answer.items() if k.startswith("hidden_states.")}
     assert len(answer["greedy"].unique()) > GREEDY_TOKENS // 3, answer["greedy"]
@@ -220,6 +174,7 @@ def check_size_of_values(answer: Tensors) -> None:
 
 
 def publish(folder: Path, to: Path) -> None:
+    """Copies the files of a finished case to their place."""
     to.mkdir(parents=True, exist_ok=True)
     for file in sorted(folder.iterdir()):
         shutil.copyfile(file, to / file.name)

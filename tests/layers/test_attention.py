@@ -70,7 +70,7 @@ def test_gradients_do_not_depend_on_block_size():
         q, k, v = inputs(30)
 
         def gradients(**options):
-            loss = lambda *qkv: jnp.sum(jnp.sin(ops.attention(*qkv, **options)[0]))  # noqa: E731
+            loss = lambda *qkv: jnp.sum(jnp.sin(ops.attention(*qkv, **options)[0]))
             return quick(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
 
         for window in (None, 5):
@@ -164,7 +164,7 @@ def pair(*states):
 
 def many_steps(state, n):
     """Decodes in a loop as `generate` does, but without a batch."""
-    body = lambda carry: (carry[0] + 1, LAYER.step(X[0], carry[1])[1])  # noqa: E731
+    body = lambda carry: (carry[0] + 1, LAYER.step(X[0], carry[1])[1])
     return lax.while_loop(lambda carry: carry[0] < n, body, (0, state))[1]
 
 

@@ -45,6 +45,7 @@ def run_separately(layer: mbx.Bidirectional, x: np.ndarray) -> np.ndarray:
     return np.asarray(run(layer.forward, x)) + np.asarray(run(backward, x[::-1]))[::-1]
 
 
+@pytest.mark.slow
 @names
 @shared
 def test_equals_definition(name: str, shared: bool):
@@ -52,6 +53,7 @@ def test_equals_definition(name: str, shared: bool):
     assert_close(np.asarray(run(layer, x)), run_separately(layer, x), "float32")
 
 
+@pytest.mark.slow
 @names
 @shared
 @given(data=st.data())
@@ -83,6 +85,7 @@ def test_padding_has_no_effect(shared: bool, length: int):
     assert_close(np.asarray(layer(jnp.asarray(x), length=length))[:length], got, "float32")
 
 
+@pytest.mark.slow
 @shared
 @pytest.mark.parametrize("t", range(3, 7))
 def test_outputs_depend_on_their_own_document_only(shared: bool, t: int):
@@ -106,6 +109,7 @@ def test_shared_weights():
     assert_close((of_one.forward, x_bar), (both, x_bar_2), "float32")
 
 
+@pytest.mark.slow
 @names
 def test_vmap_equals_loop(name: str):
     layer = make(name, shared=False)

@@ -17,8 +17,8 @@ def test_weights_equal_scaled_projections():
     weighted = make_layer("mamba1_normed", s, "float32", 0)
     assert isinstance(weighted, mbx.Mamba1)
     of_dt, of_B = np.linspace(0.5, 1.5, s.dt_rank), np.linspace(-2.0, 3.0, s.d_state)
-    norms = lambda layer: (layer.dt_norm, layer.B_norm, layer.C_norm)  # noqa: E731
-    weights = lambda layer: [norm.weight for norm in norms(layer)]  # noqa: E731
+    norms = lambda layer: (layer.dt_norm, layer.B_norm, layer.C_norm)
+    weights = lambda layer: [norm.weight for norm in norms(layer)]
     weighted = eqx.tree_at(weights, weighted, [*map(jnp.float32, (of_dt, of_B, 1 / of_B))])
     without = [
         eqx.nn.RMSNorm(norm.shape, norm.eps, use_weight=False, use_bias=False)

@@ -166,6 +166,7 @@ def test_error_outside_step_saves_checkpoint(tmp_path):
     assert logged(tmp_path / "c") == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_full_disk_warns_then_raises_with_state(tmp_path, monkeypatch):
     """The run warns while it trains, raises at the end, and resumes when there is space again."""
 
@@ -220,6 +221,7 @@ def test_metrics_are_fetched_every_log_every_steps(tmp_path, monkeypatch):
     assert fetched[:3] == [8, 8, 4]
 
 
+@pytest.mark.slow
 def test_train_step_resumes_bit_for_bit(tmp_path):
     """`TrainStep` donates its state before `fit` fetches the metrics of the step."""
 
@@ -286,6 +288,7 @@ def test_progress_bar_counts_tokens(tmp_path, capfd):
     assert "20.0/20.0" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_plots_metrics(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     run(tmp_path, steps=5, evaluate=lambda _: {"score": float("inf")})

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.support import killed_training
 
 
@@ -67,6 +69,7 @@ def assert_same_content(folder, reference):
     assert [line["step"] for line in lines if "size" in line] == [10, 20, 30, 40, 50]
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_bit_for_bit(tmp_path):
     folder = tmp_path / "killed"
     # Kill it at a random moment after its first checkpoint.
@@ -87,6 +90,7 @@ def test_killed_run_resumes_bit_for_bit(tmp_path):
     assert_same_content(folder, tmp_path / "reference")
 
 
+@pytest.mark.slow
 def test_run_killed_many_times_resumes_bit_for_bit(tmp_path):
     folder = tmp_path / "killed"
     ends = []

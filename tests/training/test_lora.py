@@ -61,6 +61,7 @@ def logits(model, lora=None):
     return (model if lora is None else lora.merge(model))(TOKENS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "stacked", "dtype"),
     [
@@ -119,6 +120,7 @@ def test_adapts_any_equinox_model():
     assert not jnp.allclose(merged["heads"].weight, model["heads"].weight)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss():
     """The model is stored in bfloat16 and cast inside the loss."""
     model = mbx.cast(make(), jnp.bfloat16)
@@ -231,6 +233,7 @@ def test_other_adapters_are_refused(tmp_path):
         load_lora(tmp_path, make(tied=True))
 
 
+@pytest.mark.slow
 def test_joins_projections_that_are_several_in_the_file(tmp_path):
     """One pair is saved as three; three that differ are joined into one; one may be missing."""
     from mamba_eqx.formats._safetensors import open_safetensors, write_safetensors
@@ -270,6 +273,7 @@ def test_joins_projections_that_are_several_in_the_file(tmp_path):
 WEIGHTS = "adapter_model.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")  # Warnings of third-party packages.
 def test_peft_parity(tmp_path):

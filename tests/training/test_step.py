@@ -53,6 +53,7 @@ def test_step_applies_the_gradient():
     assert int(state.step) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [None, 4])
 def test_accumulated_gradient_is_that_of_the_whole_batch(rows):
     batch = batch_of(1, rows=4)
@@ -76,6 +77,7 @@ def test_carry_continues_from_batch_to_batch():
     close(metrics["gradient_norm"], optax.tree.norm(gradient_of(pieces[1], first.carry)))
 
 
+@pytest.mark.slow
 def test_gradient_within_window_is_exact():
     """If only the second piece counts and starts with a reset, the first one has no effect."""
     long = batch_of(2, seq=2 * SEQ)
@@ -143,6 +145,7 @@ def test_non_finite_step_changes_nothing(fault):
     assert (state.model.embedding.weight != before[0].embedding.weight).any()
 
 
+@pytest.mark.slow
 def test_trains_any_equinox_model_with_a_custom_loss():
     mlp = eqx.nn.MLP(3, 1, 8, 1, key=jr.key(0))  # Some of its leaves are functions.
     x = jr.normal(jr.key(1), (16, 3))
@@ -165,6 +168,7 @@ def test_trains_any_equinox_model_with_a_custom_loss():
     np.testing.assert_allclose(losses[0], loss(mlp, x, None, None)[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_steps_are_reproducible():
     """The same state gives the same result bit for bit, and each step has its own key."""
     drawn = []
@@ -218,6 +222,7 @@ def test_decay_mask_selects_matrices(name, embeddings):
     assert decayed
 
 
+@pytest.mark.slow
 def test_recipe_matches_adamw_in_numpy():
     """The gradients have norms above and below the norm that they are clipped to."""
     rng = np.random.default_rng(0)

@@ -1,14 +1,11 @@
-"""Makes the golden files of Mamba-3 from the official code, with the machinery of `make_golden.py`.
+"""Cases of the official code for Mamba-3.
 
-    python tests/golden/make_golden_mamba3.py CHECKOUT [--out somewhere]
-
-CHECKOUT is a clone of the official repository. Its kernels need a GPU; but its tests hold them to
-references in plain torch, which compute here in float64: alone (`mamba3_siso`, `mamba3_mimo`), and
-in place of the kernels inside of the official language model (`state_spaces_mamba3`,
-`state_spaces_mamba3_mimo`). Nothing of `mamba_eqx` is imported here.
+Its kernels need a GPU, but its tests compare them with references in plain torch. These compute
+here in float64: alone (`mamba3_ref`), and in place of the kernels inside the official language
+model (`state_spaces_mamba3`, `state_spaces_mamba3_mimo`).
 """
 
-import argparse
+import functools
 import importlib
 import importlib.util
 import json
@@ -20,29 +17,31 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import _witness
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _loop_mamba3 import heavy_tail, loop
-from _official import import_official, module_versions
-from _witness import (
+
+from tests.golden._loop_mamba3 import heavy_tail, loop
+from tests.golden._official import import_official, module_versions
+from tests.golden._witness import (
     Tensors,
     check,
     check_size_of_values,
     greedy,
     honest_float64,
+    loop_answers,
     publish,
     random_weight,
     save,
 )
 
 
-# --- the official code --------------------------------------------------------------------------
+# --- the official code ---------------------------------------------------------------------------
 
 
+@functools.cache
 def import_references(checkout: Path) -> types.SimpleNamespace:
-    """The references of the official tests, and the official model that runs on them."""
+    """Imports the references of the official tests, and the official model, made to run on them."""
     import_official(checkout)
     modules: dict[str, Any] = sys.modules
     for name in (
@@ -72,7 +71,7 @@ def import_references(checkout: Path) -> types.SimpleNamespace:
         return (y, *states) if return_final_states else y
 
     def mimo_kernel(*, dtype, chunk_size, cu_seqlens, return_state, **inputs):
-        del dtype, chunk_size  # The reference needs whole chunks: it gets one.
+        del dtype, chunk_size  # The reference takes whole chunks, so all is one chunk.
         assert cu_seqlens is None
         y, states = mimo_chunk_ref(mimo, **inputs)
         return (y, *states) if return_state else y
@@ -88,7 +87,7 @@ def import_references(checkout: Path) -> types.SimpleNamespace:
 
 
 def zeros_in_float64(*shape: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
-    """`torch.zeros`, of which the official code asks float32."""
+    """Stands in for `torch.zeros`, because the official code asks for float32."""
     del dtype, device
     return torch.from_numpy(np.zeros(shape[0] if len(shape) == 1 else shape))
 
@@ -106,8 +105,10 @@ def mimo_chunk_ref(
     mimo, *, Q, K, V, ADT, DT, Trap, Q_bias, K_bias, MIMO_V, MIMO_Z, MIMO_Out, Angles, D, Z,
     rotary_dim_divisor, chunk_size=None,
 ):  # fmt: skip
-    """`mamba3_MIMO_chunk_ref` (the one that pairs as the kernels do) with the kernel's arguments,
-    and the kernel's states."""
+    """Calls `mamba3_MIMO_chunk_ref` with the kernel's arguments, and returns the kernel's states.
+
+    Of the references, this one pairs dimensions as the kernels do.
+    """
     chunk_size = chunk_size or Q.shape[1]
     sums = torch.cumsum(ADT.unflatten(-1, (-1, chunk_size)), dim=-1)
     angles = mimo.apply_angle_dt_reference(Angles, DT.transpose(1, 2))
@@ -124,7 +125,7 @@ def mimo_chunk_ref(
     return y, (angles[:, -1], ssm.transpose(-1, -2), k, V[:, -1])
 
 
-# --- the recurrences alone ----------------------------------------------------------------------
+# --- the recurrences alone -----------------------------------------------------------------------
 
 SISO = {"seq": 12, "groups": 2, "nheads": 4, "headdim": 3, "d_state": 10, "pairs": 2}
 MIMO = SISO | {"d_state": 8, "rank": 3, "pairs": 2, "divisor": 4}
@@ -133,6 +134,7 @@ OPS: dict[str, dict[str, int]] = {"siso": SISO, "mimo": MIMO, "mimo_full": MIMO_
 
 
 def make_op(name: str, references: Any) -> Tensors:
+    """Runs one of `OPS` in two ways, and returns inputs and answers."""
     s, rng = OPS[name], np.random.default_rng(4)
     rank = (s["rank"],) if "rank" in s else ()
     of_heads = (s["nheads"], *rank)
@@ -207,7 +209,7 @@ def make_op(name: str, references: Any) -> Tensors:
     return inputs | {f"weight.{k}": v for k, v in weights.items()} | witness
 
 
-# --- the language model -------------------------------------------------------------------------
+# --- the language model --------------------------------------------------------------------------
 
 COMMON: dict[str, Any] = {
     "d_model": 10,
@@ -233,7 +235,7 @@ MIMO_CFG = SISO_CFG | {
     "mimo_rank": 3,
     "is_outproj_norm": True,
     "A_floor": 0.3,
-    "A_activation": "softplus",  # Ours; the official code up to 2.3.2 has no other.
+    "A_activation": "softplus",  # A field of ours; the official code up to 2.3.2 has only this.
 }
 MODELS: dict[str, dict[str, Any]] = {
     "state_spaces_mamba3": COMMON | {"ssm_cfg": SISO_CFG},
@@ -258,7 +260,10 @@ def random_parameter(rng: np.random.Generator, name: str, shape: tuple[int, ...]
     return random_weight(rng, name.replace("embedding", "embeddings"), shape)
 
 
-def make_model(case: str, out: Path, references: Any) -> None:
+def make_model(case: str, out: Path, sdist: Path | None) -> None:
+    """Makes a checkpoint of the official layout from the official model on its references."""
+    assert sdist is not None
+    references = import_references(sdist)
     config = MODELS[case]
     cfg = dict(config["ssm_cfg"])
     softplus = cfg.pop("A_activation", "heavy_tail") == "softplus"
@@ -267,13 +272,13 @@ def make_model(case: str, out: Path, references: Any) -> None:
     model_type, mixer = references.model.MambaLMHeadModel, references.mixer
 
     class Activations:
-        """`torch.nn.functional` as the mixer sees it: its softplus of `dd_A` becomes ours."""
+        """A stand-in for `torch.nn.functional`, whose softplus of `dd_A` is the heavy-tail one."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(F, name)
 
         def softplus(self, u: torch.Tensor) -> torch.Tensor:
-            # `dd_A` is a part of what `in_proj` says; the step size is a sum with its bias.
+            # `dd_A` is a view of the output of `in_proj`; the step size is a sum with its bias.
             of_A = getattr(u, "_base", None) is not None
             return heavy_tail(u) if of_A and not softplus else F.softplus(u)
 
@@ -300,13 +305,12 @@ def make_model(case: str, out: Path, references: Any) -> None:
         for name, value in weights.items()
         if name != "lm_head.weight"
     }
-    with mock.patch.object(_witness, "loop", loop):
-        ours = _witness.loop_answers(own, tokens, config["ssm_cfg"])
+    ours = loop_answers(loop, own, tokens, config["ssm_cfg"])
     ours = {k.replace("backbone.embeddings.", "backbone.embedding."): v for k, v in ours.items()}
     for name, value in ours.items():
-        if name.endswith(".angle"):  # The SISO reference reduces it, the MIMO one does not.
-            turn = 2 * torch.pi
-            ours[name] = value + turn * torch.round((answer[name] - value) / turn)
+        if name.endswith(".angle"):  # Only the SISO reference reduces it modulo 2 pi.
+            period = 2 * torch.pi
+            ours[name] = value + period * torch.round((answer[name] - value) / period)
     check(case, answer, ours)
     check_size_of_values(answer)
     assert answer["greedy"].max() < config["vocab_size"], "a padding row was chosen"
@@ -346,25 +350,14 @@ def model_answers(model: Any, tokens: torch.Tensor) -> Tensors:
     return {name: value.detach() for name, value in answer.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("checkout", type=Path, help="a clone of the official repository")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    print(f"torch {torch.__version__}")
-    references = import_references(args.checkout)
+def make_references(case: str, out: Path, sdist: Path | None) -> None:
+    """Makes the case of the recurrences alone."""
+    assert sdist is not None
+    references = import_references(sdist)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         arrays: Tensors = {}
         for name in OPS:
             arrays |= {f"{name}.{k}": v for k, v in make_op(name, references).items()}
         save(folder, arrays)
-        publish(folder, args.out / "mamba3_ref")
-    for case in MODELS:
-        make_model(case, args.out, references)
-
-
-if __name__ == "__main__":
-    main()
+        publish(folder, out / case)
