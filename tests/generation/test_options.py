@@ -37,6 +37,7 @@ def penalised(logits, tokens, penalties=PENALTIES):
     return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalties", [PENALTIES, NO_REPEATS], ids=["all", "window"])
 @given(prompt=PROMPT, n=st.integers(1, 12), banned=st.integers(0, VOCAB - 1))
 def test_penalties_and_bias_change_the_greedy_choice(penalties, prompt, n, banned):

@@ -142,6 +142,7 @@ def test_matches_equations(
     assert_close(got, loop(arrays, state, reset, interleaved), 1e-14)
 
 
+@pytest.mark.slow
 @given(
     seq=st.sampled_from([0, 1, 10]),
     chunk_size=st.sampled_from([1, 4, 5, None]),
@@ -214,6 +215,7 @@ def test_derivatives_match_finite_differences(rank: int | None):
     jax.test_util.check_grads(jax.jit(jax.grad(loss, (0, 1))), both, order=1, modes=["rev"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [1e-30, 1e30])
 def test_extreme_rates_give_finite_gradients(rate: float):
     """Rates are so large that every decay underflows, or so small that nothing decays."""
@@ -278,6 +280,7 @@ def test_outputs_keep_dtype_and_state_is_float32(dtype: str):
     assert (y.dtype, {t.dtype for t in end}) == (dtype, {jnp.dtype("float32")})
 
 
+@pytest.mark.slow
 def test_default_method_holds_nothing_larger_than_x():
     """Neither pass holds the states or the attention of all tokens, or the keys of all heads."""
     seq, heads, headdim, d_state = 512, 2, 8, 16
@@ -297,6 +300,7 @@ def test_default_method_holds_nothing_larger_than_x():
     assert largest("sequential") >= seq * heads * headdim * d_state  # The test would notice.
 
 
+@pytest.mark.slow
 def test_angles_stay_accurate_over_long_sequences():
     """A plain sum would lose four of seven digits."""
     seq, dtype = 4096, "float32"
