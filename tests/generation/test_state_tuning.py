@@ -10,8 +10,8 @@ import pytest
 
 import mamba_eqx as mbx
 from mamba_eqx import decoding_state
-from tests.generation.test_generate import MODEL
 from tests.support.cases import quick
+from tests.support.generation import MODEL
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
