@@ -93,6 +93,12 @@ def test_of_reads_parts_of_modules(bias: bool):
     assert mbx.BlockConfig.of(block).mlp_bias == bias
 
 
+def test_of_reads_ensembles():
+    """The models of an ensemble, stacked along a leading axis, share one config."""
+    make = eqx.filter_vmap(lambda key: mbx.Mamba1(5, key=key))
+    assert mbx.Mamba1Config.of(make(jr.split(jr.key(0), 3))) == mbx.Mamba1Config(5)
+
+
 DELETE = object()
 
 
