@@ -213,6 +213,7 @@ def names_in_docstrings() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "code"), [pytest.param(*b, id=b[0]) for b in blocks()])
 def test_code_in_docstrings_runs(name, code, tmp_path, monkeypatch, as_users_run, compile_fast):
     module = types.ModuleType("code_in_docstring")

@@ -54,6 +54,7 @@ def test_generates_words(model: mbx.LanguageModel):
     assert len(text.split()) > 8
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_logits_match_transformers(model: mbx.LanguageModel):
     torch = pytest.importorskip("torch")

@@ -29,6 +29,7 @@ def example() -> Any:
     return module
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_transformers(tmp_path, monkeypatch, as_users_run):
     import tokenizers
     import transformers

@@ -55,6 +55,7 @@ def wheel(pytestconfig: pytest.Config) -> Callable[[str], zipfile.ZipFile]:
 WEIGHTS = ["fusionmodel01", "fusionmodel02", "srmodel"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_reads_weights_of_opensr_mamba(name, wheel, tmp_path):
@@ -81,6 +82,7 @@ def test_reads_weights_of_opensr_mamba(name, wheel, tmp_path):
         assert got.tobytes() == np.ascontiguousarray(want).tobytes(), key
 
 
+@pytest.mark.slow
 def test_selective_scan_with_trained_parameters(wheel):
     """Our scans agree with the NumPy loop of `typeseg`, inside its model, in both directions."""
     archive = wheel("typeseg==0.2.7")

@@ -88,6 +88,7 @@ print("all is well")
 """
 
 
+@pytest.mark.slow
 def test_loads_onto_four_devices(tmp_path: Path):
     model = make(config(mbx.Mamba1Config(d_model=8, d_state=4), padded_vocab_size=16))
     mbx.save_pretrained(model, tmp_path)

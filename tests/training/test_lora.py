@@ -98,6 +98,7 @@ def test_changes_every_linear_layer_and_nothing_else(kind, stacked, dtype):
             np.testing.assert_allclose(np.asarray(new, np.float32), want, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_adapts_any_equinox_model():
     """`equinox.nn.Linear` is found alone, in attention, and in an ensemble."""
     keys = jr.split(jr.key(0), 5)

@@ -90,6 +90,7 @@ def test_gradient_within_window_is_exact():
     close(gradient_of(second, aux.carry), gradient_of(cut))
 
 
+@pytest.mark.slow
 def test_computes_in_bfloat16_and_updates_in_float32():
     batch = batch_of(3)
     half = training.TrainStep(SGD, compute_dtype=jnp.bfloat16)
