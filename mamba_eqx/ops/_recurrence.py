@@ -37,7 +37,7 @@ def linear_recurrence(
 
     $$h_t = a_t h_{t-1} + b_t.$$
 
-    All `seq` terms are held in memory. [`mamba_eqx.ops.selective_scan`][] avoids this by running
+    All `seq` terms are in memory at once. [`mamba_eqx.ops.selective_scan`][] avoids this by running
     one chunk at a time.
 
     **Arguments:**
@@ -57,9 +57,7 @@ def linear_recurrence(
     All terms $h_t$, shape `(seq, *shape)`, and the state after the last real token, shape
     `(*shape)`.
 
-    **Raises:**
-
-    `ValueError` if `method` is unknown.
+    **Raises:** `ValueError` if `method` is unknown.
     """
     if state is None:
         state = jnp.zeros(b.shape[1:], b.dtype)

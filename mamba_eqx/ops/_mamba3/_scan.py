@@ -74,8 +74,9 @@ def mamba3(
 
     - `x`: the inputs, shape `(seq, nheads, headdim)`.
     - `dt`: the step sizes $\Delta$, shape `(seq, nheads)`. They must be positive (apply softplus
-        before). A step size of zero leaves the hidden state unchanged.
-    - `A`: the negative rate of every head and token, shape `(seq, nheads)`.
+        before), or zero, which leaves the hidden state unchanged.
+    - `A`: the negated rate of decay of every head and token, which is negative, shape
+        `(seq, nheads)`.
     - `B`, `C`: the input and output maps of every token, shared by the heads of a group, shape
         `(seq, rank, ngroups, d_state)`.
     - `D`: the skip connection, shape `(nheads,)`, or `None`.
@@ -103,10 +104,8 @@ def mamba3(
     The outputs of every rank, shape `(seq, rank, nheads, headdim)`, in the dtype of `x`, and the
     state after the last real token, in float32 (float64 if any input is).
 
-    **Raises:**
-
-    `ValueError` if `ngroups` does not divide `nheads`, `angles` has more than `d_state // 2` pairs,
-    `method` is unknown, or `chunk_size` is less than 1.
+    **Raises:** `ValueError` if `ngroups` does not divide `nheads`, `angles` has more than `d_state
+    // 2` pairs, `method` is unknown, or `chunk_size` is less than 1.
     """
     tokens = Tokens(x, dt, A, B, C, trap, angles)
     parameters = Parameters(D, B_bias, C_bias, mimo_x)
@@ -152,7 +151,7 @@ def _sequential(
         if reset is not None:
             state = jax.tree.map(lambda t: keep_where(~reset, t), state)
         y, after = advance(token, parameters, state, interleaved)
-        if real is not None:  # A padding token would otherwise replace the key and the value.
+        if real is not None:  # A padding token would otherwise replace the key and the input.
             after = jax.tree.map(lambda a, b: jnp.where(real, a, b), after, state)
         return after, y
 
