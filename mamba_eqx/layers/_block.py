@@ -47,8 +47,8 @@ class Block(AbstractSequenceLayer[State]):
         - `mlp`: any module that maps one token of shape `(d_model,)` to another, for instance
             [`mamba_eqx.GatedMLP`][]; `None` for a block without an MLP.
         - `rms_norm`: whether the norms are RMSNorm, rather than LayerNorm.
-        - `norm_eps`: a number between 0 and 1, added to the mean square (or the variance) in the
-            norms.
+        - `norm_eps`: a number between 0 and 1 that the norms add to the mean square (or to the
+            variance).
         - `dtype`: the dtype of the norms' parameters; float32 by default (float64 in JAX's 64-bit
             mode).
 
