@@ -1,5 +1,7 @@
-"""Penalties for repeating earlier tokens: functions of logits and of the last tokens. An entry of
--1 is no token, so that a window need not be full."""
+"""Penalties for repeating earlier tokens: functions of logits and of the last tokens.
+
+The last tokens are padded with -1, which is no token, if the text is shorter than the window.
+"""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ def repetition_penalty(
 
     - `logits`: the logits of one position, of shape `(vocab_size,)`.
     - `recent`: the ids of the last tokens, of shape `(window,)`; -1 is no token.
-    - `value`: $\theta$, positive. 1 changes nothing; less than 1 rewards repetition.
+    - `value`: the penalty $\theta$, positive. 1 changes nothing; less than 1 rewards repetition.
 
     **Returns:** the new logits.
     """
@@ -47,7 +49,7 @@ def presence_penalty(
 
     - `logits`: the logits of one position, of shape `(vocab_size,)`.
     - `recent`: the ids of the last tokens, of shape `(window,)`; -1 is no token.
-    - `value`: $\alpha$. 0 changes nothing; less than 0 rewards repetition.
+    - `value`: the penalty $\alpha$. 0 changes nothing; less than 0 rewards repetition.
 
     **Returns:** the new logits.
     """
@@ -67,7 +69,7 @@ def frequency_penalty(
 
     - `logits`: the logits of one position, of shape `(vocab_size,)`.
     - `recent`: the ids of the last tokens, of shape `(window,)`; -1 is no token.
-    - `value`: $\alpha$. 0 changes nothing; less than 0 rewards repetition.
+    - `value`: the penalty $\alpha$. 0 changes nothing; less than 0 rewards repetition.
 
     **Returns:** the new logits.
     """
