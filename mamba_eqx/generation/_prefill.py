@@ -133,7 +133,7 @@ def _begin(
     layers = with_room(state.layers, compiled_size(longest + room))
     if size < window:
         raise ValueError(
-            f"The `penalties` look at the last {window} tokens, but the given `state` contains "
+            f"The `penalties` look at the last {window} tokens, but the `state` given has kept "
             f"{size} of them. Give the same `penalties` when the state is made."
         )
     return _Begin(layers, tokens, position, recent, size)

@@ -25,8 +25,10 @@ class Decoder(Protocol):
         ...
 
     def flush(self) -> str:
-        """Ends the sequence and returns the text that `feed` has held back. The decoder can then be
-        used for another sequence."""
+        """Ends the sequence and resets the decoder for another one.
+
+        **Returns:** the text that `feed` has held back.
+        """
         ...
 
 
