@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ._arguments import check_sequence, check_token
-from ._norm import Norm, norm
+from ._norm import Norm, make_norm
 from ._protocol import AbstractSequenceLayer, Length, Reset, State
 
 
@@ -54,12 +54,12 @@ class Block(AbstractSequenceLayer[State]):
 
         **Raises:** `ValueError` if `norm_eps` is not between 0 and 1.
         """
-        self.norm = norm(mixer.d_model, rms_norm=rms_norm, eps=norm_eps, dtype=dtype)
+        self.norm = make_norm(mixer.d_model, rms_norm=rms_norm, eps=norm_eps, dtype=dtype)
         self.mixer = mixer
         if mlp is None:
             self.norm2 = None
         else:
-            self.norm2 = norm(mixer.d_model, rms_norm=rms_norm, eps=norm_eps, dtype=dtype)
+            self.norm2 = make_norm(mixer.d_model, rms_norm=rms_norm, eps=norm_eps, dtype=dtype)
         self.mlp = mlp
 
     @property

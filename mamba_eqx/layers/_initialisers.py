@@ -5,7 +5,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 
-def dt_bias(
+def init_dt_bias(
     key: PRNGKeyArray,
     shape: tuple[int, ...],
     *,

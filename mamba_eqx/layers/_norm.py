@@ -13,7 +13,7 @@ from .._dtypes import default_dtype
 Norm: TypeAlias = eqx.nn.RMSNorm | eqx.nn.LayerNorm
 
 
-def norm(d_model: int, *, rms_norm: bool, eps: float, dtype: DTypeLike | None) -> Norm:
+def make_norm(d_model: int, *, rms_norm: bool, eps: float, dtype: DTypeLike | None) -> Norm:
     """Makes the norm of a block or of a model.
 
     As in the official code, an RMSNorm has no bias and a LayerNorm has one.

@@ -14,7 +14,7 @@ from ..layers import (
     Norm,
     Reset,
     check_reset_and_length,
-    norm,
+    make_norm,
     product,
 )
 
@@ -82,7 +82,7 @@ class LanguageModel(eqx.Module):
         weight = 0.02 * jr.normal(embedding_key, (rows, d_model), dtype)
         self.embedding = eqx.nn.Embedding(weight=weight)
         self.layers = layers
-        self.norm_f = norm(d_model, rms_norm=rms_norm, eps=norm_eps, dtype=dtype)
+        self.norm_f = make_norm(d_model, rms_norm=rms_norm, eps=norm_eps, dtype=dtype)
         if tie_embeddings:
             self.lm_head = None
         else:

@@ -11,7 +11,7 @@ from ... import ops
 from ..._dtypes import at_least_float32, default_dtype
 from .._arguments import check_sequence, check_token, checked_state
 from .._conv import CausalConv1d
-from .._initialisers import dt_bias
+from .._initialisers import init_dt_bias
 from .._linear import Linear
 from .._protocol import AbstractSequenceLayer, Length, Reset
 from .._recurrence_parameters import RECURRENCE
@@ -155,7 +155,7 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
                 for size in (dt_rank, d_state, d_state)
             )
         self.dt_proj = Linear(dt_rank, d_inner, use_bias=False, dtype=dtype, key=dt_key)
-        self.dt_bias = dt_bias(
+        self.dt_bias = init_dt_bias(
             bias_key,
             (d_inner,),
             dt_min=dt_min,

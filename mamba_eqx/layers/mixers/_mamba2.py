@@ -12,7 +12,7 @@ from ... import ops
 from ..._dtypes import at_least_float32, default_dtype
 from .._arguments import check_sequence, check_token, checked_state
 from .._conv import CausalConv1d
-from .._initialisers import dt_bias
+from .._initialisers import init_dt_bias
 from .._linear import Linear
 from .._norm import GatedRMSNorm
 from .._protocol import AbstractSequenceLayer, Length, Reset
@@ -192,7 +192,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
             key=in_key,
         )
         self.conv1d = CausalConv1d(channels, d_conv, use_bias=conv_bias, dtype=dtype, key=conv_key)
-        self.dt_bias = dt_bias(
+        self.dt_bias = init_dt_bias(
             bias_key,
             (nheads,),
             dt_min=dt_min,

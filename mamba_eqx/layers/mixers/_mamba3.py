@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ... import ops
 from ..._dtypes import at_least_float32, default_dtype
 from .._arguments import check_sequence, check_token, checked_state
-from .._initialisers import dt_bias
+from .._initialisers import init_dt_bias
 from .._linear import Linear
 from .._norm import GatedRMSNorm
 from .._protocol import AbstractSequenceLayer, Length, Reset
@@ -203,7 +203,7 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
         self.A_floor = float(A_floor)
         in_key, dt_key, out_key = jr.split(key, 3)
         self.in_proj = Linear(d_model, sum(self._sizes), use_bias=False, dtype=dtype, key=in_key)
-        self.dt_bias = dt_bias(
+        self.dt_bias = init_dt_bias(
             dt_key,
             (self.nheads,),
             dt_min=dt_min,
