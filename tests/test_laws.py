@@ -76,10 +76,8 @@ mixers_in_float64 = (
 
 
 def test_docs_list_every_law():
-    """Each test is named after a law in the table of the docs, and each law has a test.
-
-    The class docstring of the protocol names a selection of the laws.
-    """
+    """The table of laws in the docs and the tests here match, and the class docstring of the
+    protocol names a selection of these laws."""
     page = (Path(__file__).parents[1] / "docs/api/protocol.md").read_text()
     table = page.partition("| law | statement |")[2].partition("\n\n")[0]
     laws = re.findall(r"^\| ([a-z]+) \|", table, flags=re.MULTILINE)
@@ -270,10 +268,8 @@ def test_pytree(name: str):
     + [(name, s, 3) for name in MIXERS for s in SIZES[1:]],
 )
 def test_gradients(name: str, s: Sizes, seq: int):
-    """The gradients of `scan` equal the gradients of `step` folded.
-
-    They are compared for inputs, parameters and initial state, through outputs and final state.
-    """
+    """The gradients of `scan` equal the gradients of `step` folded: for inputs, parameters and
+    initial state, through the outputs and through the final state."""
     with jax.enable_x64(True):
         layer = make_layer(name, s, "float64", 0)
         x = jnp.asarray(make_inputs(name, s, seq, "float64", 0))
