@@ -35,7 +35,7 @@ class Beams(eqx.Module):
     """The result of [`mamba_eqx.beam_search`][]: continuations, the best one first.
 
     - `tokens`: the new token ids, of shape `(num_beams, max_new_tokens)`, without the prompt. A
-        stop token is the last one. Padded with -1, which is no token.
+        stop token is included, as the last token. Padded with -1, which is not a token id.
     - `length`: the number of real tokens of each continuation, of shape `(num_beams,)`.
     - `log_probs`: the log-probability of each whole continuation, in nats, of shape `(num_beams,)`.
         `-inf` in the last rows if fewer than `num_beams` continuations were found.

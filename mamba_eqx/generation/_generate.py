@@ -95,7 +95,7 @@ def stream(
         recompiles.
 
     **Returns:** a [`mamba_eqx.generation.Stream`][], an iterator over at most `max_new_tokens`
-    token ids. A stop token is the last one.
+    token ids. A stop token is included, as the last token.
 
     **Raises:** `ValueError` in the same cases as `generate`, and for several prompts. `stream`
     itself raises, before the first token is requested.

@@ -35,8 +35,8 @@ def read_prompts(
 ) -> Rows:
     """Validates prompts and removes their padding.
 
-    **Raises:** `ValueError` if the prompts are no token ids of the vocabulary, `mask` or `state` do
-    not fit the prompts, or a prompt is empty without a `state`.
+    **Raises:** `ValueError` if a prompt is not a sequence of token ids of the vocabulary, `mask` or
+    `state` does not fit the prompts, or a prompt is empty without a `state`.
     """
     if mask is not None:
         prompts = _without_padding(prompts, mask)

@@ -21,7 +21,8 @@ class Generation(eqx.Module):
     """The result of [`mamba_eqx.generate`][]. For one prompt there is no batch axis.
 
     - `tokens`: the new token ids, of shape `(rows, max_new_tokens)`, without the prompt. A stop
-        token is included, as the last token of its row. Padded with -1, which is no token.
+        token is included, as the last token of its row. Padded with -1, which is not a token
+        id.
     - `length`: the number of real tokens of each row, of shape `(rows,)`.
     - `log_probs`: the model's own log-probability of each token among the `vocab_size` tokens, in
         nats, before penalties, bias, temperature and filters. Of shape `(rows, max_new_tokens)`; 0

@@ -27,7 +27,7 @@ class Speculation(eqx.Module):
     """The result of [`mamba_eqx.speculate`][].
 
     - `tokens`: the new token ids, of shape `(max_new_tokens,)`, without the prompt. A stop token is
-        the last one. Padded with -1, which is no token.
+        included, as the last token. Padded with -1, which is not a token id.
     - `length`: the number of real tokens.
     - `log_probs`: the model's own log-probability of each token, in nats, before penalties, bias,
         temperature and filters. Of shape `(max_new_tokens,)`; 0 in the padding.

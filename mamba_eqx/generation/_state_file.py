@@ -40,7 +40,7 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> DecodingSt
 
     **Returns:** the state.
 
-    **Raises:** [`mamba_eqx.CheckpointError`][] if the file is damaged or holds something else, or
+    **Raises:** [`mamba_eqx.CheckpointError`][] if the file is damaged or has other content, or
     if the state belongs to a model with other parameters. `FileNotFoundError` if there is no file.
     """
     stored = open_safetensors(path)

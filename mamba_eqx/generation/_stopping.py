@@ -19,7 +19,7 @@ class Stopping(eqx.Module):
     """
 
     tokens: Int[Array, "*batch stop"]
-    """Padded with -1, which is no token."""
+    """Padded with -1, which is not a token id."""
     table: Int[Array, "states vocab"] | None
     """Shared by all rows."""
 

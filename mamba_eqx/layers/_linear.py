@@ -30,7 +30,7 @@ class Linear(eqx.Module):
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
-        """The initialisation is that of the official models (`_init_weights`).
+        """The initialisation is the official one (`_init_weights`).
 
         **Arguments:**
 

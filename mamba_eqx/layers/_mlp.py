@@ -35,8 +35,8 @@ class GatedMLP(eqx.Module):
         """**Arguments:**
 
         - `d_model`: the number of features of the input and the output.
-        - `d_intermediate`: the hidden width. (The official class rounds it up to a multiple of
-            128; this one does not.)
+        - `d_intermediate`: the hidden width. (The official class rounds the width up to a
+            multiple of 128.)
         - `bias`: whether `fc1` and `fc2` have a bias.
         - `residual_scale`: multiplies the initial weight of `fc2`; see [`mamba_eqx.Mamba1`][].
         - `dtype`: the dtype of the parameters; float32 by default (float64 in JAX's 64-bit mode).

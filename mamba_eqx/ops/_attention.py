@@ -37,7 +37,7 @@ class _Queries(NamedTuple):
 
     q: Float[Array, "*block nheads_kv shared headdim"]
     offset: Int[Array, "*block"]
-    """The offset of the query, which is that of the last key it sees."""
+    """The offset of the query, which is also the offset of the last key that it sees."""
     first: Int[Array, "*block"]
     """The offset of the first key it sees."""
 

@@ -49,8 +49,8 @@ def linear_recurrence(
     - `length`: the number of real tokens; later ones are padding. The returned state is the one
         after `length` tokens.
     - `method`: `"sequential"` (a `jax.lax.scan`) or `"associative"` (a `jax.lax.associative_scan`,
-        which has logarithmic depth and is meant for accelerators). `None` selects `"sequential"`,
-        the faster one on a CPU.
+        which has logarithmic depth and suits accelerators). `None` selects `"sequential"`, which
+        is faster on a CPU.
 
     **Returns:**
 

@@ -98,8 +98,8 @@ def ssd(
         after `length` tokens, and the outputs of padding are meaningless.
     - `method`: one of the above; `None` selects `"chunked"`.
     - `chunk_size`: tokens per chunk, at least 1; `None` selects 32, the fastest measured on a CPU
-        (docs/speed.md). Larger chunks are usual on accelerators: upstream uses 256. `"sequential"`
-        ignores it.
+        (docs/speed.md). Larger chunks are usual on accelerators: the official code uses 256.
+        `"sequential"` ignores it.
 
     **Returns:**
 

@@ -37,8 +37,8 @@ def draw_from_prefix(
     """Draws a token from `softmax(logits)` among the tokens of `prefix`, by rejection.
 
     A token is drawn among all tokens, and kept if the tokens before it weigh less than the target.
-    Otherwise neither this token nor any later one is in the prefix, and the next token is drawn
-    from the ones before it. Rejections do not change the distribution of the kept token. As in a
+    Otherwise neither this token nor any later token is in the prefix, and the next token is drawn
+    from the tokens before it. Rejections do not change the distribution of the kept token. As in a
     search with random pivots, each round removes half of the excess on average. A round reads all
     logits once, and one round mostly suffices; finding the largest logits costs ten times as much.
 

@@ -1,6 +1,6 @@
 """Penalties for repeating earlier tokens: functions of logits and of the last tokens.
 
-The last tokens are padded with -1, which is no token, if the text is shorter than the window.
+The last tokens are padded with -1, which is not a token id, if the text is shorter than the window.
 """
 
 import equinox as eqx
@@ -26,7 +26,7 @@ def repetition_penalty(
     **Arguments:**
 
     - `logits`: the logits of one position, of shape `(vocab_size,)`.
-    - `recent`: the ids of the last tokens, of shape `(window,)`; -1 is no token.
+    - `recent`: the ids of the last tokens, of shape `(window,)`, padded with -1.
     - `value`: the penalty $\theta$, positive. 1 changes nothing; less than 1 rewards repetition.
 
     **Returns:** the new logits.
@@ -48,7 +48,7 @@ def presence_penalty(
     **Arguments:**
 
     - `logits`: the logits of one position, of shape `(vocab_size,)`.
-    - `recent`: the ids of the last tokens, of shape `(window,)`; -1 is no token.
+    - `recent`: the ids of the last tokens, of shape `(window,)`, padded with -1.
     - `value`: the penalty $\alpha$. 0 changes nothing; less than 0 rewards repetition.
 
     **Returns:** the new logits.
@@ -68,7 +68,7 @@ def frequency_penalty(
     **Arguments:**
 
     - `logits`: the logits of one position, of shape `(vocab_size,)`.
-    - `recent`: the ids of the last tokens, of shape `(window,)`; -1 is no token.
+    - `recent`: the ids of the last tokens, of shape `(window,)`, padded with -1.
     - `value`: the penalty $\alpha$. 0 changes nothing; less than 0 rewards repetition.
 
     **Returns:** the new logits.

@@ -134,8 +134,9 @@ class Attention(AbstractSequenceLayer[KVCache]):
         - `dtype`: the dtype of the parameters; float32 by default (float64 in JAX's 64-bit mode).
         - `key`: the random key for the initial parameters.
 
-        **Raises:** `ValueError` if a size is not a positive integer or does not divide what it
-        must, a number is not positive, or the rotary embedding does not fit into a head.
+        **Raises:** `ValueError` if a size is not a positive integer, `nheads_kv` does not divide
+        `nheads`, `nheads` does not divide `d_model` and there is no `headdim`, a number is not
+        positive, `rotary_emb_dim` is odd or larger than `headdim`, or an option is invalid.
         """
         nheads_kv, headdim, softmax_scale = check_attention(
             d_model=d_model,

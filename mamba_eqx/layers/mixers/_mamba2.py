@@ -158,8 +158,9 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         - `dtype`: the dtype of the parameters; float32 by default (float64 in JAX's 64-bit mode).
         - `key`: the random key for the initial parameters.
 
-        **Raises:** `ValueError` if a size is not a positive integer or does not divide what it
-        must, a range is empty, or `norm_before_gate` is set without a norm.
+        **Raises:** `ValueError` if a size is not a positive integer, `d_ssm` is larger than
+        `d_inner`, `headdim` does not divide `d_ssm`, `ngroups` does not divide the number of heads,
+        a range is empty, an option is invalid, or `norm_before_gate` is set without a norm.
         """
         d_inner, d_ssm = check_mamba2(
             d_model=d_model,

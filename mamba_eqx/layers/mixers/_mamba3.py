@@ -173,8 +173,9 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
         - `dtype`: the dtype of the parameters; float32 by default (float64 in JAX's 64-bit mode).
         - `key`: the random key for the initial parameters.
 
-        **Raises:** `ValueError` if a size is not a positive integer or does not divide what it
-        must, a range is empty, or an option is invalid.
+        **Raises:** `ValueError` if a size is not a positive integer, `headdim` does not divide
+        `d_inner`, `ngroups` does not divide the number of heads, no pair of dimensions rotates, a
+        range is empty, or an option is invalid.
         """
         d_inner = check_mamba3(
             d_model=d_model,

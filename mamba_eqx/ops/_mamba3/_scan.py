@@ -86,8 +86,9 @@ def mamba3(
     - `B_bias`, `C_bias`: $b^B$ and $b^C$, shape `(nheads, rank, d_state)`.
     - `mimo_x`: the factors of the inputs of every rank, shape `(nheads, rank, headdim)`; ones if
         `None`.
-    - `interleaved`: which dimensions form pair $i$. True selects $(2i, 2i + 1)$, as in the SISO
-        form upstream; false selects $(i, i + \lfloor N / 2 \rfloor)$, as in the MIMO form.
+    - `interleaved`: which dimensions form pair $i$. True selects $(2i, 2i + 1)$, as in the
+        official SISO form; false selects $(i, i + \lfloor N / 2 \rfloor)$, as in the official MIMO
+        form.
     - `state`: the state before the first token, as returned; all zero if `None`. It consists of
         $\theta$ between $-\pi$ and $\pi$, shape `(nheads, pairs)`; $h$, shape `(nheads, headdim,
         d_state)`; the last token's $k$, shape `(rank, nheads, d_state)`; and its $x$, shape
@@ -97,7 +98,8 @@ def mamba3(
         after `length` tokens, and the outputs of padding are meaningless.
     - `method`: one of the above; `None` selects `"chunked"`.
     - `chunk_size`: tokens per chunk, at least 1; `None` selects 32 / `rank` (docs/speed.md). Larger
-        chunks are usual on accelerators: upstream uses 64 / `rank`. `"sequential"` ignores it.
+        chunks are usual on accelerators: the official code uses 64 / `rank`. `"sequential"` ignores
+        it.
 
     **Returns:**
 

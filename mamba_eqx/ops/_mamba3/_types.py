@@ -32,7 +32,7 @@ class State(NamedTuple):
     """The input of the last token."""
 
     def as_tuple(self) -> StateTuple:
-        """Returns a plain tuple, which is another pytree structure than a `NamedTuple`."""
+        """Returns the fields as a plain tuple, whose pytree structure differs from this class's."""
         return self.angle, self.h, self.k, self.x
 
 
