@@ -31,7 +31,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         with open(temporary, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode
         yield temporary
-        # The safetensors package replaces the file by one that only its owner may read.
+        # The safetensors package replaces the file with one that only its owner may read.
         os.chmod(temporary, stat.S_IMODE(mode))
         os.replace(temporary, path)
     finally:
@@ -46,10 +46,10 @@ def atomic_folder(path: str | os.PathLike[str], *, sync: bool = False) -> Iterat
 
     **Arguments:**
 
-    - `path`: the folder. An existing one is removed first, so for a moment there is none, but never
-        an incomplete one.
-    - `sync`: whether to force the content to disk before the rename, and the rename itself after
-        it. Without, a power failure may leave `path` with empty files.
+    - `path`: the folder. An existing folder is removed first, so for a moment there is none, but
+        never an incomplete one.
+    - `sync`: whether to force the content to disk before the rename, and the rename itself
+        afterwards. Otherwise a power failure may leave `path` with empty files.
     """
     path = Path(path)
     with temporary_folder(path) as temporary:
@@ -105,7 +105,7 @@ def rename_all(renames: Iterable[tuple[Path, Path]]) -> None:
 def leftover_of(name: str) -> str | None:
     """Returns the final name of a temporary file or folder, or `None` if `name` is not temporary.
 
-    A temporary name is left behind only if the process is killed while writing or removing.
+    A temporary file or folder remains only if the process is killed while writing or removing.
     """
     found = _TEMPORARY.fullmatch(name)
     return None if found is None else found[1]

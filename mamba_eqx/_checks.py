@@ -11,15 +11,19 @@ import numpy as np
 
 
 def check_positive(name: str, value: object) -> None:
-    """Raises unless `value` is a Python integer of at least 1. (NumPy's integers cannot be written
-    to JSON, hence no size of a model may be one.)"""
+    """Raises unless `value` is a Python integer of at least 1.
+
+    The integers of NumPy are refused, because sizes of models are written to JSON.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` must be an integer of at least 1, but got {name}={value!r}.")
 
 
 def check_count(name: str, value: object) -> None:
-    """Raises unless `value` is an integer of Python or NumPy of at least 1 that an int32 can hold,
-    as compiled loops count in int32."""
+    """Raises unless `value` is an integer (of Python or NumPy) of at least 1 that fits into int32.
+
+    Compiled loops count in int32.
+    """
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value < 2**31:
         raise ValueError(
             f"`{name}` must be an integer of at least 1 and below 2**31, but got {name}={value!r}."

@@ -12,9 +12,9 @@ def default_dtype() -> jnp.dtype:
 
 
 def at_least_float32(*values: Array | DTypeLike | None) -> jnp.dtype:
-    """Returns the dtype in which recurrences are computed and states are stored.
+    """Returns the dtype in which recurrences are computed and hidden states are stored.
 
-    A recurrence multiplies hundreds of factors near one, and in bfloat16 a decay of 0.999 is 1.
+    A recurrence multiplies hundreds of factors near one, and in bfloat16 a factor of 0.999 is 1.
 
     **Arguments:**
 

@@ -14,7 +14,7 @@ def path_name(path: KeyPath) -> str:
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Returns all leaves of a tree by their paths, which are their names in a file."""
+    """Returns the leaves of a tree by their paths, which serve as their names in a file."""
     paths = jax.tree_util.tree_leaves_with_path(tree)
     return {path_name(path): leaf for path, leaf in paths}
 

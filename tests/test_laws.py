@@ -76,8 +76,8 @@ mixers_in_float64 = (
 
 
 def test_docs_list_every_law():
-    """Each test is named after a law in the table of the docs, and each law has a test. The class
-    docstring of the protocol names a selection of the laws."""
+    """The table of laws in the docs and the tests here match, and the class docstring of the
+    protocol names a selection of these laws."""
     page = (Path(__file__).parents[1] / "docs/api/protocol.md").read_text()
     table = page.partition("| law | statement |")[2].partition("\n\n")[0]
     laws = re.findall(r"^\| ([a-z]+) \|", table, flags=re.MULTILINE)
@@ -148,7 +148,7 @@ def test_reset_forgets_nan(name: str):
 @mixers_in_float64
 @given(data=st.data())
 def test_length(name: str, dtype: str, data: Any):
-    """Padding has no effect, even if it holds NaN or asks for a reset."""
+    """`scan` with `length` equals `scan` of the real tokens, even if padding has NaN or resets."""
     with precision(dtype):
         case = make_case(name, data.draw(plans(name, dtype)), dtype)
         n = case.cut
@@ -219,7 +219,7 @@ def test_dtype_of_recurrence(name: str):
 @all_layers
 @given(data=st.data())
 def test_batching(name: str, data: Any):
-    """`vmap` of `scan` and of `step` equals a loop."""
+    """`vmap` of `scan` and of `step` equals a loop over the batch."""
     seeds = data.draw(st.lists(st.integers(0, 9), min_size=3, max_size=3))
     layer, s = make_layer(name, SIZES[0], "float32", 0), SIZES[0]
     empty = layer.init_state(max_len=128)
@@ -251,7 +251,7 @@ def test_pytree(name: str):
     value_and_grad = quick(jax.value_and_grad(lambda layer: jnp.mean(layer(x) ** 2)))
     loss, grads = value_and_grad(layer)
     assert jax.tree.structure(grads) == jax.tree.structure(layer)
-    # NumPy compiles nothing.
+    # NumPy needs no compilation.
     rate = 1e-3 / np.sqrt(sum(np.square(np.asarray(g)).sum() for g in jax.tree.leaves(grads)))
     moved = jax.tree.map(lambda p, g: np.asarray(p) - rate * np.asarray(g), layer, grads)
     assert value_and_grad(moved)[0] < loss
@@ -268,8 +268,8 @@ def test_pytree(name: str):
     + [(name, s, 3) for name in MIXERS for s in SIZES[1:]],
 )
 def test_gradients(name: str, s: Sizes, seq: int):
-    """The gradients of `scan` equal those of `step` folded: for inputs, parameters and initial
-    state, through the outputs and through the final state."""
+    """The gradients of `scan` equal the gradients of `step` folded: for inputs, parameters and
+    initial state, through the outputs and through the final state."""
     with jax.enable_x64(True):
         layer = make_layer(name, s, "float64", 0)
         x = jnp.asarray(make_inputs(name, s, seq, "float64", 0))
@@ -293,7 +293,7 @@ def test_gradients(name: str, s: Sizes, seq: int):
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_gradients_equal_finite_differences(name: str):
-    """The gradients of `scan` are its derivatives."""
+    """The gradients of `scan` equal finite differences."""
     with jax.enable_x64(True):
         layer = make_layer(name, SIZES[0], "float64", 0)
         x = jnp.asarray(make_inputs(name, SIZES[0], 3, "float64", 0))
@@ -309,7 +309,7 @@ def test_gradients_equal_finite_differences(name: str):
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_gradients_in_forward_mode(name: str):
-    """Forward-mode derivatives of `step` folded agree with reverse-mode ones of `scan`."""
+    """Forward-mode derivatives of `step` folded equal reverse-mode derivatives of `scan`."""
     with jax.enable_x64(True):
         layer = make_layer(name, SIZES[0], "float64", 0)
         tangent = make_layer(name, SIZES[0], "float64", 1)
@@ -394,7 +394,7 @@ def test_config_rebuilds_layers(name: str):
     [name if name in MIXERS else pytest.param(name, marks=pytest.mark.slow) for name in EVERYTHING],
 )
 def test_jit(name: str):
-    """Every method gives the same result under `jit`, and new values compile nothing new."""
+    """Every method gives the same result under `jit`, and other values do not recompile."""
     layer, x = fixed_case(name, 7)
     x, state = jnp.asarray(x), layer.init_state(max_len=128)
     reset, length = jnp.arange(7) == 3, jnp.array(5)

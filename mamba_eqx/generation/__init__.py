@@ -1,4 +1,4 @@
-"""Running a model over text: generation, scoring, beam search and speculative decoding."""
+"""Running a model over text: generation, beam search, speculative decoding, and scoring."""
 
 from . import sampling as sampling
 from ._beam_search import Beams as Beams, beam_search as beam_search
@@ -14,7 +14,7 @@ from ._state_file import load_state as load_state, save_state as save_state
 from ._stream import Stream as Stream
 
 
-# The public names. The others are for the other folders of the package.
+# The public names. Other folders of the package may import the other names too.
 __all__ = [
     "Beams",
     "DecodingState",

@@ -35,13 +35,14 @@ class Beams(eqx.Module):
     """The result of [`mamba_eqx.beam_search`][]: continuations, the best one first.
 
     - `tokens`: the new token ids, of shape `(num_beams, max_new_tokens)`, without the prompt. A
-        stop token is the last one. Padded with -1, which is no token.
-    - `length`: the number of real tokens of each continuation.
-    - `log_probs`: the log-probability of each whole continuation, in nats. `-inf` in the last rows
-        if fewer than `num_beams` continuations were found.
+        stop token is included, as the last token. Padded with -1, which is not a token id.
+    - `length`: the number of real tokens of each continuation, of shape `(num_beams,)`.
+    - `log_probs`: the log-probability of each whole continuation, in nats, of shape `(num_beams,)`.
+        `-inf` in the last rows if fewer than `num_beams` continuations were found.
     - `scores`: the scores that the continuations are ordered by,
-        `log_probs / length ** length_penalty`.
-    - `finish`: why each continuation ended, a [`mamba_eqx.generation.FinishReason`][].
+        `log_probs / length ** length_penalty`, of shape `(num_beams,)`.
+    - `finish`: why each continuation ended, of shape `(num_beams,)`: values of
+        [`mamba_eqx.generation.FinishReason`][].
     """
 
     tokens: Int[Array, "beams new"]
@@ -61,14 +62,15 @@ def beam_search(
     length_penalty: float = 1.0,
     state: DecodingState | None = None,
 ) -> Beams:
-    r"""Searches for the most probable continuations of one prompt. At every length, only the
-    `num_beams` most probable unfinished continuations are kept. A continuation ends with a stop
-    token or at `max_new_tokens`, and scores
+    r"""Searches for the most probable continuations of one prompt.
+
+    At every length, only the `num_beams` most probable unfinished continuations are kept. A
+    continuation ends with a stop token or at `max_new_tokens`. The score of $n$ tokens is
 
     $$\frac{1}{n^\alpha} \sum_{t=1}^{n} \log p_t.$$
 
     The search ends when no unfinished continuation can still score more than the worst of
-    `num_beams` finished ones (transformers' `early_stopping="never"`). To fork a beam is to copy a
+    `num_beams` finished ones (transformers' `early_stopping="never"`). Forking a beam copies its
     state.
 
     Reference: Wu et al., *Google's Neural Machine Translation System* (2016), section 7, without
@@ -179,7 +181,7 @@ def _search(
         scores=jnp.full(num_beams, -jnp.inf),
         finish=jnp.zeros(num_beams, int),
     )
-    # All beams are equal at first, so that only one of them may be continued.
+    # All beams are equal at first, so that only one of them must be continued.
     only_one = eqx.tree_at(lambda beams: beams.log_probs, none, none.log_probs.at[0].set(0))
     begin = _Search(state.layers, state.token, only_one, none, jnp.zeros((), int))
     end = lax.while_loop(is_running, advance, begin)

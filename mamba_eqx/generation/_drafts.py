@@ -1,4 +1,4 @@
-"""Drafts: cheap proposals of tokens, which `speculate` checks with the model."""
+"""Drafts, which cheaply propose tokens that `speculate` checks with the model."""
 
 import abc
 from typing import NamedTuple
@@ -21,11 +21,12 @@ from .sampling import draw
 
 
 class PromptLookup(eqx.Module):
-    """A draft for [`mamba_eqx.speculate`][] that needs no second model. It proposes the tokens that
-    followed the most recent earlier occurrence of the last `ngram` tokens.
+    """A draft for [`mamba_eqx.speculate`][] that needs no second model.
 
-    It suits texts that repeat parts of the prompt, such as summaries or edited code, and costs
-    almost nothing. If the match reaches the end of the text, the match is repeated cyclically.
+    The proposed tokens are those that followed the most recent earlier occurrence of the last
+    `ngram` tokens. If fewer tokens followed than are needed, they are repeated cyclically. Such
+    proposals cost almost nothing, and suit texts that repeat parts of the prompt, such as summaries
+    or edited code.
 
     Reference: Saxena, *Prompt Lookup Decoding* (2023).
 
@@ -49,7 +50,7 @@ class Accepted(eqx.Module):
     count: Int[Array, ""]
     """The number of accepted tokens; the others are padding."""
     recent: Int[Array, " window"]
-    """The last tokens of the text, these included, for the penalties."""
+    """The last tokens of the text, including the accepted ones, for the penalties."""
 
 
 class Proposal(NamedTuple):
@@ -62,7 +63,7 @@ class Proposal(NamedTuple):
 
 
 class AbstractDrafter(eqx.Module):
-    """Proposes tokens within the compiled loop."""
+    """A draft within the compiled loop."""
 
     @abc.abstractmethod
     def propose(
@@ -85,9 +86,9 @@ def start_drafting(
     state: DecodingState | None,
     room: int,
 ) -> Drafting:
-    """Lets a draft read the prompt, with room for `room` more tokens."""
+    """Runs a draft over the prompt, and reserves capacity for `room` more tokens."""
     if isinstance(draft, LanguageModel):
-        # The draft has not seen the text before the state, except for its last token.
+        # The draft model has no state for the text before `state`, except for its last token.
         seen = prompt if state is None else np.append(np.asarray(state.token), prompt)
         read = prefill_rows(draft, Rows([seen], batched=False), None, room=room)
         return Drafting(_ModelDrafter(draft), read.layers)
@@ -104,6 +105,8 @@ class _Drawn(NamedTuple):
 
 
 class _ModelDrafter(AbstractDrafter):
+    """A draft model. Its memory is the state of its layers."""
+
     model: LanguageModel
 
     def propose(
@@ -132,14 +135,21 @@ class _History(eqx.Module):
 
     @classmethod
     def before_last(cls, past: np.ndarray, room: int) -> "_History":
-        """Returns the history of all tokens but the last, which counts as accepted in the first
-        round."""
+        """Returns the history of all tokens but the last, which is accepted in the first round.
+
+        **Arguments:**
+
+        - `past`: the token ids of the text so far.
+        - `room`: the number of further tokens to reserve capacity for.
+        """
         padded = np.full(compiled_size(len(past) + room), -1, np.int32)
         padded[: len(past)] = past
         return cls(jnp.asarray(padded), jnp.asarray(len(past) - 1, jnp.int32))
 
 
 class _LookupDrafter(AbstractDrafter):
+    """A prompt lookup. Its memory is the history of the text."""
+
     ngram: int = eqx.field(static=True)
     vocab_size: int = eqx.field(static=True)
 

@@ -1,13 +1,12 @@
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from .._checks import check_count
 from ..models import LanguageModel
 from ._loop import Cursor, Decoded, decode, trim
 from ._options import options_for
 from ._prefill import compiled_size, prefill_rows
-from ._prompts import Prompt, Prompts, read_prompt, read_prompts
+from ._prompts import Mask, Prompt, Prompts, read_prompt, read_prompts
 from ._result import Generation
 from ._sampling import GREEDY, Sampling
 from ._state import DecodingState
@@ -20,17 +19,17 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     *,
-    mask: Bool[np.ndarray, "_ _"] | Bool[Array, "_ _"] | None = None,
+    mask: Mask | None = None,
     state: DecodingState | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Generation:
     """Continues one prompt, or several at once.
 
-    Rows never influence each other: row `i` of a list is what its prompt gives alone, with the key
-    `jax.random.fold_in(key, i)`. Prompts may differ in length; padding never reaches a state. A
-    compiled function is reused for all prompts whose longest has the same length rounded up to a
-    power of two. Memory does not grow with the length of a prompt, except for the caches of
-    [`mamba_eqx.Attention`][]: these have a capacity for the prompts and for `max_new_tokens`,
+    Rows never influence each other: row `i` equals what its prompt gives alone, with the key
+    `jax.random.fold_in(key, i)`. Prompts may differ in length; padding never reaches a state. The
+    length of the longest prompt is rounded up to a power of two, and the function is compiled once
+    for each rounded length. Memory does not grow with the length of a prompt, except for the caches
+    of [`mamba_eqx.Attention`][]: these have a capacity for the prompts and for `max_new_tokens`,
     rounded up to a power of two, and are enlarged when generation continues from them.
 
     **Arguments:**
@@ -42,12 +41,12 @@ def generate(
     - `max_new_tokens`: the maximum number of tokens to generate for each row, at least 1.
     - `sampling`: how to choose tokens, and where rows end: a [`mamba_eqx.Sampling`][]. Greedy by
         default.
-    - `mask`: for an array of prompts with padding to the left or to the right: of the same shape,
-        true for real tokens.
+    - `mask`: for an array of prompts with padding to the left or to the right: a boolean array of
+        shape `(rows, seq)`, true for real tokens.
     - `state`: the state of an earlier generation, to start from instead of the empty past. The
         prompts, which may then be empty, follow all tokens of that generation. Generating `n`
-        tokens, and then `m` tokens from the state, is the same as generating `n + m` tokens; under
-        sampling too, if the key is the same.
+        tokens, and then `m` tokens from the state, gives the same tokens as generating `n + m`,
+        under sampling too if the key is the same. (A stop string must lie within one call.)
     - `key`: the key of the random numbers, required if any row has a positive temperature.
 
     **Returns:** a [`mamba_eqx.Generation`][], with an axis of rows unless `prompts` is one
@@ -80,7 +79,7 @@ def stream(
     """Continues one prompt, yielding the same tokens as `generate`, incrementally.
 
     Tokens are decoded in blocks, each with one call of a compiled function. The first block has one
-    token, so that it comes soon; the following ones double in size up to `block`.
+    token, so that iteration starts soon; the following blocks double in size up to `block`.
 
     **Arguments:**
 
@@ -96,10 +95,10 @@ def stream(
         recompiles.
 
     **Returns:** a [`mamba_eqx.generation.Stream`][], an iterator over at most `max_new_tokens`
-    token ids. A stop token is the last one.
+    token ids. A stop token is included, as the last token.
 
-    **Raises:** `ValueError` in the same cases as `generate`, and for several prompts: when `stream`
-    is called, not when the first token is asked for.
+    **Raises:** `ValueError` in the same cases as `generate`, and for several prompts. `stream`
+    itself raises, before the first token is requested.
     """
     check_count("max_new_tokens", max_new_tokens)
     check_count("block", block)

@@ -16,7 +16,7 @@ from ._state import DecodingState
 
 
 class Cursor(NamedTuple):
-    """The position of the loop: the state of the generation and of the stop-string automaton.
+    """A position in the loop: the states of the generation and of the stop-string automaton.
 
     The automaton's state is not part of a `DecodingState`, since a stop string must lie within the
     tokens of one call of `generate` or `stream`.
@@ -27,7 +27,7 @@ class Cursor(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """The tokens that the loop has generated, and the state of the automaton after them."""
+    """The generated tokens, and the state of the stop-string automaton after them."""
 
     out: Generation
     stop_state: Int[Array, "*batch"]
@@ -45,13 +45,13 @@ def decode(
     limit: Int[Array, ""],
     size: int,
 ) -> Decoded:
-    """Generates tokens until a row ends, for all rows.
+    """Generates tokens for each row until the row ends.
 
     **Arguments:**
 
     - `model`: the model.
-    - `cursor`: where to start, with one sequence or with a batch.
-    - `options`: with the same batch axis.
+    - `cursor`: the position to start from, of one sequence or of a batch.
+    - `options`: the options, with the same batch axis.
     - `limit`: the maximum number of tokens per row.
     - `size`: the size of the output buffers, at least `limit`. Another value recompiles.
 

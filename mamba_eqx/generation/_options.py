@@ -1,4 +1,4 @@
-"""The options of a generation as the compiled loop takes them: arrays, validated."""
+"""The validated options of a generation, as the arrays that the compiled loop takes."""
 
 import math
 from collections.abc import Mapping
@@ -26,10 +26,11 @@ from .sampling import (
 
 
 class Options(eqx.Module):
-    """A [`mamba_eqx.Sampling`][] as arrays, with the key: for a batch, one of each for every row.
+    """A [`mamba_eqx.Sampling`][] as arrays, with the key.
 
-    Values are arrays so that only turning an option on or off recompiles. `temperature` is `None`
-    if all rows are greedy; otherwise a row is greedy if its temperature is 0.
+    For a batch, all arrays except the stop table have a leading axis of rows. Because values are
+    arrays, only turning an option on or off recompiles. `temperature` is `None` if all rows are
+    greedy; otherwise a row is greedy if its temperature is 0.
     """
 
     temperature: Float[Array, "*batch"] | None
@@ -44,7 +45,7 @@ class Options(eqx.Module):
 
     @property
     def window(self) -> int:
-        """How many of the last tokens the penalties depend on."""
+        """The number of last tokens that the penalties depend on."""
         return 1 if self.penalties is None else self.penalties.window
 
     def choose(
@@ -53,8 +54,10 @@ class Options(eqx.Module):
         recent: Int[Array, " window"],
         position: Int[Array, ""],
     ) -> Int[Array, ""]:
-        """Chooses the token that follows `position`. Its random numbers depend on the key and on
-        the position only."""
+        """Chooses the token that follows `position`.
+
+        The random numbers depend on the key and on `position` only.
+        """
         logits = self._penalised(logits, recent)
         if self.temperature is None or self.key is None:
             return greedy(logits)
@@ -67,8 +70,10 @@ class Options(eqx.Module):
     def distribution(
         self, logits: Float[Array, " vocab"], recent: Int[Array, " window"]
     ) -> Float[Array, " vocab"]:
-        """Returns the logits that a token is drawn from. Under greedy decoding, all but the largest
-        are `-inf`."""
+        """Returns the logits of the distribution that a token is drawn from.
+
+        Under greedy decoding, all logits but the largest are `-inf`.
+        """
         logits = self._penalised(logits, recent)
         if self.temperature is None:
             return _only_best(logits)
@@ -93,8 +98,10 @@ class Options(eqx.Module):
         return logits if self.bias is None else logits + self.bias.astype(logits.dtype)
 
     def _positive(self, temperature: Float[Array, ""]) -> Float[Array, ""]:
-        """Replaces a temperature of 0, since the sampler must not divide by it. The token that a
-        greedy row draws is not used."""
+        """Replaces a temperature of 0 by 1, since the sampler divides by the temperature.
+
+        Greedy rows do not use the token that is drawn.
+        """
         if not self.any_greedy:
             return temperature
         return jnp.where(temperature > 0, temperature, jnp.ones_like(temperature))
@@ -103,12 +110,12 @@ class Options(eqx.Module):
 def options_for(
     sampling: Sampling, vocab_size: int, rows: int | None, key: PRNGKeyArray | None
 ) -> Options:
-    """Validates options against a vocabulary and a number of rows, and stores them as arrays.
+    """Validates options against a vocabulary and a number of rows, and converts them to arrays.
 
     **Arguments:**
 
     - `sampling`: the options.
-    - `vocab_size`: of the model.
+    - `vocab_size`: the number of token ids of the model.
     - `rows`: the number of rows, or `None` for one prompt without a batch axis.
     - `key`: one key for all rows. Row `i` of a batch gets `jax.random.fold_in(key, i)`.
 
@@ -153,7 +160,8 @@ def _per_row(
     dtype: npt.DTypeLike,
     most: float | int = math.inf,
 ) -> np.ndarray:
-    """Returns an option, at most `most`, with one number for each row (without a batch, one)."""
+    """Returns an option, clipped to `most`, as an array: one number for each row, or a scalar
+    without a batch."""
     each = np.asarray(value)
     if each.ndim > 0 and (rows is None or each.shape != (rows,)):
         wanted = "one number" if rows is None else f"one number, or one for each of {rows} rows"
@@ -202,11 +210,11 @@ def _dense_bias(
         dense = np.asarray(bias, np.float32)
         if dense.shape != (vocab_size,):
             raise ValueError(
-                f"`logit_bias` must be a mapping from token ids, or an array of shape "
+                f"`logit_bias` must be a mapping from token ids to numbers, or an array of shape "
                 f"({vocab_size},), one number for each token, but got shape {dense.shape}."
             )
     if (dense == -np.inf).all():
-        raise ValueError("`logit_bias` bans every token. Leave at least one to generate.")
+        raise ValueError("`logit_bias` must leave at least one token, but bans every token.")
     return jnp.asarray(dense if rows is None else np.broadcast_to(dense, (rows, vocab_size)))
 
 

@@ -17,8 +17,8 @@ from ._state import WINDOW, DecodingState
 
 
 _CHUNK = 512  # the maximum number of tokens that are run at once; a power of two
-_SMALLEST = 16  # the smallest size that is compiled, for prompts and for outputs
-_HEADS = 64  # the maximum number of tokens whose logits are held at once while scoring
+_MIN_SIZE = 16  # the smallest size that is compiled, for prompts and for outputs
+_HEAD_BATCH = 64  # the maximum number of tokens whose logits are in memory at once while scoring
 
 
 class Scored(NamedTuple):
@@ -26,7 +26,8 @@ class Scored(NamedTuple):
 
     state: DecodingState
     log_probs: list[np.ndarray]
-    """For each row: of each token except the first, or of every token after a given `state`."""
+    """An array for each row, with a number for each token except the first (for every token if the
+    row follows a given `state`)."""
 
 
 def prefill(
@@ -52,8 +53,8 @@ def prefill(
     - `model`: the model.
     - `prompts`: one sequence of token ids; a list of sequences, of any lengths; or an array of
         shape `(rows, seq)`.
-    - `mask`: for an array of prompts with padding to the left or to the right: of the same shape,
-        true for real tokens.
+    - `mask`: for an array of prompts with padding to the left or to the right: a boolean array of
+        shape `(rows, seq)`, true for real tokens.
     - `state`: the state that the prompts follow, instead of the empty past.
     - `room`: the number of further tokens to reserve capacity for in caches. State-space models do
         not use it.
@@ -75,7 +76,7 @@ def prefill_rows(
     room: int = 0,
     window: int = 1,
 ) -> DecodingState:
-    """Runs all but the last token of each row, and returns the state after it.
+    """Runs all tokens of each row but the last, and returns the state of the generation after them.
 
     **Arguments:**
 
@@ -96,18 +97,19 @@ def score_rows(model: LanguageModel, rows: Rows, state: DecodingState | None) ->
 
 def compiled_size(size: int) -> int:
     """Returns the size that is compiled for anything up to `size`: the next power of two."""
-    return max(_SMALLEST, 1 << (size - 1).bit_length())
+    return max(_MIN_SIZE, 1 << (size - 1).bit_length())
 
 
 class _Begin(NamedTuple):
-    """Where prompts start: the layer states, and what belongs to each row."""
+    """The state before prompts, and the tokens to run from it."""
 
     layers: PyTree
     tokens: list[np.ndarray]
-    """The tokens to run, including the pending token of a given state."""
+    """The tokens of each row, including the pending token of a given state."""
     position: np.ndarray
-    before: list[np.ndarray]
-    """The last tokens before these."""
+    """The number of tokens before `tokens`, for each row."""
+    recent: list[np.ndarray]
+    """The last tokens before `tokens`, for each row."""
     window: int
     """The number of last tokens to keep."""
 
@@ -120,12 +122,12 @@ def _begin(
         longest = max(map(len, prompts.tokens)) + room
         layers = _empty(model, prompts.size, compiled_size(longest))
         size = max(window, WINDOW)
-        before = [np.full(size, -1, np.int32)] * count
-        return _Begin(layers, prompts.tokens, np.zeros(count, np.int32), before, size)
+        recent = [np.full(size, -1, np.int32)] * count
+        return _Begin(layers, prompts.tokens, np.zeros(count, np.int32), recent, size)
     size = state.recent.shape[-1]
     position = np.asarray(state.position).reshape(-1)
     pending = np.asarray(state.token).reshape(-1, 1)
-    before = list(np.asarray(state.recent).reshape(count, -1)[:, :-1])
+    recent = list(np.asarray(state.recent).reshape(count, -1)[:, :-1])
     tokens = [np.concatenate(pair) for pair in zip(pending, prompts.tokens, strict=True)]
     longest = max(at + len(row) for at, row in zip(position.tolist(), tokens, strict=True))
     layers = with_room(state.layers, compiled_size(longest + room))
@@ -134,7 +136,7 @@ def _begin(
             f"The `penalties` look at the last {window} tokens, but the `state` given has kept "
             f"{size} of them. Give the same `penalties` when the state is made."
         )
-    return _Begin(layers, tokens, position, before, size)
+    return _Begin(layers, tokens, position, recent, size)
 
 
 def _run(
@@ -170,7 +172,7 @@ def _run(
     joined = np.concatenate(chunks, axis=1)
     scored = [row[:length] for row, length in zip(joined, lengths, strict=True)]
     recent = [
-        np.concatenate(pair)[-begin.window :] for pair in zip(begin.before, rows, strict=True)
+        np.concatenate(pair)[-begin.window :] for pair in zip(begin.recent, rows, strict=True)
     ]
     last = np.array([row[-1] for row in rows], np.int32)
     state = DecodingState(
@@ -198,8 +200,8 @@ def _run_chunk(
 ) -> tuple[Float[Array, "*batch seq"] | None, PyTree]:
     """Runs a chunk of the prompts.
 
-    **Returns:** the log-probabilities of `targets`, the tokens that follow each token (if they are
-    given), and the layer states after `lengths` tokens.
+    **Returns:** the log-probabilities of `targets`, the token that follows each token (`None` if
+    `targets` is `None`), and the layer states after `lengths` tokens.
     """
 
     def row(
@@ -220,4 +222,4 @@ def _log_probs(
         return (logits[target] - jax.nn.logsumexp(logits)).astype(jnp.float32)
 
     # The logits of all tokens at once would be the largest array of the computation.
-    return lax.map(one, (features, targets), batch_size=_HEADS)
+    return lax.map(one, (features, targets), batch_size=_HEAD_BATCH)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int, Integer
 from ._state import DecodingState
 
 
-# The axes are called `_` because prompts of different lengths may stand side by side.
+# The axes are called `_` because jaxtyping would otherwise require equal lengths of all prompts.
 Prompt = Sequence[int] | Integer[Array, " _"] | Integer[np.ndarray, " _"]
 """One sequence of token ids."""
 Prompts = Prompt | Sequence[Prompt] | Integer[np.ndarray, "_ _"] | Integer[Array, "_ _"]
@@ -33,7 +33,11 @@ class Rows(NamedTuple):
 def read_prompts(
     vocab_size: int, prompts: Prompts | None, mask: Mask | None, state: DecodingState | None
 ) -> Rows:
-    """Validates prompts and removes their padding."""
+    """Validates prompts and removes their padding.
+
+    **Raises:** `ValueError` if a prompt is not a sequence of token ids of the vocabulary, `mask` or
+    `state` does not fit the prompts, or a prompt is empty without a `state`.
+    """
     if mask is not None:
         prompts = _without_padding(prompts, mask)
     if state is not None and not isinstance(state, DecodingState):
@@ -65,17 +69,17 @@ def read_prompts(
         shape = (len(rows),) if batched else ()
         if state.token.shape != shape:
             raise ValueError(
-                "`prompts` and `state` must have the same number of rows, but the prompts are "
-                f"{_describe(shape)} and the state is that of {_describe(state.token.shape)}. Copy "
-                "the state of one sequence with `fork`."
+                "`prompts` and `state` must have the same number of rows, but got prompts of "
+                f"{_describe(shape)} and a state of {_describe(state.token.shape)}. Copy the state "
+                "of one sequence with `fork`."
             )
         return Rows(rows, batched)
     for i, row in enumerate(rows):
         if len(row) == 0:
             raise ValueError(
                 f"`{f'prompts[{i}]' if batched else 'prompts'}` must not be empty without a "
-                "`state`. Start with the model's first token of a text, or give the `state` of an "
-                "earlier generation."
+                "`state`. Give at least one token, such as the end-of-text token, or the `state` "
+                "of an earlier generation."
             )
     return Rows(rows, batched)
 
@@ -83,7 +87,7 @@ def read_prompts(
 def read_prompt(
     vocab_size: int, name: str, prompt: Prompt | None, state: DecodingState | None
 ) -> Rows:
-    """Validates the prompt of a function, named `name`, that takes one only."""
+    """Validates the prompt of the function `name`, which takes one prompt only."""
     rows = read_prompts(vocab_size, prompt, None, state)
     if rows.batched:
         raise ValueError(

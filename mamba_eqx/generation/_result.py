@@ -7,7 +7,7 @@ from ._state import DecodingState
 
 
 class FinishReason(enum.IntEnum):
-    """Why a row of a [`mamba_eqx.Generation`][] ended."""
+    """The reason why a row of a [`mamba_eqx.Generation`][] ended."""
 
     LENGTH = 0
     """The row has `max_new_tokens` tokens."""
@@ -21,11 +21,14 @@ class Generation(eqx.Module):
     """The result of [`mamba_eqx.generate`][]. For one prompt there is no batch axis.
 
     - `tokens`: the new token ids, of shape `(rows, max_new_tokens)`, without the prompt. A stop
-        token is the last one of its row. Padded with -1, which is no token.
-    - `length`: the number of real tokens of each row.
+        token is included, as the last token of its row. Padded with -1, which is not a token
+        id.
+    - `length`: the number of real tokens of each row, of shape `(rows,)`.
     - `log_probs`: the model's own log-probability of each token among the `vocab_size` tokens, in
-        nats, without temperature, filters, penalties and bias. 0 in the padding.
-    - `finish`: why each row ended, a [`mamba_eqx.generation.FinishReason`][].
+        nats, before penalties, bias, temperature and filters. Of shape `(rows, max_new_tokens)`; 0
+        in the padding.
+    - `finish`: why each row ended, of shape `(rows,)`: values of
+        [`mamba_eqx.generation.FinishReason`][].
     - `state`: the state after these tokens. `generate(model, None, n, state=generation.state)`
         continues from it.
     """

@@ -16,7 +16,8 @@ class Score(eqx.Module):
 
     - `log_probs`: the log-probability of each token given all tokens before it, in nats, of shape
         `(rows, seq)`. 0 for a first token without a `state`, and after the end of a row.
-    - `length`: the number of scored tokens of each row: all of them, or all but the first.
+    - `length`: the number of scored tokens of each row, of shape `(rows,)`: all its tokens, or all
+        but the first.
     - `state`: the state after these texts, to continue from.
     """
 
@@ -42,20 +43,23 @@ def score(
 ) -> Score:
     """Computes the log-probability of each token under the model.
 
-    Memory does not grow with the length of a text: long texts are run in chunks, and logits are
-    computed for a few tokens at a time. A document can also be scored piece by piece, each with the
-    `state` of the piece before it; the result is the same.
+    Long texts are run in chunks, and logits are computed for a few tokens at a time, so that memory
+    does not grow with the length of a text (except for the caches of [`mamba_eqx.Attention`][]). A
+    document can also be scored piece by piece, each with the `state` of the piece before it; the
+    result is the same.
 
     **Arguments:**
 
     - `model`: the model.
     - `texts`: one sequence of token ids; a list of sequences, of any lengths; or an array of shape
         `(rows, seq)`.
-    - `mask`: for an array of texts with padding to the left or to the right: of the same shape,
-        true for real tokens.
-    - `state`: the state that the texts follow. Their first tokens are then scored as well.
+    - `mask`: for an array of texts with padding to the left or to the right: a boolean array of
+        shape `(rows, seq)`, true for real tokens.
+    - `state`: the state that the texts follow, instead of the empty past. The first token of each
+        text is then scored as well.
 
-    **Returns:** a [`mamba_eqx.generation.Score`][].
+    **Returns:** a [`mamba_eqx.generation.Score`][], with an axis of rows unless `texts` is one
+    sequence.
 
     **Raises:** `ValueError` for token ids outside the vocabulary, or for an empty text without a
     `state`.
@@ -74,15 +78,15 @@ def score(
 def embed(
     model: LanguageModel, texts: Prompts, *, mask: Mask | None = None
 ) -> Float[Array, "*batch d_model"]:
-    """Computes the features of each text's last token, after `norm_f`: a summary of the whole text.
+    """Computes an embedding of each text: the features of its last token, after `norm_f`.
 
     **Arguments:**
 
     - `model`: the model.
     - `texts`: one sequence of token ids; a list of sequences, of any lengths; or an array of shape
         `(rows, seq)`.
-    - `mask`: for an array of texts with padding to the left or to the right: of the same shape,
-        true for real tokens.
+    - `mask`: for an array of texts with padding to the left or to the right: a boolean array of
+        shape `(rows, seq)`, true for real tokens.
 
     **Returns:** the features, of shape `(rows, d_model)`, or `(d_model,)` for one text.
 

@@ -1,5 +1,5 @@
-"""Speculative decoding: a cheap draft proposes several tokens, and the model checks them at once,
-so that its weights are read once for all of them."""
+"""Speculative decoding: a cheap draft proposes several tokens, and the model checks all of them in
+one pass, which reads the weights once."""
 
 from typing import NamedTuple
 
@@ -27,15 +27,15 @@ class Speculation(eqx.Module):
     """The result of [`mamba_eqx.speculate`][].
 
     - `tokens`: the new token ids, of shape `(max_new_tokens,)`, without the prompt. A stop token is
-        the last one. Padded with -1, which is no token.
+        included, as the last token. Padded with -1, which is not a token id.
     - `length`: the number of real tokens.
-    - `log_probs`: the model's own log-probability of each token, in nats, without temperature,
-        filters, penalties and bias. 0 in the padding.
-    - `finish`: why the text ended, a [`mamba_eqx.generation.FinishReason`][].
+    - `log_probs`: the model's own log-probability of each token, in nats, before penalties, bias,
+        temperature and filters. Of shape `(max_new_tokens,)`; 0 in the padding.
+    - `finish`: why the text ended, a value of [`mamba_eqx.generation.FinishReason`][].
     - `state`: the state after these tokens, to continue from.
     - `proposed`: the number of tokens that the draft proposed.
-    - `accepted`: the number of proposed tokens that the model accepted. Every round adds one token
-        of the model's own.
+    - `accepted`: the number of proposed tokens that the model accepted. Every round also adds one
+        token that the model itself has chosen.
     """
 
     tokens: Int[Array, " new"]
@@ -58,18 +58,19 @@ def speculate(
     state: DecodingState | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Speculation:
-    r"""Continues one prompt like `generate`, accelerated by a draft. Greedy decoding gives the
-    tokens of `generate` (except for ties within rounding errors); sampling draws from the same
-    distribution.
+    r"""Continues one prompt like `generate`, accelerated by a draft.
+
+    Greedy decoding gives the tokens of `generate` (except for ties within rounding errors);
+    sampling draws from the same distribution.
 
     The draft proposes `lookahead` tokens, and the model reads all of them at once, by `scan`. A
     proposed token $d$ is accepted with the probability $\min(1, p(d) / q(d))$, where $p$ is the
     model's distribution and $q$ the draft's, both after all options. The first rejected token is
     replaced by one drawn from $\max(p - q, 0)$; if all are accepted, another one is drawn from $p$.
 
-    Rejected tokens are undone by keeping the state from before them. That state is advanced over
-    the accepted tokens while the next proposals are read: one `scan`, mapped over two lengths,
-    reads the weights once.
+    Rejected tokens are undone by keeping the state before the proposed tokens. This state is
+    advanced over the accepted tokens while the next proposals are read: one `scan`, mapped over two
+    lengths, reads the weights once.
 
     The speed-up depends on the number of accepted tokens and on the cost of the draft: see
     [the page on speed](../speed.md).

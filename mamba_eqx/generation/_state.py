@@ -1,4 +1,4 @@
-"""The state of a generation: a value that can be copied, saved and continued from."""
+"""The state of a generation, a value that can be copied, saved and continued from."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -17,10 +17,10 @@ class DecodingState(eqx.Module):
 
     With a batch, every leaf has a leading axis of rows.
 
-    - `layers`: the state of the model's layers. They have consumed all tokens of the prompt and of
+    - `layers`: the state of the model's layers, which have consumed all tokens of the prompt and of
         the generation except the last one.
-    - `token`: this last token. Generation continues by feeding it to the model, which gives the
-        logits of the next token.
+    - `token`: this last token. To continue, `generate` runs it first, which gives the logits of the
+        next token.
     - `position`: the number of tokens that the layers have consumed. The random numbers of a token
         depend on the key and on its position only.
     - `recent`: the last tokens, including `token`, for penalties. -1 where the text is shorter.
@@ -37,7 +37,7 @@ def fork(state: DecodingState, rows: int) -> DecodingState:
 
     **Arguments:**
 
-    - `state`: of one sequence.
+    - `state`: the state of one sequence, without an axis of rows.
     - `rows`: the number of copies.
 
     **Returns:** a state whose leaves have a leading axis of size `rows`.
@@ -55,7 +55,7 @@ def fork(state: DecodingState, rows: int) -> DecodingState:
 def decoding_state(
     model: LanguageModel, state: PyTree, token: Int[Array, ""] | int
 ) -> DecodingState:
-    """Makes a state to generate from out of a layer state, such as a learned one, and a token.
+    """Makes the state of a generation from a layer state, such as a learned one, and a first token.
 
     A recurrent model can be fine-tuned by its initial state alone: a pytree like
     `model.init_state()` is trained while the model's parameters stay fixed. The result is a prefix
@@ -77,10 +77,10 @@ def decoding_state(
         with this token too.
 
     **Returns:** a state for [`mamba_eqx.generate`][], [`mamba_eqx.save_state`][] and all other
-    functions that take one. The prompts that are given with it follow `token`.
+    functions that take one. Prompts given together with this state follow `token`.
 
     **Raises:** `ValueError` for a state of another structure, or for a token id outside the
-    vocabulary.
+    vocabulary (only a Python integer is checked).
 
     Reference: Galim et al., *Parameter-Efficient Fine-Tuning of State Space Models* (2024).
     """

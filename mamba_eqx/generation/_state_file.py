@@ -17,7 +17,7 @@ _FINGERPRINT = "fingerprint"
 
 
 def save_state(path: str | os.PathLike[str], state: DecodingState, model: LanguageModel) -> None:
-    """Saves the state of a generation to a safetensors file, to be continued elsewhere.
+    """Saves the state of a generation to a safetensors file, from which any process can continue.
 
     **Arguments:**
 
@@ -40,7 +40,7 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> DecodingSt
 
     **Returns:** the state.
 
-    **Raises:** [`mamba_eqx.CheckpointError`][] if the file is damaged or holds something else, or
+    **Raises:** [`mamba_eqx.CheckpointError`][] if the file is damaged or has other content, or
     if the state belongs to a model with other parameters. `FileNotFoundError` if there is no file.
     """
     stored = open_safetensors(path)
@@ -55,7 +55,7 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> DecodingSt
             f"{os.fspath(path)} is the state of another model: the parameters or their dtypes "
             "differ from those of the given model. Load the model that the state was made with."
         )
-    # Caches may have any capacity. Their axis of tokens is the one on which these two differ.
+    # Caches may have any capacity, so the axis in which these two states differ is not compared.
     like, longer = (_abstract_state(model, max_len) for max_len in (16, 32))
     rows = stored["token"].shape if "token" in stored else ()
     names = named_leaves(like)

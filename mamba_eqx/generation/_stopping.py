@@ -1,4 +1,4 @@
-"""When a row ends: stop tokens and stop strings within the compiled loop."""
+"""Stop tokens and stop strings within the compiled loop."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -14,12 +14,12 @@ from ._sampling import Sampling, has_rows
 class Stopping(eqx.Module):
     """The stop tokens, and the automaton that recognises the stop strings.
 
-    The automaton reads tokens: its transition table comes from `text.stop_table`, and the last of
-    its states, which it never leaves, says that a stop string is complete.
+    The automaton reads tokens. Its transition table comes from `text.stop_table`. The automaton
+    reaches its last state when a stop string is complete, and remains there.
     """
 
     tokens: Int[Array, "*batch stop"]
-    """Padded with -1, which is no token."""
+    """Padded with -1, which is not a token id."""
     table: Int[Array, "states vocab"] | None
     """Shared by all rows."""
 
@@ -35,7 +35,8 @@ class Stopping(eqx.Module):
     ) -> tuple[Int[Array, ""], Int[Array, ""]]:
         """Feeds a token to the automaton.
 
-        **Returns:** its new state, and the `FinishReason` of the row: `LENGTH` while it continues.
+        **Returns:** the new state of the automaton, and the `FinishReason` of the row, which is
+        `LENGTH` while the row continues.
         """
         stops = self.is_stop_token(token)
         finish = jnp.where(stops, FinishReason.STOP_TOKEN, FinishReason.LENGTH)
@@ -48,10 +49,16 @@ class Stopping(eqx.Module):
 
 
 def stopping_for(sampling: Sampling, vocab_size: int, rows: int | None) -> Stopping:
-    """Validates the stop tokens and strings against a vocabulary and a number of rows (`None`
-    without a batch), and stores them as arrays."""
+    """Validates the stop tokens and strings, and converts them to arrays.
+
+    **Arguments:**
+
+    - `sampling`: the options.
+    - `vocab_size`: the number of token ids of the model.
+    - `rows`: the number of rows, or `None` for one prompt without a batch axis.
+    """
     tokens = read_stop_tokens(sampling, vocab_size, rows)
-    return Stopping(jnp.asarray(tokens), _table(sampling, vocab_size))
+    return Stopping(jnp.asarray(tokens), _stop_table(sampling, vocab_size))
 
 
 def read_stop_tokens(
@@ -74,13 +81,13 @@ def read_stop_tokens(
     return padded
 
 
-def _table(sampling: Sampling, vocab_size: int) -> Int[Array, "states vocab"] | None:
+def _stop_table(sampling: Sampling, vocab_size: int) -> Int[Array, "states vocab"] | None:
     if not sampling.stop_strings:
         return None
     assert sampling.tokenizer is not None
     table = stop_table(sampling.tokenizer, sampling.stop_strings)
-    # Token ids beyond the tokenizer's are no text. They end every partial match, but must not leave
-    # the last state.
+    # Token ids beyond the tokenizer's vocabulary have no text. They end every partial match, but
+    # must not leave the last state.
     missing = vocab_size - table.shape[1]
     table = np.pad(table, ((0, 0), (0, max(0, missing))))
     table[-1] = len(table) - 1

@@ -11,9 +11,9 @@ from ._state import DecodingState
 
 
 class Stream(Iterator[int]):
-    """The tokens of one generation, decoded block by block: what [`mamba_eqx.stream`][] returns.
+    """The result of [`mamba_eqx.stream`][]: an iterator over token ids, decoded in blocks.
 
-    Iteration may stop at any token (`break`, Ctrl-C); `.state` resumes there.
+    Iteration may stop at any token (`break`, Ctrl-C); generation can continue there from `.state`.
     """
 
     def __init__(
@@ -28,11 +28,12 @@ class Stream(Iterator[int]):
 
         - `model`: the model.
         - `begin`: runs the prompt and returns the position after it. It is called when the first
-            token or the state is asked for.
-        - `decode_block`: decodes at most so many tokens from a position on.
+            token or the state is requested.
+        - `decode_block`: decodes from a position (the first argument) at most a number of tokens
+            (the second argument).
         - `max_new_tokens`: the maximum number of tokens of the stream.
         - `block`: the maximum number of tokens of a block. The first block has one token, and the
-            following ones double in size up to this number.
+            following blocks double in size up to this number.
         """
         self._model = model
         self._begin = begin

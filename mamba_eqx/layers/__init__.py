@@ -10,7 +10,7 @@ from ._cache import AbstractCache as AbstractCache, with_room as with_room
 from ._conv import CausalConv1d as CausalConv1d
 from ._linear import Linear as Linear, product as product
 from ._mlp import GatedMLP as GatedMLP
-from ._norm import GatedRMSNorm as GatedRMSNorm, Norm as Norm, norm as norm
+from ._norm import GatedRMSNorm as GatedRMSNorm, Norm as Norm, make_norm as make_norm
 from ._protocol import (
     AbstractSequenceLayer as AbstractSequenceLayer,
     Length as Length,

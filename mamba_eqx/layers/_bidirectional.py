@@ -34,8 +34,8 @@ class Bidirectional(eqx.Module):
     ```
 
     The directions are summed as in Vision Mamba (Zhu et al., 2024, algorithm 1) and in the BiMamba
-    of Caduceus (Schiff et al., 2024). Unlike here, where the directions share all weights or none,
-    both of these share some weights: the projections `in_proj` and `out_proj`.
+    of Caduceus (Schiff et al., 2024). In both papers, the directions share the projections
+    `in_proj` and `out_proj`; here they share all weights or none.
     """
 
     forward: AbstractSequenceLayer[PyTree]
@@ -49,7 +49,7 @@ class Bidirectional(eqx.Module):
         """**Arguments:**
 
         - `forward`: the layer that runs from the first token to the last.
-        - `backward`: the layer that runs from the last token to the first; `None` for `forward`.
+        - `backward`: the layer that runs from the last token to the first; by default `forward`.
 
         **Raises:** `ValueError` if the two layers differ in `d_model`.
         """

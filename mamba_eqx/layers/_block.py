@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ._arguments import check_sequence, check_token
-from ._norm import Norm, norm
+from ._norm import Norm, make_norm
 from ._protocol import AbstractSequenceLayer, Length, Reset, State
 
 
@@ -47,19 +47,19 @@ class Block(AbstractSequenceLayer[State]):
         - `mlp`: any module that maps one token of shape `(d_model,)` to another, for instance
             [`mamba_eqx.GatedMLP`][]; `None` for a block without an MLP.
         - `rms_norm`: whether the norms are RMSNorm, rather than LayerNorm.
-        - `norm_eps`: a number between 0 and 1, added to the mean square (or the variance) in the
-            norms.
+        - `norm_eps`: a number between 0 and 1 that the norms add to the mean square (or to the
+            variance).
         - `dtype`: the dtype of the norms' parameters; float32 by default (float64 in JAX's 64-bit
             mode).
 
         **Raises:** `ValueError` if `norm_eps` is not between 0 and 1.
         """
-        self.norm = norm(mixer.d_model, rms_norm=rms_norm, eps=norm_eps, dtype=dtype)
+        self.norm = make_norm(mixer.d_model, rms_norm=rms_norm, eps=norm_eps, dtype=dtype)
         self.mixer = mixer
         if mlp is None:
             self.norm2 = None
         else:
-            self.norm2 = norm(mixer.d_model, rms_norm=rms_norm, eps=norm_eps, dtype=dtype)
+            self.norm2 = make_norm(mixer.d_model, rms_norm=rms_norm, eps=norm_eps, dtype=dtype)
         self.mlp = mlp
 
     @property

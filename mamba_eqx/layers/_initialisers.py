@@ -5,7 +5,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 
-def dt_bias(
+def init_dt_bias(
     key: PRNGKeyArray,
     shape: tuple[int, ...],
     *,
@@ -14,8 +14,11 @@ def dt_bias(
     dt_init_floor: float,
     dtype: jnp.dtype,
 ) -> Float[Array, "..."]:
-    r"""Draws a bias for which $\mathrm{softplus}(\text{bias})$ is log-uniform in
-    `[dt_min, dt_max]`, and at least `dt_init_floor` (official `Mamba.__init__`)."""
+    r"""Draws biases of the step sizes (official `Mamba.__init__`).
+
+    The initial step sizes $\mathrm{softplus}(\text{bias})$ are log-uniform in `[dt_min, dt_max]`
+    and at least `dt_init_floor`.
+    """
     low, high = math.log(dt_min), math.log(dt_max)
     dt = jnp.exp(jr.uniform(key, shape, dtype, low, high))
     dt = jnp.maximum(dt, dt_init_floor)

@@ -12,8 +12,9 @@ class Linear(eqx.Module):
     r"""A linear map over the last axis of its input, $y = W x + b$.
 
     The parameters are those of `equinox.nn.Linear`, but the input may have any number of leading
-    axes. `equinox.nn.Linear` under `jax.vmap` multiplies with the weight on the left, and XLA's CPU
-    backend may then write every result twice, the second time transposed (docs/speed.md).
+    axes. Under `jax.vmap`, `equinox.nn.Linear` has the weight as the left factor of a matrix
+    product, whose result XLA's CPU backend may write twice, the second time transposed
+    (docs/speed.md).
     """
 
     weight: Float[Array, "out_features in_features"]
@@ -29,7 +30,7 @@ class Linear(eqx.Module):
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
-        """The initialisation is that of the official models (`_init_weights`).
+        """The initialisation is the official one (`_init_weights`).
 
         **Arguments:**
 
@@ -68,10 +69,10 @@ def product(
     *,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "*batch out_features"]:
-    """Multiplies the last axis of `x` with `weight`. The result has the dtype `dtype`, by default
-    that of the arguments."""
+    """Multiplies the last axis of `x` by `weight`, with a result of `dtype` (by default that of the
+    arguments)."""
     if x.ndim == 1:
-        # XLA's CPU backend would otherwise fuse the product with the code after it and thereby
-        # leave its fast routine: decoding would take half as long again (docs/speed.md).
+        # XLA's CPU backend would otherwise fuse the product with the code after it and no longer
+        # call its fast routine: decoding would take half as long again (docs/speed.md).
         return lax.optimization_barrier(jnp.matmul(weight, x, preferred_element_type=dtype))
     return jnp.matmul(x, weight.T, preferred_element_type=dtype)

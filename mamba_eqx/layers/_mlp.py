@@ -15,7 +15,8 @@ class GatedMLP(eqx.Module):
 
     $$a, g = W_1 x, \qquad \text{out} = W_2 (a \odot \mathrm{SiLU}(g)).$$
 
-    `fc1` emits `[a, g]`, with the gate last, as in the official `mamba_ssm.modules.mlp.GatedMLP`.
+    `fc1` emits `[a, g]`, with the gate $g$ last, as in the official
+    `mamba_ssm.modules.mlp.GatedMLP`.
     """
 
     fc1: Linear
@@ -34,7 +35,7 @@ class GatedMLP(eqx.Module):
         """**Arguments:**
 
         - `d_model`: the number of features of the input and the output.
-        - `d_intermediate`: the hidden width. (Unlike here, the official class rounds it up to a
+        - `d_intermediate`: the hidden width. (The official class rounds the width up to a
             multiple of 128.)
         - `bias`: whether `fc1` and `fc2` have a bias.
         - `residual_scale`: multiplies the initial weight of `fc2`; see [`mamba_eqx.Mamba1`][].
@@ -67,5 +68,5 @@ class GatedMLP(eqx.Module):
 
         An array of the same shape and dtype.
         """
-        a, gate = jnp.split(self.fc1(x.astype(self.fc1.weight.dtype)), 2, axis=-1)
-        return self.fc2(a * jax.nn.silu(gate)).astype(x.dtype)
+        a, g = jnp.split(self.fc1(x.astype(self.fc1.weight.dtype)), 2, axis=-1)
+        return self.fc2(a * jax.nn.silu(g)).astype(x.dtype)

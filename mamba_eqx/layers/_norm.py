@@ -13,9 +13,11 @@ from .._dtypes import default_dtype
 Norm: TypeAlias = eqx.nn.RMSNorm | eqx.nn.LayerNorm
 
 
-def norm(d_model: int, *, rms_norm: bool, eps: float, dtype: DTypeLike | None) -> Norm:
-    """Makes the norm of a block or of a model. An RMSNorm has no bias, a LayerNorm has one, as in
-    the official code."""
+def make_norm(d_model: int, *, rms_norm: bool, eps: float, dtype: DTypeLike | None) -> Norm:
+    """Makes the norm of a block or of a model.
+
+    As in the official code, an RMSNorm has no bias and a LayerNorm has one.
+    """
     check_fraction("norm_eps", eps)
     dtype = default_dtype() if dtype is None else dtype
     if rms_norm:
@@ -24,9 +26,9 @@ def norm(d_model: int, *, rms_norm: bool, eps: float, dtype: DTypeLike | None) -
 
 
 class GatedRMSNorm(eqx.Module):
-    """A gated root-mean-square norm over groups of channels.
+    """A gated root-mean-square norm over groups of channels, with a weight for each channel.
 
-    It computes [`mamba_eqx.ops.gated_rms_norm`][] and holds its weight.
+    See [`mamba_eqx.ops.gated_rms_norm`][] for the equations.
     """
 
     weight: Float[Array, " channels"]

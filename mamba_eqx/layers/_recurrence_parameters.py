@@ -27,7 +27,7 @@ def recurrence_mask(tree: PyTree) -> PyTree[bool]:
     """Marks the leaves of a model that are parameters of a recurrence (`A_log`, `D`, `dt_bias`).
 
     These parameters stay in float32 in a bfloat16 model, and get no weight decay. (The official
-    Mamba-1 code exempts only `A_log` and `D` from decay, that of Mamba-2 `dt_bias` as well.)
+    Mamba-1 code exempts only `A_log` and `D` from decay; the Mamba-2 code exempts `dt_bias` too.)
 
     **Arguments:**
 
@@ -51,7 +51,7 @@ def recurrence_mask(tree: PyTree) -> PyTree[bool]:
                 found = found or metadata.items() >= RECURRENCE.items()
                 node = getattr(node, key.name)
             else:
-                # A node of another library declares no fields of ours.
+                # Nodes of other libraries have no fields with our metadata.
                 break
         return found
 

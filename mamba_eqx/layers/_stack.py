@@ -40,11 +40,15 @@ class AbstractStack(AbstractSequenceLayer[State]):
     ) -> Float[Array, "{self.n_layer} seq {self.d_model}"]:
         """Runs a whole sequence from the empty past and returns the outputs of every layer.
 
-        **Arguments:** as for `scan`.
+        **Arguments:**
+
+        - `x`, `reset`, `length`: as for `scan`.
 
         **Returns:**
 
-        An array of shape `(n_layer, seq, d_model)`.
+        An array of shape `(n_layer, seq, d_model)`, first layer first.
+
+        **Raises:** `ValueError` as `scan` does.
         """
 
 
@@ -63,16 +67,17 @@ class Unrolled(AbstractStack[tuple[PyTree, ...]]):
         """**Arguments:**
 
         - `layers`: at least one layer, all of the same `d_model`.
-        - `remat`: `True` to recompute a layer's intermediates in the reverse pass instead of
-            storing them, which takes less memory and more time. One of `jax.checkpoint_policies`
-            stores a selection: `dots_with_no_batch_dims_saveable` stores the products with weights
-            (docs/training.md has the numbers).
+        - `remat`: whether to recompute a layer's intermediates in the reverse pass instead of
+            storing them, which takes less memory and more time; `False` by default. One of
+            `jax.checkpoint_policies` stores a selection: for instance,
+            `dots_with_no_batch_dims_saveable` stores the products with weights (docs/training.md
+            has the numbers).
 
         **Raises:** `ValueError` if there is no layer, the layers differ in `d_model`, or `remat` is
         neither a bool nor a function.
         """
         _check_remat("Unrolled", remat)
-        self.layers = _check_layers("Unrolled", layers)
+        self.layers = _checked_layers("Unrolled", layers)
         self.remat = remat
 
     @property
@@ -114,7 +119,7 @@ class Unrolled(AbstractStack[tuple[PyTree, ...]]):
         """See [`mamba_eqx.AbstractSequenceLayer.step`][]."""
         check_token("Unrolled", self.d_model, x)
         states = []
-        for layer, layer_state in zip(self.layers, self._check_state(state), strict=True):
+        for layer, layer_state in zip(self.layers, self._checked_state(state), strict=True):
             x, layer_state = layer.step(x, layer_state)
             states.append(layer_state)
         return x, tuple(states)
@@ -137,13 +142,13 @@ class Unrolled(AbstractStack[tuple[PyTree, ...]]):
         outputs, states = [], []
         if state is None:
             state = (None,) * self.n_layer
-        for layer, layer_state in zip(self.layers, self._check_state(state), strict=True):
+        for layer, layer_state in zip(self.layers, self._checked_state(state), strict=True):
             x, layer_state = scan(layer, x, layer_state, reset, length)
             outputs.append(x)
             states.append(layer_state)
         return outputs, tuple(states)
 
-    def _check_state(self, state: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+    def _checked_state(self, state: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
         if not isinstance(state, tuple) or len(state) != self.n_layer:
             raise ValueError(
                 f"The state of an `Unrolled` of {self.n_layer} layers must be a tuple of "
@@ -175,7 +180,7 @@ class Stacked(AbstractStack[PyTree]):
         structure, shapes or dtypes.
         """
         _check_remat("Stacked", remat)
-        layers = _check_layers("Stacked", layers)
+        layers = _checked_layers("Stacked", layers)
         for i, layer in enumerate(layers):
             if _signature(layer) != _signature(layers[0]):
                 raise ValueError(
@@ -251,8 +256,18 @@ class Stacked(AbstractStack[PyTree]):
         x: Array,
         state: PyTree,
     ) -> tuple[Array, PyTree]:
-        """Runs every layer on the output of the one before it. **Returns:** the last output, and
-        the second results of `run`, stacked."""
+        """Runs every layer on the output of the layer before it, in one compiled loop.
+
+        **Arguments:**
+
+        - `run`: runs one layer: a function of the layer, its input and its state.
+        - `x`: the input of the first layer.
+        - `state`: the states of the layers, stacked.
+
+        **Returns:**
+
+        The output of the last layer, and the second results of `run`, stacked.
+        """
         arrays, rest = eqx.partition(self.layers, eqx.is_array)
         if any(jnp.shape(leaf)[:1] != (self.n_layer,) for leaf in jax.tree.leaves(state)):
             raise ValueError(
@@ -271,7 +286,8 @@ class Stacked(AbstractStack[PyTree]):
 def _scan_layer(
     remat: Remat,
 ) -> Callable[[Layer, Array, PyTree, Reset, Length], tuple[Array, PyTree]]:
-    """Returns `scan` of a layer as a function of the layer, with the given rematerialisation."""
+    """Returns the `scan` of layers as a function whose first argument is the layer, with the given
+    rematerialisation."""
 
     def scan(
         layer: Layer, x: Array, state: PyTree, reset: Array | None, length: Array | int | None
@@ -291,7 +307,7 @@ def _check_remat(name: str, remat: object) -> None:
         )
 
 
-def _check_layers(name: str, layers: Sequence[Layer]) -> tuple[Layer, ...]:
+def _checked_layers(name: str, layers: Sequence[Layer]) -> tuple[Layer, ...]:
     layers = tuple(layers)
     if not layers:
         raise ValueError(f"`{name}` needs at least one layer, but got none.")

@@ -24,7 +24,8 @@ class BlockConfig:
     - `norm_eps`: the epsilon of the norms, a number between 0 and 1.
     - `mlp_bias`: whether the MLP has biases; must be `False` for a block without an MLP.
 
-    **Raises:** `ValueError` for every value that `Block` or `GatedMLP` refuses.
+    **Raises:** `ValueError` for every value that `Block` or `GatedMLP` refuses, and for `mlp_bias`
+    without an MLP.
     """
 
     mixer: AbstractMixerConfig[Any]
@@ -56,7 +57,8 @@ class BlockConfig:
 
         **Arguments:**
 
-        - `residual_scale`, `dtype`, `key`: as for the mixer; see [`mamba_eqx.Mamba1`][].
+        - `residual_scale`, `dtype`, `key`: the arguments of the mixer of the same names; see
+            [`mamba_eqx.Mamba1`][]. They apply to the MLP as well.
 
         **Returns:**
 
@@ -82,8 +84,9 @@ class BlockConfig:
 
         **Arguments:**
 
-        - `block`: the block, or a pytree of its structure. Arrays may be left out (`None`), as in
-            the parts that `equinox.partition` returns.
+        - `block`: the block, or a pytree of its structure, with any arrays or
+            `jax.ShapeDtypeStruct`s. Arrays may also be left out (`None`), except for biases and for
+            `mlp.fc2.weight`, from which fields are read.
 
         **Returns:**
 

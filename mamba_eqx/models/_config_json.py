@@ -1,5 +1,8 @@
-"""The JSON of a `LanguageModelConfig`: an object for each config, with a key for each field. The
-object of a mixer has the key `kind` in addition."""
+"""The JSON format of `LanguageModelConfig`.
+
+Each config becomes an object with a key for each field. The object of a mixer also has the key
+`kind`.
+"""
 
 import dataclasses
 import json

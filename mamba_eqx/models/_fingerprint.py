@@ -14,7 +14,8 @@ def fingerprint(model: LanguageModel) -> np.ndarray:
 
     **Returns:**
 
-    32 bytes. They differ if two models differ in the name, shape, dtype or value of a parameter.
+    32 bytes, an array of shape `(32,)`. Models that differ in the name, shape, dtype or value of a
+    parameter have different hashes, barring a collision.
     """
     text = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
@@ -25,10 +26,10 @@ def fingerprint(model: LanguageModel) -> np.ndarray:
 
 @jax.jit
 def _checksum(leaf: Array) -> UInt32[Array, "2"]:
-    """Computes two weighted sums of the words of `leaf`, modulo 2^32, at the speed of memory.
+    """Computes two weighted sums of the words of `leaf`, modulo 2^32.
 
-    The first sum has odd weights, so that any single change is detected. This is not a
-    cryptographic hash.
+    The first sum has odd weights, so that any change of a single word is detected. This is not a
+    cryptographic hash; it is limited by the bandwidth of memory only.
     """
     size = leaf.dtype.itemsize
     bits = lax.bitcast_convert_type(leaf, jnp.uint32 if size >= 4 else f"uint{8 * size}")

@@ -14,7 +14,7 @@ from ..layers import (
     Norm,
     Reset,
     check_reset_and_length,
-    norm,
+    make_norm,
     product,
 )
 
@@ -23,12 +23,12 @@ class LanguageModel(eqx.Module):
     r"""A language model: an embedding, a stack of sequence layers, a norm and a head.
 
     The model has the methods of a sequence layer, over tokens: `model(tokens)`,
-    `model.scan(tokens, state)` and `model.step(token, state)`, which return logits. They obey the
-    same laws; see [`mamba_eqx.AbstractSequenceLayer`][].
+    `model.scan(tokens, state)` and `model.step(token, state)`, which return logits. These methods
+    obey the laws of sequence layers; see [`mamba_eqx.AbstractSequenceLayer`][].
 
-    The embedding may have more rows than `vocab_size`. The logits have a column for each row,
-    including the padding, as in the official models. The padding was never trained and must not be
-    sampled.
+    The embedding may have more rows than `vocab_size`. As in the official models, there is a logit
+    for each row, including these padding rows. Padding rows are not trained, and their token ids
+    must not be sampled.
 
     Reference: official `mamba_ssm.models.mixer_seq_simple.MambaLMHeadModel`.
     """
@@ -70,7 +70,7 @@ class LanguageModel(eqx.Module):
             deviation 0.02 for the embedding, uniform within `±1/sqrt(d_model)` for an untied head.
 
         **Raises:** `ValueError` if a size is not a positive integer, `padded_vocab_size` is less
-        than `vocab_size`, or `norm_eps` is not between 0 and 1.
+        than `vocab_size`, an option is not a bool, or `norm_eps` is not between 0 and 1.
         """
         rows = check_vocab_size(vocab_size, padded_vocab_size)
         check_flag("tie_embeddings", tie_embeddings)
@@ -82,7 +82,7 @@ class LanguageModel(eqx.Module):
         weight = 0.02 * jr.normal(embedding_key, (rows, d_model), dtype)
         self.embedding = eqx.nn.Embedding(weight=weight)
         self.layers = layers
-        self.norm_f = norm(d_model, rms_norm=rms_norm, eps=norm_eps, dtype=dtype)
+        self.norm_f = make_norm(d_model, rms_norm=rms_norm, eps=norm_eps, dtype=dtype)
         if tie_embeddings:
             self.lm_head = None
         else:
@@ -132,6 +132,8 @@ class LanguageModel(eqx.Module):
         **Returns:**
 
         The logits of `scan`, an array of shape `(seq, padded_vocab_size)`.
+
+        **Raises:** `ValueError` as `scan` does.
         """
         logits, _ = self.scan(tokens, reset=reset, length=length)
         return logits
@@ -193,8 +195,8 @@ class LanguageModel(eqx.Module):
     ) -> tuple[Float[Array, "seq {self.d_model}"], PyTree]:
         """Runs `scan` without the head.
 
-        With a large vocabulary the head is a third of the work. A prefill needs the logits of its
-        last token only, so it runs the backbone and applies `logits` once.
+        With a large vocabulary the head is a third of the work. A prefill needs the logits of the
+        last token only, so that it can run the backbone and apply `logits` once.
 
         **Arguments:** as for `scan`.
 
@@ -202,6 +204,8 @@ class LanguageModel(eqx.Module):
 
         The features that `logits` converts to logits, an array of shape `(seq, d_model)`; and the
         state after the last real token.
+
+        **Raises:** `ValueError` as `scan` does.
         """
         _check_tokens("scan", tokens, 1)
         check_reset_and_length("LanguageModel", tokens.shape[0], reset, length)
@@ -219,6 +223,8 @@ class LanguageModel(eqx.Module):
 
         The features that `logits` converts to logits, an array of shape `(d_model,)`; and the state
         after `token`.
+
+        **Raises:** `ValueError` as `step` does.
         """
         _check_tokens("step", token, 0)
         x, state = self.layers.step(self._embed(token), state)
@@ -247,14 +253,19 @@ class LanguageModel(eqx.Module):
         reset: Reset = None,
         length: Length = None,
     ) -> Float[Array, "{self.layers.n_layer}+1 seq {self.d_model}"]:
-        """Runs a whole sequence and returns the residual stream after each layer, and after the
-        final norm.
+        """Runs a whole sequence from the empty past, and returns the residual stream after each
+        layer and after the final norm.
 
-        **Arguments:** as for `scan`.
+        **Arguments:**
+
+        - `tokens`, `reset`, `length`: as for `scan`.
 
         **Returns:**
 
-        An array of shape `(n_layer + 1, seq, d_model)`.
+        An array of shape `(n_layer + 1, seq, d_model)`: the outputs of the layers, first layer
+        first, and the output of the final norm.
+
+        **Raises:** `ValueError` as `scan` does.
         """
         _check_tokens("scan", tokens, 1)
         hidden = self.layers.hidden_states(self._embed(tokens), reset=reset, length=length)
@@ -267,8 +278,12 @@ class LanguageModel(eqx.Module):
 
 
 def check_vocab_size(vocab_size: int, padded_vocab_size: int | None) -> int:
-    """Validates the sizes of the vocabulary. **Returns:** `padded_vocab_size`, by default
-    `vocab_size`."""
+    """Validates the sizes of the vocabulary.
+
+    **Returns:**
+
+    `padded_vocab_size`, with its default `vocab_size` if it is `None`.
+    """
     check_positive("vocab_size", vocab_size)
     padded_vocab_size = vocab_size if padded_vocab_size is None else padded_vocab_size
     check_positive("padded_vocab_size", padded_vocab_size)

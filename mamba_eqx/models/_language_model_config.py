@@ -80,9 +80,10 @@ class LanguageModelConfig:
 
         **Arguments:**
 
-        - `stacked`: whether to run the layers by a [`mamba_eqx.Stacked`][] instead of a
+        - `stacked`: whether the layers are [`mamba_eqx.Stacked`][] rather than
             [`mamba_eqx.Unrolled`][].
-        - `remat`: see [`mamba_eqx.Unrolled`][].
+        - `remat`: whether to recompute intermediates in the reverse pass; see
+            [`mamba_eqx.Unrolled`][].
         - `dtype`: the dtype of the parameters; float32 by default (float64 in JAX's 64-bit mode).
             Parameters of recurrences are at least float32.
         - `key`: the random key for the initial parameters.
@@ -116,8 +117,9 @@ class LanguageModelConfig:
 
         **Arguments:**
 
-        - `model`: the model, or a pytree of its structure. Arrays may be left out (`None`), as in
-            the parts that `equinox.partition` returns.
+        - `model`: the model, or a pytree of its structure, with any arrays or
+            `jax.ShapeDtypeStruct`s. Arrays may also be left out (`None`), except for biases and for
+            the weights of MLPs, from which fields are read.
 
         **Returns:**
 

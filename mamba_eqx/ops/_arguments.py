@@ -1,4 +1,4 @@
-"""Checks of arguments that several ops have in common."""
+"""Validation of arguments that several ops have in common."""
 
 
 def size_or_default(name: str, size: int | None, default: int) -> int:
@@ -10,9 +10,7 @@ def size_or_default(name: str, size: int | None, default: int) -> int:
     - `size`: a number of tokens per chunk or block.
     - `default`: the size to use for `None`.
 
-    **Raises:**
-
-    `ValueError` if `size` is less than 1.
+    **Raises:** `ValueError` if `size` is less than 1.
     """
     if size is None:
         return default
@@ -22,11 +20,9 @@ def size_or_default(name: str, size: int | None, default: int) -> int:
 
 
 def check_groups(nheads: int, ngroups: int) -> None:
-    """Checks that `nheads` heads can be divided into `ngroups` groups of equal size.
+    """Validates that `nheads` heads can be divided into `ngroups` groups of equal size.
 
-    **Raises:**
-
-    `ValueError` if `ngroups` does not divide `nheads`.
+    **Raises:** `ValueError` if `ngroups` does not divide `nheads`.
     """
     if nheads % ngroups:
         raise ValueError(
@@ -36,14 +32,12 @@ def check_groups(nheads: int, ngroups: int) -> None:
 
 
 def check_kv_heads(nheads: int, nheads_kv: int) -> None:
-    """Checks that `nheads` query heads can share `nheads_kv` key and value heads equally.
+    """Validates that `nheads` query heads can share `nheads_kv` key and value heads equally.
 
-    **Raises:**
-
-    `ValueError` if `nheads_kv` does not divide `nheads`.
+    **Raises:** `ValueError` if `nheads_kv` does not divide `nheads`.
     """
     if nheads % nheads_kv:
         raise ValueError(
-            "The number of heads of keys and values must divide that of queries, but got "
+            "The number of heads of keys and values must divide the number of query heads, but got "
             f"{nheads_kv} and {nheads}."
         )

@@ -37,7 +37,7 @@ class _Queries(NamedTuple):
 
     q: Float[Array, "*block nheads_kv shared headdim"]
     offset: Int[Array, "*block"]
-    """The offset of the query, which is that of the last key it sees."""
+    """The offset of the query, which is also the offset of the last key that it sees."""
     first: Int[Array, "*block"]
     """The offset of the first key it sees."""
 
@@ -63,7 +63,7 @@ def attention(
 
     Query head `h` uses head `h // (nheads // nheads_kv)` of the keys and values. The forward and
     the reverse pass run one block of queries after another, so that no `seq` by `seq` matrix is
-    held. Everything is computed in float32 or better.
+    in memory. Everything is computed in float32 or better.
 
     **Arguments:**
 
@@ -86,10 +86,8 @@ def attention(
     The outputs, shape `(seq, nheads, headdim)`, in the dtype of `q`, and the state with the tokens
     since the last reset. Tokens beyond its capacity are dropped, and their outputs are NaN.
 
-    **Raises:**
-
-    `ValueError` if `nheads_kv` does not divide `nheads`, the capacity of `state` is not `window`,
-    or `block_size` is less than 1.
+    **Raises:** `ValueError` if `nheads_kv` does not divide `nheads`, the capacity of `state` is not
+    `window`, or `block_size` is less than 1.
     """
     seq, nheads, headdim = q.shape
     nheads_kv = k.shape[1]
@@ -161,10 +159,8 @@ def attention_step(
     The output, shape `(nheads, headdim)`, in the dtype of `q`, and the state with this token. The
     output is NaN if the state was full.
 
-    **Raises:**
-
-    `ValueError` if `nheads_kv` does not divide `nheads`, or the capacity of `state` is not
-    `window`.
+    **Raises:** `ValueError` if `nheads_kv` does not divide `nheads`, or the capacity of `state` is
+    not `window`.
     """
     nheads, headdim = q.shape
     nheads_kv = k.shape[0]
@@ -269,7 +265,7 @@ def _updated_cache(
     before = jnp.where(begin < 0, start, -begin)  # The position of token 0.
     total = before + count
     slot = jnp.arange(room, dtype=jnp.int32)
-    # `position` is the position of the token that belongs into each slot, `token` its offset.
+    # `position` is the position of the token that each slot will hold, and `token` its offset.
     position = slot if window is None else total - 1 - (total - 1 - slot) % room
     token = position - before
     new = (position >= 0) & (token >= 0) & (token < count)
@@ -286,7 +282,7 @@ def _updated_cache(
 
 
 def _capacity(state: Cache | None, window: int | None, seq: int) -> int:
-    """Returns the number of tokens that the state has room for."""
+    """Returns the capacity of the state in tokens, after checking that it equals the window."""
     if state is None:
         return seq if window is None else window
     room = state[0].shape[1]
@@ -299,7 +295,7 @@ def _capacity(state: Cache | None, window: int | None, seq: int) -> int:
 
 
 def _product(subscripts: str, a: Array, b: Array) -> Array:
-    # Casts rather than `preferred_element_type`, because XLA's CPU backend lacks some products of
-    # bfloat16 with a float32 result (of 4 queries and 4 keys, for example).
+    # XLA's CPU backend lacks some products of bfloat16 with a float32 result (of 4 queries and 4
+    # keys, for example), so the arguments are cast instead of giving `preferred_element_type`.
     dtype = at_least_float32(a, b)
     return jnp.einsum(subscripts, a.astype(dtype), b.astype(dtype))

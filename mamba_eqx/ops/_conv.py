@@ -22,8 +22,9 @@ def causal_conv1d(
 
     $$y_t = b + \sum_{k=0}^{K-1} w_k \, x_{t-(K-1)+k},$$
 
-    with $K$ = `d_conv`, so that the last tap $w_{K-1}$ meets the current token. It runs as $K$
-    shifted multiply-adds, which are faster on a CPU than a grouped convolution.
+    with $K$ = `d_conv`, so that the last tap $w_{K-1}$ multiplies the current token. The
+    convolution runs as $K$ shifted multiply-adds, which are faster on a CPU than a grouped
+    convolution.
 
     **Arguments:**
 

@@ -1,4 +1,4 @@
-"""The arguments `reset` and `length`, which act alike in every op.
+"""Masks for the arguments `reset` and `length`, which have the same meaning in every op.
 
 A token at or after `length` is padding: it leaves the state unchanged and cannot reset it.
 """
@@ -38,7 +38,7 @@ def document_positions(
 def document_starts(
     seq: int, reset: Bool[Array, " seq"] | None, real: Bool[Array, " seq"] | None
 ) -> Int[Array, " seq"]:
-    """Returns the index at which each token's document starts, or -1 if that is before token 0."""
+    """Returns the index at which each token's document starts; -1 if it starts before token 0."""
     if reset is None:
         return jnp.full(seq, -1, jnp.int32)
     places = jnp.where(mask_resets(reset, real), jnp.arange(seq, dtype=jnp.int32), -1)
@@ -46,7 +46,7 @@ def document_starts(
 
 
 def real_tokens(seq: int, length: Int[Array, ""] | int | None) -> Bool[Array, " seq"] | None:
-    """Returns a mask of the first `length` tokens, or `None` if `length` is (all are real)."""
+    """Returns a mask of the first `length` tokens, or `None` if `length` is `None`."""
     return None if length is None else jnp.arange(seq) < length
 
 

@@ -28,9 +28,9 @@ def gated_rms_norm(
 
     - `x`: the values, shape `(*seq, channels)`.
     - `z`: the gate, shape `(*seq, channels)`.
-    - `weight`: $w$, shape `(channels,)`.
+    - `weight`: the factor $w$ of every channel, shape `(channels,)`.
     - `ngroups`: the number of groups, which divides the number of channels.
-    - `eps`: $\epsilon$.
+    - `eps`: the positive number $\epsilon$.
     - `norm_before_gate`: whether to normalise before gating, as in the second formula.
 
     **Returns:**

@@ -37,7 +37,7 @@ def linear_recurrence(
 
     $$h_t = a_t h_{t-1} + b_t.$$
 
-    All `seq` terms are held in memory. [`mamba_eqx.ops.selective_scan`][] avoids this by running
+    All `seq` terms are in memory at once. [`mamba_eqx.ops.selective_scan`][] avoids this by running
     one chunk at a time.
 
     **Arguments:**
@@ -49,17 +49,15 @@ def linear_recurrence(
     - `length`: the number of real tokens; later ones are padding. The returned state is the one
         after `length` tokens.
     - `method`: `"sequential"` (a `jax.lax.scan`) or `"associative"` (a `jax.lax.associative_scan`,
-        which has logarithmic depth and is meant for accelerators). `None` selects `"sequential"`,
-        the faster one on a CPU.
+        which has logarithmic depth and suits accelerators). `None` selects `"sequential"`, which
+        is faster on a CPU.
 
     **Returns:**
 
     All terms $h_t$, shape `(seq, *shape)`, and the state after the last real token, shape
     `(*shape)`.
 
-    **Raises:**
-
-    `ValueError` if `method` is unknown.
+    **Raises:** `ValueError` if `method` is unknown.
     """
     if state is None:
         state = jnp.zeros(b.shape[1:], b.dtype)

@@ -18,8 +18,8 @@ def cos_sin(
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     """Returns the cosine and the sine of angles between -pi and pi.
 
-    They are computed by their series, because XLA's CPU backend computes `jnp.cos` one number at a
-    time, ten times as slowly (docs/speed.md).
+    Both are computed by their power series, because XLA's CPU backend computes `jnp.cos` one number
+    at a time, which takes ten times as long (docs/speed.md).
     """
     terms = 12 if angle.dtype == jnp.float64 else 7
     half_turns = jnp.round(angle / math.pi)
@@ -64,7 +64,7 @@ def rotary_embedding(
     - `x`: queries or keys, shape `(*seq, nheads, headdim)`.
     - `positions`: the positions of the tokens, shape `(*seq,)`.
     - `dim`: the number of features that rotate, an even number of at most `headdim`. The other
-        features are rerotated unchanged.
+        features are returned unchanged.
     - `base`: the base of the angles.
     - `interleaved`: whether neighbouring features form the pairs; otherwise features `dim / 2`
         apart do.
@@ -73,9 +73,7 @@ def rotary_embedding(
 
     The rotated queries or keys, in the shape and dtype of `x`.
 
-    **Raises:**
-
-    `ValueError` if `dim` is odd or more than `headdim`.
+    **Raises:** `ValueError` if `dim` is odd or more than `headdim`.
     """
     dtype = at_least_float32(x)
     rates = jnp.asarray(base, dtype) ** (-jnp.arange(0, dim, 2, dtype=dtype) / dim)
@@ -96,13 +94,13 @@ def rotate(
 
     $$(a, b) \mapsto (a \cos\theta_i - b \sin\theta_i,\; a \sin\theta_i + b \cos\theta_i).$$
 
-    Features outside of all pairs are rerotated unchanged.
+    Features outside all pairs are returned unchanged.
 
     **Arguments:**
 
     - `x`: the features, shape `(*batch, features)`.
     - `cos`, `sin`: the cosines and sines of the angles $\theta_i$, shape `(*batch, pairs)`, with at
-        most one pair for two features.
+        most `features // 2` pairs.
     - `interleaved`: whether pair $i$ consists of neighbours, $(2i, 2i + 1)$; otherwise of features
         half the width of `x` apart, $(i, i + \lfloor\texttt{features} / 2\rfloor)$. This is half
         of the whole width even if only some features rotate. For pairs among the first features,
@@ -112,9 +110,7 @@ def rotate(
 
     The rotated features, in the dtype that `x`, `cos` and `sin` share.
 
-    **Raises:**
-
-    `ValueError` if the pairs need more features than `x` has.
+    **Raises:** `ValueError` if the pairs need more features than `x` has.
     """
     pairs, features = cos.shape[-1], x.shape[-1]
     if 2 * pairs > features:

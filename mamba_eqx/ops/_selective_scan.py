@@ -14,8 +14,8 @@ from ._masks import fill_padding, mask_resets, real_tokens
 from ._recurrence import linear_recurrence
 
 
-# Inside this file the state is `(d_state, d_inner)`, and `At` is `A` transposed to match: with the
-# many channels last, every elementwise operation of the loop is a vector operation.
+# In this file the state has the shape `(d_state, d_inner)`, and `At` is `A` transposed to match.
+# With the many channels last, every elementwise operation of the loop is a vector operation.
 
 
 class _Tokens(NamedTuple):
@@ -33,7 +33,7 @@ _Chunks = Float[Array, "chunks chunk d_inner"]
 _Run = Callable[[_Tokens, _State, _State], tuple[_Chunks, _State]]
 
 
-# Without this `jax.jit`, every call outside of one would compile the loops again.
+# Without this `jax.jit`, every call outside a compiled function would compile the loops again.
 @partial(jax.jit, static_argnames=("method", "chunk_size"))
 @jax.named_scope("mamba_eqx.ops.selective_scan")
 def selective_scan(
@@ -65,8 +65,8 @@ def selective_scan(
         chunks and recomputes the others, so that the memory for training grows as `seq * d_inner`.
         It has a custom reverse rule, for which JAX offers no forward mode.
     - `"sequential"`: a `jax.lax.scan` over [`mamba_eqx.ops.selective_scan_step`][], with JAX's own
-        derivatives. Use it with `jax.jvp`, `jax.jacfwd` or `jax.linearize`. It is as fast forward,
-        but slower in reverse, where it needs `d_state` times the memory.
+        derivatives. Use it with `jax.jvp`, `jax.jacfwd` or `jax.linearize`. Its forward pass is as
+        fast; its reverse pass is slower and needs `d_state` times the memory.
     - `"associative"`: a parallel prefix sum inside each chunk, the chunks one after another. It has
         a shorter critical path but does several times the work, which suits accelerators with idle
         lanes.
@@ -75,8 +75,8 @@ def selective_scan(
 
     - `x`: the inputs, shape `(seq, d_inner)`.
     - `dt`: the step sizes $\Delta$, shape `(seq, d_inner)`. They must be positive (apply softplus
-        before). A step size of zero leaves the state unchanged.
-    - `A`: the negative rates of every channel and state dimension, shape `(d_inner, d_state)`.
+        before), or zero, which leaves the state unchanged.
+    - `A`: the negated rates of decay, which are negative, shape `(d_inner, d_state)`.
     - `B`, `C`: the input and output maps of every token, shared by all channels, shape
         `(seq, d_state)`.
     - `D`: the skip connection, shape `(d_inner,)`, or `None`.
@@ -93,9 +93,7 @@ def selective_scan(
     The outputs, shape `(seq, d_inner)`, in the dtype of `x`, and the state after the last real
     token, shape `(d_state, d_inner)`, in float32 (float64 if any input is).
 
-    **Raises:**
-
-    `ValueError` if `method` is unknown or `chunk_size` is less than 1.
+    **Raises:** `ValueError` if `method` is unknown or `chunk_size` is less than 1.
     """
     seq, y_dtype = x.shape[0], x.dtype
     dtype = at_least_float32(x, dt, A, B, C, state)
@@ -139,7 +137,7 @@ def selective_scan_step(
 
     - `x`: the input, shape `(d_inner,)`.
     - `dt`: the positive step sizes, shape `(d_inner,)`.
-    - `A`: the negative rates, shape `(d_inner, d_state)`.
+    - `A`: the negated rates of decay, shape `(d_inner, d_state)`.
     - `B`, `C`: the input and output maps, shape `(d_state,)`.
     - `D`: the skip connection, shape `(d_inner,)`, or `None`.
     - `state`: the hidden state before the token, shape `(d_state, d_inner)`.
@@ -178,7 +176,7 @@ def _advance(
     B: Float[Array, " d_state"],
     reset: Bool[Array, ""] | None,
 ) -> tuple[_State, _State]:
-    """Returns the state after a token, and its part that the previous state contributed."""
+    """Returns the state after a token, and the part of it that comes from the previous state."""
     kept = _decay(At, dt, h, reset)
     return kept + B[:, None] * (dt * x), kept
 
@@ -209,7 +207,7 @@ def _sequential(
 def _by_chunks(
     run: _Run, chunk_size: int, tokens: _Tokens, At: _State, h: _State
 ) -> tuple[Float[Array, "seq d_inner"], _State]:
-    """Runs `run` on the tokens in chunks. Tokens with `dt = 0` fill up the last chunk."""
+    """Calls `run` with the tokens cut into chunks. Tokens with `dt = 0` fill up the last chunk."""
     y, h = run(cut_into_chunks(chunk_size, tokens), At, h)
     return y.reshape((-1, *y.shape[2:]))[: tokens.x.shape[0]], h
 
@@ -238,7 +236,7 @@ def _chunked(tokens: _Tokens, At: _State, h: _State) -> tuple[_Chunks, _State]:
 
 
 class _Residuals(NamedTuple):
-    """What the reverse pass of `_chunked` needs of the forward pass."""
+    """The values that the forward pass of `_chunked` saves for the reverse pass."""
 
     tokens: _Tokens
     At: _State

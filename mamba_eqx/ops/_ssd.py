@@ -13,9 +13,8 @@ from ._masks import append_axes, fill_padding, mask_resets, real_tokens
 
 
 # Subscripts: l, s tokens (of output and input), g groups, r heads of a group, p channels of a head,
-# n state dimensions, x the channels of a group (all its heads'). With the heads of a group beside
-# one another, B and C meet all of them in one matrix product and are never repeated. `d_inner` is
-# `nheads * headdim`.
+# n state dimensions, x the channels of all heads of a group. Because the heads of a group are
+# neighbours, one matrix product multiplies B or C with all of them, and neither is repeated.
 
 
 class _Tokens(NamedTuple):
@@ -42,7 +41,7 @@ class _ChunkTokens(NamedTuple):
 _State = Float[Array, "d_state nheads headdim"]
 
 
-# Without this `jax.jit`, every call outside of one would compile the loops again.
+# Without this `jax.jit`, every call outside a compiled function would compile the loops again.
 @partial(jax.jit, static_argnames=("method", "chunk_size"))
 @jax.named_scope("mamba_eqx.ops.ssd")
 def ssd(
@@ -87,8 +86,8 @@ def ssd(
 
     - `x`: the inputs, shape `(seq, nheads, headdim)`.
     - `dt`: the step sizes $\Delta$, shape `(seq, nheads)`. They must be positive (apply softplus
-        before). A step size of zero leaves the state unchanged.
-    - `A`: the negative rate of every head, shape `(nheads,)`.
+        before), or zero, which leaves the state unchanged.
+    - `A`: the negated rate of decay of every head, which is negative, shape `(nheads,)`.
     - `B`, `C`: the input and output maps of every token, shared by the heads of a group, shape
         `(seq, ngroups, d_state)`.
     - `D`: the skip connection, shape `(nheads,)` or `(nheads, headdim)`, or `None`.
@@ -99,18 +98,16 @@ def ssd(
         after `length` tokens, and the outputs of padding are meaningless.
     - `method`: one of the above; `None` selects `"chunked"`.
     - `chunk_size`: tokens per chunk, at least 1; `None` selects 32, the fastest measured on a CPU
-        (docs/speed.md). Larger chunks are usual on accelerators: upstream uses 256. `"sequential"`
-        ignores it.
+        (docs/speed.md). Larger chunks are usual on accelerators: the official code uses 256.
+        `"sequential"` ignores it.
 
     **Returns:**
 
     The outputs, shape `(seq, nheads, headdim)`, in the dtype of `x`, and the state after the last
     real token, shape `(d_state, nheads, headdim)`, in float32 (float64 if any input is).
 
-    **Raises:**
-
-    `ValueError` if `ngroups` does not divide `nheads`, `method` is unknown, or `chunk_size` is less
-    than 1.
+    **Raises:** `ValueError` if `ngroups` does not divide `nheads`, `method` is unknown, or
+    `chunk_size` is less than 1.
     """
     check_groups(A.shape[0], B.shape[1])
     seq, y_dtype = x.shape[0], x.dtype
@@ -149,7 +146,7 @@ def ssd_step(
 
     - `x`: the input, shape `(nheads, headdim)`.
     - `dt`: the positive step sizes, shape `(nheads,)`.
-    - `A`: the negative rate of every head, shape `(nheads,)`.
+    - `A`: the negated rate of decay of every head, shape `(nheads,)`.
     - `B`, `C`: the input and output maps, shape `(ngroups, d_state)`.
     - `D`: the skip connection, shape `(nheads,)` or `(nheads, headdim)`, or `None`.
     - `state`: the hidden state before the token, shape `(d_state, nheads, headdim)`.
@@ -159,9 +156,7 @@ def ssd_step(
     The output, shape `(nheads, headdim)`, in the dtype of `x`, and the state after the token, shape
     `(d_state, nheads, headdim)`, in float32 (float64 if any input is).
 
-    **Raises:**
-
-    `ValueError` if `ngroups` does not divide `nheads`.
+    **Raises:** `ValueError` if `ngroups` does not divide `nheads`.
     """
     ngroups = B.shape[0]
     check_groups(A.shape[0], ngroups)
@@ -169,7 +164,7 @@ def ssd_step(
     x, dt, A, B, C, h = (t.astype(dtype) for t in (x, dt, A, B, C, state))
     dt_x = (dt[:, None] * x).reshape(1, ngroups, -1)
     h = jnp.exp(dt * A)[:, None] * h + (B.T[:, :, None] * dt_x).reshape(h.shape)
-    # A matrix product, because XLA's CPU backend makes scalar code of a sum over `d_state`
+    # XLA's CPU backend would compile a sum over `d_state` to scalar code, hence the matrix product
     # (docs/speed.md).
     y = jnp.einsum("gn,ngx->gx", C, h.reshape(-1, *dt_x.shape[1:]))
     return _add_skip(D, x, y.reshape(x.shape)).astype(y_dtype), h
@@ -206,7 +201,7 @@ def _chunked(
     seq, nheads, headdim = x.shape
     ngroups, d_state = B.shape[1:]
 
-    # `prevent_cse=True` is needed outside of loops only.
+    # `prevent_cse=True` is needed outside loops only.
     @partial(jax.checkpoint, prevent_cse=False)
     def chunk(h: Array, tokens: _ChunkTokens) -> tuple[Array, Array]:
         y, h = _chunk(tokens, h)

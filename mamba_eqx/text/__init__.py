@@ -6,7 +6,7 @@ from ._stop_strings import stop_table as stop_table, text_until as text_until
 from ._text_tokenizer import TextDecoder as TextDecoder, TextTokenizer as TextTokenizer
 
 
-# The public names. The others are for the other folders of the package.
+# The public names. Other folders of the package may import the other names too.
 __all__ = [
     "ByteDecoder",
     "ByteTokenizer",

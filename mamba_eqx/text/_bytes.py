@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 
 class ByteTokenizer:
-    """A tokenizer whose tokens are the 256 bytes of UTF-8. It has no vocabulary to train and no
-    special tokens."""
+    """A tokenizer for text in UTF-8 whose tokens are the 256 bytes, without special tokens."""
 
     @property
     def vocab_size(self) -> int:

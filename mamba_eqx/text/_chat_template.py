@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
-# Inserted into the messages after the first character of everything spelled like a special token.
-# Whatever is still spelled like one in the rendered text was written by the template, not by a
-# user. All marks are removed from the result.
+# A mark is inserted into the messages after the first character of everything that is spelled like
+# a special token. Special tokens in the rendered text were therefore written by the template and
+# not by a user. All marks are removed from the result.
 _MARK = "\ue0f5"
 
 
@@ -88,7 +88,7 @@ def render(
 
 
 class _RefusedError(ValueError):
-    pass
+    """The template has called `raise_exception`."""
 
 
 def _to_json(value: object, indent: int | None = None) -> str:

@@ -1,4 +1,4 @@
-"""What the rest of the package requires of a tokenizer."""
+"""The interfaces of tokenizers and decoders, on which the rest of the package relies."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Decoder(Protocol):
-    """An incremental decoder: converts token ids to text as they arrive, without splitting
+    """An incremental decoder, which converts token ids to text as they arrive, without splitting
     characters.
 
     The strings returned by `feed` and a final `flush`, joined, are the text of all the tokens.
@@ -25,8 +25,10 @@ class Decoder(Protocol):
         ...
 
     def flush(self) -> str:
-        """Ends the sequence and returns the text that `feed` has held back. The decoder can then be
-        used for another sequence."""
+        """Ends the sequence and resets the decoder for another one.
+
+        **Returns:** the text that `feed` has held back.
+        """
         ...
 
 

@@ -19,8 +19,8 @@ def stop_table(tokenizer: Tokenizer, strings: Sequence[str]) -> Int[np.ndarray, 
     text of the tokens contains one of the strings, the state is the last one, `len(table) - 1`, and
     remains there.
 
-    Every other state is a proper prefix of a string: the longest one, in bytes, that the text ends
-    with. The table composes the transitions of the bytes of each token.
+    Every other state stands for a proper prefix of a string, in bytes: the longest one that the
+    text ends with. The entry of a token composes the transitions of its bytes.
 
     Reference: Aho and Corasick, *Efficient String Matching* (1975).
 
@@ -29,7 +29,7 @@ def stop_table(tokenizer: Tokenizer, strings: Sequence[str]) -> Int[np.ndarray, 
     - `tokenizer`: the tokenizer of the generated tokens. The table is cached for the same tokenizer
         and strings, since building it for a large vocabulary takes as long as generating several
         tokens.
-    - `strings`: the stop strings. They must not be empty, which `Sampling` has checked.
+    - `strings`: the stop strings, none of them empty (`Sampling` checks this).
 
     **Returns:** the table, an `int32` array of shape `(states, vocab_size)`. It is shared between
     callers and read-only.
@@ -69,7 +69,7 @@ def _build_table(tokenizer: Tokenizer, strings: tuple[str, ...]) -> Int[np.ndarr
 
 
 def text_until(stops: Sequence[str], pieces: Iterator[str]) -> Iterator[str]:
-    """Yields streamed text up to the first stop string to be completed, which is excluded.
+    """Yields streamed text up to the stop string that is completed first, excluding that string.
 
     **Arguments:**
 
@@ -77,7 +77,7 @@ def text_until(stops: Sequence[str], pieces: Iterator[str]) -> Iterator[str]:
     - `pieces`: the text, in pieces of any lengths. No piece is consumed after a stop string.
 
     **Returns:** an iterator over the text in pieces, some of them possibly empty. A suffix that may
-    be the beginning of a stop string is held back until it is known not to be.
+    be the beginning of a stop string is held back until the following text decides.
     """
     held = ""
     for piece in pieces:

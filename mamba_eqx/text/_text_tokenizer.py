@@ -26,7 +26,7 @@ class TextTokenizer:
 
         - `tokenizer`: the content of `tokenizer.json`.
         - `config`: the parsed content of `tokenizer_config.json`, which names the end-of-text token
-            and holds the chat template. Optional.
+            and holds the chat template. `None`, the default, is an empty config.
 
         **Raises:** `ValueError` if `tokenizer` is not the content of a `tokenizer.json`;
         `ImportError` if the package `tokenizers` is not installed.
@@ -61,7 +61,8 @@ class TextTokenizer:
 
     @property
     def eos_token_id(self) -> int | None:
-        """The id of the end-of-text token, or `None` if the config does not name one."""
+        """The id of the end-of-text token, or `None` if the config does not name a special token as
+        such."""
         content = _content(self._config.get("eos_token"))
         return self._special.get(content) if isinstance(content, str) else None
 
@@ -129,7 +130,7 @@ class TextTokenizer:
     def token_bytes(self, token: int) -> bytes:
         """Returns the UTF-8 bytes that a token contributes to a text.
 
-        At the very beginning of a text, some tokenizers drop a leading space that is included here.
+        Some tokenizers drop a leading space at the very beginning of a text; the bytes include it.
 
         **Arguments:**
 
@@ -167,7 +168,7 @@ class TextTokenizer:
         template = self._template
         if template is None:
             raise ValueError(
-                "This tokenizer has no chat template, since its model was not trained on "
+                "This tokenizer has no chat template. Its model was probably not trained on "
                 "conversations. Lay out the text yourself and use `encode`."
             )
         variables = {
@@ -240,7 +241,8 @@ class TextDecoder:
         pending = len(self._ids) - self._emitted
         if text.endswith(_REPLACEMENT) and pending < _MAX_CHARACTER_TOKENS:
             return ""
-        # The text of a token can depend on the tokens before it, but only on the last few.
+        # The text of a token depends on the last few tokens before it at most, so older ones are
+        # dropped.
         self._ids = self._ids[max(0, self._emitted - _MAX_CHARACTER_TOKENS) :]
         self._emitted = len(self._ids)
         return text
@@ -251,16 +253,16 @@ class TextDecoder:
 
 
 class _Spelling:
-    """How a vocabulary spells bytes: in GPT-2's byte alphabet if the `decoder` of `tokenizer.json`
-    is byte-level, otherwise as SentencePiece does."""
+    """The way in which a vocabulary spells bytes: in GPT-2's byte alphabet if the `decoder` of
+    `tokenizer.json` is byte-level, otherwise as SentencePiece does."""
 
     def __init__(self, decoder: object):
-        self._byte_of = _gpt2_alphabet() if _is_byte_level(decoder) else None
+        self._alphabet = _gpt2_alphabet() if _is_byte_level(decoder) else None
 
     def to_bytes(self, token: str) -> bytes:
         """Converts the spelling of a token to UTF-8 bytes."""
-        if self._byte_of is not None:
-            return bytes(self._byte_of[char] for char in token if char in self._byte_of)
+        if self._alphabet is not None:
+            return bytes(self._alphabet[char] for char in token if char in self._alphabet)
         byte = _BYTE.fullmatch(token)
         if byte is not None:
             return bytes([int(byte.group(1), 16)])
@@ -284,6 +286,6 @@ def _gpt2_alphabet() -> dict[str, int]:
 
 
 def _content(token: object) -> object:
-    """Returns the spelling of a token in a config, which is a string or an object that contains
-    one."""
+    """Returns the spelling of a token from its entry in a config: a string, or an object with the
+    string as `content`."""
     return token.get("content") if isinstance(token, dict) else token

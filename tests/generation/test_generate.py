@@ -302,11 +302,11 @@ def test_invalid_arguments_raise(prompts: Any, options: dict[str, Any], message:
 @pytest.mark.usefixtures("as_users_run")
 def test_mismatched_states_and_invalid_streams_raise():
     single, batch = mbx.generate(MODEL, [1], 1), mbx.generate(MODEL, [[1], [2]], 1)
-    with pytest.raises(ValueError, match="prompts are 2 rows and the state is that of one seq"):
+    with pytest.raises(ValueError, match="prompts of 2 rows and a state of one seq"):
         mbx.generate(MODEL, [[1], [2]], 1, state=single.state)
-    with pytest.raises(ValueError, match=r"prompts are one sequence and .* that of 2 rows"):
+    with pytest.raises(ValueError, match="prompts of one sequence and a state of 2 rows"):
         mbx.generate(MODEL, [1], 1, state=batch.state)
-    with pytest.raises(ValueError, match=r"prompts are 3 rows and .* that of 2 rows"):
+    with pytest.raises(ValueError, match="prompts of 3 rows and a state of 2 rows"):
         mbx.generate(MODEL, [[1]] * 3, 1, state=batch.state)
     with pytest.raises(ValueError, match="takes one prompt, but got 2"):
         mbx.stream(MODEL, [[1], [2]], 1)  # pyright: ignore[reportArgumentType]

@@ -238,7 +238,7 @@ def test_invalid_arguments_raise():
         mbx.AttentionConfig(4, 2, softmax_scale=-1.0)
     with pytest.raises(ValueError, match="state must have room for 4 tokens, but has room for 3"):
         ops.attention(*inputs(2), state=(state.k, state.v, state.length), window=4)
-    with pytest.raises(ValueError, match="must divide that of queries, but got 2 and 3"):
+    with pytest.raises(ValueError, match="must divide the number of query heads, but got 2 and 3"):
         ops.attention(*inputs(2, nheads=3))
 
 

@@ -17,16 +17,16 @@ import mamba_eqx as mbx
 from tests.support.registry import MIXERS, SIZES, Sizes, make_inputs, make_layer
 
 
-# Relative to the largest compared entry. Two ways to sum the same products differ by a few units in
-# the last place, which are 2^-24, 2^-8 and 2^-53.
+# Relative to the largest compared entry, or to 1 if all entries are smaller. Two ways to sum the
+# same products differ by a few units in the last place, which are 2^-24, 2^-8 and 2^-53.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-2, "float64": 1e-12}
 DTYPES = list(TOLERANCE)
 
 # Whether the laws run with more examples, sizes, lengths and dtypes (docs/api/protocol.md).
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 
-# Every new length has to be compiled, so there are few of them: pairs of the lengths of two pieces.
-# 1 and 3 are shorter than the convolutions; 37 and 40 tokens are more than one chunk of a scan.
+# The lengths of two pieces. Every new length has to be compiled, so there are few of them. 1 and 3
+# are shorter than the convolutions; 37 and 40 tokens are more than one chunk of a scan.
 CUTS = [(1, 3), (3, 37), (37, 3), (3, 0), (0, 3)]
 
 

@@ -27,6 +27,7 @@ class Sizes:
     d_conv: int
     dt_rank: int
     flag: bool
+    """The value of options such as `bias`."""
 
 
 SIZES = [
@@ -58,7 +59,7 @@ def mamba1_normed(select_norm: str) -> Make:
 
 
 def mamba2(*, ngroups: int, heads_per_group: int, d_mlp: int = 0, **options: Any) -> Make:
-    """Uses `dt_rank` as `headdim`. `d_mlp` channels belong to the gated MLP."""
+    """Returns a maker of `Mamba2`, with `dt_rank` as `headdim` and `d_mlp` channels of the MLP."""
 
     def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Mamba2:
         d_ssm = ngroups * heads_per_group * s.dt_rank
@@ -81,7 +82,8 @@ def mamba2(*, ngroups: int, heads_per_group: int, d_mlp: int = 0, **options: Any
 
 
 def attention(*, nheads_kv: int, shared: int, **options: Any) -> Make:
-    """Uses `dt_rank` for the size of the heads and, if `window` is set, `d_state` as the window."""
+    """Returns a maker of `Attention`, with `dt_rank` for the size of the heads and, if `window` is
+    set, `d_state` as the window."""
 
     def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Attention:
         window: dict[str, Any] = {"window": s.d_state} if options.get("window") else {}
@@ -103,7 +105,7 @@ def attention(*, nheads_kv: int, shared: int, **options: Any) -> Make:
 
 
 def mamba3(*, ngroups: int, heads_per_group: int, **options: Any) -> Make:
-    """Uses `dt_rank` as `headdim`. The state is always large enough to rotate a pair."""
+    """Returns a maker of `Mamba3`, with `dt_rank` as `headdim` and at least one rotated pair."""
 
     def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Mamba3:
         return mbx.Mamba3(
@@ -231,7 +233,7 @@ LANGUAGE_MODELS: dict[str, Make] = {
 
 LAYERS = MIXERS | COMPOSITES
 
-# The quick run leaves out these layers, because similar layers cover most of their code.
+# The quick run (`pytest`) omits these layers, because similar layers cover most of their code.
 VARIANTS = {
     "mamba1_normed",
     "mamba2_options",
@@ -256,7 +258,7 @@ def config(
     block: dict[str, Any] | None = None,
     **model: Any,
 ) -> mbx.LanguageModelConfig:
-    """Two equal layers."""
+    """Makes the config of a model with two equal layers."""
     layer = mbx.BlockConfig(mixer, **(block or {}))
     return mbx.LanguageModelConfig(vocab_size=VOCAB_SIZE, layers=(layer, layer), **model)
 
@@ -341,8 +343,10 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
 
 @functools.cache
 def make_layer(name: str, s: Sizes, dtype: Any, seed: int) -> Any:
-    """Makes a layer with random parameters. The initial parameters are mostly ones and zeros, which
-    would hide mistakes."""
+    """Makes a layer with random parameters.
+
+    Many initial parameters are ones and zeros, which would hide mistakes.
+    """
     make = EVERYTHING[name]
     rng = np.random.default_rng(seed)
     return jax.tree.map(

@@ -33,7 +33,7 @@ from ._sample import (
 )
 
 
-# The public names. The others are for the other folders of the package.
+# The public names. Other folders of the package may import the other names too.
 __all__ = [
     "Penalties",
     "frequency_penalty",

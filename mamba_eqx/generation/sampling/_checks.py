@@ -1,4 +1,4 @@
-"""Validation of the sampling options. Values traced by JAX are unknown and are not checked."""
+"""Validation of the sampling options. Values that JAX traces are not known and not checked."""
 
 import math
 import numbers

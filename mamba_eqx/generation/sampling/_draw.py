@@ -37,8 +37,8 @@ def draw_from_prefix(
     """Draws a token from `softmax(logits)` among the tokens of `prefix`, by rejection.
 
     A token is drawn among all tokens, and kept if the tokens before it weigh less than the target.
-    Otherwise neither this token nor any later one is in the prefix, and the next token is drawn
-    from the ones before it. Rejections do not change the distribution of the kept token. As in a
+    Otherwise neither this token nor any later token is in the prefix, and the next token is drawn
+    from the tokens before it. Rejections do not change the distribution of the kept token. As in a
     search with random pivots, each round removes half of the excess on average. A round reads all
     logits once, and one round mostly suffices; finding the largest logits costs ten times as much.
 
@@ -60,14 +60,14 @@ def draw_from_prefix(
         pivot = jnp.take_along_axis(order, token % LANES, axis=-1)
         before = orders > pivot[..., None]
         sums = jnp.sum(jnp.where(before, weights, jnp.zeros_like(weights)), axis=-1)
-        weigh = sums
+        total = sums
         if prefix.largest is None:
             # Without the barrier, XLA would merge this sum and the next one into one long sum.
             # Floating-point numbers are summed faster than integers, and count exactly up to 2^24.
-            weigh = lax.optimization_barrier(jnp.sum(before.astype(sums.dtype), axis=-1))
-        weigh = jnp.sum(weigh, axis=-1, keepdims=True)
+            total = lax.optimization_barrier(jnp.sum(before.astype(sums.dtype), axis=-1))
+        total = jnp.sum(total, axis=-1, keepdims=True)
         # The conditions are negated so that NaN ends the loop too.
-        keep = ~(weigh >= target) | ~(jnp.sum(sums, axis=-1, keepdims=True) > 0)
+        keep = ~(total >= target) | ~(jnp.sum(sums, axis=-1, keepdims=True) > 0)
         token = jnp.where(last.kept, last.token, token)
         return _Trial(token, pivot, sums, last.kept | keep, last.tries + 1)
 
@@ -87,9 +87,19 @@ def _invert(
     lanes: Callable[[Int[Array, "*batch 1"]], Float[Array, "*batch lane"]],
     key: PRNGKeyArray,
 ) -> Int[Array, "*batch 1"]:
-    """Draws a token by inverting the distribution function at a uniform number. Finding first the
-    tile and then the token in it takes two sums over a few hundred numbers, instead of one over the
-    whole vocabulary."""
+    """Draws a token by inverting the distribution function at a uniform number.
+
+    Finding first the tile and then the token in the tile takes two sums over a few hundred numbers,
+    instead of one over the whole vocabulary.
+
+    **Arguments:**
+
+    - `sums`: the total weight of each tile.
+    - `lanes`: returns the weights of the tokens of a tile, given the index of the tile.
+    - `key`: the random key.
+
+    **Returns:** the token ids, keeping the axis.
+    """
     cumulative = jnp.cumsum(sums, axis=-1)
     u = jr.uniform(key, (*sums.shape[:-1], 1), sums.dtype)
     value = u * maximum(cumulative)
@@ -106,7 +116,7 @@ def _first_above(
     value: Float[Array, "*batch 1"],
 ) -> Int[Array, "*batch 1"]:
     """Returns the first place where the cumulative weight exceeds `value`, skipping zero weights.
-    If rounding leaves no such place, returns the place where it is largest."""
+    If rounding leaves no such place, returns the place where the cumulative weight is largest."""
     # A parallel cumulative sum is not monotone to the last bit: it may rise by a rounding error at
     # a token of zero weight.
     cumulative = jnp.where(weight > 0, cumulative, jnp.zeros_like(cumulative))

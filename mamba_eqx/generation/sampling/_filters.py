@@ -1,5 +1,7 @@
-"""Filters: functions of logits that exclude tokens by setting their logits to `-inf`, and leave the
-other logits unchanged. All of them act along the last axis, with any number of leading axes."""
+"""Filters, which exclude tokens by setting their logits to `-inf`, and the temperature.
+
+All functions act along the last axis, with any number of leading axes.
+"""
 
 from typing import NamedTuple
 
@@ -26,7 +28,8 @@ def temperature(
     **Arguments:**
 
     - `logits`: of shape `(..., vocab_size)` and any floating-point dtype.
-    - `value`: $\tau$, positive and finite. For the limit of 0 see [`mamba_eqx.sampling.greedy`][].
+    - `value`: the temperature $\tau$, positive and finite. For the limit of 0 see
+        [`mamba_eqx.sampling.greedy`][].
 
     **Returns:** the new logits, of the same shape and dtype.
 
@@ -66,8 +69,8 @@ def top_p(
     r"""Keeps the smallest set of most likely tokens with a total probability of at least `p`, known
     as nucleus sampling:
 
-    $$\{i : l_i \ge t\}, \qquad t = \max \Big\{ t : \sum_{l_i \ge t} p_i \ge p \Big\},
-      \qquad p = \mathrm{softmax}(l).$$
+    $$\{i : l_i \ge t\}, \qquad t = \max \Big\{ s : \sum_{l_i \ge s} p_i \ge p \Big\},
+      \qquad p_i = \mathrm{softmax}(l)_i.$$
 
     Equally likely tokens are kept or excluded together.
 
@@ -164,6 +167,8 @@ def prefix_typical_p(logits: Float[Array, "*batch vocab"], p: float | Float[Arra
 
 
 class _Weights(NamedTuple):
+    """Unnormalised probabilities of tokens."""
+
     largest: Float[Array, "*batch 1"]
     below: Float[Array, "*batch vocab"]
     """Each logit minus the largest."""

@@ -1,5 +1,7 @@
-"""Penalties for repeating earlier tokens: functions of logits and of the last tokens. An entry of
--1 is no token, so that a window need not be full."""
+"""Penalties for repeating earlier tokens: functions of logits and of the last tokens.
+
+The last tokens are padded with -1, which is not a token id, if the text is shorter than the window.
+"""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -24,8 +26,8 @@ def repetition_penalty(
     **Arguments:**
 
     - `logits`: the logits of one position, of shape `(vocab_size,)`.
-    - `recent`: the ids of the last tokens, of shape `(window,)`; -1 is no token.
-    - `value`: $\theta$, positive. 1 changes nothing; less than 1 rewards repetition.
+    - `recent`: the ids of the last tokens, of shape `(window,)`, padded with -1.
+    - `value`: the penalty $\theta$, positive. 1 changes nothing; less than 1 rewards repetition.
 
     **Returns:** the new logits.
     """
@@ -46,8 +48,8 @@ def presence_penalty(
     **Arguments:**
 
     - `logits`: the logits of one position, of shape `(vocab_size,)`.
-    - `recent`: the ids of the last tokens, of shape `(window,)`; -1 is no token.
-    - `value`: $\alpha$. 0 changes nothing; less than 0 rewards repetition.
+    - `recent`: the ids of the last tokens, of shape `(window,)`, padded with -1.
+    - `value`: the penalty $\alpha$. 0 changes nothing; less than 0 rewards repetition.
 
     **Returns:** the new logits.
     """
@@ -66,8 +68,8 @@ def frequency_penalty(
     **Arguments:**
 
     - `logits`: the logits of one position, of shape `(vocab_size,)`.
-    - `recent`: the ids of the last tokens, of shape `(window,)`; -1 is no token.
-    - `value`: $\alpha$. 0 changes nothing; less than 0 rewards repetition.
+    - `recent`: the ids of the last tokens, of shape `(window,)`, padded with -1.
+    - `value`: the penalty $\alpha$. 0 changes nothing; less than 0 rewards repetition.
 
     **Returns:** the new logits.
     """

@@ -1,5 +1,7 @@
-"""From logits to a token: the greedy choice, and drawing after a temperature and filters. All of it
-acts along the last axis, with any number of leading axes."""
+"""From logits to a token: the greedy choice, and drawing after a temperature and filters.
+
+All functions act along the last axis, with any number of leading axes.
+"""
 
 from typing import NamedTuple
 
@@ -120,8 +122,11 @@ def _apply(logits: Float[Array, "*batch vocab"], filters: Filters) -> Float[Arra
 def _draw_among_largest(
     logits: Float[Array, "*batch vocab"], key: PRNGKeyArray, filters: Filters
 ) -> Int[Array, "*batch"]:
-    """Draws a token if there is a `top_k` filter. The tokens that `top_k` keeps are mostly found
-    among the few largest logits; the other filters and the draw then need these logits only."""
+    """Draws a token when there is a `top_k` filter.
+
+    The tokens that `top_k` keeps are mostly among the few largest logits, and the other filters and
+    the draw then need these logits only.
+    """
     few, where = largest(logits)
     last = jnp.minimum(jnp.asarray(filters.top_k, jnp.int32), few.shape[-1]) - 1
     threshold = jnp.take(few, last[None], axis=-1)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 _LARGEST = 128  # the number of largest logits among which a threshold is searched first
-_GROUP = 32  # the number of logits of which only the maximum is compared at first
+_GROUP = 32  # the number of logits in a group; groups are first compared by their maxima
 LANES = 512  # the number of values in a tile, which are summed together
 
 
@@ -49,13 +49,13 @@ def keep_prefix(
 ) -> Float[Array, "*batch vocab"]:
     """Keeps the logits of the tokens in `prefix`.
 
-    The threshold is mostly found among the few first tokens. A CPU selects these from 50,000 tokens
-    within 0.2 ms, while sorting all of them takes 20 ms (benchmarks/generate.py).
+    The threshold is mostly among the few largest values of `order`. A CPU selects these from 50,000
+    tokens within 0.2 ms, while sorting all of them takes 20 ms (benchmarks/generate.py).
     """
     order, weight = prefix.order, prefix.weight
     few, where = largest(order(logits))
-    weighs = jnp.cumsum(weight(jnp.take_along_axis(logits, where, axis=-1)), axis=-1)
-    enough = weighs >= prefix.target
+    total = jnp.cumsum(weight(jnp.take_along_axis(logits, where, axis=-1)), axis=-1)
+    enough = total >= prefix.target
     found = jnp.any(enough, axis=-1, keepdims=True)
     t = jnp.take_along_axis(few, jnp.argmax(enough, axis=-1, keepdims=True), axis=-1)
 
@@ -140,8 +140,8 @@ def _search(
         higher = t | (sign >> i.astype(unsigned))
         integer, tile_weight = both
         counted = jnp.where(integer >= higher[..., None], tile_weight, jnp.zeros_like(tile_weight))
-        weighs = jnp.sum(jnp.sum(counted, axis=-1), axis=-1, keepdims=True)
-        return jnp.where(weighs >= target, higher, t)
+        total = jnp.sum(jnp.sum(counted, axis=-1), axis=-1, keepdims=True)
+        return jnp.where(total >= target, higher, t)
 
     t = lax.fori_loop(0, bits, set_bit, jnp.zeros((*order.shape[:-1], 1), unsigned))
     value = lax.bitcast_convert_type(jnp.where(t < sign, ~t, t ^ sign), order.dtype)

@@ -16,9 +16,9 @@ from ._validation import check_attention
 
 
 class KVCache(AbstractCache):
-    """The state of [`mamba_eqx.Attention`][]: what it keeps of the tokens since the last reset.
+    """The state of [`mamba_eqx.Attention`][]: keys and values of the tokens since the last reset.
 
-    Token `n` is stored at index `n`, or, with a window, at index `n % window`. Unused places are
+    Token `n` is stored at index `n`, or, with a window, at index `n % window`. Unused entries are
     zero.
 
     - `conv`: the last `d_conv - 1` inputs of the convolution, oldest first; `None` without a
@@ -50,8 +50,8 @@ class KVCache(AbstractCache):
 class Attention(AbstractSequenceLayer[KVCache]):
     r"""Causal softmax attention, the other mixer of hybrid models.
 
-    With $\mathrm{conv1d}$ an optional short convolution and $R_t$ an optional rotary embedding of
-    position $t$, for every head
+    For every head, with an optional short convolution $\mathrm{conv1d}$ and an optional rotary
+    embedding $R_t$ of position $t$,
 
     $$\begin{aligned}
     q, k, v &= \mathrm{conv1d}(W_{in} x), \\
@@ -60,14 +60,14 @@ class Attention(AbstractSequenceLayer[KVCache]):
     \text{out} &= W_{out}\, y.
     \end{aligned}$$
 
-    `in_proj` emits `[q, k, v]`, and head `h` attends to the keys and values of head
+    `in_proj` emits `[q, k, v]`, and query head `h` attends to the keys and values of head
     `h // (nheads // nheads_kv)`, as in the official checkpoints. The cache has the dtype of the
-    parameters, in which `in_proj` emits keys and values; computations with it are at least in
-    float32. The time of a step is proportional to the capacity of the cache, used or not.
+    parameters, in which `in_proj` emits keys and values; attention is computed in float32 or
+    better. The time of a step is proportional to the capacity of the cache, used or not.
 
-    There are two differences to the official module. With a convolution, the official `step`
-    mistakes the convolution's outputs over the prompt for its inputs. And the official module can
-    write past the end of its cache, which raises an error here.
+    The official module differs in two points. With a convolution, its `step` mistakes the
+    convolution's outputs over the prompt for its inputs. And it can write past the end of its
+    cache, which raises an error here.
 
     Reference: Vaswani et al., *Attention is all you need* (2017); Shazeer, *Fast transformer
     decoding* (2019) and Ainslie et al., *GQA* (2023), for fewer heads of keys and values; official
@@ -123,18 +123,20 @@ class Attention(AbstractSequenceLayer[KVCache]):
             [`mamba_eqx.ops.rotary_embedding`][]. Ignored without an embedding.
         - `rotary_emb_interleaved`: whether the embedding pairs neighbouring features, rather than
             the two halves. Ignored without an embedding.
-        - `softmax_scale`: a positive number; `1 / sqrt(headdim)` by default.
+        - `softmax_scale`: the factor of the scores, a positive number; `1 / sqrt(headdim)` by
+            default.
         - `window`: the maximum number of tokens that a token attends to, including itself; `None`
             for all.
         - `qkv_proj_bias`, `out_proj_bias`: whether `in_proj` and `out_proj` have a bias. (The
-            convolution always has one, as upstream.)
+            convolution always has one, as in the official module.)
         - `residual_scale`: multiplies the initial weight of `out_proj`; see
             [`mamba_eqx.Mamba1`][].
         - `dtype`: the dtype of the parameters; float32 by default (float64 in JAX's 64-bit mode).
         - `key`: the random key for the initial parameters.
 
-        **Raises:** `ValueError` if a size is not a positive integer or does not divide what it
-        must, a number is not positive, or the rotary embedding does not fit into a head.
+        **Raises:** `ValueError` if a size is not a positive integer, `nheads_kv` does not divide
+        `nheads`, `nheads` does not divide `d_model` and there is no `headdim`, a number is not
+        positive, `rotary_emb_dim` is odd or larger than `headdim`, or an option is invalid.
         """
         nheads_kv, headdim, softmax_scale = check_attention(
             d_model=d_model,
@@ -213,15 +215,15 @@ class Attention(AbstractSequenceLayer[KVCache]):
     ) -> tuple[Float[Array, "seq {self.d_model}"], KVCache]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][].
 
-        Without a state, the returned cache is full: its capacity is the length of `x` (or the
-        window). To continue from it, start from `init_state(max_len=...)` instead.
+        Without a state, the capacity of the returned cache is the length of `x` (or the window). To
+        continue after `x`, start from `init_state(max_len=...)` instead.
         """
         check_sequence("Attention", self.d_model, x, reset, length)
         conv = cache = None
         start = 0
         if state is not None:
             state = self._checked(state)
-            start = self._with_room_for(state, x.shape[0], reset, length)
+            start = self._length_with_room_for(state, x.shape[0], reset, length)
             conv, cache = state.conv, (state.k, state.v, start)
         positions = ops.document_positions(x.shape[0], start=start, reset=reset, length=length)
         qkv = self.in_proj(x.astype(self.in_proj.weight.dtype))
@@ -246,7 +248,7 @@ class Attention(AbstractSequenceLayer[KVCache]):
         state = self._checked(state)
         conv, start = state.conv, state.length
         if self.window is None:
-            start = _with_room(start, start >= state.k.shape[1], state.k.shape[1])
+            start = _error_if_full(start, start >= state.k.shape[1], state.k.shape[1])
         qkv = self.in_proj(x.astype(self.in_proj.weight.dtype))
         if self.conv1d is not None and conv is not None:
             qkv, conv = self.conv1d.step(qkv, conv)
@@ -263,7 +265,7 @@ class Attention(AbstractSequenceLayer[KVCache]):
         room = state.k.shape[-2] if isinstance(state, KVCache) and state.k.ndim > 1 else 1
         return checked_state(self, state, max_len=room)
 
-    def _with_room_for(
+    def _length_with_room_for(
         self, state: KVCache, seq: int, reset: Array | None, length: Array | int | None
     ) -> Int[Array, ""]:
         """Returns the number of tokens in the cache, after checking that `seq` more fit."""
@@ -280,7 +282,7 @@ class Attention(AbstractSequenceLayer[KVCache]):
         positions = ops.document_positions(seq, start=state.length, reset=reset, length=length)
         if length is not None:
             positions = jnp.where(jnp.arange(seq) < length, positions, 0)
-        return _with_room(state.length, jnp.max(positions) >= room, room)
+        return _error_if_full(state.length, jnp.max(positions) >= room, room)
 
     # The methods below accept one token or a sequence of tokens.
 
@@ -310,8 +312,8 @@ class Attention(AbstractSequenceLayer[KVCache]):
         return self.out_proj(y.reshape(*y.shape[:-2], self.nheads * self.headdim))
 
 
-def _with_room(length: Int[Array, ""], full: Bool[Array, ""], room: int) -> Int[Array, ""]:
-    """Returns `length`, or raises an error at run time if the cache is full."""
+def _error_if_full(length: Int[Array, ""], full: Bool[Array, ""], room: int) -> Int[Array, ""]:
+    """Returns `length`, or raises an error at run time if `full` is true."""
     return eqx.error_if(
         length,
         full,

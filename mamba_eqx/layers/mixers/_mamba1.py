@@ -11,7 +11,7 @@ from ... import ops
 from ..._dtypes import at_least_float32, default_dtype
 from .._arguments import check_sequence, check_token, checked_state
 from .._conv import CausalConv1d
-from .._initialisers import dt_bias
+from .._initialisers import init_dt_bias
 from .._linear import Linear
 from .._protocol import AbstractSequenceLayer, Length, Reset
 from .._recurrence_parameters import RECURRENCE
@@ -44,8 +44,8 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
     \end{aligned}$$
 
     where $A = -\exp(\texttt{A\_log})$. (The paper swaps the letters $x$ and $u$; here $x$ is the
-    input, as for every layer.) Only $B, C, \Delta$ depend on the input, which makes the model
-    selective. The input is discretised by Euler's rule, as in the official code, not by the
+    input, as for every layer.) The model is selective, because $B$, $C$ and $\Delta$ depend on the
+    input. The input is discretised by Euler's rule, as in the official code, not by the
     zero-order hold of the paper's equation 4.
 
     `scan` supports reverse-mode differentiation only ([`mamba_eqx.ops.selective_scan`][] explains
@@ -155,7 +155,7 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
                 for size in (dt_rank, d_state, d_state)
             )
         self.dt_proj = Linear(dt_rank, d_inner, use_bias=False, dtype=dtype, key=dt_key)
-        self.dt_bias = dt_bias(
+        self.dt_bias = init_dt_bias(
             bias_key,
             (d_inner,),
             dt_min=dt_min,
@@ -175,7 +175,7 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
 
     @property
     def A(self) -> Float[Array, "{self.d_inner} {self.d_state}"]:
-        """The rates of decay, `-exp(A_log)`, which are negative."""
+        """The negated rates of decay, `-exp(A_log)`."""
         return -jnp.exp(self.A_log)
 
     def init_state(self, *, max_len: int | None = None) -> Mamba1State:
@@ -238,8 +238,8 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
         Float[Array, "*seq {self.d_state}"],
         Float[Array, "*seq {self.d_state}"],
     ]:
-        sizes = [self.dt_rank, self.dt_rank + self.d_state]
-        dt, B, C = jnp.split(self.x_proj(u), sizes, axis=-1)
+        ends = [self.dt_rank, self.dt_rank + self.d_state]
+        dt, B, C = jnp.split(self.x_proj(u), ends, axis=-1)
         dt, B, C = _normed(self.dt_norm, dt), _normed(self.B_norm, B), _normed(self.C_norm, C)
         dt = self.dt_proj(dt).astype(self.dt_bias.dtype) + self.dt_bias
         return jax.nn.softplus(dt), B, C

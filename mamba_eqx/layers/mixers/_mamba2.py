@@ -12,7 +12,7 @@ from ... import ops
 from ..._dtypes import at_least_float32, default_dtype
 from .._arguments import check_sequence, check_token, checked_state
 from .._conv import CausalConv1d
-from .._initialisers import dt_bias
+from .._initialisers import init_dt_bias
 from .._linear import Linear
 from .._norm import GatedRMSNorm
 from .._protocol import AbstractSequenceLayer, Length, Reset
@@ -70,13 +70,14 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
     $u$; here $x$ is the input, as for every layer.) The heads of a group share $B$ and $C$, and the
     norm is over the channels of a group.
 
-    Only `d_ssm` of the `d_inner` channels, by default all, belong to the state-space model. The
-    others form a gated MLP, $\sigma(z_0) \odot u_0$, whose output precedes the state-space model's
+    The state-space model has `d_ssm` of the `d_inner` channels, by default all. The other channels
+    form a gated MLP, $\sigma(z_0) \odot u_0$, whose output precedes the state-space model's
     in the input of `out_proj`.
 
     `in_proj` emits `[z0, u0, z, u, B, C, dt]`, in the order of the official checkpoints. `A_log`,
     `D`, `dt_bias` and the hidden state stay in float32 if the other parameters have a narrower
-    dtype. Unlike here, `step` of the official module and of transformers ignores `dt_limit`.
+    dtype. `scan` and `step` both apply `dt_limit`; the `step` of the official module and that of
+    transformers ignore it.
 
     Reference: Dao and Gu, *Transformers are SSMs: Generalized Models and Efficient Algorithms
     Through Structured State Space Duality* (2024), section 7; official
@@ -133,21 +134,22 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         - `d_model`: the number of features of the input and the output.
         - `d_inner`: the number of channels between the projections; `2 * d_model` by default.
         - `d_ssm`: the number of channels of the state-space model, at most `d_inner`, which is the
-            default. The others form a gated MLP.
+            default. The other channels form a gated MLP.
         - `d_state`: the number of hidden dimensions per channel.
         - `d_conv`: the number of taps of the convolution.
         - `headdim`: the number of channels per head; it must divide `d_ssm`.
         - `ngroups`: the number of groups of heads, each with its own `B`, `C` and norm; it must
             divide the number of heads.
-        - `A_init_range`: the initial rates `-A` are uniform in this range.
+        - `A_init_range`: the range of the initial rates of decay `-A`, which are uniform in it.
         - `D_has_hdim`: whether the skip connection has one weight per channel, rather than per
             head.
         - `dt_min`, `dt_max`, `dt_init_floor`: the initial step sizes are log-uniform in
             `[dt_min, dt_max]` and at least `dt_init_floor`.
-        - `dt_limit`: the smallest and the largest step size, to which step sizes are clipped.
+        - `dt_limit`: the smallest and the largest step size; others are clipped.
         - `bias`: whether `in_proj` and `out_proj` have a bias.
         - `conv_bias`: whether `conv1d` has a bias.
-        - `rms_norm`: whether there is a norm before `out_proj`, rather than only the gate.
+        - `rms_norm`: whether there is a norm before `out_proj` as well as the gate, rather than the
+            gate alone.
         - `norm_before_gate`: whether to normalise before the gate is applied, rather than after.
         - `norm_eps`: a number between 0 and 1, added to the mean square in the norm.
         - `residual_scale`: multiplies the initial weight of `out_proj`. In a model of `n` layers
@@ -156,8 +158,9 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         - `dtype`: the dtype of the parameters; float32 by default (float64 in JAX's 64-bit mode).
         - `key`: the random key for the initial parameters.
 
-        **Raises:** `ValueError` if a size is not a positive integer or does not divide what it
-        must, a range is empty, or `norm_before_gate` is set without a norm.
+        **Raises:** `ValueError` if a size is not a positive integer, `d_ssm` is larger than
+        `d_inner`, `headdim` does not divide `d_ssm`, `ngroups` does not divide the number of heads,
+        a range is empty, an option is invalid, or `norm_before_gate` is set without a norm.
         """
         d_inner, d_ssm = check_mamba2(
             d_model=d_model,
@@ -190,7 +193,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
             key=in_key,
         )
         self.conv1d = CausalConv1d(channels, d_conv, use_bias=conv_bias, dtype=dtype, key=conv_key)
-        self.dt_bias = dt_bias(
+        self.dt_bias = init_dt_bias(
             bias_key,
             (nheads,),
             dt_min=dt_min,
@@ -228,7 +231,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
 
     @property
     def A(self) -> Float[Array, " {self.nheads}"]:
-        """The rates of decay, `-exp(A_log)`, which are negative."""
+        """The negated rates of decay, `-exp(A_log)`."""
         return -jnp.exp(self.A_log)
 
     def init_state(self, *, max_len: int | None = None) -> Mamba2State:
@@ -281,8 +284,8 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
     def _select(
         self, uBC: Float[Array, "*seq channels"], dt: Float[Array, "*seq {self.nheads}"]
     ) -> _Selected:
-        sizes = [self.d_ssm, self.d_ssm + self.ngroups * self.d_state]
-        u, B, C = jnp.split(jax.nn.silu(uBC), sizes, axis=-1)
+        ends = [self.d_ssm, self.d_ssm + self.ngroups * self.d_state]
+        u, B, C = jnp.split(jax.nn.silu(uBC), ends, axis=-1)
         dt = jax.nn.softplus(dt.astype(self.dt_bias.dtype) + self.dt_bias)
         return _Selected(
             u=u.reshape(*u.shape[:-1], self.nheads, self.headdim),

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ... import ops
 from ..._dtypes import at_least_float32, default_dtype
 from .._arguments import check_sequence, check_token, checked_state
-from .._initialisers import dt_bias
+from .._initialisers import init_dt_bias
 from .._linear import Linear
 from .._norm import GatedRMSNorm
 from .._protocol import AbstractSequenceLayer, Length, Reset
@@ -22,12 +22,11 @@ from ._validation import check_dt, check_mamba3
 class Mamba3State(eqx.Module):
     """The state of [`mamba_eqx.Mamba3`][]. All arrays are at least in float32.
 
-    - `angle`: the angles, in radians within half a turn of zero, by which the hidden state has
-        rotated.
+    - `angle`: the angle by which each pair of dimensions has rotated, between -pi and pi.
     - `ssm`: the hidden state. The heads are its first axis and the summed dimensions its last,
         which makes `step` several times faster than the order of [`mamba_eqx.Mamba2State`][].
     - `k`: the rotated keys of the last token.
-    - `v`: the values of the last token, $u$ in the equations.
+    - `v`: the values of the last token, which are its $u$ in the equations of `Mamba3`.
     """
 
     angle: Float[Array, "nheads pairs"]
@@ -87,16 +86,18 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
     `in_proj` emits `[z, u, B, C, dt, A, trap, angles]`, in the order of the official checkpoints;
     `B` and `C` are ordered by rank, then by group. `D`, `dt_bias` and the whole state stay in
     float32 if the other parameters have a narrower dtype. `B_bias` and `C_bias` have the dtype of
-    the weights here; upstream trains them in float32 too, but applies weight decay to them and
+    the weights; the official code trains them in float32, but applies weight decay to them and
     stores them like the weights.
 
-    The differences to the paper are those of the official code: the rate of decay is
-    $f(a) = 1 + a$ for $a \ge 0$ and $1 / (1 - a)$ below ("heavy tail"), whereas the paper, and
-    releases of the official package up to 2.3.2, use $f$ = softplus (`A_activation`). The
-    differences to the official code: `scan` continues from any state, by any number of tokens;
-    `step` does not limit `ngroups` and `headdim`, and computes the same function as `scan`; the
-    angle is always reduced to within half a turn of zero, whereas the official SISO kernel reduces
-    it to between 0 and 1 turn and the MIMO kernel does not reduce it; and softplus is exact.
+    As in the official code, the rate of decay is $f(a) = 1 + a$ for $a \ge 0$ and $1 / (1 - a)$
+    below ("heavy tail"). The paper, and releases of the official package up to 2.3.2, use $f$ =
+    softplus (`A_activation`).
+
+    This class differs from the official code in these points. `scan` continues from any state, by
+    any number of tokens. `step` does not limit `ngroups` and `headdim`, and computes the same
+    function as `scan`. The angle is always reduced to within half a turn of zero, whereas the
+    official SISO kernel reduces it to between 0 and 1 turn and the MIMO kernel does not reduce it.
+    Softplus is exact.
 
     Reference: Lahoti, Li, Chen, Wang, Bick, Kolter, Dao and Gu, *Mamba-3: Improved Sequence
     Modeling using State Space Principles* (2026); official `mamba_ssm.modules.mamba3.Mamba3`.
@@ -155,24 +156,26 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
         - `headdim`: the number of channels per head; it must divide `d_inner`.
         - `ngroups`: the number of groups of heads, each with its own `B` and `C`; it must divide
             the number of heads.
-        - `mimo_rank`: the rank of the MIMO form, upstream 4; `None` is the SISO form.
+        - `mimo_rank`: the rank of the MIMO form (the official default is 4); `None` is the SISO
+            form.
         - `rope_fraction`: the fraction of the `d_state` dimensions that are rotated: 0.5 or 1.
         - `A_activation`: the function $f$ above, `"heavy_tail"` or `"softplus"`.
         - `A_floor`: the smallest rate of decay, a positive number.
         - `dt_min`, `dt_max`, `dt_init_floor`: the initial step sizes are log-uniform in
             `[dt_min, dt_max]` and at least `dt_init_floor`.
-        - `outproj_norm`: whether to normalise each head before the gate is applied (upstream
+        - `outproj_norm`: whether to normalise each head before the gate is applied (official
             `is_outproj_norm`).
-        - `norm_eps`: a number between 0 and 1, added to the mean square in this norm and in those
-            of `B` and `C`.
+        - `norm_eps`: a number between 0 and 1, added to the mean square in this norm and in the
+            norms of `B` and `C`.
         - `residual_scale`: multiplies the initial weight of `out_proj`. In a model of `n` layers
             the official value is `1 / sqrt(n)`, which keeps the size of the residual stream
             independent of `n`.
         - `dtype`: the dtype of the parameters; float32 by default (float64 in JAX's 64-bit mode).
         - `key`: the random key for the initial parameters.
 
-        **Raises:** `ValueError` if a size is not a positive integer or does not divide what it
-        must, a range is empty, or an option is invalid.
+        **Raises:** `ValueError` if a size is not a positive integer, `headdim` does not divide
+        `d_inner`, `ngroups` does not divide the number of heads, no pair of dimensions rotates, a
+        range is empty, or an option is invalid.
         """
         d_inner = check_mamba3(
             d_model=d_model,
@@ -201,7 +204,7 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
         self.A_floor = float(A_floor)
         in_key, dt_key, out_key = jr.split(key, 3)
         self.in_proj = Linear(d_model, sum(self._sizes), use_bias=False, dtype=dtype, key=in_key)
-        self.dt_bias = dt_bias(
+        self.dt_bias = init_dt_bias(
             dt_key,
             (self.nheads,),
             dt_min=dt_min,
@@ -320,9 +323,9 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
     # The methods below accept one token or a sequence of tokens.
 
     def _project(self, x: Float[Array, "*seq {self.d_model}"]) -> _Projected:
-        everything = self.in_proj(x.astype(self.in_proj.weight.dtype))
+        projected = self.in_proj(x.astype(self.in_proj.weight.dtype))
         ends = [sum(self._sizes[:i]) for i in range(1, len(self._sizes))]
-        z, u, B, C, dt, a, trap, angles = jnp.split(everything, ends, axis=-1)
+        z, u, B, C, dt, a, trap, angles = jnp.split(projected, ends, axis=-1)
         z, u = (t.reshape(*t.shape[:-1], self.nheads, self.headdim) for t in (z, u))
         shape = (*x.shape[:-1], self.rank, self.ngroups, self.d_state)
         wide = self.dt_bias.dtype

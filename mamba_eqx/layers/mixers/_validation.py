@@ -1,7 +1,7 @@
 """Validation of the mixers' options, shared by the constructors of the mixers and their configs.
 
-Each `check_<mixer>` raises a `ValueError` for options that no mixer can have, and returns the
-values of the options that were left out.
+Each `check_<mixer>` raises a `ValueError` for options that the mixer does not support, and returns
+the options that have a default computed from others.
 """
 
 import math
@@ -71,7 +71,7 @@ def check_mamba2(
     check_positive("d_ssm", d_ssm)
     if d_ssm > d_inner:
         raise ValueError(
-            "`d_ssm` must be at most `d_inner`, because the other channels are an MLP's, but got "
+            "`d_ssm` must be at most `d_inner`, since the other channels form an MLP, but got "
             f"d_ssm={d_ssm} and d_inner={d_inner}."
         )
     check_positive("d_state", d_state)

@@ -20,7 +20,7 @@ class AbstractMixerConfig(abc.ABC, Generic[Mixer]):
 
     The fields are arguments of the mixer. Defaults are computed when the config is made, and
     options without an effect are set to their defaults, so that configs of equal architectures are
-    equal.
+    equal. `kind` is the name of the mixer in JSON.
     """
 
     kind: ClassVar[str]
@@ -34,7 +34,8 @@ class AbstractMixerConfig(abc.ABC, Generic[Mixer]):
 
         **Arguments:**
 
-        - `residual_scale`, `dtype`, `key`: as for the mixer; see [`mamba_eqx.Mamba1`][].
+        - `residual_scale`, `dtype`, `key`: the arguments of the mixer of the same names; see
+            [`mamba_eqx.Mamba1`][].
 
         **Returns:**
 
@@ -49,8 +50,9 @@ class AbstractMixerConfig(abc.ABC, Generic[Mixer]):
 
         **Arguments:**
 
-        - `mixer`: the mixer, or a pytree of its structure. Arrays may be left out (`None`), as in
-            the parts that `equinox.partition` returns.
+        - `mixer`: the mixer, or a pytree of its structure, with any arrays or
+            `jax.ShapeDtypeStruct`s. Arrays may also be left out (`None`), except for biases: a
+            missing bias is read as a layer without a bias.
 
         **Returns:**
 
@@ -61,6 +63,6 @@ class AbstractMixerConfig(abc.ABC, Generic[Mixer]):
 
 
 def set_fields(config: object, **values: object) -> None:
-    """Sets fields of a frozen config. For `__post_init__` only."""
+    """Sets fields of a frozen config, within its `__post_init__`."""
     for name, value in values.items():
         object.__setattr__(config, name, value)

@@ -14,8 +14,8 @@ class Mamba1Config(AbstractMixerConfig[Mamba1]):
     """The architecture of a [`mamba_eqx.Mamba1`][].
 
     The fields are the arguments of `Mamba1`. Defaults are computed when the config is made, so that
-    configs of equal architectures are equal; `select_norm_eps` is set to its default if there is no
-    such norm.
+    configs of equal architectures are equal; `select_norm_eps` is set to its default if
+    `select_norm` is `None`.
 
     **Raises:** `ValueError` for every value that `Mamba1` refuses.
     """

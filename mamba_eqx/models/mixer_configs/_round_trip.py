@@ -25,7 +25,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def checked_config(config: ConfigT, module: eqx.Module, *, ignore: str | None = None) -> ConfigT:
-    """Returns `config` after checking that it builds a module with the structure of `module`.
+    """Returns `config` after checking that `config` builds a module of the structure of `module`.
 
     The structure consists of types, static fields, and the shapes of arrays up to leading axes.
 

@@ -33,7 +33,7 @@ class _ChunkTokens(NamedTuple):
     own_weight: Float[Array, "*chunk nheads"]
     """The weight of a token in its own output, `trap * dt`."""
     weight: Float[Array, "*chunk nheads"]
-    """The weight of a token in all later outputs, which includes the next token's term of it."""
+    """The weight of a token in all later outputs, which includes its term in the next token."""
     B: Float[Array, "*chunk rank ngroups d_state"]
     C: Float[Array, "*chunk rank ngroups d_state"]
     reset: Bool[Array, "*chunk"] | None
@@ -91,7 +91,7 @@ def chunked(
     )
     in_halves = Parameters(D, order(B_bias), order(C_bias), mimo_x)
 
-    # `prevent_cse=True` is needed outside of loops only.
+    # `prevent_cse=True` is needed outside loops only.
     @partial(jax.checkpoint, prevent_cse=False)
     def chunk(h: Array, inputs: tuple[Array, Array, _ChunkTokens]) -> tuple[Array, Array]:
         cos, sin, tokens = inputs

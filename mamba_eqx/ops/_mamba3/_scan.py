@@ -74,8 +74,9 @@ def mamba3(
 
     - `x`: the inputs, shape `(seq, nheads, headdim)`.
     - `dt`: the step sizes $\Delta$, shape `(seq, nheads)`. They must be positive (apply softplus
-        before). A step size of zero leaves the hidden state unchanged.
-    - `A`: the negative rate of every head and token, shape `(seq, nheads)`.
+        before), or zero, which leaves the hidden state unchanged.
+    - `A`: the negated rate of decay of every head and token, which is negative, shape
+        `(seq, nheads)`.
     - `B`, `C`: the input and output maps of every token, shared by the heads of a group, shape
         `(seq, rank, ngroups, d_state)`.
     - `D`: the skip connection, shape `(nheads,)`, or `None`.
@@ -85,8 +86,9 @@ def mamba3(
     - `B_bias`, `C_bias`: $b^B$ and $b^C$, shape `(nheads, rank, d_state)`.
     - `mimo_x`: the factors of the inputs of every rank, shape `(nheads, rank, headdim)`; ones if
         `None`.
-    - `interleaved`: which dimensions form pair $i$. True selects $(2i, 2i + 1)$, as in the SISO
-        form upstream; false selects $(i, i + \lfloor N / 2 \rfloor)$, as in the MIMO form.
+    - `interleaved`: which dimensions form pair $i$. True selects $(2i, 2i + 1)$, as in the
+        official SISO form; false selects $(i, i + \lfloor N / 2 \rfloor)$, as in the official MIMO
+        form.
     - `state`: the state before the first token, as returned; all zero if `None`. It consists of
         $\theta$ between $-\pi$ and $\pi$, shape `(nheads, pairs)`; $h$, shape `(nheads, headdim,
         d_state)`; the last token's $k$, shape `(rank, nheads, d_state)`; and its $x$, shape
@@ -96,17 +98,16 @@ def mamba3(
         after `length` tokens, and the outputs of padding are meaningless.
     - `method`: one of the above; `None` selects `"chunked"`.
     - `chunk_size`: tokens per chunk, at least 1; `None` selects 32 / `rank` (docs/speed.md). Larger
-        chunks are usual on accelerators: upstream uses 64 / `rank`. `"sequential"` ignores it.
+        chunks are usual on accelerators: the official code uses 64 / `rank`. `"sequential"` ignores
+        it.
 
     **Returns:**
 
     The outputs of every rank, shape `(seq, rank, nheads, headdim)`, in the dtype of `x`, and the
     state after the last real token, in float32 (float64 if any input is).
 
-    **Raises:**
-
-    `ValueError` if `ngroups` does not divide `nheads`, `angles` has more than `d_state // 2` pairs,
-    `method` is unknown, or `chunk_size` is less than 1.
+    **Raises:** `ValueError` if `ngroups` does not divide `nheads`, `angles` has more than `d_state
+    // 2` pairs, `method` is unknown, or `chunk_size` is less than 1.
     """
     tokens = Tokens(x, dt, A, B, C, trap, angles)
     parameters = Parameters(D, B_bias, C_bias, mimo_x)
@@ -152,7 +153,7 @@ def _sequential(
         if reset is not None:
             state = jax.tree.map(lambda t: keep_where(~reset, t), state)
         y, after = advance(token, parameters, state, interleaved)
-        if real is not None:  # A padding token would otherwise replace the key and the value.
+        if real is not None:  # A padding token would otherwise replace the key and the input.
             after = jax.tree.map(lambda a, b: jnp.where(real, a, b), after, state)
         return after, y
 

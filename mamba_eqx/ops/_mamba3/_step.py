@@ -7,6 +7,9 @@ from .._rotary import cos_sin, rotate, wrap
 from ._types import Parameters, State, StateTuple, Tokens, cast_together
 
 
+# Subscripts: h heads, r ranks, p channels of a head, n state dimensions.
+
+
 @jax.named_scope("mamba_eqx.ops.mamba3_step")
 def mamba3_step(
     x: Float[Array, "nheads headdim"],
@@ -30,7 +33,7 @@ def mamba3_step(
 
     - `x`: the input, shape `(nheads, headdim)`.
     - `dt`: the positive step sizes, shape `(nheads,)`.
-    - `A`: the negative rates, shape `(nheads,)`.
+    - `A`: the negated rates of decay, shape `(nheads,)`.
     - `B`, `C`: the input and output maps, shape `(rank, ngroups, d_state)`.
     - `D`: the skip connection, shape `(nheads,)`, or `None`.
     - `trap`: the weights of the trapezoidal rule, between 0 and 1, shape `(nheads,)`.
@@ -46,10 +49,8 @@ def mamba3_step(
     The outputs of every rank, shape `(rank, nheads, headdim)`, in the dtype of `x`, and the state
     after the token, in float32 (float64 if any input is).
 
-    **Raises:**
-
-    `ValueError` if `ngroups` does not divide `nheads`, or `angles` has more pairs than `d_state`
-    has room for.
+    **Raises:** `ValueError` if `ngroups` does not divide `nheads`, or `angles` has more than
+    `d_state // 2` pairs.
     """
     check_groups(x.shape[0], B.shape[1])
     token = Tokens(x, dt, A, B, C, trap, angles)
@@ -87,8 +88,8 @@ def rotate_per_head(
     interleaved: bool,
 ) -> Float[Array, "rank nheads d_state"]:
     """Returns the keys of one token from its `B`, or its queries from its `C`."""
-    of_heads = jnp.repeat(B, bias.shape[0] // B.shape[1], axis=1)
-    return rotate(of_heads + bias.swapaxes(0, 1), *cos_sin(angle), interleaved=interleaved)
+    per_head = jnp.repeat(B, bias.shape[0] // B.shape[1], axis=1)
+    return rotate(per_head + bias.swapaxes(0, 1), *cos_sin(angle), interleaved=interleaved)
 
 
 def per_rank(

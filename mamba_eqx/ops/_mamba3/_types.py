@@ -6,8 +6,6 @@ from jaxtyping import Array, Float
 from ..._dtypes import at_least_float32
 
 
-# Subscripts: h heads, r ranks, p channels of a head, n state dimensions.
-
 StateTuple = tuple[
     Float[Array, "nheads pairs"],
     Float[Array, "nheads headdim d_state"],
@@ -20,8 +18,8 @@ StateTuple = tuple[
 class State(NamedTuple):
     """The state after a token.
 
-    A step takes a fraction of the time that the layout of `ssd`'s state would need, because the
-    heads come first and the dimensions that are summed over come last.
+    The heads come first and the summed dimensions last, with which a step takes a fraction of the
+    time that it would take with the axes in the order of `ssd`'s state.
     """
 
     angle: Float[Array, "nheads pairs"]
@@ -34,6 +32,7 @@ class State(NamedTuple):
     """The input of the last token."""
 
     def as_tuple(self) -> StateTuple:
+        """Returns the fields as a plain tuple, whose pytree structure differs from this class's."""
         return self.angle, self.h, self.k, self.x
 
 
