@@ -13,7 +13,7 @@ from ..models import LanguageModel
 from ._prefill import prefill_rows
 from ._prompts import Prompt, read_prompt
 from ._result import FinishReason
-from ._sampling import GREEDY, Sampling, check_supported
+from ._sampling import Sampling, check_supported
 from ._state import DecodingState, fork
 from ._stopping import read_stop_tokens
 
@@ -56,7 +56,7 @@ def beam_search(
     model: LanguageModel,
     prompt: Prompt | None,
     max_new_tokens: int,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling = Sampling(),
     *,
     num_beams: int = 4,
     length_penalty: float = 1.0,

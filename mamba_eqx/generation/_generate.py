@@ -8,7 +8,7 @@ from ._options import options_for
 from ._prefill import compiled_size, prefill_rows
 from ._prompts import Mask, Prompt, Prompts, read_prompt, read_prompts
 from ._result import Generation
-from ._sampling import GREEDY, Sampling
+from ._sampling import Sampling
 from ._state import DecodingState
 from ._stream import Stream
 
@@ -17,7 +17,7 @@ def generate(
     model: LanguageModel,
     prompts: Prompts | None,
     max_new_tokens: int,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling = Sampling(),
     *,
     mask: Mask | None = None,
     state: DecodingState | None = None,
@@ -70,7 +70,7 @@ def stream(
     model: LanguageModel,
     prompt: Prompt | None,
     max_new_tokens: int,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling = Sampling(),
     *,
     state: DecodingState | None = None,
     key: PRNGKeyArray | None = None,

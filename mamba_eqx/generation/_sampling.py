@@ -175,7 +175,3 @@ def _check_bias(bias: Mapping[int, float] | Array | np.ndarray) -> None:
     dense = np.asarray(values, np.float32)
     if np.isnan(dense).any() or (dense == math.inf).any():
         raise ValueError("`logit_bias` must be finite, or `-inf` to ban a token.")
-
-
-GREEDY = Sampling()
-"""The default options."""

@@ -18,7 +18,7 @@ from ._options import Options, options_for
 from ._prefill import compiled_size, prefill_rows
 from ._prompts import Prompt, read_prompt
 from ._result import FinishReason
-from ._sampling import GREEDY, Sampling, check_supported
+from ._sampling import Sampling, check_supported
 from ._state import DecodingState
 from .sampling import draw
 
@@ -52,7 +52,7 @@ def speculate(
     draft: LanguageModel | PromptLookup,
     prompt: Prompt | None,
     max_new_tokens: int,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling = Sampling(),
     *,
     lookahead: int = 4,
     state: DecodingState | None = None,
