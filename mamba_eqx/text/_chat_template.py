@@ -46,7 +46,7 @@ def render(
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         raise ImportError(
-            'Chat templates require the package `jinja2`: pip install "mamba-eqx[text]".'
+            'Chat templates require the package `jinja2`: pip install "mamba_eqx[text]".'
         ) from error
     for i, message in enumerate(messages):
         fits = isinstance(message, Mapping) and {"role", "content"} <= message.keys()

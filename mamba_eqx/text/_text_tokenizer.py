@@ -18,7 +18,7 @@ class TextTokenizer:
     Special tokens spelled out in text (`<|endoftext|>`) are encoded as plain characters, so that
     a prompt can neither end the text nor impersonate another speaker.
 
-    Requires the package `tokenizers`: `pip install "mamba-eqx[text]"`.
+    Requires the package `tokenizers`: `pip install "mamba_eqx[text]"`.
     """
 
     def __init__(self, tokenizer: str, config: Mapping[str, object] | None = None):
@@ -36,7 +36,7 @@ class TextTokenizer:
         except ImportError as error:
             raise ImportError(
                 "Tokenizers of checkpoints require the package `tokenizers`: "
-                'pip install "mamba-eqx[text]".'
+                'pip install "mamba_eqx[text]".'
             ) from error
         try:
             self._fast = Fast.from_str(tokenizer)
