@@ -47,7 +47,7 @@ INVALID = {
         ({"ssm_cfg.headdim": 4}, "`headdim` must divide `d_inner`"),
         (
             {"ssm_cfg.rope_fraction": 0.25},
-            "`rope_fraction` of `ssm_cfg` is supported only as 0.5 or 1",
+            "`rope_fraction` of `ssm_cfg` must be 0.5 or 1",
         ),
         ({"ssm_cfg.d_state": 3}, "`d_state \\* rope_fraction` must be at least 2"),
         ({"ssm_cfg.is_mimo": True, "ssm_cfg.mimo_rank": 2}, "missing: .*mimo_x"),
