@@ -1,4 +1,4 @@
-"""Measures training steps, forward and backward (d_model 256, 8 layers, 256 tokens), in tokens/s.
+"""Measures training steps, forward and backward (d_model 256, 8 layers), in tokens per second.
 
     python benchmarks/train.py [--mixer mamba2] [--quick] [--no-peers]
 
