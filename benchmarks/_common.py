@@ -15,13 +15,21 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from jax import stages
+from jaxtyping import PyTree
 
 import mamba_eqx as mbx
 
 
 MIB = 1 << 20
 
-Competitors = dict[str, Callable[[], Any]]
+Run = Callable[[], Any]
+"""A call to be timed, which returns arrays of any library."""
+
+Pair = tuple[Run, Run]
+"""The forward pass alone, and the forward and backward pass."""
+
+Competitors = dict[str, Run]
 
 
 # The choices of `--mixer`.
@@ -56,19 +64,30 @@ def arguments(
 # --- Timing ---
 
 
-def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[[], Any], Any]:
-    """Compiles `function(*args)` and returns a call without arguments, and the executable.
+def compiled(
+    function: Callable[..., PyTree], *args: PyTree
+) -> tuple[Callable[[], PyTree], stages.Compiled]:
+    """Compiles `function(*args)`.
 
     Arrays in `args` are inputs of the compiled function, so XLA cannot fold them as constants.
+
+    **Returns:** a function without arguments that calls the compiled function, and the executable.
     """
     arrays, static = eqx.partition(args, eqx.is_array)
     leaves, structure = jax.tree.flatten(arrays)
 
-    def run(leaves: list[Any]) -> Any:
+    def run(leaves: list[jax.Array]) -> PyTree:
         return function(*eqx.combine(jax.tree.unflatten(structure, leaves), static))
 
     executable = jax.jit(run).lower(leaves).compile()
     return lambda: executable(leaves), executable
+
+
+def temporary_mib(executable: stages.Compiled) -> float:
+    """Returns the temporary memory of a compiled function in MiB."""
+    analysis = executable.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes / MIB
 
 
 def medians(
@@ -80,8 +99,9 @@ def medians(
 
     **Arguments:**
 
-    - `repeats`: maximum number of measurements per competitor.
-    - `budget`: a competitor that has used this many seconds is not called again.
+    - `competitors`: the calls by name.
+    - `repeats`: the maximum number of measurements per competitor.
+    - `budget`: the number of seconds after which a competitor is not called again.
     - `warm`: whether to call each competitor once before measuring.
     """
     if warm:
@@ -91,14 +111,12 @@ def medians(
     for _ in range(repeats):
         for name, run in competitors.items():
             if sum(seconds[name]) < budget:
-                time.sleep(0.02)  # let the threads of the previous call go to sleep
+                time.sleep(0.02)  # The threads of the previous call go to sleep.
                 seconds[name].append(once(run))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def beside(
-    base: Callable[[], Any], runs: Competitors, *, repeats: int
-) -> dict[str, tuple[float, float]]:
+def beside(base: Run, runs: Competitors, *, repeats: int) -> dict[str, tuple[float, float]]:
     """Returns the median seconds of each run, and the median ratio of its time to that of `base`.
 
     `base` runs before and after each run, so that a slow minute of the machine cancels out.
@@ -118,7 +136,7 @@ def beside(
     }
 
 
-def once(run: Callable[[], Any]) -> float:
+def once(run: Run) -> float:
     """Returns the seconds of one call, including the wait for its result."""
     start = time.perf_counter()
     jax.block_until_ready(run())

@@ -1,4 +1,4 @@
-"""Other libraries running the weights of a model of ours. All of them are optional."""
+"""Other libraries that run the weights of a model of ours. All of them are optional."""
 
 import importlib
 import importlib.util

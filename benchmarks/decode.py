@@ -2,18 +2,17 @@
 
     python benchmarks/decode.py [--mixer mamba2] [--quick] [--no-peers]
 
-Every token reads all weights once, so that memory bandwidth is the limit at batch 1.
+Every token reads all weights once, so memory bandwidth is the limit at batch 1.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from _common import (
     Competitors,
+    Run,
     arguments,
     medians,
     model_130m,
@@ -26,30 +25,32 @@ from _common import (
 )
 from _llama import Llama, has_llama
 from _peers import available, has, mambapy_model, transformers_model
+from jaxtyping import PyTree
 
 import mamba_eqx as mbx
 
 
-def generate(model: mbx.LanguageModel, prompts: np.ndarray, new: int) -> Callable[[], Any]:
-    # With one token as the prompt, nothing but steps is measured.
+def generate(model: mbx.LanguageModel, prompts: np.ndarray, new: int) -> Run:
+    """Returns a call of `generate`. Prompts have one token, so only steps are measured."""
+
     def run() -> jax.Array:
         return mbx.generate(model, prompts if len(prompts) > 1 else prompts[0], new).tokens
 
     return run
 
 
-def steps(model: mbx.LanguageModel, prompts: np.ndarray, new: int) -> Callable[[], Any]:
+def steps(model: mbx.LanguageModel, prompts: np.ndarray, new: int) -> Run:
     """Returns a Python loop around a compiled step."""
 
     @jax.jit
-    def step(model: Any, token: Any, state: Any) -> Any:
+    def step(model: mbx.LanguageModel, token: jax.Array, state: PyTree) -> tuple[jax.Array, PyTree]:
         logits, state = jax.vmap(model.step)(token, state)
         return jnp.argmax(logits[:, : model.vocab_size], axis=-1).astype(jnp.int32), state
 
     batch = len(prompts)
     empty = jax.tree.map(lambda t: jnp.broadcast_to(t, (batch, *t.shape)), model.init_state())
 
-    def run() -> Any:
+    def run() -> jax.Array:
         token, state, tokens = jnp.asarray(prompts[:, 0], jnp.int32), empty, []
         for _ in range(new):
             token, state = step(model, token, state)
@@ -60,6 +61,7 @@ def steps(model: mbx.LanguageModel, prompts: np.ndarray, new: int) -> Callable[[
 
 
 def torch_peers(model: mbx.LanguageModel, mixer: str, prompts: np.ndarray, new: int) -> Competitors:
+    """Returns calls that decode greedily in other libraries on PyTorch."""
     import torch
 
     start = torch.from_numpy(prompts.astype(np.int64))
@@ -67,7 +69,7 @@ def torch_peers(model: mbx.LanguageModel, mixer: str, prompts: np.ndarray, new: 
     if has("transformers", mixer):
         transformers = transformers_model(model)
 
-        def run_transformers() -> Any:
+        def run_transformers() -> np.ndarray:
             with torch.inference_mode():
                 return transformers.generate(
                     start,
@@ -83,7 +85,7 @@ def torch_peers(model: mbx.LanguageModel, mixer: str, prompts: np.ndarray, new: 
     if has("mambapy", mixer):
         mambapy = mambapy_model(model)
 
-        def run_mambapy() -> Any:
+        def run_mambapy() -> np.ndarray:
             token, caches, tokens = start[:, 0], mambapy.empty(len(prompts)), []
             with torch.inference_mode():
                 for _ in range(new):
@@ -96,7 +98,9 @@ def torch_peers(model: mbx.LanguageModel, mixer: str, prompts: np.ndarray, new: 
     return peers
 
 
-def llama_peer(llama: Llama, model: mbx.LanguageModel, prompts: np.ndarray, new: int) -> Any:
+def llama_peer(llama: Llama, model: mbx.LanguageModel, prompts: np.ndarray, new: int) -> Run:
+    """Returns a call that decodes greedily in llama.cpp."""
+
     def run() -> np.ndarray:
         llama.forget()
         token, tokens = prompts[:, 0], []
@@ -132,7 +136,7 @@ def main() -> None:
             counts["llama.cpp"] = new
         seconds = medians(runs, repeats=7)
         if with_peers and available("torch"):
-            # These are at least ten times slower, and generate fewer tokens.
+            # The peers on PyTorch are at least ten times slower, so they generate fewer tokens.
             found = torch_peers(models["unrolled"], mixer, prompts, new_peers)
             runs |= found
             counts |= dict.fromkeys(found, new_peers)

@@ -26,12 +26,16 @@ Token = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 class Case(NamedTuple):
-    """One operation, with its implementations by name."""
+    """An operation, with its implementations by name."""
 
     args: tuple[jax.Array, ...]
+    """The arguments of one sequence."""
+
     axes: tuple[int | None, ...]
     """The batch axes of `args`, as for `jax.vmap`."""
+
     forms: dict[str, Form]
+    """The implementations. The package uses the first."""
 
 
 def sums(d_inner: int, seq: int) -> Case:
@@ -79,9 +83,11 @@ def sums(d_inner: int, seq: int) -> Case:
 
 
 def products(d_inner: int, seq: int) -> Case:
+    """Returns a projection of all tokens."""
     x = jr.normal(jr.key(0), (seq, d_inner // 2))
     W = jr.normal(jr.key(1), (2 * d_inner, d_inner // 2))
-    # The operation after a projection needs this order; a product alone would hide the copy.
+    # The elementwise operation after the product needs its result in this order. A product alone
+    # would hide the copy that some forms need.
     return Case(
         (x, W),
         (0, None),
@@ -93,6 +99,8 @@ def products(d_inner: int, seq: int) -> Case:
 
 
 def convolutions(d_inner: int, seq: int) -> Case:
+    """Returns a causal depthwise convolution."""
+
     def grouped(x: jax.Array, w: jax.Array) -> jax.Array:
         lag = w.shape[0] - 1
         return lax.conv_general_dilated(
@@ -117,9 +125,9 @@ def convolutions(d_inner: int, seq: int) -> Case:
 
 
 def main() -> None:
-    arguments_ = arguments(__doc__)
-    print_facts("Forms", quick=arguments_.quick)
-    d_inner, seq = (64, 32) if arguments_.quick else (1536, 512)
+    options = arguments(__doc__)
+    print_facts("Forms", quick=options.quick)
+    d_inner, seq = (64, 32) if options.quick else (1536, 512)
     cases = {
         "scan, sum over d_state": sums(d_inner, seq),
         "projection": products(d_inner, seq),

@@ -1,15 +1,14 @@
-"""The cost of `generate` beyond the model (sampling, penalties, stop strings, streaming), and the
-speed-up or slow-down of speculative decoding. Random float32 weights in mamba-130m's shape.
+"""Measures the cost of `generate` beyond the model, and the speed of speculative decoding.
 
     python benchmarks/generate.py [--quick] [--no-peers]
 
-`decode.py` compares the bare loop with other libraries.
+The cost includes sampling, penalties, stop strings and streaming. The model has random float32
+weights in mamba-130m's shape. `decode.py` compares the bare loop with other libraries.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ import jax.random as jr
 import numpy as np
 from _common import (
     Competitors,
+    Run,
     arguments,
     beside,
     model_130m,
@@ -28,6 +28,7 @@ from _common import (
     small_model,
 )
 from _peers import available, transformers_model
+from jaxtyping import PyTree
 
 import mamba_eqx as mbx
 
@@ -41,28 +42,32 @@ class Numbers:
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
 
-    def decode(self, ids: Any) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         return "".join(f" {i}" for i in ids)
 
-    def decoder(self) -> Any:
+    def decoder(self) -> mbx.text.Decoder:
         raise NotImplementedError
 
     def token_bytes(self, token: int) -> bytes:
         return f" {token}".encode()
 
 
+Carry = tuple[jax.Array, PyTree]
+"""A token, and the states of the layers before it."""
+
 SAMPLING = mbx.Sampling(temperature=0.8)
+Draft = mbx.LanguageModel | mbx.generation.PromptLookup
 KEY = jr.key(0)
-# With random weights, all tokens are about equally likely at a temperature of 0.8, so that filters
-# by probability keep most of them; at 0.2 the distribution is peaked. Trained models are in
-# between.
+# With random weights, all tokens are about equally likely at a temperature of 0.8, so filters by
+# probability keep most of them. At 0.2 the distribution is peaked. Trained models are in between.
 PEAKED = mbx.Sampling(temperature=0.2)
 AGAIN = "the bare loop again"  # shows the noise of the machine
 PENALTIES = mbx.sampling.Penalties(repetition=1.1, presence=0.1, frequency=0.1)
 
 
 def options(model: mbx.LanguageModel) -> dict[str, mbx.Sampling]:
-    # No stop string occurs, so that all rows have the same length.
+    """Returns the sampling options to measure, by name."""
+    # The stop strings never occur, so all rows have the same length.
     stops = mbx.Sampling(stop_strings=["the end", "###"], tokenizer=Numbers(model.vocab_size))
     everything = replace(stops, temperature=0.2, top_k=40, top_p=0.95, penalties=PENALTIES)
     return {
@@ -79,12 +84,12 @@ def options(model: mbx.LanguageModel) -> dict[str, mbx.Sampling]:
     }
 
 
-def bare(model: mbx.LanguageModel, start: mbx.DecodingState, new: int) -> Callable[[], Any]:
-    """Returns a compiled loop of nothing but steps and the largest logit."""
+def bare(model: mbx.LanguageModel, start: mbx.DecodingState, new: int) -> Run:
+    """Returns a compiled loop that only makes steps and takes the most likely token."""
 
     @functools.partial(jax.jit, static_argnums=2)
-    def loop(model: Any, start: Any, new: int) -> Any:
-        def body(carry: Any, _: None) -> Any:
+    def loop(model: mbx.LanguageModel, start: mbx.DecodingState, new: int) -> jax.Array:
+        def body(carry: Carry, _: None) -> tuple[Carry, jax.Array]:
             token, layers = carry
             step = model.step if token.ndim == 0 else jax.vmap(model.step)
             logits, layers = step(token, layers)
@@ -97,14 +102,14 @@ def bare(model: mbx.LanguageModel, start: mbx.DecodingState, new: int) -> Callab
 
 
 def overheads(model: mbx.LanguageModel, new: int, repeats: int) -> None:
-    """Measures the options of `generate`, from a state, so that no prompt is run."""
+    """Measures the options of `generate`, starting from a state, so that no prompt is read."""
     worst = 0.0
     for batch in (1, 8):
         prompts = np.array(random_tokens(model, batch, 4))
         start = mbx.prefill(model, prompts if batch > 1 else prompts[0])
         runs: Competitors = {}
 
-        def run(sampling: mbx.Sampling, start: Any = start) -> Any:
+        def run(sampling: mbx.Sampling, start: mbx.DecodingState = start) -> jax.Array:
             return mbx.generate(model, None, new, sampling, state=start, key=KEY).tokens
 
         runs[AGAIN] = bare(model, start, new)
@@ -128,13 +133,15 @@ def overheads(model: mbx.LanguageModel, new: int, repeats: int) -> None:
 
 
 def choices(model: mbx.LanguageModel, repeats: int) -> None:
-    """Measures the head and the choice of a token alone, for eight rows. The noise of a whole step
-    would exceed the cost of a choice."""
+    """Measures only the head and the choice of a token, for eight rows.
+
+    The noise of a whole step would exceed the cost of a choice.
+    """
     features = jr.normal(jr.key(0), (8, model.d_model))
     keys = jr.split(jr.key(1), len(features))
 
-    def compiled(choose: Callable[[Any, Any], Any]) -> Callable[[], Any]:
-        def row(model: Any, features: Any, key: Any) -> Any:
+    def compiled(choose: Callable[[jax.Array, jax.Array], jax.Array]) -> Run:
+        def row(model: mbx.LanguageModel, features: jax.Array, key: jax.Array) -> jax.Array:
             return choose(model.logits(features)[: model.vocab_size], key)
 
         run = jax.jit(jax.vmap(row, (None, 0, 0)))
@@ -163,8 +170,10 @@ def choices(model: mbx.LanguageModel, repeats: int) -> None:
 
 
 def draft_of(model: mbx.LanguageModel, layers: int) -> mbx.LanguageModel:
-    """Returns the first layers of the model as a draft. With random weights, the model rejects
-    almost all of its proposals."""
+    """Returns a draft model with the first layers of the model.
+
+    With random weights, the model rejects almost all proposals of this draft.
+    """
     blocks = model.layers.unstack()[:layers]
     return mbx.LanguageModel(
         mbx.Unrolled(blocks),
@@ -177,13 +186,15 @@ def draft_of(model: mbx.LanguageModel, layers: int) -> mbx.LanguageModel:
 def speculation(
     model: mbx.LanguageModel, new: int, repeats: int, lookaheads: tuple[int, ...]
 ) -> None:
-    """Measures the two extremes, drafts that are always accepted and drafts that never are. In
-    between, the speed-up grows with the number of accepted tokens."""
+    """Measures the two extremes: drafts that are always accepted, and drafts that never are.
+
+    Between them, the speed-up grows with the number of accepted tokens.
+    """
     first = np.array(random_tokens(model, 32))
-    # A model with random weights ends in a cycle when it decodes greedily. Prompt lookup predicts a
-    # cycle perfectly, and a sampled text never.
+    # Greedy decoding of a model with random weights ends in a cycle. Prompt lookup predicts a cycle
+    # perfectly, and never predicts a sampled text.
     cycle = np.concatenate([first, mbx.generate(model, first, 16 if new < 32 else 256).tokens])
-    cases: dict[str, tuple[Any, np.ndarray, mbx.Sampling]] = {
+    cases: dict[str, tuple[Draft, np.ndarray, mbx.Sampling]] = {
         "itself, greedy": (model, first, mbx.Sampling()),
         "itself, sampling": (model, first, SAMPLING),
         "its first 2 layers, greedy": (draft_of(model, 2), first, mbx.Sampling()),
@@ -212,17 +223,18 @@ def speculation(
 
 
 def peer(model: mbx.LanguageModel, new: int) -> None:
-    """Compares sampling with transformers, some of whose filters cost more than the model."""
+    """Compares sampling with transformers, where some filters cost more than the model."""
     import torch
 
     theirs = transformers_model(model)
+    penalties = mbx.sampling.Penalties(repetition=1.1)
+    sampling = replace(SAMPLING, top_k=40, top_p=0.95, penalties=penalties)
     rows = []
     for batch in (1, 8):
         prompts = np.array(random_tokens(model, batch, 4))
         tokens = torch.from_numpy(prompts.astype(np.int64))
-        chosen = {"top_k": 40, "top_p": 0.95}
 
-        def run(tokens: Any = tokens, chosen: Any = chosen) -> Any:
+        def run(tokens: torch.Tensor = tokens) -> torch.Tensor:
             with torch.inference_mode():
                 return theirs.generate(
                     tokens,
@@ -230,10 +242,11 @@ def peer(model: mbx.LanguageModel, new: int) -> None:
                     min_new_tokens=new,
                     do_sample=True,
                     temperature=0.8,
+                    top_k=40,
+                    top_p=0.95,
                     repetition_penalty=1.1,
                     eos_token_id=None,
                     pad_token_id=0,
-                    **chosen,
                 )
 
         ours = functools.partial(
@@ -241,7 +254,7 @@ def peer(model: mbx.LanguageModel, new: int) -> None:
             model,
             prompts if batch > 1 else prompts[0],
             new,
-            replace(SAMPLING, penalties=mbx.sampling.Penalties(repetition=1.1), **chosen),
+            sampling,
             key=KEY,
         )
         jax.block_until_ready(ours())

@@ -1,10 +1,10 @@
-"""Opening and loading a checkpoint in the shape of mamba-130m: time, and peak memory beyond the
-model itself.
+"""Measures opening and loading a checkpoint in mamba-130m's shape: time and peak memory.
 
     python benchmarks/load.py [--quick] [--no-peers]
 
-Every load runs in a process of its own; the numbers are medians. `pytorch_model.bin` is measured if
-torch is installed, which writes it, and left out with `--no-peers`.
+Every load runs in a new process; the numbers are medians. The memory is the peak beyond the model
+itself. `pytorch_model.bin`, which torch writes, is measured if torch is installed, and left out
+with `--no-peers`.
 """
 
 import json
@@ -25,7 +25,7 @@ import mamba_eqx as mbx
 def make(folder: Path, *, quick: bool, peers: bool) -> list[str]:
     """Writes checkpoints of one model, and returns the names of their folders.
 
-    The `"bin"` checkpoint is written only with `peers`, and if torch is installed.
+    The `"bin"` checkpoint is written only with `peers` and if torch is installed.
     """
     model = small_model("mamba1") if quick else model_130m("mamba1")
     mbx.save_pretrained(model, folder / "safetensors", layout="state-spaces")
@@ -45,7 +45,7 @@ def make(folder: Path, *, quick: bool, peers: bool) -> list[str]:
     return ["bin", "safetensors"]
 
 
-def anonymous() -> int:
+def anonymous_memory() -> int:
     """Returns the memory of this process in bytes, without mapped files."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
@@ -54,22 +54,26 @@ def anonymous() -> int:
 
 
 def child(folder: Path, dtype: str | None) -> dict[str, float]:
-    """Measures this process. Returns seconds to open and to load, and sizes in megabytes."""
+    """Measures this process.
+
+    **Returns:** the seconds to open and to load, and the sizes of the model and of the peak beyond
+    it in megabytes.
+    """
     import jax
 
     from mamba_eqx.pretrained import Hub, open_checkpoint
 
     jax.block_until_ready(jax.numpy.zeros(4) + 1)
-    mbx.from_pretrained(mbx.SHIPPED)  # Everything that is set up only once.
+    mbx.from_pretrained(mbx.SHIPPED)  # Sets up everything that is set up only once.
     start = time.perf_counter()
     open_checkpoint(folder, Hub())
     seconds = {"open": time.perf_counter() - start}
-    peak, done = anonymous(), False
+    peak, done = anonymous_memory(), False
 
     def watch() -> None:
         nonlocal peak
         while not done:
-            peak = max(peak, anonymous())
+            peak = max(peak, anonymous_memory())
             time.sleep(0.0005)
 
     watcher = threading.Thread(target=watch)
@@ -81,7 +85,7 @@ def child(folder: Path, dtype: str | None) -> dict[str, float]:
     done = True
     watcher.join()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-    return seconds | {"model": size / 1e6, "beyond": (peak - anonymous()) / 1e6}
+    return seconds | {"model": size / 1e6, "beyond": (peak - anonymous_memory()) / 1e6}
 
 
 def measure(folder: Path, dtype: str | None, repeats: int) -> dict[str, float]:

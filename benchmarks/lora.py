@@ -2,11 +2,10 @@
 
     python benchmarks/lora.py [--quick]
 
-Both train the same pairs in the bundled model; `all weights` is training without LoRA. The larger
-size has the width of mamba-130m, with four layers and a byte vocabulary.
+Both methods train the same pairs; `all weights` is training without LoRA. The smaller model has the
+shape of the bundled one, and the larger one the width of mamba-130m, with four layers and a byte
+vocabulary.
 """
-
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -15,7 +14,6 @@ import jax.random as jr
 import numpy as np
 import optax
 from _common import (
-    MIB,
     arguments,
     byte_model,
     compiled,
@@ -23,14 +21,17 @@ from _common import (
     print_facts,
     print_table,
     random_tokens,
+    temporary_mib,
 )
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree
 
 import mamba_eqx as mbx
 from mamba_eqx.training import LoRA
 
 
 class Wrapper(eqx.Module):
-    """A linear layer with a low-rank change, `W x + b (a x)`: the usual design of LoRA."""
+    """A linear layer with a low-rank change, `W x + b (a x)`, which is the usual design of LoRA."""
 
     inner: mbx.layers.Linear
     a: jax.Array
@@ -44,8 +45,10 @@ class Wrapper(eqx.Module):
         return self.inner(x) + x @ self.a.T @ self.b.T
 
 
-def wrapped(model: Any, lora: LoRA) -> Any:
-    def wrap(path: Any, node: Any) -> Any:
+def wrapped(model: mbx.LanguageModel, lora: LoRA) -> mbx.LanguageModel:
+    """Returns the model with wrappers around the linear layers that the LoRA changes."""
+
+    def wrap(path: KeyPath, node: PyTree) -> PyTree:
         pair = lora.pairs.get(jax.tree_util.keystr(path, simple=True, separator="."))
         return node if pair is None else Wrapper(node, pair.a, lora.scale * pair.b)
 
@@ -53,12 +56,13 @@ def wrapped(model: Any, lora: LoRA) -> Any:
     return jax.tree_util.tree_map_with_path(wrap, model, is_leaf=is_linear)
 
 
-def loss_of(model: Any, tokens: jax.Array) -> jax.Array:
+def loss_of(model: mbx.LanguageModel, tokens: jax.Array) -> jax.Array:
     logits = jax.vmap(model)(tokens[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
 def wide_model() -> mbx.LanguageModel:
+    """Builds a model with the width of mamba-130m, four layers and a byte vocabulary."""
     return mbx.LanguageModelConfig(256, (mbx.BlockConfig(mbx.Mamba1Config(768)),) * 4).build(
         key=jr.key(0)
     )
@@ -89,7 +93,7 @@ def main() -> None:
             np.testing.assert_allclose(a, b, atol=1e-3 * float(jnp.abs(b).max()))
         seconds = medians({name: run for name, (run, _) in found.items()}, repeats=9, budget=60)
         for name, (_, executable) in found.items():
-            used = executable.memory_analysis().temp_size_in_bytes / MIB
+            used = temporary_mib(executable)
             rows.append((model.d_model, batch, seq, name, 1e3 * seconds[name], used))
     print_table(("d_model", "batch", "seq", "", "milliseconds", "temporary memory, MiB"), rows)
 

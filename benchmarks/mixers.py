@@ -6,29 +6,34 @@ All layers have `d_model` 768 and upstream's default sizes, in float32; attentio
 64. Other libraries are not measured.
 """
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from _common import Competitors, arguments, compiled, medians, print_facts, print_table
 from jax import lax
+from jaxtyping import PyTree
 
 import mamba_eqx as mbx
 
 
 STEPS = 64
+Mixer = mbx.AbstractSequenceLayer[PyTree]
 
 
-def both(mixer: Any, x: jax.Array) -> Any:
-    """Returns a loss and its gradients for parameters and inputs."""
+def both(mixer: Mixer, x: jax.Array) -> PyTree:
+    """Returns a loss, and its gradients with respect to the parameters and the input."""
     return jax.value_and_grad(lambda mixer, x: jnp.sum(jnp.sin(mixer(x))), argnums=(0, 1))(mixer, x)
 
 
-def steps(mixer: Any, x: jax.Array, state: Any) -> Any:
-    """Runs `step` over all tokens inside a compiled loop."""
-    return lax.scan(lambda state, x: mixer.step(x, state)[::-1], state, x)
+def steps(mixer: Mixer, x: jax.Array, state: PyTree) -> PyTree:
+    """Returns the state and the outputs after a step for each token, in a compiled loop."""
+
+    def step(state: PyTree, x: jax.Array) -> tuple[PyTree, jax.Array]:
+        y, state = mixer.step(x, state)
+        return state, y
+
+    return lax.scan(step, state, x)
 
 
 def main() -> None:
@@ -36,7 +41,7 @@ def main() -> None:
     quick = options.quick
     print_facts("Mixers", quick=quick)
     seq, d_model = (64, 128) if quick else (2048, 768)
-    configs: dict[str, Any] = {
+    configs: dict[str, mbx.models.AbstractMixerConfig] = {
         "Mamba-1": mbx.Mamba1Config(d_model),
         "Mamba-2": mbx.Mamba2Config(d_model),
         "Mamba-3, SISO": mbx.Mamba3Config(d_model),

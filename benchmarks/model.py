@@ -1,11 +1,10 @@
-"""Prefill of mamba-130m's shape with random float32 weights: tokens per second.
+"""Measures prefill with random float32 weights in mamba-130m's shape, in tokens per second.
 
 python benchmarks/model.py [--mixer mamba2] [--tokens 512] [--quick] [--no-peers]
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +12,7 @@ import scan
 import ssd
 from _common import (
     Competitors,
+    Run,
     arguments,
     compiled,
     medians,
@@ -30,6 +30,8 @@ import mamba_eqx as mbx
 
 
 ALL, LAST = "all logits", "last logits"
+Peer = Callable[[np.ndarray, bool], np.ndarray | None]
+"""A function of the tokens, and of whether to compute all logits or the last ones only."""
 
 
 def last_logits(model: mbx.LanguageModel, tokens: jax.Array) -> jax.Array:
@@ -37,8 +39,8 @@ def last_logits(model: mbx.LanguageModel, tokens: jax.Array) -> jax.Array:
     return model.logits(model.backbone(tokens)[0][-1])
 
 
-def op(mixer: Any, seq: int) -> Callable[[], Any] | None:
-    """Returns the scan (or ssd) of a mixer as a call of its own, or `None` if it has neither."""
+def op(mixer: object, seq: int) -> Run | None:
+    """Returns a call of the scan (or ssd) of a mixer alone, or `None` if the mixer has neither."""
     if isinstance(mixer, mbx.Mamba1):
         return compiled(scan.forward(), *scan.inputs(mixer.d_inner, seq))[0]
     if isinstance(mixer, mbx.Mamba2):
@@ -47,11 +49,11 @@ def op(mixer: Any, seq: int) -> Callable[[], Any] | None:
     return None
 
 
-def torch_peers(model: mbx.LanguageModel, mixer: str) -> dict[str, Any]:
-    """Returns peers by name, as functions of the tokens and of whether to compute all logits."""
+def torch_peers(model: mbx.LanguageModel, mixer: str) -> dict[str, Peer]:
+    """Returns the peers on PyTorch by name."""
     import torch
 
-    peers = {}
+    peers: dict[str, Peer] = {}
     if has("transformers", mixer):
         transformers = transformers_model(model)
 
@@ -102,14 +104,14 @@ def main() -> None:
         block = unrolled.layers.unstack()[0]
         assert isinstance(block, mbx.Block)
         alone = op(block.mixer, seq)
-        runs: dict[tuple[str, str], Any] = {
+        runs: dict[tuple[str, str], Run] = {
             (ALL, "unrolled"): compiled(lambda model, t: model(t), unrolled, tokens)[0],
             (ALL, "stacked"): compiled(lambda model, t: model(t), stacked, tokens)[0],
             (LAST, "unrolled"): compiled(last_logits, unrolled, tokens)[0],
             (LAST, "stacked"): compiled(last_logits, stacked, tokens)[0],
         }
         for name, run in peers.items():
-            # These peers are slow, and shorter prompts show the same ratio.
+            # mamba.py and transformers are slow, and shorter prompts show the same ratio.
             if name != "mamba.py" or seq <= 512:
                 runs[ALL, name] = partial(run, numbers, True)
             if name == "llama.cpp" or (name == "transformers" and seq <= 512):

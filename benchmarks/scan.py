@@ -6,17 +6,18 @@ The shape is mamba-130m's (d_inner 1536, d_state 16), in float32. "both" is a fo
 backward pass, with gradients of all inputs.
 """
 
+import importlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from _common import (
-    MIB,
     Competitors,
+    Pair,
     arguments,
     compiled,
     cores,
@@ -24,16 +25,20 @@ from _common import (
     print_facts,
     print_table,
     print_verdict,
+    temporary_mib,
 )
 from _peers import available, check_agrees
 from jax import lax
+from jaxtyping import PyTree
 
 import mamba_eqx as mbx
 
 
 Inputs = tuple[jax.Array, ...]
-Pair = tuple[Callable[[], Any], Callable[[], Any]]
-"""The forward pass alone, and the forward and backward pass."""
+Method = Literal["sequential", "associative", "chunked"]
+METHODS: tuple[Method, ...] = ("chunked", "sequential", "associative")
+Pass = Callable[..., PyTree]
+"""A function of `inputs`."""
 
 D_STATE = 16
 
@@ -53,26 +58,32 @@ def inputs(d_inner: int, seq: int, batch: int | None = None) -> Inputs:
 AXES = (0, 0, None, 0, 0, None, 0)
 
 
-def forward(**options: Any) -> Callable[..., jax.Array]:
-    return lambda x, dt, A, B, C, D, _: mbx.ops.selective_scan(x, dt, A, B, C, D, **options)[0]
+def forward(method: Method | None = None, chunk_size: int | None = None) -> Pass:
+    """Returns the forward pass, as a function of `inputs`."""
+    return lambda x, dt, A, B, C, D, _: mbx.ops.selective_scan(
+        x, dt, A, B, C, D, method=method, chunk_size=chunk_size
+    )[0]
 
 
-def both(**options: Any) -> Callable[..., Any]:
-    def run(*args: jax.Array) -> Any:
-        y, pull = jax.vjp(lambda *args: forward(**options)(*args, None), *args[:-1])
+def both(method: Method | None = None, chunk_size: int | None = None) -> Pass:
+    """Returns the forward and the backward pass, as a function of `inputs`."""
+
+    def run(*args: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        y, pull = jax.vjp(lambda *args: forward(method, chunk_size)(*args, None), *args[:-1])
         return y, pull(args[-1])
 
     return run
 
 
-def batched(run: Callable[..., Any]) -> Callable[..., Any]:
+def batched(run: Pass) -> Pass:
+    """Returns a function of a batch of inputs that uses `jax.vmap`."""
     return jax.vmap(run, in_axes=AXES)
 
 
-def mapped(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs one sequence after another instead of using `jax.vmap`."""
+def mapped(run: Pass) -> Pass:
+    """Returns a function of a batch of inputs that runs one sequence after another."""
 
-    def over_batch(*args: jax.Array) -> Any:
+    def over_batch(*args: jax.Array) -> PyTree:
         x, dt, A, B, C, D, y_bar = args
         return lax.map(lambda t: run(t[0], t[1], A, t[2], t[3], D, t[4]), (x, dt, B, C, y_bar))
 
@@ -80,10 +91,11 @@ def mapped(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def ours(d_inner: int, seq: int, batch: int | None) -> dict[str, Pair]:
+    """Returns the passes of each method."""
     args = inputs(d_inner, seq, batch)
     lift = batched if batch else lambda run: run
-    variants: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
-    for method in ("chunked", "sequential", "associative"):
+    variants: dict[str, tuple[Pass, Pass]] = {}
+    for method in METHODS:
         variants[method] = (lift(forward(method=method)), lift(both(method=method)))
     if batch:
         variants["chunked, lax.map over the batch"] = (mapped(forward()), mapped(both()))
@@ -105,7 +117,7 @@ def peers(d_inner: int, seq: int, batch: int | None) -> dict[str, Pair]:
         t.requires_grad_()
 
     def pair(run: Callable[..., Any]) -> Pair:
-        def forward() -> Any:
+        def forward() -> torch.Tensor:
             with torch.no_grad():
                 return run(*args)
 
@@ -118,26 +130,28 @@ def peers(d_inner: int, seq: int, batch: int | None) -> dict[str, Pair]:
 
         transformers.logging.set_verbosity_error()
 
-        def loop(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any) -> Any:
+        def loop(*args: torch.Tensor) -> torch.Tensor:
+            x, dt, A, B, C, D = args
             x, dt, B, C = (t.transpose(1, 2) for t in (x, dt, B, C))
             return mamba_selective_scan(x, dt, A, B, C, D).transpose(1, 2)
 
         found["transformers (PyTorch loop)"] = pair(loop)
     if available("mambapy"):
-        from mambapy.mamba import MambaBlock
-
-        found["mamba.py (pscan)"] = pair(partial(MambaBlock.selective_scan, None))
+        block = importlib.import_module("mambapy.mamba").MambaBlock
+        found["mamba.py (pscan)"] = pair(partial(block.selective_scan, None))
     return found
 
 
 def check(peers: dict[str, Pair], args: Inputs) -> None:
+    """Compares the outputs of the peers with ours."""
     y = forward()(*args)
     for name, (run, _) in peers.items():
         check_agrees(name, run()[0], y)
 
 
-def times(d_inner: int, sizes: list[tuple[int, int | None]], with_peers: bool) -> dict[str, float]:
-    rows, seen = [], {}
+def times(d_inner: int, sizes: list[tuple[int, int | None]], with_peers: bool) -> None:
+    """Measures the passes of all methods and peers, for each `(seq, batch)` of `sizes`."""
+    rows = []
     for seq, batch in sizes:
         runs = ours(d_inner, seq, batch)
         if with_peers:
@@ -153,15 +167,14 @@ def times(d_inner: int, sizes: list[tuple[int, int | None]], with_peers: bool) -
             f, fb = f_seconds[name] * per_token, fb_seconds[name] * per_token
             ratio = f_seconds[name] / f_seconds["chunked"], fb_seconds[name] / fb_seconds["chunked"]
             rows.append((batch or 1, seq, name, f, fb, *ratio))
-            seen[f"{name} {batch or 1} {seq}"] = fb
     print(f"Microseconds per token and layer, d_inner {d_inner}, d_state {D_STATE}:\n")
     print_table(
         ("batch", "seq", "", "forward", "both", "forward / chunked's", "both / chunked's"), rows
     )
-    return seen
 
 
 def chunk_sizes(seq: int) -> None:
+    """Measures both passes by chunk size."""
     rows = []
     for d_inner, batch in ((512, None), (512, 4), (1536, None), (1536, 4)):
         args = inputs(d_inner, seq, batch)
@@ -177,13 +190,13 @@ def chunk_sizes(seq: int) -> None:
 
 
 def memory(seq: int) -> float:
+    """Prints the temporary memory of each method, and returns that of both passes in chunks."""
     rows, needed = [], {}
     args = inputs(1536, seq)
-    for method in ("chunked", "sequential", "associative"):
+    for method in METHODS:
         sizes = []
         for run in (forward(method=method), both(method=method)):
-            analysis = compiled(run, *args)[1].memory_analysis()
-            sizes.append(analysis.temp_size_in_bytes / MIB)
+            sizes.append(temporary_mib(compiled(run, *args)[1]))
         rows.append((method, *sizes))
         needed[method] = sizes[1]
     print(f"Temporary memory in MiB, {seq} tokens, d_inner 1536:\n")

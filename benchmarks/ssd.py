@@ -13,30 +13,33 @@ whole mixers are compared, between projections so narrow that their time is negl
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from _common import (
-    MIB,
     Competitors,
+    Pair,
     arguments,
     compiled,
     cores,
     medians,
     print_facts,
     print_table,
+    temporary_mib,
 )
 from _peers import available, check_agrees
+from jaxtyping import PyTree
 
 import mamba_eqx as mbx
 
 
 Inputs = tuple[jax.Array, ...]
-Pair = tuple[Callable[[], Any], Callable[[], Any]]
-"""The forward pass alone, and the forward and backward pass."""
+Method = Literal["sequential", "chunked"]
+Pass = Callable[..., PyTree]
+"""A function of `inputs`."""
 
 
 def inputs(mixer: mbx.Mamba2Config, seq: int) -> Inputs:
@@ -51,13 +54,18 @@ def inputs(mixer: mbx.Mamba2Config, seq: int) -> Inputs:
     return x, dt, A, B, C, jnp.ones(nheads), jr.normal(y_key, x.shape)
 
 
-def forward(**options: Any) -> Callable[..., jax.Array]:
-    return lambda x, dt, A, B, C, D, _: mbx.ops.ssd(x, dt, A, B, C, D, **options)[0]
+def forward(method: Method | None = None, chunk_size: int | None = None) -> Pass:
+    """Returns the forward pass, as a function of `inputs`."""
+    return lambda x, dt, A, B, C, D, _: mbx.ops.ssd(
+        x, dt, A, B, C, D, method=method, chunk_size=chunk_size
+    )[0]
 
 
-def both(**options: Any) -> Callable[..., Any]:
-    def run(*args: jax.Array) -> Any:
-        y, pull = jax.vjp(lambda *args: forward(**options)(*args, None), *args[:-1])
+def both(method: Method | None = None, chunk_size: int | None = None) -> Pass:
+    """Returns the forward and the backward pass, as a function of `inputs`."""
+
+    def run(*args: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        y, pull = jax.vjp(lambda *args: forward(method, chunk_size)(*args, None), *args[:-1])
         return y, pull(args[-1])
 
     return run
@@ -65,20 +73,20 @@ def both(**options: Any) -> Callable[..., Any]:
 
 def ours(args: Inputs, chunks: list[int]) -> tuple[dict[str, Pair], dict[str, float]]:
     """Returns the passes of each variant, and the temporary memory in MiB of both passes."""
-    variants: dict[str, dict[str, Any]] = {
-        f"chunks of {size}": {"chunk_size": size} for size in chunks
+    variants: dict[str, tuple[Method | None, int | None]] = {
+        f"chunks of {size}": (None, size) for size in chunks
     }
-    variants["sequential"] = {"method": "sequential"}
+    variants["sequential"] = ("sequential", None)
     runs, used = {}, {}
     for name, options in variants.items():
-        run, executable = compiled(both(**options), *args)
-        runs[name] = compiled(forward(**options), *args)[0], run
-        used[name] = executable.memory_analysis().temp_size_in_bytes / MIB
+        run, executable = compiled(both(*options), *args)
+        runs[name] = compiled(forward(*options), *args)[0], run
+        used[name] = temporary_mib(executable)
     return runs, used
 
 
 def peers(args: Inputs, chunks: list[int]) -> dict[str, Pair]:
-    """Returns the function that transformers' `Mamba2Mixer` runs without kernels."""
+    """Returns the passes of the function that transformers' `Mamba2Mixer` calls without kernels."""
     import torch
     from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
@@ -88,10 +96,11 @@ def peers(args: Inputs, chunks: list[int]) -> dict[str, Pair]:
         t.requires_grad_()
 
     def pair(chunk_size: int) -> Pair:
-        def run(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any) -> Any:
+        def run(*args: torch.Tensor) -> torch.Tensor:
+            x, dt, A, B, C, D = args
             return mamba2_chunk_scan(x, dt, A, B, C, chunk_size, D=D)
 
-        def forward() -> Any:
+        def forward() -> torch.Tensor:
             with torch.no_grad():
                 return run(*tensors)
 
@@ -131,11 +140,13 @@ def narrow_mixers(seq: int, chunks: list[int], *, quick: bool) -> dict[str, Pair
         )
         wanted = [numbers, *theirs.parameters()]
 
-        def forward(theirs: Any = theirs) -> Any:
+        def forward(theirs: Any = theirs) -> torch.Tensor:
             with torch.no_grad():
                 return theirs.torch_forward(numbers)
 
-        def backward(theirs: Any = theirs, wanted: Any = wanted) -> Any:
+        def backward(
+            theirs: Any = theirs, wanted: list[torch.Tensor] = wanted
+        ) -> tuple[torch.Tensor, ...]:
             return torch.autograd.grad(theirs.torch_forward(numbers).sum(), wanted)
 
         runs[f"transformers, chunks of {size}"] = forward, backward
@@ -143,6 +154,7 @@ def narrow_mixers(seq: int, chunks: list[int], *, quick: bool) -> dict[str, Pair
 
 
 def compare_narrow_mixers(seq: int, *, quick: bool) -> None:
+    """Measures whole mixers of ours and of transformers."""
     runs = narrow_mixers(seq, [16] if quick else [64, 256], quick=quick)
     f_seconds = medians({name: f for name, (f, _) in runs.items()}, repeats=5)
     fb_seconds = medians({name: fb for name, (_, fb) in runs.items()}, repeats=5)

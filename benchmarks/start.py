@@ -1,4 +1,4 @@
-"""Start-up times: import, first token with cold and warm caches.
+"""Measures start-up times: imports, and first tokens with cold and warm caches.
 
     python benchmarks/start.py [--quick]
 

@@ -1,15 +1,16 @@
-"""Measures training steps, forward and backward (d_model 256, 8 layers, 256 tokens), in tokens/s.
+"""Measures training steps, forward and backward (d_model 256, 8 layers), in tokens per second.
 
     python benchmarks/train.py [--mixer mamba2] [--quick] [--no-peers]
 
-The loss is the mean cross-entropy of the next token. The optimiser's update, which is the same for
-all, is excluded.
+The loss is the mean cross-entropy of the next token. The update by the optimiser, which is the same
+for all competitors, is excluded.
 
 The share of the limit counts matrix products only: the operations of the model's products with its
 weights, divided by the operations that the machine could do in the same time. The other work of a
 step, such as scans and the recomputation by `remat`, takes time but is not counted.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _common import (
-    MIB,
     Competitors,
+    Run,
     arguments,
     compiled,
     medians,
@@ -28,6 +29,7 @@ from _common import (
     print_verdict,
     random_tokens,
     small_model,
+    temporary_mib,
 )
 from _peers import available, check_agrees, has, mambapy_model, transformers_model
 
@@ -35,6 +37,7 @@ import mamba_eqx as mbx
 
 
 def loss(model: mbx.LanguageModel, tokens: jax.Array) -> jax.Array:
+    """Returns the mean cross-entropy of the next token, for one sequence or a batch."""
     # `vmap` over one sequence is slower than the sequence alone.
     logits = model(tokens) if tokens.ndim == 1 else jax.vmap(model)(tokens)
     log_probs = jax.nn.log_softmax(logits[..., :-1, :])
@@ -48,7 +51,7 @@ def operations(model: mbx.LanguageModel) -> int:
     gradients of inputs and weights.
     """
 
-    def is_linear(node: Any) -> bool:
+    def is_linear(node: object) -> bool:
         return isinstance(node, mbx.layers.Linear)
 
     linears = filter(is_linear, jax.tree.leaves(model, is_leaf=is_linear))
@@ -58,14 +61,14 @@ def operations(model: mbx.LanguageModel) -> int:
     return 3 * 2 * weights
 
 
-def torch_peers(model: mbx.LanguageModel, mixer: str, tokens: jax.Array) -> dict[str, Any]:
-    """Returns, by name, functions that return the loss and leave the gradients in the model."""
+def torch_peers(model: mbx.LanguageModel, mixer: str, tokens: jax.Array) -> Competitors:
+    """Returns, by name, calls that return the loss and leave the gradients in the peer."""
     import torch
 
     numbers = torch.from_numpy(np.array(tokens, np.int64))
 
-    def step(peer: Any, logits: Any) -> Any:
-        def run() -> Any:
+    def step(peer: Any, logits: Callable[[torch.Tensor], torch.Tensor]) -> Run:
+        def run() -> torch.Tensor:
             peer.zero_grad(set_to_none=True)
             value = torch.nn.functional.cross_entropy(
                 logits(numbers)[:, :-1].flatten(0, 1), numbers[:, 1:].flatten()
@@ -75,8 +78,8 @@ def torch_peers(model: mbx.LanguageModel, mixer: str, tokens: jax.Array) -> dict
 
         return run
 
-    peers = {}
-    # Four sequences would take a minute, and show no more than one does.
+    peers: Competitors = {}
+    # Four sequences would take a minute, and show the same as one.
     if has("transformers", mixer) and len(tokens) == 1:
         transformers = transformers_model(model)
         peers["transformers"] = step(
@@ -118,7 +121,7 @@ def main() -> None:
         used = {}
         for name, call in calls.items():
             runs[name], executable = compiled(eqx.filter_value_and_grad(loss), *call)
-            used[name] = executable.memory_analysis().temp_size_in_bytes / MIB
+            used[name] = temporary_mib(executable)
         if with_peers:
             found = torch_peers(models["unrolled"], args.mixer, tokens)
             ours = runs["unrolled"]()[0]

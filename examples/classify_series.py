@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
 import mamba_eqx as mbx
 from mamba_eqx import training
@@ -30,6 +31,8 @@ ORDERS = list(itertools.permutations(range(3)))
 
 
 class Classifier(eqx.Module):
+    """A model that returns the logits of the classes of one series."""
+
     encoder: eqx.nn.Linear
     blocks: mbx.Unrolled
     head: eqx.nn.Linear
@@ -63,8 +66,9 @@ def make_series(rng: np.random.Generator, count: int, longest: int) -> tuple[np.
 
 
 def mean_loss(
-    model: Classifier, batch: Any, carry: Any, key: jax.Array
+    model: Classifier, batch: tuple[jax.Array, ...], carry: PyTree | None, key: jax.Array
 ) -> tuple[jax.Array, training.LossAux]:
+    """Returns the mean cross-entropy of the classes, as a `training.Loss`."""
     series, lengths, labels = batch
     logits = jax.vmap(model)(series, lengths)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -73,6 +77,7 @@ def mean_loss(
 
 @eqx.filter_jit
 def logits(model: Classifier, series: Any, lengths: Any) -> jax.Array:
+    """Returns the logits of a batch of series."""
     return jax.vmap(model)(series, lengths)
 
 

@@ -46,6 +46,8 @@ class EncoderBlock(eqx.Module):
 
 
 class Tagger(eqx.Module):
+    """A model that returns the logits of the tags of each letter."""
+
     embedding: eqx.nn.Embedding
     blocks: list[EncoderBlock]
     head: eqx.nn.Linear
@@ -81,6 +83,7 @@ def make_sequences(rng: np.random.Generator, count: int, longest: int) -> tuple[
 
 
 def loss_of(model: Tagger, letters: Any, lengths: Any, tags: Any) -> jax.Array:
+    """Returns the mean cross-entropy of the tags, without padding."""
     losses = optax.softmax_cross_entropy_with_integer_labels(
         jax.vmap(model)(letters, lengths), tags
     )
@@ -89,8 +92,12 @@ def loss_of(model: Tagger, letters: Any, lengths: Any, tags: Any) -> jax.Array:
 
 @eqx.filter_jit
 def train_step(
-    optimiser: optax.GradientTransformation, model: Tagger, opt_state: Any, batch: Any
-) -> tuple[Tagger, Any, jax.Array]:
+    optimiser: optax.GradientTransformation,
+    model: Tagger,
+    opt_state: optax.OptState,
+    batch: tuple[np.ndarray, ...],
+) -> tuple[Tagger, optax.OptState, jax.Array]:
+    """Returns the new model, the new state of the optimiser, and the loss."""
     loss, grads = eqx.filter_value_and_grad(loss_of)(model, *batch)
     updates, opt_state = optimiser.update(grads, opt_state)
     return eqx.apply_updates(model, updates), opt_state, loss
@@ -98,6 +105,7 @@ def train_step(
 
 @eqx.filter_jit
 def predict(model: Tagger, letters: Any, lengths: Any) -> jax.Array:
+    """Returns the most likely tag of each letter."""
     return jnp.argmax(jax.vmap(model)(letters, lengths), axis=-1)
 
 

@@ -1,13 +1,13 @@
-"""Evaluate a model with lm-evaluation-harness, without a network.
+"""Evaluates a model with lm-evaluation-harness; the default tasks need no network.
 
     pip install ".[eval]"
     python examples/evaluate.py                                     # the bundled model
     python examples/evaluate.py --model state-spaces/mamba-130m-hf --tasks lambada_openai
 
 `HarnessModel` adapts a `mbx.LanguageModel` to the harness: log-probabilities of continuations and
-of whole texts, and generation up to a stop string. Requests run in batches of similar lengths,
-padded to a power of two to limit recompilation. A state-space model has no maximum length: a
-document is one sequence of any length.
+of whole texts, and generation up to a stop string. Continuations run in batches of similar lengths,
+padded to a power of two to limit recompilation. A state-space model has no maximum length, so a
+document is one sequence, however long.
 
 The tasks in this file are made from a play that the bundled model has not seen: choosing the next
 line, naming the next speaker, and predicting the whole text.
@@ -32,7 +32,7 @@ import mamba_eqx as mbx
 
 
 CORPUS = Path(__file__).parent / "data" / "shakespeare.txt.xz"
-SEPARATOR = 0  # the byte between documents in the training text of `train_lm.py`
+SEPARATOR = 0  # The byte between documents in the training text of `train_lm.py`.
 
 
 @eqx.filter_jit
@@ -57,7 +57,10 @@ def score_targets(
 
 
 class HarnessModel(TemplateLM):
-    """A language model of this package, as lm-evaluation-harness calls it."""
+    """An adapter of a language model to the interface of lm-evaluation-harness.
+
+    - `batch`: the number of requests that run together.
+    """
 
     def __init__(
         self,
@@ -72,13 +75,13 @@ class HarnessModel(TemplateLM):
     def eot_token_id(self) -> int:
         if isinstance(self.tokenizer, mbx.ByteTokenizer):
             return SEPARATOR
-        end = self.tokenizer.eos_token_id
-        if end is None:
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
             raise ValueError(
                 "The tokenizer has no end-of-text token. Add `eos_token` to its "
                 "tokenizer_config.json."
             )
-        return end
+        return eos
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: object
@@ -90,7 +93,7 @@ class HarnessModel(TemplateLM):
     def batches(self, sizes: Sequence[int]) -> Iterator[np.ndarray]:
         """Yields the indices of requests in batches of similar sizes.
 
-        The longest requests come first, so that a lack of memory shows at once.
+        The longest requests come first, so that a lack of memory shows immediately.
         """
         order = np.argsort([-size for size in sizes], kind="stable")
         for start in range(0, len(order), self.batch):
@@ -217,9 +220,7 @@ def evaluate(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Evaluate a model with lm-evaluation-harness, without a network."
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--model",
         default=str(mbx.SHIPPED),

@@ -11,7 +11,6 @@ By default the text is the documentation of this package.
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -19,6 +18,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree
 
 import mamba_eqx as mbx
 from mamba_eqx.training import LoRA, load_lora, save_lora
@@ -36,7 +37,7 @@ def read(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     return text[:cut], text[cut:]
 
 
-def split(method: str, model: mbx.LanguageModel, args: argparse.Namespace) -> tuple[Any, Any]:
+def split(method: str, model: mbx.LanguageModel, args: argparse.Namespace) -> tuple[PyTree, PyTree]:
     """Returns the part that is trained, and the rest."""
     if method == "lora":
         lora = LoRA.init(model, rank=args.rank, alpha=2 * args.rank, key=jr.key(args.seed))
@@ -44,13 +45,13 @@ def split(method: str, model: mbx.LanguageModel, args: argparse.Namespace) -> tu
     if method == "state":
         return model.init_state(), model
 
-    def is_trained(path: Any, _: Any) -> bool:
+    def is_trained(path: KeyPath, _: object) -> bool:
         return any(f".{name}" in jax.tree_util.keystr(path) for name in args.train)
 
     return eqx.partition(model, jax.tree_util.tree_map_with_path(is_trained, model))
 
 
-def join(method: str, part: Any, rest: Any) -> tuple[mbx.LanguageModel, Any]:
+def join(method: str, part: PyTree, rest: PyTree) -> tuple[mbx.LanguageModel, PyTree]:
     """Returns the model made of both parts, and the state that a text starts from."""
     if method == "state":
         return rest, part
@@ -65,7 +66,8 @@ def rows_of(text: np.ndarray, starts: np.ndarray, length: int) -> jax.Array:
 
 
 @eqx.filter_jit
-def nats(method: str, part: Any, rest: Any, rows: jax.Array) -> jax.Array:
+def nats(method: str, part: PyTree, rest: PyTree, rows: jax.Array) -> jax.Array:
+    """Returns the mean cross-entropy of the next byte, in nats."""
     model, state = join(method, part, rest)
     logits = jax.vmap(lambda row: model.scan(row[:-1], state)[0])(rows)
     return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
@@ -74,8 +76,14 @@ def nats(method: str, part: Any, rest: Any, rows: jax.Array) -> jax.Array:
 # `rest` is an argument, because arrays that a compiled function closes over become constants in it.
 @eqx.filter_jit
 def train_step(
-    optimiser: Any, method: str, part: Any, opt_state: Any, rest: Any, rows: jax.Array
-) -> tuple[Any, Any, jax.Array]:
+    optimiser: optax.GradientTransformation,
+    method: str,
+    part: PyTree,
+    opt_state: optax.OptState,
+    rest: PyTree,
+    rows: jax.Array,
+) -> tuple[PyTree, optax.OptState, jax.Array]:
+    """Returns the new part, the new state of the optimiser, and the loss."""
     loss, grads = jax.value_and_grad(lambda part: nats(method, part, rest, rows))(part)
     updates, opt_state = optimiser.update(grads, opt_state, part)
     return optax.apply_updates(part, updates), opt_state, loss

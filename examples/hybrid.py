@@ -54,7 +54,12 @@ class CustomHybrid(eqx.Module):
         return jax.vmap(self.head)(x + self.attention(y, y, y, mask=causal))
 
 
-def make_models(vocab: int, d_model: int, d_state: int, key: jax.Array) -> dict[str, Any]:
+Model = mbx.LanguageModel | CustomHybrid
+
+
+def make_models(vocab: int, d_model: int, d_state: int, key: jax.Array) -> dict[str, Model]:
+    """Builds the three models, by name."""
+
     def build(*mixers: mbx.models.AbstractMixerConfig) -> mbx.LanguageModel:
         blocks = tuple(mbx.BlockConfig(mixer) for mixer in mixers)
         return mbx.LanguageModelConfig(vocab, blocks, tie_embeddings=False).build(key=key)
@@ -86,22 +91,28 @@ def make_recall(
     return tokens.astype(np.int32), targets.astype(np.int32), np.arange(3 * pairs) >= 2 * pairs
 
 
-def loss_of(model: Any, tokens: Any, targets: Any, asked: Any) -> jax.Array:
+def loss_of(model: Model, tokens: Any, targets: Any, asked: Any) -> jax.Array:
+    """Returns the mean cross-entropy of the answers."""
     losses = optax.softmax_cross_entropy_with_integer_labels(jax.vmap(model)(tokens), targets)
     return jnp.mean(losses, where=asked)
 
 
 @eqx.filter_jit
 def train_step(
-    optimiser: optax.GradientTransformation, model: Any, opt_state: Any, batch: Any
-) -> tuple[Any, Any, jax.Array]:
+    optimiser: optax.GradientTransformation,
+    model: Model,
+    opt_state: optax.OptState,
+    batch: tuple[np.ndarray, ...],
+) -> tuple[Model, optax.OptState, jax.Array]:
+    """Returns the new model, the new state of the optimiser, and the loss."""
     loss, grads = eqx.filter_value_and_grad(loss_of)(model, *batch)
     updates, opt_state = optimiser.update(grads, opt_state)
     return eqx.apply_updates(model, updates), opt_state, loss
 
 
 @eqx.filter_jit
-def predict(model: Any, tokens: Any) -> jax.Array:
+def predict(model: Model, tokens: Any) -> jax.Array:
+    """Returns the most likely token at each place."""
     return jnp.argmax(jax.vmap(model)(tokens), axis=-1)
 
 

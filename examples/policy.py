@@ -12,7 +12,6 @@ they differ.
 
 import argparse
 import time
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -21,6 +20,7 @@ import jax.random as jr
 import numpy as np
 import optax
 from jax import lax
+from jaxtyping import PyTree
 
 import mamba_eqx as mbx
 
@@ -39,6 +39,7 @@ class Corridor(eqx.Module):
 
 
 def begin(key: jax.Array, longest: int) -> Corridor:
+    """Returns the start of a new corridor with a random colour and length."""
     colour_key, length_key = jr.split(key)
     return Corridor(
         jr.randint(colour_key, (), 0, 2),
@@ -48,6 +49,7 @@ def begin(key: jax.Array, longest: int) -> Corridor:
 
 
 def observe(env: Corridor) -> jax.Array:
+    """Returns the features that the agent sees, of shape `(FEATURES,)`."""
     seen = jnp.where(env.at == 0, env.colour, jnp.where(env.at == env.length, 3, 2))
     return jax.nn.one_hot(seen, FEATURES)
 
@@ -64,6 +66,8 @@ def act(
 
 
 class Policy(eqx.Module):
+    """A recurrent policy, which returns the log-probabilities of turning left and right."""
+
     encoder: eqx.nn.Linear
     block: mbx.Block
     head: eqx.nn.Linear
@@ -74,16 +78,20 @@ class Policy(eqx.Module):
         self.block = mbx.Block(mbx.Mamba1(d_model, d_state=8, key=keys[1]))
         self.head = eqx.nn.Linear(d_model, 2, key=keys[2])
 
-    def step(self, seen: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    def step(self, seen: jax.Array, state: PyTree) -> tuple[jax.Array, PyTree]:
+        """Acts on one observation."""
         y, state = self.block.step(self.encoder(seen), state)
         return jax.nn.log_softmax(self.head(y)), state
 
-    def scan(self, seen: jax.Array, state: Any, reset: jax.Array) -> jax.Array:
+    def scan(self, seen: jax.Array, state: PyTree, reset: jax.Array) -> jax.Array:
+        """Acts on a whole trajectory. `reset` is true where an episode starts."""
         y, _ = self.block.scan(jax.vmap(self.encoder)(seen), state, reset=reset)
         return jax.nn.log_softmax(jax.vmap(self.head)(y))
 
 
 class Trajectory(eqx.Module):
+    """The steps of one agent, with a first axis of steps."""
+
     seen: jax.Array
     actions: jax.Array
     log_probs: jax.Array
@@ -91,12 +99,17 @@ class Trajectory(eqx.Module):
     reset: jax.Array  # Whether an episode started at the step.
 
 
+Carry = tuple[Corridor, PyTree]
+"""The environment and the state of the policy."""
+
+
 def rollout(
-    policy: Policy, env: Corridor, state: Any, key: jax.Array, steps: int, longest: int
-) -> tuple[tuple[Corridor, Any], Trajectory]:
+    policy: Policy, env: Corridor, state: PyTree, key: jax.Array, steps: int, longest: int
+) -> tuple[Carry, Trajectory]:
+    """Acts for a number of steps and returns the last environment and state, and the trajectory."""
     empty = policy.block.init_state()
 
-    def one(carry: Any, key: jax.Array) -> tuple[Any, Trajectory]:
+    def one(carry: Carry, key: jax.Array) -> tuple[Carry, Trajectory]:
         env, state = carry
         reset, seen = env.at == 0, observe(env)
         state = jax.tree.map(lambda new, old: jnp.where(reset, new, old), empty, state)
@@ -110,8 +123,11 @@ def rollout(
 
 
 def returns_of(rewards: jax.Array) -> jax.Array:
-    """Returns the discounted return at each step: the reward at the end of the episode, if the
-    trajectory contains it, times `DISCOUNT` for each step until then."""
+    """Computes the discounted return at each step.
+
+    The return is the reward at the end of the episode, times `DISCOUNT` for each step until then.
+    It is zero if the trajectory does not contain the end.
+    """
 
     def back(later: jax.Array, reward: jax.Array) -> tuple[jax.Array, jax.Array]:
         value = jnp.where(reward != 0, reward, DISCOUNT * later)
@@ -124,12 +140,17 @@ def returns_of(rewards: jax.Array) -> jax.Array:
 def update(
     optimiser: optax.GradientTransformation,
     policy: Policy,
-    opt_state: Any,
-    carry: tuple[Corridor, Any],
+    opt_state: optax.OptState,
+    carry: Carry,
     keys: jax.Array,
     steps: int,
     longest: int,
-) -> tuple[Policy, Any, tuple[Corridor, Any], tuple[jax.Array, jax.Array]]:
+) -> tuple[Policy, optax.OptState, Carry, tuple[jax.Array, jax.Array]]:
+    """Acts with the policy and improves it by one policy gradient.
+
+    Returns the new policy and optimiser state, the last environments and states, and two measures:
+    the share of correct turns, and the largest difference between `step` and `scan`.
+    """
     start = carry[1]
     run = lambda env, state, key: rollout(policy, env, state, key, steps, longest)
     carry, seen = jax.vmap(run)(*carry, keys)

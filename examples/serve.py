@@ -1,4 +1,4 @@
-"""Serve a page on this machine that streams text from a model and shows its recurrent state.
+"""Serves a page on this machine that streams text from a model and shows its recurrent state.
 
     pip install ".[serve]"
     python examples/serve.py                # then open the printed address
@@ -7,8 +7,8 @@
 A state is a value: the page can continue from any state and fork it at no cost. The picture shows
 the hidden state of every layer, with a column per channel and a row per state dimension.
 
-The server is written with aiohttp, a single package with HTTP, streaming and a client. It listens
-on the loopback interface only, rejects requests for other host names (against DNS rebinding) and
+The server uses aiohttp, a single package with HTTP, streaming and a client. It listens on the
+loopback interface only, rejects requests for other host names (against DNS rebinding) and
 from other origins, accepts JSON only, and loads nothing from other servers. The lengths of prompts
 and answers, the number of stored states and the number of concurrent requests are limited.
 """
@@ -34,12 +34,12 @@ import mamba_eqx as mbx
 
 
 PAGE = Path(__file__).with_suffix(".html")
-MAX_PROMPT = 4096  # characters
-MAX_NEW = 1024  # tokens
-MAX_REQUESTS = 2  # concurrent
+MAX_PROMPT = 4096  # Characters.
+MAX_NEW = 1024  # Tokens.
+MAX_REQUESTS = 2  # Concurrent requests.
 MAX_STATES = 64
-BLOCK = 8  # tokens between two pictures
-WIDTH = 64  # channels in a picture
+BLOCK = 8  # Tokens between two pictures.
+WIDTH = 64  # Channels in a picture.
 
 
 class Generate(NamedTuple):
@@ -65,10 +65,12 @@ def picture(state: mbx.DecodingState) -> dict[str, object]:
 
 
 def has_hidden_state(tree: object) -> bool:
+    """Returns whether a subtree is the state of a Mamba-1 or Mamba-2 layer."""
     return isinstance(tree, mbx.Mamba1State | mbx.Mamba2State)
 
 
 def refusal(reason: str) -> web.HTTPException:
+    """Returns the error for an invalid request."""
     return web.HTTPBadRequest(text=reason)
 
 
@@ -77,18 +79,19 @@ class Server:
 
     def __init__(self, model: mbx.LanguageModel, tokenizer: mbx.TextTokenizer | mbx.ByteTokenizer):
         self.model, self.tokenizer = model, tokenizer
-        end = tokenizer.eos_token_id if isinstance(tokenizer, mbx.TextTokenizer) else None
+        eos = tokenizer.eos_token_id if isinstance(tokenizer, mbx.TextTokenizer) else None
         # The vocabulary of a model may be padded beyond its tokenizer. Padded ids are banned.
         padding = range(tokenizer.vocab_size, model.vocab_size)
         self.sampling = mbx.Sampling(
             logit_bias=dict.fromkeys(padding, -float("inf")) or None,
-            stop_tokens=[] if end is None else [end],
+            stop_tokens=[] if eos is None else [eos],
         )
         self.states: OrderedDict[str, mbx.DecodingState] = OrderedDict()
         self.running = 0
         self.hosts: set[str] = set()  # host names under which the server accepts requests
 
     def app(self) -> web.Application:
+        """Returns the application with its routes."""
         app = web.Application(middlewares=[self.guard], client_max_size=8 * MAX_PROMPT)
         app.add_routes([web.get("/", self.page), web.post("/generate", self.generate)])
         return app
@@ -189,6 +192,7 @@ class Server:
 
 
 def check_integer(name: str, value: object, low: int, high: int) -> None:
+    """Rejects a request whose field `name` is not an integer within `low..high`."""
     if type(value) is not int or not low <= value <= high:
         raise refusal(f"`{name}` must be an integer within {low}..{high}.")
 
@@ -216,9 +220,7 @@ async def serve(server: Server, port: int, smoke: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Serve a page that streams text from a model and shows its recurrent state."
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--model",
         default=str(mbx.SHIPPED),

@@ -32,6 +32,8 @@ HELD_OUT = b"TWELFTH NIGHT"  # The opening of the play that is held out.
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
+    """The settings of a run. `d_state` 0 stands for the default of the mixer."""
+
     mixer: str = "mamba1"
     d_model: int = 192
     layers: int = 6
@@ -58,6 +60,7 @@ PRESETS = {
 
 
 def make_config(settings: Settings) -> mbx.LanguageModelConfig:
+    """Returns the config of a byte-level model."""
     d_model, d_state = settings.d_model, settings.d_state
     headdim = min(64, 2 * d_model)
     mixer = {

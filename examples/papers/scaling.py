@@ -68,6 +68,7 @@ def bits_per_byte(model: mbx.LanguageModel, data: np.ndarray, length: int) -> fl
 
 
 def plot(runs: list[dict[str, Any]]) -> Any:
+    """Plots the held-out loss against the number of parameters."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 

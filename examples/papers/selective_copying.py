@@ -44,7 +44,11 @@ NAMES = {
 
 
 class Ablated(mbx.AbstractSequenceLayer[mbx.Mamba1State]):
-    """A `Mamba1` with optionally constant `dt`, `B` and `C`, and an optional gate."""
+    """A `Mamba1` whose selection and gate are optional.
+
+    Without selection, `dt`, `B` and `C` are learned constants. Without the gate, the output of the
+    scan goes through a GELU.
+    """
 
     mamba: mbx.Mamba1
     B: Float[Array, " d_state"]
@@ -140,6 +144,7 @@ def make(name: str, d_model: int, d_state: int, key: PRNGKeyArray) -> mbx.Langua
 
 
 def plot(runs: list[dict[str, Any]]) -> Any:
+    """Plots the accuracy during training."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.2))

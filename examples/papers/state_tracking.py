@@ -8,6 +8,7 @@ and Mamba-3 with its rotation set to zero) cannot count without limit; a state t
 angle that depends on the token can.
 """
 
+import argparse
 from typing import Any
 
 import equinox as eqx
@@ -40,6 +41,7 @@ class WithoutRotation(mbx.AbstractSequenceLayer[mbx.Mamba3State]):
 
     @property
     def unrotated(self) -> mbx.Mamba3:
+        """The layer with zero rotation angles."""
         mamba = self.mamba  # The last rows of `in_proj` project to the angles.
         weight = mamba.in_proj.weight.at[-mamba.pairs :].set(0.0)
         return eqx.tree_at(lambda m: m.in_proj.weight, mamba, weight)
@@ -64,6 +66,8 @@ class WithoutRotation(mbx.AbstractSequenceLayer[mbx.Mamba3State]):
 
 
 def task(length: int, modulus: int) -> Sample:
+    """Returns a task of random numbers and their sums modulo `modulus`."""
+
     def sample(key: PRNGKeyArray) -> Example:
         tokens = jr.randint(key, (length,), 0, modulus)
         return Example(tokens, jnp.cumsum(tokens) % modulus, jnp.ones(length))
@@ -71,7 +75,7 @@ def task(length: int, modulus: int) -> Sample:
     return sample
 
 
-def make(name: str, args: Any, modulus: int, key: PRNGKeyArray) -> mbx.LanguageModel:
+def make(name: str, args: argparse.Namespace, modulus: int, key: PRNGKeyArray) -> mbx.LanguageModel:
     sizes = {"d_state": args.d_state, "dt_min": args.dt_min, "dt_max": args.dt_max}
 
     def mixer(key: PRNGKeyArray) -> mbx.AbstractSequenceLayer[Any]:
@@ -88,7 +92,9 @@ def make(name: str, args: Any, modulus: int, key: PRNGKeyArray) -> mbx.LanguageM
     return mbx.LanguageModel(layers, vocab_size=modulus, key=model_key)
 
 
-def accuracies(model: mbx.LanguageModel, args: Any, modulus: int, key: PRNGKeyArray) -> list[float]:
+def accuracies(
+    model: mbx.LanguageModel, args: argparse.Namespace, modulus: int, key: PRNGKeyArray
+) -> list[float]:
     """Returns the accuracy at each token number in `args.tests`."""
     examples = jax.vmap(task(max(args.tests), modulus))(jr.split(key, args.count))
     guesses = jnp.argmax(jax.jit(jax.vmap(model))(examples.tokens), axis=-1)
@@ -97,6 +103,7 @@ def accuracies(model: mbx.LanguageModel, args: Any, modulus: int, key: PRNGKeyAr
 
 
 def plot(runs: list[dict[str, Any]]) -> Any:
+    """Plots the accuracy against the token number, for each task."""
     import matplotlib.pyplot as plt
 
     tasks = [name for name in MODULUS if any(run["task"] == name for run in runs)]

@@ -47,7 +47,7 @@ def add_chat(commands: Commands) -> None:
         action="append",
         default=[],
         help="end an answer before this text; may be repeated (default: an empty line in plain "
-        "text, off with a template)",
+        "text, none with a template)",
     )
     chat.set_defaults(run=_run)
 
@@ -89,7 +89,7 @@ def _lines() -> Iterator[str]:
 
 
 def _run_command(conversation: "_Conversation", line: str) -> bool:
-    """Runs a line that begins with a slash and returns whether the chat continues."""
+    """Runs a command line that begins with a slash, and returns whether the chat continues."""
     name, _, rest = line.partition(" ")
     path = Path(rest.strip())
     match name:
@@ -111,6 +111,7 @@ def _run_command(conversation: "_Conversation", line: str) -> bool:
 
 
 def _answer(conversation: "_Conversation", line: str) -> None:
+    """Prints the answer to a line, and its speed in a terminal."""
     start = time.perf_counter()
     try:
         for piece in conversation.turn(line):
@@ -125,7 +126,7 @@ def _answer(conversation: "_Conversation", line: str) -> None:
 
 
 class _PlainConversation:
-    """A conversation without a template: one text to which the user and the model append."""
+    """A conversation without a template: a text that the user and the model append to in turn."""
 
     def __init__(self, opened: Opened, args: argparse.Namespace):
         self._opened, self._args = opened, args
@@ -169,11 +170,11 @@ class _Snapshot(NamedTuple):
 
 
 class _TemplateConversation:
-    """A conversation laid out by the chat template of the tokenizer.
+    """A conversation in the format of the tokenizer's chat template.
 
-    The template renders the whole conversation again for each turn, but the model reads only what
-    follows a known prefix. Two states are kept, before and after the last answer, since a template
-    may render an answer differently from the tokens that were generated.
+    The template renders the whole conversation again for each turn, but the model reads only the
+    tokens after a known prefix. Two states are kept, before and after the last answer, because a
+    template may render an answer differently from the tokens that were generated.
     """
 
     def __init__(self, opened: Opened, tokenizer: TextTokenizer, args: argparse.Namespace):

@@ -27,8 +27,8 @@ def add_convert(commands: Commands) -> None:
     convert = commands.add_parser(
         "convert",
         help="convert a checkpoint to another layout, dtype or number of files",
-        description="Convert a checkpoint of any layout to safetensors in a given layout. DEST "
-        "appears only when it is complete. The tokenizer, if there is one, is copied.",
+        description="Convert a checkpoint of any layout to safetensors in a given layout. The "
+        "result appears in DEST only when it is complete. The tokenizer, if any, is copied last.",
     )
     add_source(convert)
     convert.add_argument("dest", metavar="DEST", type=Path, help="folder to write")

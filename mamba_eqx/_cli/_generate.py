@@ -52,9 +52,9 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("The prompt is empty. Give at least one character to start from.")
     opened = open_model(args)
     ids = opened.tokenizer.encode(prompt)
-    # `--stop` is matched on the printed text and is not one of the stop strings of the sampling
-    # options. These are matched on the bytes of tokens, which can differ from the printed text:
-    # SentencePiece drops the space before the first token.
+    # `--stop` is matched on the printed text. Stop strings of the sampling options are matched on
+    # the bytes of tokens, which can differ from the printed text: SentencePiece drops the space
+    # before the first token.
     tokens = start_stream(opened, ids, args, sampling_from_args(args, opened))
     clock = _Clock(tokens, start)
     if args.json:
@@ -99,7 +99,7 @@ def _write_json(
 
 
 class _Clock:
-    """The tokens of a stream, with their number and times of arrival since the time `start`."""
+    """The tokens of a stream, with their number and their times of arrival after `start`."""
 
     def __init__(self, tokens: Stream, start: float):
         self.tokens = tokens
@@ -117,12 +117,12 @@ class _Clock:
 
     @property
     def latency(self) -> float:
-        """Seconds until the first token."""
+        """The seconds from `start` to the first token."""
         return self._first - self._start
 
     @property
     def rate(self) -> float | None:
-        """Tokens per second after the first token, if there are any."""
+        """The tokens per second after the first token; `None` if there are none."""
         seconds = self._last - self._first
         return (self.count - 1) / seconds if seconds > 0 else None
 

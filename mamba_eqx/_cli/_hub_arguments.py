@@ -37,9 +37,9 @@ def add_hub(parser: argparse.ArgumentParser) -> None:
 
 
 def hub_from_args(args: argparse.Namespace) -> Hub:
-    """Returns the access to the Hub that the options of `add_hub` configure."""
-    # There is no option for the token, since other users could read it in the list of processes.
-    # HF_TOKEN or a login provides it.
+    """Returns the options for access to the Hub that the options of `add_hub` describe."""
+    # There is no option for the token, because other users could read it in the list of processes.
+    # HF_TOKEN or a login provides the token.
     return Hub(
         revision=args.revision,
         cache_dir=args.cache_dir,

@@ -37,7 +37,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _lines(found: Description) -> list[tuple[str, str]]:
-    """Returns the names and values of the lines to print."""
+    """Returns the name and the text of each line to print."""
     config = found.config
     lines = [("checkpoint", found.where), ("layout", found.layout)]
     for count, block in found.blocks:

@@ -24,7 +24,7 @@ class Opened:
     tokenizer: TextTokenizer | ByteTokenizer
 
     def encode_piece(self, text: str) -> list[int]:
-        """Encodes a part of a text, without the tokens that a tokenizer adds to complete texts."""
+        """Encodes part of a text, without the tokens that the tokenizer adds to complete texts."""
         if isinstance(self.tokenizer, TextTokenizer):
             return self.tokenizer.encode_piece(text)
         return self.tokenizer.encode(text)
@@ -52,7 +52,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def open_model(args: argparse.Namespace) -> Opened:
-    """Loads the model and the tokenizer that the options of `add_model` name."""
+    """Loads the model and the tokenizer that the options of `add_model` name.
+
+    **Raises:** `ValueError` if the tokenizer has more tokens than the vocabulary of the model.
+    """
     hub = hub_from_args(args)
     source = open_source(_shipped_model() if args.model is None else args.model, hub)
     if args.tokenizer is None:
@@ -78,6 +81,7 @@ def open_model(args: argparse.Namespace) -> Opened:
 
 
 def _shipped_model() -> Path:
+    """Returns the folder of the bundled model, or raises if the installation lacks it."""
     if not SHIPPED.exists():
         raise FileNotFoundError(
             f"This installation lacks the bundled model: there is no folder {SHIPPED}. Use --model "

@@ -1,4 +1,4 @@
-"""Arguments for sampling tokens."""
+"""The command-line options for sampling tokens."""
 
 import argparse
 import math
@@ -10,7 +10,7 @@ from ._opened import Opened
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    """Adds the options for sampling tokens, with a command's default of `--max-new-tokens`."""
+    """Adds the options for sampling tokens. `max_new_tokens` is the default of that option."""
 
     def add(name: str, metavar: str, kind: type, text: str, default: int | float | None) -> None:
         shown = "off" if default is None else default
@@ -31,7 +31,10 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> Non
 
 
 def check_sampling(args: argparse.Namespace) -> None:
-    """Validates what can be validated before a model is loaded."""
+    """Validates the options that can be validated before a model is loaded.
+
+    **Raises:** `ValueError` for an option that is out of range.
+    """
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed must be within 0..{2**32 - 1}, but got {args.seed}.")
     if "" in args.stop:
@@ -41,7 +44,7 @@ def check_sampling(args: argparse.Namespace) -> None:
 def sampling_from_args(
     args: argparse.Namespace, opened: Opened, *, stop_strings: Sequence[str] = ()
 ) -> Sampling:
-    """Returns the sampling options that the options of `add_sampling` describe for a model."""
+    """Returns the sampling options for a model, as the options of `add_sampling` describe them."""
     model, tokenizer = opened.model, opened.tokenizer
     penalties = sampling.Penalties(
         repetition=args.repetition_penalty,
@@ -50,7 +53,7 @@ def sampling_from_args(
         window=args.penalty_window,
     )
     neutral = sampling.Penalties(window=args.penalty_window)
-    end = tokenizer.eos_token_id if isinstance(tokenizer, TextTokenizer) else None
+    eos = tokenizer.eos_token_id if isinstance(tokenizer, TextTokenizer) else None
     # The vocabulary of a model may be padded beyond its tokenizer. Padded ids are banned.
     padding = range(tokenizer.vocab_size, model.vocab_size)
     return Sampling(
@@ -61,7 +64,7 @@ def sampling_from_args(
         typical_p=args.typical_p,
         penalties=None if penalties == neutral else penalties,
         logit_bias=dict.fromkeys(padding, -math.inf) or None,
-        stop_tokens=[] if end is None else [end],
+        stop_tokens=[] if eos is None else [eos],
         stop_strings=stop_strings,
         tokenizer=tokenizer,
     )

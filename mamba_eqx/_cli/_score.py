@@ -49,7 +49,12 @@ def add_score(commands: Commands) -> None:
 
 @dataclass
 class _Totals:
-    """Sums over the scored tokens. `bytes` is the size of their text in UTF-8."""
+    """Sums over the scored tokens.
+
+    - `tokens`: their number.
+    - `bytes`: the size of their text in UTF-8.
+    - `log_prob`: the sum of their log-probabilities, in nats.
+    """
 
     tokens: int = 0
     bytes: int = 0
@@ -112,7 +117,10 @@ def _report(args: argparse.Namespace, opened: Opened, name: str, read: _Read) ->
 
 
 def _lines(name: str, read: _Read) -> Iterator[str]:
-    """Yields a text in pieces that end with a line, except where a line is very long."""
+    """Yields a text in pieces that end at the end of a line, unless a line is very long.
+
+    **Raises:** `ValueError` if the text is not UTF-8.
+    """
     decoder, held = codecs.getincrementaldecoder("utf-8")(), ""
     data = b"."
     while data:
@@ -130,9 +138,9 @@ def _lines(name: str, read: _Read) -> Iterator[str]:
 
 
 def _tokens(opened: Opened, texts: Iterator[str]) -> Iterator[list[int]]:
-    """Yields the tokens of a text in pieces of one length, except for the last."""
+    """Yields the tokens of a text in pieces of equal length, except for the last piece."""
     held: list[int] = []
-    encode = opened.tokenizer.encode  # The first piece gets the tokens that begin every text.
+    encode = opened.tokenizer.encode  # Only the first piece gets the tokens that begin a text.
     for text in texts:
         held += encode(text)
         encode = opened.encode_piece

@@ -17,7 +17,7 @@ def start_stream(
     *,
     state: DecodingState | None = None,
 ) -> Stream:
-    """Starts generating tokens after a prompt, with the length and seed of `add_sampling`."""
+    """Starts generating tokens after a prompt, with the length and the seed given in `args`."""
     key = jr.key(args.seed)
     return stream(opened.model, prompt, args.max_new_tokens, sampling, state=state, key=key)
 

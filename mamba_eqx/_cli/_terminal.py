@@ -1,4 +1,4 @@
-"""Standard input, standard output, and the type of the commands' parsers."""
+"""Reading standard input, writing standard output, and the type of the subparsers."""
 
 import argparse
 import os
@@ -34,7 +34,10 @@ def silence() -> None:
 
 
 def read_text(path: Path | None) -> str:
-    """Reads all of a file, or of standard input if `path` is `None`."""
+    """Reads the whole text of a file, or of standard input if `path` is `None`.
+
+    **Raises:** `ValueError` if the text is not UTF-8.
+    """
     name = "Standard input" if path is None else str(path)
     data = sys.stdin.buffer.read() if path is None else path.read_bytes()
     try:

@@ -13,7 +13,7 @@ _MAX_CONFIG = 2**18
 
 
 def read_config(path: Path, max_size: int = _MAX_CONFIG) -> object:
-    """Reads a config file, including infinities in either of their spellings.
+    """Reads a config file, with infinities in the notation of Python or of transformers.
 
     **Arguments:**
 
@@ -22,7 +22,8 @@ def read_config(path: Path, max_size: int = _MAX_CONFIG) -> object:
 
     **Returns:** the parsed JSON.
 
-    **Raises:** `CheckpointError` for NaN, a key that occurs twice, and anything that is not JSON.
+    **Raises:** `CheckpointError` for NaN, a key that occurs twice, a file that is too large, and
+    anything that is not JSON.
     """
     try:
         return decode_numbers(read_json(path, max_size))
@@ -35,8 +36,8 @@ def read_config(path: Path, max_size: int = _MAX_CONFIG) -> object:
 def read_json(path: Path, max_size: int) -> object:
     """Reads a JSON file. For the arguments see `read_config`.
 
-    **Raises:** `CheckpointError`, without the name of the file, for anything that is not JSON and
-    for a key that occurs twice.
+    **Raises:** `CheckpointError`, whose message does not name the file, for a key that occurs
+    twice, a file that is too large, and anything that is not JSON.
     """
     status = path.stat()
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
@@ -100,11 +101,11 @@ def decode_numbers(value: object, where: str = "") -> object:
 
 
 def join_keys(where: str, key: str) -> str:
-    """Returns the name of a nested field, such as `"ssm_cfg.d_state"`."""
+    """Returns the name of the field `key` in the field `where`, such as `"ssm_cfg.d_state"`."""
     return f"{where}.{key}" if where else key
 
 
 def quote_value(value: object) -> str:
-    """Formats a value from a file for a message: escaped, and truncated to a readable length."""
+    """Formats a JSON value for a message: escaped, and truncated to 60 characters."""
     quoted = ascii(value)
     return quoted if len(quoted) <= 60 else quoted[:57] + "..."

@@ -18,9 +18,9 @@ _MAX_BYTES = 2**62
 class CheckpointError(ValueError):
     """An error in a checkpoint, or in the use of one.
 
-    A file is damaged, has another format, contains something other than plain tensors, or does not
-    fit the model. The message names the file, the fault and the remedy. A file that is missing or
-    must not be opened raises the usual `OSError` instead.
+    The cause is a file that is damaged, has another format, contains something other than plain
+    tensors, or does not fit the model. The message names the file, the fault and the remedy. A file
+    that is missing or unreadable raises the usual `OSError` instead.
     """
 
 
@@ -31,7 +31,7 @@ class StoredTensor:
     - `name`, `shape`, `dtype`: the description of the tensor.
     - `read`: reads the values, and returns a C-contiguous array in native byte order. The array may
         be a read-only view of the mapped file. The file stays mapped while the tensor or the array
-        is alive, and must not be written to.
+        is alive, and must not be changed during that time.
     """
 
     name: str
@@ -43,8 +43,8 @@ class StoredTensor:
 def map_file(path: str | os.PathLike[str]) -> mmap.mmap:
     """Maps a file into memory, read-only.
 
-    **Raises:** `CheckpointError` for an empty file, a git-LFS pointer or a web page, which failed
-    downloads leave behind.
+    **Raises:** `CheckpointError` for anything that is not a regular file, and for an empty file, a
+    git-LFS pointer or a web page, which failed downloads leave behind.
     """
     # Checked before opening, because opening a named pipe waits for a writer. Folders make `open`
     # raise an error that is clear enough.
@@ -61,7 +61,7 @@ def map_file(path: str | os.PathLike[str]) -> mmap.mmap:
             "the file is a git-LFS pointer, not the weights it points to: "
             "run `git lfs pull`, or download the file itself."
         )
-    # Not "<" alone, with which a safetensors file with a header of 60 bytes begins as well.
+    # "<" alone would not do: a safetensors file with a header of 60 bytes begins with it as well.
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
         raise CheckpointError(
             "the file is a web page, not weights: the download returned an error or a login page. "
@@ -71,7 +71,7 @@ def map_file(path: str | os.PathLike[str]) -> mmap.mmap:
 
 
 def quote(text: str | tuple[int, ...]) -> str:
-    """Formats text from a file for a message: escaped, and truncated to a readable length."""
+    """Formats text or a shape for a message: escaped, and truncated to 100 characters."""
     quoted = ascii(text[:100])
     return quoted if len(quoted) <= 100 else quoted[:97] + "..."
 
@@ -81,10 +81,11 @@ def check_shape(shape: Sequence[object], itemsize: int) -> tuple[int, ...]:
 
     **Arguments:**
 
-    - `shape`: the sizes as a file gives them.
+    - `shape`: the sizes as they are in the file.
     - `itemsize`: the size of an element in bytes.
 
-    **Raises:** `CheckpointError` if no array can have the shape.
+    **Raises:** `CheckpointError` if the sizes are not integers of at least 0, are more than 32, or
+    overflow.
     """
     if len(shape) > _MAX_DIMENSIONS:
         raise CheckpointError(
@@ -100,8 +101,8 @@ def check_shape(shape: Sequence[object], itemsize: int) -> tuple[int, ...]:
 def check_naturals(values: Sequence[object], what: str) -> tuple[int, ...]:
     """Returns values as a tuple of integers.
 
-    **Raises:** `CheckpointError`, calling the values `what`, if any is a bool, negative, or not an
-    integer.
+    **Raises:** `CheckpointError`, which refers to the values as `what`, if any of them is a bool,
+    negative, or not an integer.
     """
     naturals = tuple(value for value in values if type(value) is int and value >= 0)
     if len(naturals) != len(values):
@@ -124,8 +125,8 @@ def read_array(
 
     - `buffer`: the mapped file.
     - `offset`: the position of the first element, in bytes.
-    - `shape`, `dtype`: those of the array.
-    - `strides`: in bytes, as in NumPy; C order if `None`.
+    - `shape`, `dtype`: the shape and the dtype of the array.
+    - `strides`: the strides in bytes, as in NumPy; C order if `None`.
     - `swap`: whether the byte order of the file differs from that of this machine.
 
     **Returns:** a C-contiguous array in native byte order.

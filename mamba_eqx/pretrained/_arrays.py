@@ -17,12 +17,17 @@ from ..formats import CheckpointError
 def check_dtype(name: str, dtype: DTypeLike) -> np.dtype:
     """Returns `dtype` as a NumPy dtype.
 
+    **Arguments:**
+
+    - `name`: how messages refer to the array or model.
+    - `dtype`: the dtype.
+
     **Raises:** `CheckpointError` if JAX would silently replace it by a narrower dtype.
     """
     dtype = np.dtype(dtype)
     if dtypes.canonicalize_dtype(dtype) != dtype:
         raise CheckpointError(
-            f"{name} is to be {dtype}, which JAX has in its 64-bit mode only. Enter it with "
+            f"{name} has dtype {dtype}, which JAX supports in its 64-bit mode only. Enable it with "
             '`jax.config.update("jax_enable_x64", True)`, or convert to a narrower dtype '
             "(`from_pretrained(..., dtype=jnp.float32)`)."
         )
@@ -45,7 +50,10 @@ def to_jax(
     - `dtype`: the dtype of the result.
     - `sharding`: the sharding of the result; JAX's default device if `None`.
 
-    **Raises:** `CheckpointError` if a finite value is not finite in `dtype`.
+    **Returns:** the JAX array.
+
+    **Raises:** `CheckpointError` if a finite value is not finite in `dtype`, or if `dtype` needs
+    JAX's 64-bit mode.
     """
     check_dtype(name, dtype)
     if sharding is None:
@@ -78,12 +86,13 @@ def _cut(parts: Sequence[np.ndarray], index: tuple[slice, ...] | None) -> list[n
 
 def _copy(name: str, parts: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
     if dtype == np.float16:
-        # NumPy's own casts report an overflow, that of bfloat16 does not. The detour is exact.
+        # NumPy's own casts report an overflow, but the cast of bfloat16 does not. The additional
+        # cast to float32 is exact.
         bfloat16 = ml_dtypes.bfloat16
         parts = [part.astype(np.float32) if part.dtype == bfloat16 else part for part in parts]
     try:
         with np.errstate(over="raise", invalid="ignore"):
-            # JAX may keep the memory it is given, which here is a mapped file: always copy.
+            # JAX may keep the memory of its argument, which here is a mapped file, so always copy.
             if len(parts) == 1:
                 return np.array(parts[0], dtype=dtype, order="C")
             return np.concatenate(parts, dtype=dtype, casting="unsafe")
@@ -106,6 +115,6 @@ def common_dtype(dtypes: Mapping[str, np.dtype]) -> np.dtype:
         listed = ", ".join(f"{name} is {dtype}" for name, dtype in dtypes.items())
         raise CheckpointError(
             f"{listed}, but they are parts of one array here and must have the same dtype. Convert "
-            "them (`from_pretrained(..., dtype=jnp.float32)`)."
+            "them to one dtype (`from_pretrained(..., dtype=jnp.float32)`)."
         )
     return np.dtype(next(iter(dtypes.values())))

@@ -21,7 +21,7 @@ class Assignment(Generic[Tensor]):
     """One leaf of a model, and the tensors that it consists of.
 
     - `path`: the path of the leaf, such as `"layers.layers.0.mixer.A_log"`.
-    - `leaf`: the leaf, of which only the shape and the dtype matter.
+    - `leaf`: the leaf. Only its shape and its dtype are used.
     - `recurrence`: whether the leaf is a parameter of a recurrence, which stays at least float32.
     - `parts`: the tensors with their slots, in the order in which they are joined.
     """

@@ -37,7 +37,7 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 def model_card(config: LanguageModelConfig, *, layout: str, name: str) -> str:
     """Returns the text of a model card.
 
-    The card contains no numbers, because it is kept when another model is saved in its place.
+    The card contains no numbers, because it is kept if the checkpoint is replaced later.
 
     **Arguments:**
 

@@ -37,7 +37,7 @@ def open_checkpoint(
     **Arguments:**
 
     - `name_or_path`: a local folder, or else the name of a repository on the Hub.
-    - `hub`: how to access the Hub.
+    - `hub`: the options for access to the Hub.
     - `header_folder`: a folder. If given, only the headers of safetensors files are downloaded, to
         this folder, and the values of their tensors must not be read; see `open_repository`.
 
@@ -76,8 +76,8 @@ def _layout_of(file: str, values: object) -> Layout:
     if file == MISTRAL.config_file:
         return MISTRAL
     keys = values.keys() if isinstance(values, dict) else set[str]()
-    # Mistral's `model_type` is transformers' name of Mamba-1, but no other layout has a `dim`.
+    # Mistral's `model_type` is transformers' name for Mamba-1, but no other layout has a `dim`.
     if "dim" in keys and "hidden_size" not in keys:
         return MISTRAL
-    # No other key will do: configs written by transformers may contain official keys as well.
+    # Official keys cannot decide: configs written by transformers may contain them as well.
     return get_layout("transformers" if "model_type" in keys else "state-spaces")

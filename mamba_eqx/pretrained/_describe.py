@@ -112,7 +112,11 @@ def _bytes(tree: PyTree[jax.ShapeDtypeStruct]) -> int:
 
 
 def _fields(block: BlockConfig) -> dict[str, _Field]:
-    """Returns all integer fields of a block, and the other fields that differ from the default."""
+    """Returns the fields of a block that a summary shows.
+
+    These are the kind of the mixer, its integer fields, its other fields that differ from the
+    default, and `d_intermediate` if there is an MLP.
+    """
     fields: dict[str, _Field] = {"kind": block.mixer.kind}
     for field in dataclasses.fields(block.mixer):  # pyright: ignore[reportArgumentType]
         value = getattr(block.mixer, field.name)

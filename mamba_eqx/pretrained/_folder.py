@@ -1,4 +1,4 @@
-"""The files that a checkpoint consists of in a folder, and replacing them."""
+"""The names of a checkpoint's files, and replacing the checkpoint in a folder."""
 
 import os
 import re
@@ -19,7 +19,7 @@ _OURS = re.compile(
 
 
 def shard_name(index: int, count: int) -> str:
-    """Returns the name of one of several weights files, counted from 1."""
+    """Returns the name of the weights file `index` of `count`, counted from 1."""
     return f"model-{index:05}-of-{count:05}.safetensors"
 
 
@@ -36,8 +36,8 @@ def is_weights(name: str) -> bool:
 def replace_checkpoint(target: Path, new: Path, old: Path, layout: Layout) -> None:
     """Moves the checkpoint in `target` to `old`, and the files in `new` to `target`.
 
-    If a move fails, all are undone. The config leaves first and arrives last, so that after a power
-    failure an incomplete folder has no config and is refused rather than misread.
+    If one move fails, all moves are undone. The old config is moved first and the new config last,
+    so that after a power failure an incomplete folder has no config and is refused, not misread.
     """
     configs, names = (CONFIG, layout.config_file), (layout.config_file, layout.weights_file)
     ours = [name for name in os.listdir(target) if _OURS.fullmatch(name) or name in names]

@@ -16,9 +16,19 @@ from ..formats import CheckpointError, quote
 from ._hub_errors import Place, failure, is_absence
 
 
+_FIRST_READ = 2**17
+_LARGEST_HEADER = 2**23  # Twice the largest header that `open_safetensors` accepts.
+_TIMEOUT = 30  # In seconds.
+_COMMIT = re.compile("[0-9a-f]{40}")
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Hub:
-    """How to access the Hub: options of `huggingface_hub` under its own names."""
+    """The options for access to the Hub, with the names that `huggingface_hub` uses.
+
+    See [`mamba_eqx.from_pretrained`][] for their meanings.
+    """
 
     revision: str | None = None
     token: str | bool | None = None
@@ -35,6 +45,7 @@ class Hub:
 
     @property
     def cache(self) -> Path | None:
+        """The folder for downloads, or `None` for the usual cache."""
         return None if self.cache_dir is None else Path(self.cache_dir)
 
     @property
@@ -50,13 +61,13 @@ def open_repository(
 ) -> "_Repository":
     """Opens a repository, whose files are then downloaded one by one or found in the cache.
 
-    The first file found resolves the revision to a commit. All other files are taken from that
-    commit, whatever is pushed meanwhile.
+    The first file found resolves the revision to a commit. All other files are taken from the same
+    commit, even if newer commits are pushed meanwhile.
 
     **Arguments:**
 
     - `repository`: the name, `owner/name`.
-    - `hub`: how to access the Hub.
+    - `hub`: the options for access to the Hub.
     - `entry_files`: names of files, of which the repository must have at least one. The first that
         exists resolves the revision.
     - `header_folder`: a folder. If given, safetensors files that are not in the cache are not
@@ -86,7 +97,7 @@ def open_repository(
 class _Repository:
     """A `Source` of the files of one commit.
 
-    - `place`, `hub`: the repository, and how to access it at the commit.
+    - `place`, `hub`: the repository, and the options for access to it at the commit.
     - `entry`: the file that resolved the revision.
     - `header_folder`: see `open_repository`.
     """
@@ -121,7 +132,9 @@ class _Repository:
 def _fetch(place: Place, name: str, hub: Hub) -> Path | None:
     """Returns the path of a file in the cache, downloading and verifying the file if necessary.
 
-    **Returns:** `None` if the repository does not have the file.
+    **Returns:** the path, or `None` if the repository does not have the file.
+
+    **Raises:** `CheckpointError` if the download fails, or the checksum does not match.
     """
     from huggingface_hub import hf_hub_download
 
@@ -201,13 +214,6 @@ def _fetch_header(place: Place, name: str, hub: Hub, folder: Path) -> Path | Non
     return path
 
 
-_FIRST_READ = 2**17
-_LARGEST_HEADER = 2**23  # Twice the largest header that `open_safetensors` accepts.
-_TIMEOUT = 30
-_COMMIT = re.compile("[0-9a-f]{40}")
-_SHA256 = re.compile("[0-9a-f]{64}")
-
-
 class _Miss(enum.Enum):
     """Why a file is not in the cache."""
 
@@ -241,11 +247,11 @@ def _checksum_mismatch(path: Path, place: Place, hub: Hub) -> str | None:
     """
     etag = _announced_checksum(path, place, hub)
     if _SHA256.fullmatch(etag):
-        # Large files, in any storage.
+        # The id of a large file, in any kind of storage.
         with open(path, "rb") as file:
             kind, found = "sha256", hashlib.file_digest(file, "sha256").hexdigest()
     elif _COMMIT.fullmatch(etag):
-        # All other files: the id of the git blob.
+        # The id of any other file, which is a git blob.
         kind, content = "git checksum", path.read_bytes()
         header = b"blob %d\0" % len(content)
         found = hashlib.sha1(header + content, usedforsecurity=False).hexdigest()

@@ -6,7 +6,9 @@ from ..formats import CheckpointError, quote
 
 
 _LOG_IN = "log in (`hf auth login`) or pass a `token`"
-_TAKE_CACHE = ", or use the files in the cache with `local_files_only=True`"
+_USE_CACHE = ", or use the files in the cache with `local_files_only=True`"
+# The types of errors that may wrap a more informative cause.
+_WRAPPERS = (ValueError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,10 @@ def failure(place: Place, error: Exception, *, writing: bool = False) -> Checkpo
     """
     from huggingface_hub import errors
 
-    # Some errors only wrap a more informative cause.
     wrapped = isinstance(error, errors.LocalEntryNotFoundError) or type(error) in _WRAPPERS
     cause = error.__cause__ if wrapped and error.__cause__ is not None else error
     could_not = f"could not be {'written' if writing else 'read'}"
-    instead = "" if writing else _TAKE_CACHE
+    instead = "" if writing else _USE_CACHE
     match cause:
         case errors.GatedRepoError():
             what = (
@@ -89,12 +90,10 @@ def failure(place: Place, error: Exception, *, writing: bool = False) -> Checkpo
             what = _http_failure(cause.response.status_code, could_not, instead)
         case _:
             what = (
-                f"{could_not}: {_text(cause)} Check the network and the disk, try again{instead}."
+                f"{could_not}: {_sentence(cause)} Check the network and the disk, try "
+                f"again{instead}."
             )
     return CheckpointError(f"{place} {what}")
-
-
-_WRAPPERS = (ValueError, RuntimeError)
 
 
 def _http_failure(status: int, could_not: str, instead: str) -> str:
@@ -118,7 +117,7 @@ def _http_failure(status: int, could_not: str, instead: str) -> str:
             return f"{could_not}: the Hub answered with status {status}. Try again later{instead}."
 
 
-def _text(error: BaseException) -> str:
-    """Returns the message of an error as one sentence; the libraries write several lines."""
+def _sentence(error: BaseException) -> str:
+    """Returns the message of an error, which may have several lines, as one sentence."""
     text = " ".join(str(error).split())[:300] or type(error).__name__
     return text if text.endswith((".", "!", "?")) else f"{text}."

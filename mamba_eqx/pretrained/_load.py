@@ -47,24 +47,24 @@ def from_pretrained(
 
     **Arguments:**
 
-    - `name_or_path`: a local folder, or else the name of a repository on the Hugging Face Hub. It
-        holds `config.json`, and the weights as `model.safetensors` or `pytorch_model.bin`, in one
-        file or in several with an index. A local folder may hold Mistral's `params.json` and
-        `consolidated.safetensors` instead.
+    - `name_or_path`: a local folder, or else the name of a repository on the Hugging Face Hub, with
+        `config.json`, and the weights as `model.safetensors` or `pytorch_model.bin`, in one file or
+        in several with an index. Mistral's `params.json` and `consolidated.safetensors` may take
+        their places.
     - `dtype`: the dtype of the parameters. Parameters of recurrences stay at least float32 (see
         [`mamba_eqx.cast`][]). By default each parameter keeps the dtype it is stored in.
     - `revision`: a branch, tag or commit on the Hub. The revision is resolved once, so that all
         files belong to the same commit.
-    - `token`: an access token of the Hub. By default the one you are logged in with; `False` for
-        none.
+    - `token`: an access token of the Hub. By default the token that you are logged in with;
+        `False` for none.
     - `cache_dir`: the folder for downloads. By default the usual cache of the Hub.
     - `local_files_only`: whether to use only files in the cache, without any network access.
     - `force_download`: whether to download files again that are in the cache.
     - `endpoint`: the address of another Hub. By default `HF_ENDPOINT` or the public one.
     - `sharding`: the placement of the parameters: one sharding for all, or a function from the path
-        of a parameter (such as `"layers.layers.0.mixer.in_proj.weight"`) and its shape and dtype to
-        a sharding. Each device reads only its own part. By default parameters are placed on JAX's
-        default device.
+        of a parameter (such as `"layers.layers.0.mixer.in_proj.weight"`) and its
+        `jax.ShapeDtypeStruct` to a sharding. Each device reads only its own part. By default
+        parameters are placed on JAX's default device.
 
     **Returns:**
 

@@ -40,10 +40,10 @@ def push_to_hub(
     - `model`, `layout`, `max_shard_size`: see [`mamba_eqx.save_pretrained`][].
     - `repo_id`: the name of the repository, `owner/name`.
     - `revision`: the branch, which is created if necessary. By default the main branch.
-    - `token`: an access token of the Hub. By default the one you are logged in with.
+    - `token`: an access token of the Hub. By default the token that you are logged in with.
     - `private`: whether a new repository is private. By default as set in your account.
     - `commit_message`: the first line of the commit's message.
-    - `create_pr`: whether to open a pull request instead of changing the branch.
+    - `create_pr`: whether to open a pull request instead of committing to the branch.
     - `endpoint`: the address of another Hub. By default `HF_ENDPOINT` or the public one.
 
     **Returns:**
@@ -81,5 +81,5 @@ def push_to_hub(
                 revision=revision,
                 create_pr=create_pr,
             )
-        except Exception as error:  # Any type; `_hub.py` explains why.
+        except Exception as error:  # Of any type, for the reason in `_fetch` of `_hub.py`.
             raise failure(Place(repo_id, revision, endpoint), error, writing=True) from error

@@ -40,10 +40,10 @@ def save_pretrained(
     - `layout`: `"transformers"`; `"state-spaces"` for the official layout, which can store more
         models (MLPs, LayerNorm); or `"mistral"` for that of Codestral, which can store fewer.
     - `max_shard_size`: the maximum number of bytes of tensors in one file, or a text such as
-        `"500MB"`. `None` writes a single file. A tensor larger than this gets a file of its own.
+        `"500MB"`. `None` writes a single file. A larger tensor gets its own file.
 
     **Raises:** [`mamba_eqx.CheckpointError`][] if the layout cannot store the model, or `path`
-    holds weights that a reader might take for these; `FileExistsError` if `path` is a file;
+    holds other weights that a reader might load instead; `FileExistsError` if `path` is a file;
     `ValueError` if `max_shard_size` is not valid.
     """
     shard_size = _parse_size(max_shard_size)
@@ -62,7 +62,7 @@ def save_pretrained(
         raise CheckpointError(
             f"The {layout!r} layout has one file for all weights: give `max_shard_size=None`."
         )
-    # A part of a model or an ensemble could not be loaded, and is not saved.
+    # A part of a model, or an ensemble, could not be loaded again, and is therefore not saved.
     match(chosen, config, skeleton(config), tensors, floating=True)
     fields = chosen.write_config(config, _config_dtype(model))
     head = chosen.tied_head(config)
@@ -114,7 +114,7 @@ def _write_tensors(
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, start=1):
         file = single if len(shards) == 1 else shard_name(i, len(shards))
-        # One shard at a time, so that only one is in the memory of the host.
+        # The shards are copied one at a time, so that only one is in the memory of the host.
         arrays = {name: np.asarray(tensors[name]) for name in names}
         # transformers refuses files without this format.
         write_safetensors(folder / file, arrays, {"format": "pt"})
@@ -126,7 +126,7 @@ def _write_tensors(
 
 
 def _shards(tensors: dict[str, Array], max_shard_size: int | None) -> list[list[str]]:
-    """Distributes the names of tensors over files, in order."""
+    """Distributes the names of tensors over files of at most `max_shard_size` bytes, in order."""
     shards: list[list[str]] = [[]]
     room = max_shard_size
     for name, tensor in tensors.items():
@@ -140,7 +140,7 @@ def _shards(tensors: dict[str, Array], max_shard_size: int | None) -> list[list[
 
 
 def _config_dtype(model: LanguageModel) -> np.dtype:
-    """Returns the dtype of the parameters outside recurrences, or one that can hold them all."""
+    """Returns the dtype of the parameters outside recurrences; if they differ, a dtype for all."""
     leaves, recurrence = jax.tree.leaves(model), jax.tree.leaves(recurrence_mask(model))
     own = {np.dtype(leaf.dtype) for leaf, wide in zip(leaves, recurrence, strict=True) if not wide}
     if len(own) == 1:

@@ -1,4 +1,4 @@
-"""Where the files of a checkpoint are: in a local folder, or in a repository on the Hub."""
+"""The source of a checkpoint's files: a local folder, or a repository on the Hub."""
 
 import os
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def open_source(
     **Arguments:**
 
     - `name_or_path`: a local folder, or the name of a repository.
-    - `hub`: how to access the Hub.
+    - `hub`: the options for access to the Hub.
     - `entry_files`, `header_folder`: options for a repository; see `open_repository`.
 
     **Raises:** `FileNotFoundError` if a path does not exist; `CheckpointError` if it is a file, or
@@ -77,6 +77,8 @@ def _is_path(name_or_path: str | os.PathLike[str]) -> bool:
 
 @dataclass(frozen=True)
 class _Folder:
+    """A `Source` of the files in a local folder."""
+
     where: str
     path: Path
 

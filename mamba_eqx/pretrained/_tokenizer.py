@@ -53,8 +53,8 @@ def load_tokenizer(
     **Returns:** the tokenizer.
 
     **Raises:** [`mamba_eqx.CheckpointError`][] if there is no tokenizer, or it is damaged or cannot
-    be downloaded; `FileNotFoundError` for a path without a folder; `ImportError` if the package
-    `tokenizers` is required and not installed.
+    be downloaded; `FileNotFoundError` for a path at which there is no folder; `ImportError` if the
+    package `tokenizers` is required and not installed.
     """
     hub = Hub(revision, token, cache_dir, local_files_only, endpoint=endpoint)
     return _load(name_or_path, hub)
@@ -71,11 +71,11 @@ def read_tokenizer(source: Source, hub: Hub) -> TextTokenizer | ByteTokenizer:
     **Arguments:**
 
     - `source`: the files of the checkpoint.
-    - `hub`: the access to the Hub, for a tokenizer that is in another repository.
+    - `hub`: the options for access to the Hub, for a tokenizer in another repository.
 
     **Returns:** the tokenizer.
 
-    **Raises:** as `load_tokenizer`.
+    **Raises:** the same errors as `load_tokenizer`.
     """
     config_path = source.find(TOKENIZER_CONFIG)
     config = {} if config_path is None else read_config(config_path, _MAX_CONFIG)

@@ -34,7 +34,7 @@ def open_weights(source: Source, name: str = SAFETENSORS) -> dict[str, StoredTen
     **Arguments:**
 
     - `source`: the files of the checkpoint.
-    - `name`: the name of the layout's weights file, which is looked for before the usual ones.
+    - `name`: the name of the layout's weights file, which takes precedence over the usual names.
 
     **Returns:** the tensors by name.
 
@@ -96,7 +96,7 @@ def _open_shards(index: Path, source: Source, format: _Format) -> dict[str, Stor
 def _is_plain(name: str) -> bool:
     """Returns whether a name contains no path, by the rules of both POSIX and Windows.
 
-    Both apply on every system, so that a checkpoint is valid everywhere or nowhere.
+    Both sets of rules apply on every system, so that a checkpoint is valid everywhere or nowhere.
     """
     return (
         name not in ("", ".", "..")

@@ -26,6 +26,7 @@ from .._trees import named_leaves
 from ..formats import (
     CheckpointError,
     StoredTensor,
+    join_keys,
     open_safetensors,
     read_config,
     write_safetensors,
@@ -41,23 +42,26 @@ _PACKAGES = ("mamba_eqx", "jax", "equinox", "numpy", "optax")
 
 
 class CheckpointWriteError(OSError):
-    """Raised if a checkpoint cannot be written. Existing checkpoints are untouched.
+    """An error in writing a checkpoint. Existing checkpoints are untouched.
 
-    If [`mamba_eqx.training.fit`][] raises it for the last checkpoint, `state` is the state of the
-    run and `step` the number of completed steps, so nothing is lost while the process lives.
+    If [`mamba_eqx.training.fit`][] cannot write the last checkpoint, the error contains the state
+    of the run, so nothing is lost while the process lives.
     """
 
     state: PyTree = None
+    """The state of the run, if `fit` could not write the last checkpoint."""
+
     step: int | None = None
+    """The number of completed steps, if `fit` could not write the last checkpoint."""
 
 
 class Checkpoints:
     """The checkpoints of one training run, in a folder.
 
     A checkpoint is a folder with the arrays of a state (`state.safetensors`, PRNG keys and bfloat16
-    included) and a record of the run (`checkpoint.json`). It is written under another name, forced
-    to disk and renamed, so it appears complete or not at all. If writing fails, earlier checkpoints
-    are untouched.
+    included) and a record of the run (`checkpoint.json`). The folder is written under another name,
+    forced to disk and renamed, so it appears complete or not at all. If writing fails, earlier
+    checkpoints are untouched.
     """
 
     def __init__(
@@ -119,7 +123,7 @@ class Checkpoints:
         return self.folder / f"step-{step:09}"
 
     def save(self, step: int, state: PyTree, *, score: float | None = None) -> None:
-        """Writes a checkpoint, then removes those that are no longer to be kept.
+        """Writes a checkpoint, then removes those that are neither among the newest nor the best.
 
         **Arguments:**
 
@@ -151,7 +155,7 @@ class Checkpoints:
             ) from error
 
     def restore(self, like: State, *, step: int | None = None) -> tuple[State, int] | None:
-        """Restores the newest complete checkpoint, and removes what a killed process has left.
+        """Restores the newest complete checkpoint, and removes unfinished ones of a killed process.
 
         A damaged checkpoint is renamed, with a warning, and the one before it is restored.
 
@@ -204,10 +208,10 @@ class Checkpoints:
 
 
 def write_error(error: Exception, what: str) -> CheckpointWriteError:
-    """Returns the error for a write that failed, with the error number of the operating system."""
+    """Returns the error for a failed write, with the error number of the operating system."""
     if isinstance(error, OSError):
         code = error.errno
-    else:  # An error of the safetensors package has the number in its text only.
+    else:  # Errors of the safetensors package contain the number only in their text.
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else None
     return CheckpointWriteError(
@@ -251,11 +255,13 @@ def _read_record(path: Path) -> _Record:
 
 
 def _check_config(path: Path, stored: object, given: object, name: str = "") -> None:
-    """Compares two configs, and names the first entry that differs."""
+    """Compares two configs.
+
+    **Raises:** `CheckpointError`, which names the first entry that differs.
+    """
     if isinstance(stored, dict) and isinstance(given, dict):
         for key in [*stored, *(key for key in given if key not in stored)]:
-            inner = f"{name}.{key}" if name else key
-            _check_config(path, stored.get(key), given.get(key), inner)
+            _check_config(path, stored.get(key), given.get(key), join_keys(name, key))
     elif stored != given:
         raise CheckpointError(
             f"{path} was written by a run with {name}={stored!r}, but this run has "
@@ -272,6 +278,10 @@ class _Parts(NamedTuple):
 
 
 def _split(state: PyTree) -> _Parts:
+    """Divides the leaves of a state by kind, and copies the arrays to the host.
+
+    **Raises:** `ValueError` if two leaves have the same name.
+    """
     leaves = named_leaves(state)
     if len(leaves) != len(jax.tree.leaves(state)):
         raise ValueError(
@@ -295,15 +305,18 @@ def _split(state: PyTree) -> _Parts:
 
 
 def _fill(path: Path, like: State, stored: dict[str, StoredTensor], record: _Record) -> State:
-    """Returns `like` with the stored arrays in place of its own."""
+    """Returns `like` with the stored arrays in place of its own.
+
+    **Raises:** `CheckpointError` if the stored state has another structure.
+    """
     leaves = named_leaves(like)
     arrays = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, _Array)}
     missing, extra = sorted(arrays.keys() - stored.keys()), sorted(stored.keys() - arrays.keys())
     if missing or extra:
         raise CheckpointError(
-            f"{path} contains a state of another structure: missing are {_listed(missing)}, "
-            f"unexpected are {_listed(extra)}. Resume with the model and the optimiser that the "
-            "checkpoint was written with."
+            f"{path} contains a state of another structure: missing are {_abbreviated(missing)}, "
+            f"unexpected are {_abbreviated(extra)}. Resume with the model and the optimiser that "
+            "the checkpoint was written with."
         )
     for name, constant in record.constants.items():
         if constant != repr(leaves.get(name)):
@@ -323,7 +336,17 @@ def _fill(path: Path, like: State, stored: dict[str, StoredTensor], record: _Rec
 def _restored(
     path: Path, name: str, like: _Array, stored: StoredTensor, impl: str | None
 ) -> jax.Array | np.ndarray | np.generic:
-    """Reads a stored array as the kind of array that `like` is, a PRNG key if it has an `impl`."""
+    """Reads a stored array.
+
+    **Arguments:**
+
+    - `path`, `name`: the checkpoint and the leaf, for messages.
+    - `like`: an array of the same shape, dtype and kind (JAX, NumPy, PRNG key), and placement.
+    - `stored`: the stored array.
+    - `impl`: the implementation of a PRNG key; `None` for other arrays.
+
+    **Raises:** `CheckpointError` if `stored` does not match `like`.
+    """
     if (impl is not None) != _is_key(like):
         raise CheckpointError(f"{name} is a PRNG key in only one of {path} and this state.")
     want = like
@@ -341,7 +364,7 @@ def _restored(
             f"shape {want.shape} in this state. Resume with the model that the checkpoint was "
             "written with."
         )
-    # The array must outlive the file, so it is a copy.
+    # The array is copied, because it must outlive the file.
     value = np.array(stored.read())
     if isinstance(like, np.ndarray | np.generic):
         return value if isinstance(like, np.ndarray) else value[()]
@@ -357,6 +380,6 @@ def _is_key(leaf: _Array) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _listed(names: list[str]) -> str:
+def _abbreviated(names: list[str]) -> str:
     shown = ", ".join(names[:5]) or "none"
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

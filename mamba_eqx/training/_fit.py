@@ -1,4 +1,4 @@
-"""The training loop: it resumes, evaluates, saves, and loses nothing."""
+"""The training loop, which resumes, evaluates, saves checkpoints and records metrics."""
 
 import contextlib
 import dataclasses
@@ -25,9 +25,14 @@ _Evaluate = Callable[[State], Mapping[str, Scalar]]
 
 @runtime_checkable
 class Data(Protocol):
-    """The batch of each step, always the same one: [`mamba_eqx.training.Streams`][], or a list."""
+    """The batches of a training run, such as [`mamba_eqx.training.Streams`][] or a list.
 
-    def __getitem__(self, step: int, /) -> PyTree: ...
+    A step must always have the same batch, so that a resumed run continues exactly.
+    """
+
+    def __getitem__(self, step: int, /) -> PyTree:
+        """Returns the batch of a step, counted from 0."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +94,16 @@ def fit(
     **Arguments:**
 
     - `step`: a function from a state and a batch to the next state and a dictionary of scalar
-        metrics, usually jitted. `fit` does not use the state passed to it again, so it may be
-        donated.
-    - `state`: the initial state of a new run, a pytree of arrays. It holds everything that
-        changes: the model, the optimiser's state, a carried recurrent state, PRNG keys.
+        metrics, usually jitted. It may donate the state, which `fit` does not use again.
+    - `state`: the initial state of a new run, a pytree of arrays with everything that changes: the
+        model, the optimiser's state, a carried recurrent state, PRNG keys.
     - `data`: `data[i]` is the batch of step `i`, counted from 0.
     - `steps`: the total number of steps, those of earlier runs included.
     - `folder`: the folder of the run. It is created if it does not exist.
     - `config`: the settings that distinguish this run from others, as JSON. Resuming with other
         settings is an error.
     - `checkpoint_every`: the number of steps between checkpoints.
-    - `keep`: the number of newest checkpoints to keep.
+    - `keep`: the number of newest checkpoints to keep, at least 1.
     - `evaluate`: a function from a state to a dictionary of scalar metrics.
     - `evaluate_every`: the number of steps between evaluations. The last step is always evaluated.
     - `best`: the name of a metric of `evaluate`. A checkpoint is saved, and kept, whenever this
@@ -159,7 +163,7 @@ def fit(
 
 
 class _Run(Generic[State]):
-    """A training run: its state, the number of completed steps, and the files it writes."""
+    """A training run: its state, the number of completed steps, and the files that it writes."""
 
     def __init__(
         self,
@@ -182,17 +186,17 @@ class _Run(Generic[State]):
         self._metric_names: set[str] = set()  # of the last step
         self._score: float | None = None  # of the state, if it has been evaluated for `best`
         self._saved = done  # the step of the newest checkpoint
-        self._usable = True  # whether the state's memory is intact
+        self._intact = True  # whether the memory of the state is valid, not donated
 
     def advance(self) -> None:
         """Makes one step."""
         batch = self._data[self.done]
         if self._bar is not None:
             self._bar.open(batch, self.done)
-        # `step` may donate the state, and then the state is lost if it raises.
-        self._usable = False
+        # `step` may donate the state. If `step` then raises, the state is lost.
+        self._intact = False
         self.state, values = self._step(self.state, batch)
-        self._usable = True
+        self._intact = True
         self.done += 1
         self._score = None
         self._pending.append(values)
@@ -243,7 +247,7 @@ class _Run(Generic[State]):
 
     def rescue(self) -> None:
         """Writes a checkpoint after an error, if the state is intact, and raises nothing."""
-        if self._usable and self._saved != self.done:
+        if self._intact and self._saved != self.done:
             with contextlib.suppress(Exception):
                 self.log()
                 self.save()

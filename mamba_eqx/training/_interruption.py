@@ -27,8 +27,8 @@ class StopRequest:
 def stop_on_signal() -> Iterator[StopRequest]:
     """Turns the first Ctrl-C or SIGTERM into a request to stop.
 
-    A second signal has its usual effect, and so has every signal after the context. In any thread
-    other than the main one signals are left alone.
+    A second signal has its usual effect, and so has every signal after the context. Nothing happens
+    in threads other than the main thread.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -57,7 +57,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Locks a folder, since two runs in one folder would overwrite each other's files.
+    """Locks a folder, because two runs in one folder would overwrite each other's files.
 
     The operating system releases the lock when the process ends, however it ends. On Windows, and
     on file systems without locks, nothing is locked.

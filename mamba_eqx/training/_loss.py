@@ -1,3 +1,5 @@
+"""Losses of language models."""
+
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -104,14 +106,14 @@ def cross_entropy(
 
     - `model`: the model whose `logits` are the head.
     - `features`: the result of [`mamba_eqx.LanguageModel.backbone`][].
-    - `targets`: the tokens to predict. Where `mask` is false they may be anything.
+    - `targets`: the tokens to predict. Targets are arbitrary where `mask` is false.
     - `mask`: true where the target counts.
     - `label_smoothing`: $\epsilon$, within `0 <= epsilon < 1`: the probability that is spread over
         the `vocab_size` tokens. The same as `label_smoothing` of torch's `cross_entropy`; Szegedy
         et al., *Rethinking the Inception Architecture* (2016), section 7.
     - `z_loss`: $\zeta$, at least 0: keeps $\log Z$ near 0, so that logits do not drift in
         bfloat16. Chowdhery et al., *PaLM* (2022), section 5, where it is `1e-4`.
-    - `chunk`: the number of tokens whose logits exist at a time, at least 1.
+    - `chunk`: the number of tokens whose logits exist at the same time, at least 1.
 
     **Returns:** the mean over the targets that count, a scalar in float32 or wider; 0 if there are
     none.
@@ -162,7 +164,9 @@ def cross_entropy(
 class HasState(Protocol):
     """A model or a layer with an empty state."""
 
-    def init_state(self) -> PyTree: ...
+    def init_state(self) -> PyTree:
+        """Returns the empty state of one sequence."""
+        ...
 
 
 def empty_carry(model: HasState, rows: int) -> PyTree:

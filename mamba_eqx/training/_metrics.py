@@ -21,11 +21,16 @@ Scalar = jax.Array | np.ndarray | np.number | np.bool_ | int | float
 class MetricsFile:
     """A metrics file that lines are appended to.
 
-    Opening one truncates the file to the step that the run resumes from, so that no step has two
-    lines.
+    The lines of steps after the one that the run resumes from are removed first, so that no step is
+    recorded twice.
     """
 
     def __init__(self, folder: Path, step: int):
+        """**Arguments:**
+
+        - `folder`: the folder of the run.
+        - `step`: the step that the run resumes from.
+        """
         self._path = folder / METRICS_FILE
         self._pending = ""
         self._size = 0
@@ -52,8 +57,11 @@ class MetricsFile:
         self._pending += json.dumps({"step": step} | plain) + "\n"
 
     def flush(self) -> None:
-        """Writes the lines added so far. If writing fails, as on a full disk, they are kept and
-        written by the next call that succeeds."""
+        """Writes the lines added so far.
+
+        If writing fails, for instance on a full disk, the lines are kept, and the next call tries
+        again.
+        """
         if not self._pending:
             return
         try:
@@ -99,6 +107,8 @@ def read_metrics(
 
 
 class _Line(NamedTuple):
+    """The size and the content of a line."""
+
     size: int
     """The number of bytes, newline included."""
 

@@ -1,3 +1,5 @@
+"""The progress bar of a training run."""
+
 import sys
 from collections.abc import Mapping
 
@@ -21,7 +23,7 @@ class ProgressBar:
         self._unit = 1
 
     def open(self, batch: PyTree, step: int) -> None:
-        """Shows the bar before the first batch, which tells how many tokens a step has.
+        """Shows the bar, unless it is shown already. The batch determines the tokens of a step.
 
         **Arguments:**
 
@@ -37,7 +39,7 @@ class ProgressBar:
             initial=step * self._unit,
             unit="tok" if counts_tokens else "step",
             unit_scale=True,
-            # A log file gets a line now and then instead of ten a second.
+            # In a log file, ten lines per second would be too many.
             mininterval=0.1 if sys.stderr.isatty() else 30.0,
             miniters=1,
         )
@@ -50,6 +52,6 @@ class ProgressBar:
             self._bar.update(steps * self._unit)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Closes the bar, which stays visible."""
         if self._bar is not None:
             self._bar.close()

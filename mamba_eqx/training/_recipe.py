@@ -1,3 +1,5 @@
+"""The optimiser of the Mamba papers, and the parameters that it decays."""
+
 import inspect
 from collections.abc import Callable
 
@@ -67,10 +69,10 @@ def recipe(
     **Arguments:**
 
     - `model`: the model to optimise. Only its structure is used.
-    - `learning_rate`: the peak learning rate.
+    - `learning_rate`: the peak learning rate, at least `final`.
     - `steps`: the total number of steps, warm-up included.
     - `warmup`: the number of warm-up steps; by default a tenth of `steps`.
-    - `final`: the learning rate at the last step.
+    - `final`: the learning rate at the end of the decay, at least 0.
     - `weight_decay`: the weight decay of AdamW.
     - `clip`: the global norm that gradients are clipped to.
     - `decay`: a function from the model to the leaves that are decayed, such as

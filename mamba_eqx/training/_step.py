@@ -1,3 +1,5 @@
+"""The training step: gradients, updates, and the complete state of a run."""
+
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -16,21 +18,23 @@ from ._loss import LossAux, empty_carry, next_token_loss
 
 @runtime_checkable
 class Loss(Protocol):
-    """A loss function: the mean over a batch, and a [`mamba_eqx.training.LossAux`][].
+    """A loss function, which returns the mean over a batch and a [`mamba_eqx.training.LossAux`][].
 
-    To set options of [`mamba_eqx.training.next_token_loss`][], wrap it in a function of these
-    arguments.
+    To set options of [`mamba_eqx.training.next_token_loss`][], wrap it in a function with the
+    arguments below.
     """
 
     def __call__(
         self, model: PyTree, batch: PyTree, carry: PyTree | None, key: PRNGKeyArray, /
     ) -> tuple[Float[Array, ""], LossAux]:
-        """**Arguments:**
+        """Computes the loss of a batch.
+
+        **Arguments:**
 
         - `model`: the model, in the dtype to compute in. Gradients are with respect to it.
         - `batch`: the batch, or a group of its rows.
         - `carry`: the state of each row before the batch; `None` if none is carried.
-        - `key`: a key of its own for each step and each group.
+        - `key`: a PRNG key, different for each step and each group.
 
         **Returns:** the loss, a scalar, and a [`mamba_eqx.training.LossAux`][].
         """
@@ -70,15 +74,15 @@ class TrainStep:
     r"""A compiled training step: `state, metrics = train_step(state, batch)`.
 
     - *Gradient accumulation*: the rows of a batch go through the model in groups, one after
-      another, which need the memory of one group. The gradient is that of the whole batch: groups
-      are weighted by the number of targets that count in them.
+      another, so that the memory for one group suffices. The result is the gradient of the whole
+      batch: groups are weighted by the number of targets that count in them.
     - *Mixed precision*: the step runs a copy of the model in `compute_dtype`, made by
       [`mamba_eqx.cast`][], which keeps the recurrences in float32. Gradients, moments and updates
       have the dtype of the model.
     - *Truncated backpropagation through time*: with a `carry`, each row of a batch continues where
       the same row of the previous batch ended. Gradients stop at the start of the batch.
       `batch.reset` marks where a row starts something new instead.
-    - *Moving average* of the parameters, from the initial ones:
+    - *Moving average* of the parameters, starting from the initial parameters:
       $\bar\theta \leftarrow \beta \bar\theta + (1 - \beta) \theta$.
     - *Non-finite steps*: if the loss or the norm of the gradient is infinite or NaN, the model, the
       optimiser's state, the average and the carry keep their values, and the step counts as
@@ -126,9 +130,9 @@ class TrainStep:
 
         **Arguments:**
 
-        - `model`: the model, in the precision in which it is optimised, usually float32.
-        - `rows`: the number of rows of a batch, to carry the states of the layers from batch to
-            batch. `None`: every batch starts from the empty state.
+        - `model`: the model, in the dtype in which it is optimised, usually float32.
+        - `rows`: the number of rows of a batch, if the states of the layers are carried from batch
+            to batch; `None` starts every batch from the empty state.
         - `key`: the key for losses that draw random numbers.
 
         **Returns:** a [`mamba_eqx.training.TrainState`][].
@@ -148,7 +152,9 @@ class TrainStep:
         )
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
-        """**Arguments:**
+        """Makes one training step.
+
+        **Arguments:**
 
         - `state`: the result of `init` or of the previous step.
         - `batch`: a [`mamba_eqx.training.Batch`][], or whatever the loss takes. The first axis of
@@ -215,7 +221,7 @@ class TrainStep:
         carry: PyTree | None,
         key: PRNGKeyArray,
     ) -> "_Gradient":
-        """Returns the gradient of the whole batch, accumulated over groups of its rows."""
+        """Returns the loss and the gradient of the whole batch, accumulated over groups of rows."""
 
         def loss_of(
             params: PyTree, batch: PyTree, carry: PyTree | None, key: PRNGKeyArray
@@ -293,6 +299,6 @@ def _next_token_loss(
 
 
 def _is_hyperparameter(path: KeyPath, _: object) -> bool:
-    """Returns whether a leaf is in a state of `optax.inject_hyperparams`, not in a moment of a
-    model's parameter that has the same name."""
+    """Returns whether a leaf is in a state of `optax.inject_hyperparams`, rather than the moment of
+    a parameter with the same name."""
     return any(getattr(key, "name", None) == "hyperparams" for key in path)

@@ -136,7 +136,7 @@ def test_untied_needs_its_head(saved):
 @pytest.mark.parametrize(
     ("layout", "fields", "message"),
     [
-        ("transformers", {"hidden_act": "gelu"}, "`hidden_act`.*only as 'silu', but is 'gelu'"),
+        ("transformers", {"hidden_act": "gelu"}, "`hidden_act`.*must be 'silu', but is 'gelu'"),
         ("transformers", {"model_type": "mamba3"}, "`model_type`.*'mamba2'.*but is 'mamba3'"),
         ("transformers", {"model_type": None}, "`model_type`.*but is None"),
         ("transformers", {"quantization_config": {}}, "unknown meaning.*'quantization_config'"),
@@ -157,7 +157,7 @@ def test_untied_needs_its_head(saved):
         (
             "state-spaces",
             {"ssm_cfg": {"layer": "Mamba4"}},
-            "`layer` of `ssm_cfg`.*only as 'Mamba1' or 'Mamba2'",
+            "`layer` of `ssm_cfg`.*must be 'Mamba1' or 'Mamba2'",
         ),
         ("state-spaces", {"ssm_cfg": {"headdim": 64}}, "`ssm_cfg` has fields.*'headdim'"),
         ("state-spaces", {"ssm_cfg": []}, "`ssm_cfg` must be a JSON object"),

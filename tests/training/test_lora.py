@@ -219,7 +219,7 @@ def test_other_adapters_are_refused(tmp_path):
     for fields, message in [
         ({"use_dora": True}, "unknown meaning.*use_dora"),
         ({"rank_pattern": {"in_proj": 4}}, "unknown meaning.*rank_pattern"),
-        ({"bias": "all"}, "`bias` of adapter_config.json is supported only as 'none'"),
+        ({"bias": "all"}, "`bias` of adapter_config.json must be 'none'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"peft_type": "IA3"}, "peft_type"),
         ({"r": 3}, r"in_proj.lora_A.weight has shape \(2, 8\) instead of \(3, 8\)"),

@@ -1,7 +1,7 @@
 """Reading the zip archives that `torch.save` writes.
 
-The standard library's `zipfile` is lenient and opens whatever can be opened. torch writes archives
-in a single plain form, so anything else is damage or an attack, and is refused here.
+The standard library's `zipfile` is lenient and also opens malformed archives. torch writes archives
+in one plain form only, so anything else is damage or an attack, and is refused here.
 """
 
 import mmap
@@ -14,7 +14,7 @@ from .._tensors import DAMAGED, CheckpointError, quote
 
 
 _MAX_ENTRIES = 2**16
-_MAX_EXTRA = 1024  # torch writes at most 28 bytes; `_widen` takes quadratic time
+_MAX_EXTRA = 1024  # torch writes at most 28 bytes, and the time of `_widen` is quadratic.
 _MAX_PICKLE = 2**22
 ADVICE = (
     "In torch, if you trust the file, load it and save its tensors only: "
@@ -44,7 +44,8 @@ def read_zip(buffer: mmap.mmap) -> dict[str, Entry]:
     uncompressed, within the file, and without overlaps.
     """
     _check_magic(buffer)
-    position, end, count = directory, _, _ = _find_directory(buffer)
+    directory, end, count = _find_directory(buffer)
+    position = directory
     entries: dict[str, Entry] = {}
     spans: list[tuple[int, int]] = []
     for _ in range(count):
@@ -179,7 +180,10 @@ def _data_start(buffer: mmap.mmap, offset: int, name: bytes, directory: int) -> 
 
 
 def find_root(entries: Mapping[str, Entry]) -> str:
-    """Returns the name of the folder that holds all entries."""
+    """Returns the name of the folder that holds all entries.
+
+    **Raises:** `CheckpointError` if there is no such folder, or it has no `data.pkl`.
+    """
     roots = {name.split("/")[0] for name in entries}
     root = next(iter(roots), "")
     if len(roots) != 1 or f"{root}/data.pkl" not in entries:
@@ -191,7 +195,10 @@ def find_root(entries: Mapping[str, Entry]) -> str:
 
 
 def read_pickle(buffer: mmap.mmap, entry: Entry) -> bytes:
-    """Returns the pickle that describes the tensors."""
+    """Returns the pickle that describes the tensors.
+
+    **Raises:** `CheckpointError` if the pickle is too large, or does not match its checksum.
+    """
     if entry.size > _MAX_PICKLE:
         raise CheckpointError(
             f"its data.pkl has {entry.size} bytes, but at most {_MAX_PICKLE} are read: a state "
@@ -205,7 +212,10 @@ def read_pickle(buffer: mmap.mmap, entry: Entry) -> bytes:
 
 
 def read_byte_order(buffer: mmap.mmap, entry: Entry | None) -> str:
-    """Returns the byte order of the storages, `"little"` or `"big"`."""
+    """Returns the byte order of the storages, `"little"` or `"big"`.
+
+    **Raises:** `CheckpointError` for any other value.
+    """
     if entry is None:
         return "little"  # Written by torch before 2.1.
     order = buffer[entry.start : entry.start + min(entry.size, 16)]

@@ -14,8 +14,8 @@ from .._tensors import DAMAGED, CheckpointError
 from ._archive import ADVICE
 
 
-# Bounds on memory and time, about ten times what public checkpoints need. They are needed because
-# an instruction of one byte can create a Python object of a hundred bytes.
+# These bounds on memory and time, about ten times what public checkpoints need, are necessary: an
+# instruction of one byte can create a Python object of a hundred bytes.
 _MAX_INSTRUCTIONS = 250_000
 _MAX_STACK = 10_000
 _MAX_DEPTH = 20
@@ -41,13 +41,19 @@ class PickledDict:
 class PickleMachine(abc.ABC):
     """A machine that runs a pickle of protocol 2.
 
-    A value is None, a bool, int, float, str, tuple or list, a `PickledDict`, or made by a subclass.
-    Values may share and even contain one another, and are therefore never traversed here.
+    A value is None, a bool, int, float, str, tuple or list, a `PickledDict`, or an object created
+    by a subclass. Values may share and even contain one another, and are therefore never traversed
+    here.
+
+    - `pickle`: the program.
+    - `stack`, `outer`: the values above the last mark, and the stacks below the marks.
+    - `memo`: the values stored by the program.
+    - `position`: the index of the next instruction.
     """
 
     pickle: bytes
     stack: list[object] = field(default_factory=list)
-    outer: list[list[object]] = field(default_factory=list)  # The stack below each mark.
+    outer: list[list[object]] = field(default_factory=list)
     memo: dict[int, object] = field(default_factory=dict)
     position: int = 0
 
@@ -57,7 +63,7 @@ class PickleMachine(abc.ABC):
 
     @abc.abstractmethod
     def load(self, identifier: object) -> object:
-        """Returns the value of a persistent identifier (in torch: a storage)."""
+        """Returns the value of a persistent identifier, which in torch is a storage."""
 
     @abc.abstractmethod
     def call(self, function: object, arguments: object) -> object:

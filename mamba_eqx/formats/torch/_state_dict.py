@@ -132,7 +132,10 @@ def open_torch(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
 
 @dataclass
 class _StateDictMachine(PickleMachine):
-    """A pickle machine that interprets the names in the pickle of a state dict."""
+    """A pickle machine that interprets the names in the pickle of a state dict.
+
+    - `storages`: the entries of the storages, by their keys in the pickle.
+    """
 
     storages: Mapping[str, Entry] = field(kw_only=True)
 
@@ -160,17 +163,20 @@ class _StateDictMachine(PickleMachine):
         )
 
     def _place(self) -> str:
-        """Names the entry of the outermost dict whose value is being made, if it is known."""
+        """Returns `" for "` and the name of the entry whose value is being read, or an empty text.
+
+        The name is the last key of the outermost dict.
+        """
         levels = [*self.outer, self.stack]
         items = levels[0][1:] or (levels[1] if len(levels) > 1 else [])
         name = items[(len(items) - 1) // 2 * 2] if items else None
         return f" for {quote(name)}" if isinstance(name, str) else ""
 
     def _hint(self) -> str:
-        """Returns a remedy, which names the state dict within a trainer's checkpoint if any."""
+        """Returns a remedy, which names the state dict inside a trainer's checkpoint, if any."""
         for name in _STATE_DICT_NAMES:
             if struct.pack("<cI", b"X", len(name)) + name.encode() in self.pickle:
-                return _extract(name)
+                return _extraction_advice(name)
         return ADVICE
 
     def load(self, identifier: object) -> _Storage:
@@ -247,7 +253,7 @@ def _view(
     size: tuple[object, ...],
     stride: tuple[object, ...],
 ) -> _Tensor:
-    """Returns the tensor with a size and strides (in elements) in a storage.
+    """Returns the tensor with a given offset, shape and strides (in elements) in a storage.
 
     **Raises:** `CheckpointError` if the tensor is not within the storage.
     """
@@ -294,16 +300,19 @@ def _state_dict(result: object) -> dict[str, _Tensor]:
         if not isinstance(value, _Tensor):
             # Checked once for each object, because a pickle can refer to one large dict very often.
             distinct = {id(v): (n, v) for n, v in result.pairs}.values()
-            nested = next((n for n, v in distinct if isinstance(n, str) and _is_flat(v)), None)
+            nested = next(
+                (n for n, v in distinct if isinstance(n, str) and _is_state_dict(v)), None
+            )
             raise CheckpointError(
                 f"it holds {_kind(value)} under {quote(name)}, where a state dict has a tensor. "
-                + (ADVICE if nested is None else _extract(nested))
+                + (ADVICE if nested is None else _extraction_advice(nested))
             )
         tensors[name] = value
     return tensors
 
 
-def _is_flat(value: object) -> bool:
+def _is_state_dict(value: object) -> bool:
+    """Returns whether a value is a flat dict of tensors that is not empty."""
     return (
         isinstance(value, PickledDict)
         and bool(value.pairs)
@@ -311,7 +320,7 @@ def _is_flat(value: object) -> bool:
     )
 
 
-def _extract(name: str) -> str:
+def _extraction_advice(name: str) -> str:
     """Returns the advice to extract the state dict from a trainer's checkpoint."""
     return (
         f"It seems to be a trainer's checkpoint with the state dict under {quote(name)}. In "

@@ -1,4 +1,4 @@
-"""Reading the fields of a config, every one of them explicitly."""
+"""Reading the fields of a config file, each of them explicitly."""
 
 import math
 from collections.abc import Collection
@@ -15,10 +15,11 @@ _Value = TypeVar("_Value")
 
 
 class Fields:
-    """The fields of a JSON object, each of which must be read or be named as ignored.
+    """The fields of a JSON object, each of which must be read or explicitly ignored.
 
-    Invalid values are errors. So are fields that nobody has asked for, because they may change what
-    the model computes.
+    Every method that reads a field raises a `CheckpointError` for an invalid value. `finish` raises
+    one for fields that have been neither read nor ignored, because they may change what the model
+    computes.
     """
 
     def __init__(self, values: object, name: str):
@@ -42,12 +43,12 @@ class Fields:
         return key in self._values
 
     def get(self, key: str, default: object) -> object:
-        """Returns the value of a field, or the default if the field is missing."""
+        """Reads any value; the default if the field is missing."""
         self._unread.pop(key, None)
         return self._values.get(key, default)
 
     def size(self, key: str, default: int | None = None) -> int:
-        """Reads an integer of at least 1. Without a default the field is required."""
+        """Reads an integer of at least 1. The field is required if there is no default."""
         value = self.get(key, default)
         if value is None and key not in self._values:
             raise CheckpointError(
@@ -104,7 +105,7 @@ class Fields:
         return multiple
 
     def limit(self, key: str) -> tuple[float, float]:
-        """Reads a smallest and a largest step size; zero and infinity if the field is missing."""
+        """Reads a lower and an upper bound; zero and infinity if the field is missing."""
         value = self.get(key, [0.0, math.inf])
         if (
             not isinstance(value, list)
@@ -114,7 +115,7 @@ class Fields:
             or value[0] > _MAX_SIZE
             or value[1] == 0
         ):
-            raise self.error(key, "must be two numbers in order, of at least 0")
+            raise self.error(key, "must be two numbers of at least 0, the smaller one first")
         return float(value[0]), float(value[1])
 
     def only(self, key: str, supported: Collection[_Value], default: object) -> _Value:
@@ -125,10 +126,10 @@ class Fields:
             if type(value) is type(known) and value == known:
                 return known
         options = " or ".join(map(quote_value, supported))
-        raise self.error(key, f"is supported only as {options}")
+        raise self.error(key, f"must be {options}")
 
     def ignore(self, keys: Collection[str]) -> None:
-        """Marks fields as read that have no influence on what the model computes."""
+        """Ignores fields, which may be missing, that do not affect what the model computes."""
         for key in keys:
             self._unread.pop(key, None)
 
@@ -158,5 +159,5 @@ class Fields:
 
 
 def limit_to_json(limit: tuple[float, float]) -> list[object]:
-    """Returns what `Fields.limit` reads, with infinity spelled as transformers does."""
+    """Returns the JSON that `Fields.limit` reads, with infinity in the notation of transformers."""
     return [{"__float__": "Infinity"} if bound == math.inf else bound for bound in limit]

@@ -1,4 +1,4 @@
-"""Checkpoint layouts: how a config is stored, and under which names and shapes the parameters."""
+"""The definition of a checkpoint layout: how configs and parameters are stored."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -40,8 +40,8 @@ def _same(array: AnyArray, /) -> AnyArray:
 class Transform:
     """A reversible view that maps an array of the model to one in the file.
 
-    - `to_file`: maps the array of the model.
-    - `from_file`: the inverse.
+    - `to_file`: maps an array of the model to an array in the file.
+    - `from_file`: the inverse of `to_file`.
     """
 
     to_file: View
@@ -53,9 +53,9 @@ IDENTITY = Transform(_same, _same)
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of a checkpoint, and the leaf of the model that it holds.
+    """The correspondence between a tensor of a checkpoint and a leaf of the model.
 
-    A leaf may be split over several tensors, each of which holds some of its rows.
+    A leaf may be divided among several tensors, each of which holds some of its rows.
 
     - `name`: the name of the tensor in the file.
     - `path`: the path of the leaf in a model with `Unrolled` layers, such as
@@ -71,7 +71,7 @@ class Slot:
     rows: tuple[int, int] | None = None
 
     def within(self, name: str, path: str) -> "Slot":
-        """Returns the same slot for a module that is found under `name` and `path`."""
+        """Returns the slot with `name` and `path` as prefixes of its own."""
         return replace(self, name=f"{name}.{self.name}", path=f"{path}.{self.path}")
 
     def to_file(self, leaf: AnyArray) -> AnyArray:
@@ -89,10 +89,10 @@ class Slot:
 
 
 class Unstorable(Exception):
-    """Raised where a layout cannot store a config.
+    """An error for a config that a layout cannot store.
 
-    The message completes the sentence "The layout cannot store ...", and [`Layout.check`][] makes a
-    `CheckpointError` of it.
+    The message completes the sentence "The layout cannot store ...". `Layout.check` converts the
+    error into a `CheckpointError`.
     """
 
 
@@ -136,5 +136,5 @@ class Layout:
             raise CheckpointError(f"The {self.name!r} layout cannot store {error}.") from None
 
     def tied_head(self, config: LanguageModelConfig) -> str | None:
-        """Returns the name under which a file may store the embedding a second time."""
+        """Returns the name under which a file may repeat the embedding, or `None` if not tied."""
         return self.head if config.tie_embeddings else None

@@ -22,12 +22,11 @@ Stored = TypeVar("Stored")
 def slots(layout: Layout, config: LanguageModelConfig, tree: PyTree) -> list[Slot]:
     """Returns the slots of the leaves of a tree.
 
-    A part of a model, such as `eqx.partition` returns, has the slots of the leaves that it has.
-
     **Arguments:**
 
     - `layout`, `config`: the layout, and the config of the model.
-    - `tree`: a model with `Unrolled` layers, or any tree of its structure.
+    - `tree`: a model with `Unrolled` layers, or any tree of its structure. Leaves that are `None`,
+        as in a part returned by `eqx.partition`, have no slots.
 
     **Raises:** `CheckpointError` for a config that the layout cannot store, and for leaves without
     a name.
@@ -63,13 +62,13 @@ def match(
     *,
     floating: bool,
 ) -> list[tuple[Slot, Tensor]]:
-    """Finds the tensors of every leaf, and checks that they are the expected ones.
+    """Finds the tensors of every leaf, and checks their names, shapes and dtypes.
 
     **Arguments:**
 
     - `layout`, `config`: the layout, and the config of the model.
     - `tree`: the tree to be filled, with `Unrolled` layers. Its leaves are arrays or their shapes.
-    - `tensors`: the tensors by name. See `renamed`.
+    - `tensors`: the tensors by their current names, as returned by `renamed`.
     - `floating`: whether tensors must have a floating-point dtype.
 
     **Returns:**
@@ -127,7 +126,7 @@ def match(
 def group_by_leaf(found: list[tuple[Slot, Tensor]]) -> dict[str, list[tuple[Slot, Tensor]]]:
     """Groups the result of `match` by the path of the leaf.
 
-    The tensors of one leaf are in the order in which they are joined.
+    **Returns:** the slots and tensors of each leaf, in the order in which they are joined.
     """
     leaves: dict[str, list[tuple[Slot, Tensor]]] = {}
     for slot, tensor in found:
@@ -143,7 +142,7 @@ def check_tied_head(
     tensors: Mapping[str, Stored],
     read: Callable[[Stored], np.ndarray],
 ) -> None:
-    """Checks that a head that is tied to the embedding, if it is stored as well, equals it.
+    """Checks that a stored head equals the embedding if the two are tied.
 
     **Arguments:**
 
@@ -161,8 +160,8 @@ def check_tied_head(
     if one.dtype != other.dtype or not np.array_equal(_bits(one), _bits(other)):
         raise CheckpointError(
             f"{head} differs from {embedding}, although the config says that they are tied. "
-            "If the head is meant, set `tie_word_embeddings` (in official configs "
-            "`tie_embeddings`) to false."
+            "To use the head, set `tie_word_embeddings` (in official configs `tie_embeddings`) to "
+            "false."
         )
 
 
@@ -171,6 +170,6 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 
 def listing(names: list[str]) -> str:
-    """Joins names with commas, and abbreviates long lists."""
+    """Joins names with commas, and abbreviates lists of more than eight."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more

@@ -12,11 +12,11 @@ from ._state_spaces import STATE_SPACES
 from ._tables import JSON
 
 
-# The fields that both configs have, and that Mistral's requires.
+# The fields that both configs have. Mistral's config requires them.
 _FLAGS = ("rms_norm", "residual_in_fp32", "fused_add_norm", "tie_embeddings")
 
 
-# The config has no fields for these: `mistral_inference.mamba` leaves them to the defaults of the
+# The values of the fields that the config lacks: `mistral_inference.mamba` uses the defaults of the
 # official `Mamba2`, which are those of `Mamba2Config`.
 _DEFAULTS = MappingProxyType(
     {
@@ -28,7 +28,7 @@ _DEFAULTS = MappingProxyType(
 
 
 def _read_mistral(values: object) -> LanguageModelConfig:
-    # `mistral_inference.mamba` makes the same official config, and has no optional fields either.
+    # `mistral_inference.mamba` builds the same official config, and has no optional fields either.
     fields = Fields(values, "the config")
     fields.only("model_type", ["mamba"], "mamba")
     official: JSON = {

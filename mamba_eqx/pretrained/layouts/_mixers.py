@@ -1,4 +1,4 @@
-"""What the layouts share about mixers: rows of their tables, and which mixers a model has."""
+"""Shared by all layouts: rows of the mixers' tables, and finding the mixers of a model."""
 
 import math
 from collections.abc import Sequence
@@ -13,28 +13,25 @@ from ...models import (
     Mamba2Config,
     Mamba3Config,
 )
-from ._fields import Fields
 from ._layout import Unstorable
-from ._tables import JSON, Arguments, Row, Shared
+from ._tables import JSON, Arguments, Row, RowInput, Shared
 
 
-def _read_width(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
-    del fields, known
-    return {"d_model": shared.d_model}
+def _read_width(given: RowInput) -> Arguments:
+    return {"d_model": given.shared.d_model}
 
 
-# The width of the model, which every mixer takes.
+# The row of the model's width, which is an argument of every mixer.
 D_MODEL: Row[object] = Row(read=_read_width, write=lambda config: {})
 
 
 def dt_rank(key: str) -> Row[Mamba1Config]:
-    """Returns the row of `dt_rank`, which may be "auto" in the file."""
+    """Returns the row of `dt_rank`, in the file possibly `"auto"`: `d_model / 16`, rounded up."""
 
-    def read(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
-        del known
-        if fields.get(key, "auto") == "auto":
-            return {"dt_rank": math.ceil(shared.d_model / 16)}
-        return {"dt_rank": fields.size(key)}
+    def read(given: RowInput) -> Arguments:
+        if given.fields.get(key, "auto") == "auto":
+            return {"dt_rank": math.ceil(given.shared.d_model / 16)}
+        return {"dt_rank": given.fields.size(key)}
 
     return Row(read=read, write=lambda config: {key: config.dt_rank})
 
@@ -42,12 +39,11 @@ def dt_rank(key: str) -> Row[Mamba1Config]:
 def expand(key: str) -> Row[Mamba1Config | Mamba3Config]:
     """Returns the row of `d_inner`, which is a real multiple of `d_model` in the file."""
 
-    def read(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
-        del known
-        return {"d_inner": fields.multiple_of(shared.d_model, key, 2)}
+    def read(given: RowInput) -> Arguments:
+        return {"d_inner": given.fields.multiple_of(given.shared.d_model, key, 2)}
 
     def write(config: Mamba1Config | Mamba3Config) -> JSON:
-        # The official width is `int(expand * d_model)`, which the last candidate always matches.
+        # The official width is `int(expand * d_model)`. The last candidate always gives `d_inner`.
         d_inner, d_model = config.d_inner, config.d_model
         candidates = (d_inner // d_model, d_inner / d_model, (d_inner + 0.5) / d_model)
         return {key: next(value for value in candidates if int(value * d_model) == d_inner)}
@@ -58,13 +54,11 @@ def expand(key: str) -> Row[Mamba1Config | Mamba3Config]:
 def whole_expand(key: str) -> Row[Mamba1Config | Mamba2Config]:
     """Returns the row of `d_inner`, which is a whole multiple of `d_model` in the file."""
 
-    def read(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
-        del known
-        fields.size(key, 2)
-        return {"d_inner": fields.multiple_of(shared.d_model, key, 2)}
+    def read(given: RowInput) -> Arguments:
+        given.fields.size(key, 2)  # Checks that the multiple is an integer.
+        return {"d_inner": given.fields.multiple_of(given.shared.d_model, key, 2)}
 
-    def check(config: Mamba1Config | Mamba2Config, shared: Shared) -> None:
-        del shared
+    def check(config: Mamba1Config | Mamba2Config, _: Shared) -> None:
         if config.d_inner % config.d_model:
             raise Unstorable(
                 "mixers whose `d_inner` is not a multiple of `d_model` "
@@ -93,8 +87,8 @@ _Mixer = TypeVar("_Mixer", bound=AbstractMixerConfig)
 def find_mixers(config: LanguageModelConfig) -> Mixers:
     """Returns the mixers of a model.
 
-    **Raises:** `Unstorable` if layers of one kind have different mixers, or layers differ in
-    anything but their mixers.
+    **Raises:** `Unstorable` if two layers of one kind have different mixers, or if layers differ in
+    anything other than their mixers.
     """
     block = config.layers[0]
     for i, layer in enumerate(config.layers):

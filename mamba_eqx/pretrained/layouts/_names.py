@@ -1,4 +1,4 @@
-"""The names of parameters in checkpoints: one table for each mixer, shared by all layouts."""
+"""The names of parameters in checkpoints: a function for each mixer, shared by all layouts."""
 
 from collections.abc import Callable
 from types import MappingProxyType
@@ -57,7 +57,7 @@ def same(*names: str) -> list[Slot]:
 
 
 def within(slots: list[Slot], name: str, path: str) -> list[Slot]:
-    """Returns the slots of a module that is found under `name` and `path`."""
+    """Returns the slots of a module with the given name in the file and path in the model."""
     return [slot.within(name, path) for slot in slots]
 
 
@@ -110,7 +110,7 @@ def attention(config: AttentionConfig) -> list[Slot]:
     return slots
 
 
-# One line for each mixer.
+# The function that returns the slots, for each kind of mixer.
 _MIXERS: MappingProxyType[type[AbstractMixerConfig], Callable[..., list[Slot]]] = MappingProxyType(
     {Mamba1Config: mamba1, Mamba2Config: mamba2, Mamba3Config: mamba3, AttentionConfig: attention}
 )

@@ -19,7 +19,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
 def check_storable(layout: Layout, config: LanguageModelConfig) -> None:
     """Checks that a layout can store a config, as `layout.check` does.
 
-    **Raises:** `CheckpointError` if it cannot, which says which layout can.
+    **Raises:** `CheckpointError` if it cannot. The message names a layout that can, if any.
     """
     try:
         layout.check(config)

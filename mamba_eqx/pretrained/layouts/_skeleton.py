@@ -1,4 +1,4 @@
-"""From a model to its config and back, without values; and from stacked to unrolled layers."""
+"""The config and the shapes of a model, and conversion between stacked and unrolled layers."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ def unrolled(tree: LanguageModel) -> LanguageModel:
 
 
 def restacked(tree: LanguageModel, like: LanguageModel) -> LanguageModel:
-    """Returns the tree with its layers `Stacked` if those of `like` are: undoes `unrolled`."""
+    """Returns a tree with its layers `Stacked` if the layers of `like` are: undoes `unrolled`."""
     if not isinstance(like.layers, Stacked):
         return tree
     layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tree.layers.unstack())
@@ -49,7 +49,7 @@ def config_from(tree: LanguageModel) -> LanguageModelConfig:
                 f"`{jax.tree_util.keystr(path)}` must be an array, but is of type "
                 f"{type(leaf).__name__}."
             )
-    # The width of an MLP is no static field, but the shape of a weight, which may be left out here.
+    # The width of an MLP is not a static field but the shape of a weight, which `tree` may lack.
     for mlp in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, GatedMLP)):
         if isinstance(mlp, GatedMLP) and mlp.fc2.weight is None:
             raise CheckpointError(
@@ -63,7 +63,7 @@ def config_from(tree: LanguageModel) -> LanguageModelConfig:
 
 def skeleton(config: LanguageModelConfig) -> LanguageModel:
     """Returns a model with shapes in place of arrays, and its layers `Unrolled`."""
-    # Tracing takes milliseconds for each layer, so that equal layers are made once.
+    # Tracing takes milliseconds for each layer, so equal layers are traced once.
     distinct = tuple(dict.fromkeys(config.layers))
     few = replace(config, layers=distinct)
     model = eqx.filter_eval_shape(lambda: few.build(key=jr.key(0)))

@@ -1,4 +1,4 @@
-"""The layout of the official repository (`state-spaces/mamba`), whose configs have no type."""
+"""The layout of the official repository (`state-spaces/mamba`): configs without `model_type`."""
 
 from types import MappingProxyType
 
@@ -79,10 +79,10 @@ def _validate_state_spaces(config: LanguageModelConfig) -> None:
         ATTENTION.check(mixers.attention, shared)
 
 
-def _write_state_spaces(config: LanguageModelConfig, dtype: np.dtype) -> JSON:
-    del dtype  # The official config has no field for it.
+def _write_state_spaces(config: LanguageModelConfig, _: np.dtype) -> JSON:
+    # The official config has no field for the dtype.
     mixers, block = find_mixers(config), config.layers[0]
-    ssm_cfg: JSON = {}  # Unused in a model of attention alone.
+    ssm_cfg: JSON = {}  # Unused in a model with attention in every layer.
     if mixers.mixer is not None:
         name = MIXER_NAMES[type(mixers.mixer)]
         ssm_cfg = {"layer": name} | MIXERS[name].write(mixers.mixer)

@@ -8,13 +8,12 @@ from types import MappingProxyType
 from typing import Any
 
 from ...models import AbstractMixerConfig, AttentionConfig, Mamba1Config, Mamba2Config, Mamba3Config
-from ._fields import Fields
 from ._mixers import D_MODEL, dt_rank, expand, whole_expand
 from ._tables import (
     JSON,
     Arguments,
     Row,
-    Shared,
+    RowInput,
     Table,
     constant,
     fixed,
@@ -44,11 +43,10 @@ _MAMBA1 = Table(
 )
 
 
-def _read_norm(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
-    del shared, known
-    rms_norm = fields.flag("rmsnorm", True)
-    # The official code ignores the order if there is no norm; our config does not allow one.
-    before = fields.flag("norm_before_gate", False)
+def _read_norm(given: RowInput) -> Arguments:
+    rms_norm = given.fields.flag("rmsnorm", True)
+    # Without a norm the official code ignores the order, but our config does not allow one.
+    before = given.fields.flag("norm_before_gate", False)
     return {"rms_norm": rms_norm, "norm_before_gate": before and rms_norm}
 
 
@@ -56,9 +54,8 @@ def _write_norm(config: Mamba2Config) -> JSON:
     return {"rmsnorm": config.rms_norm, "norm_before_gate": config.norm_before_gate}
 
 
-def _read_d_ssm(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
-    del shared
-    return {"d_ssm": fields.optional_size("d_ssm", known["d_inner"])}
+def _read_d_ssm(given: RowInput) -> Arguments:
+    return {"d_ssm": given.fields.optional_size("d_ssm", given.known["d_inner"])}
 
 
 def _write_d_ssm(config: Mamba2Config) -> JSON:
@@ -79,7 +76,7 @@ _MAMBA2 = Table(
         flag("bias", "bias", False),
         flag("conv_bias", "conv_bias", True),
         Row(_read_d_ssm, _write_d_ssm),
-        # The official code has no spelling of infinity, except the one that is not JSON.
+        # The official code writes infinity in a way that is not valid JSON.
         limit("dt_limit", "dt_limit"),
         shared_eps(),
     ),
@@ -96,19 +93,18 @@ _MAMBA2 = Table(
 )
 
 
-def _read_rope_fraction(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
-    del shared, known
-    return {"rope_fraction": float(fields.only("rope_fraction", [0.5, 1.0, 1], 0.5))}
+def _read_rope_fraction(given: RowInput) -> Arguments:
+    return {"rope_fraction": float(given.fields.only("rope_fraction", [0.5, 1.0, 1], 0.5))}
 
 
 def _write_rope_fraction(config: Mamba3Config) -> JSON:
     return {"rope_fraction": config.rope_fraction}
 
 
-def _read_mimo(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
-    del shared, known
-    rank = fields.size("mimo_rank", 4)  # Ignored by SISO models, which may have it nonetheless.
-    return {"mimo_rank": rank if fields.flag("is_mimo", False) else None}
+def _read_mimo(given: RowInput) -> Arguments:
+    # SISO models ignore the rank, but their configs may have it nonetheless.
+    rank = given.fields.size("mimo_rank", 4)
+    return {"mimo_rank": rank if given.fields.flag("is_mimo", False) else None}
 
 
 def _write_mimo(config: Mamba3Config) -> JSON:
@@ -119,10 +115,10 @@ def _write_mimo(config: Mamba3Config) -> JSON:
     return {"is_mimo": True, "mimo_rank": rank, "chunk_size": max(1, 64 // rank)}
 
 
-def _read_A(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
-    del shared, known
-    # Our own field: which activation official code computes depends on its version alone.
-    return {"A_activation": fields.only("A_activation", ["heavy_tail", "softplus"], "heavy_tail")}
+def _read_A(given: RowInput) -> Arguments:
+    # Our own field. The official configs have none: the activation depends on the code's version.
+    activations = ["heavy_tail", "softplus"]
+    return {"A_activation": given.fields.only("A_activation", activations, "heavy_tail")}
 
 
 def _write_A(config: Mamba3Config) -> JSON:
@@ -145,14 +141,14 @@ _MAMBA3 = Table(
         Row(_read_A, _write_A),
         shared_eps(),
     ),
-    # The official class silently accepts further fields that it does not use. They are refused.
+    # The official class silently accepts other unused fields. They are refused here.
     ignored=("chunk_size", "dropout", "dt_init_floor", "dt_max", "dt_min"),
 )
 
 
-def _read_heads(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
-    del known
-    nheads, d_model = fields.size("num_heads"), shared.d_model
+def _read_heads(given: RowInput) -> Arguments:
+    fields, d_model = given.fields, given.shared.d_model
+    nheads = fields.size("num_heads")
     if "head_dim" not in fields and d_model % nheads:
         raise fields.error("num_heads", f"must divide d_model={d_model}")
     return {
@@ -170,11 +166,10 @@ def _write_heads(config: AttentionConfig) -> JSON:
     }
 
 
-def _read_scale(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
-    del shared
-    scale = known["headdim"] ** -0.5
-    if fields.get("softmax_scale", None) is not None:
-        scale = fields.number("softmax_scale", scale)
+def _read_scale(given: RowInput) -> Arguments:
+    scale = given.known["headdim"] ** -0.5
+    if given.fields.get("softmax_scale", None) is not None:
+        scale = given.fields.number("softmax_scale", scale)
     return {"softmax_scale": scale}
 
 
@@ -187,7 +182,7 @@ ATTENTION = Table(
     AttentionConfig,
     (
         D_MODEL,
-        # Official attention is not even causal by default.
+        # The official attention is not causal by default.
         constant("causal", True, default=False, written=True),
         constant("mlp_dim", 0),
         Row(_read_heads, _write_heads),
@@ -203,9 +198,10 @@ ATTENTION = Table(
 )
 
 
-# The tables of `ssm_cfg` by the name of the mixer, which is its field `layer`.
-MIXERS: Mapping[str, Table[Any]]
-MIXERS = MappingProxyType({"Mamba1": _MAMBA1, "Mamba2": _MAMBA2, "Mamba3": _MAMBA3})
+# The tables of `ssm_cfg` by the name of the mixer, which `ssm_cfg` contains as `layer`.
+MIXERS: Mapping[str, Table[Any]] = MappingProxyType(
+    {"Mamba1": _MAMBA1, "Mamba2": _MAMBA2, "Mamba3": _MAMBA3}
+)
 MIXER_NAMES: Mapping[type[AbstractMixerConfig], str] = MappingProxyType(
     {Mamba1Config: "Mamba1", Mamba2Config: "Mamba2", Mamba3Config: "Mamba3"}
 )

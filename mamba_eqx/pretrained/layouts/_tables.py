@@ -1,7 +1,7 @@
 """Two-way tables between the fields of a config file and those of a config.
 
-Each row of a table reads a field and writes it back, so that a table reads what it writes. A row
-for fields that depend on each other consists of functions of its own.
+Each row of a table reads a field and writes the same field, so that a table can read what it has
+written. Rows of fields that depend on each other have functions of their own.
 """
 
 import math
@@ -14,37 +14,49 @@ from ._layout import Unstorable
 
 
 JSON: TypeAlias = dict[str, object]
-# The arguments of a config class that the rows before have read.
+# Arguments of a config class by name.
 Arguments: TypeAlias = dict[str, Any]
 
 
 class Shared(NamedTuple):
-    """What a config file says once for all mixers: the width and the eps of the norms."""
+    """The values that a config file contains once for all mixers: width, and the eps of norms."""
 
     d_model: int
     norm_eps: float
 
 
+class RowInput(NamedTuple):
+    """The input of a row's `read`.
+
+    - `fields`: the fields of the file.
+    - `shared`: the values for all mixers.
+    - `known`: the arguments that the rows before have read.
+    """
+
+    fields: Fields
+    shared: Shared
+    known: Arguments
+
+
 Config = TypeVar("Config")
-# A row that suits every config suits each config.
+# Contravariant, because a row for every config is also a row for each config class.
 _Config = TypeVar("_Config", contravariant=True)
 
 
-def _accept(config: object, shared: Shared) -> None:
-    del config, shared
+def _accept(_config: object, _shared: Shared) -> None:
+    pass
 
 
 @dataclass(frozen=True)
 class Row(Generic[_Config]):
-    """How some fields of a config file and some fields of a config correspond.
+    """The correspondence between some fields of a config file and some fields of a config.
 
-    - `read`: reads from the file, and returns arguments of the config class. It is given the
-        arguments that the rows before have read.
+    - `read`: reads fields of the file, and returns arguments of the config class.
     - `write`: returns the fields of the file for a config that `check` accepts.
     - `check`: raises `Unstorable` for a config that the file cannot express.
     """
 
-    read: Callable[[Fields, Shared, Arguments], Arguments]
+    read: Callable[[RowInput], Arguments]
     write: Callable[[_Config], Mapping[str, object]]
     check: Callable[[_Config, Shared], None] = _accept
 
@@ -54,8 +66,8 @@ class Table(Generic[Config]):
     """The rows for a config class.
 
     - `config`: the config class.
-    - `rows`: are read, checked and written in order.
-    - `ignored`: fields of the file without influence on what the model computes.
+    - `rows`: the rows, in the order in which they are read, checked and written.
+    - `ignored`: fields of the file that do not affect what the model computes.
     """
 
     config: Callable[..., Config]
@@ -65,11 +77,17 @@ class Table(Generic[Config]):
     def read(self, fields: Fields, shared: Shared, **known: object) -> Config:
         """Reads a config.
 
+        **Arguments:**
+
+        - `fields`: the fields of the file.
+        - `shared`: the values for all mixers.
+        - `known`: arguments of the config class that are known already.
+
         **Raises:** `CheckpointError` for invalid fields; `ValueError` of the config class.
         """
         arguments: Arguments = dict(known)
         for row in self.rows:
-            arguments |= row.read(fields, shared, arguments)
+            arguments |= row.read(RowInput(fields, shared, arguments))
         fields.ignore(self.ignored)
         return self.config(**arguments)
 
@@ -88,13 +106,13 @@ class Table(Generic[Config]):
 
 def _field(key: str, name: str, read: Callable[[Fields], object]) -> Row[object]:
     return Row(
-        read=lambda fields, shared, known: {name: read(fields)},
+        read=lambda given: {name: read(given.fields)},
         write=lambda config: {key: getattr(config, name)},
     )
 
 
-# Below, `key` is the name in the file, `name` that in the config, and `default` the value if the
-# file lacks the field.
+# Below, `key` is the name of a field in the file, `name` its name in the config, and `default` its
+# value if the file lacks the field.
 
 
 def size(key: str, name: str, default: int | None = None) -> Row[object]:
@@ -118,17 +136,17 @@ def number(key: str, name: str, default: float) -> Row[object]:
 
 
 def limit(key: str, name: str) -> Row[object]:
-    """Returns the row of a smallest and a largest step size, written unless there are no bounds."""
+    """Returns the row of two bounds, which are written unless they are 0 and infinity."""
 
     def write(config: object) -> JSON:
         value = getattr(config, name)
         return {} if value == (0, math.inf) else {key: limit_to_json(value)}
 
-    return Row(read=lambda fields, shared, known: {name: fields.limit(key)}, write=write)
+    return Row(read=lambda given: {name: given.fields.limit(key)}, write=write)
 
 
 def shared_eps(name: str = "norm_eps") -> Row[object]:
-    """Returns the row of an eps that the file says once for the whole model."""
+    """Returns the row of an eps that the file contains once for the whole model."""
 
     def check(config: object, shared: Shared) -> None:
         value = getattr(config, name)
@@ -138,7 +156,7 @@ def shared_eps(name: str = "norm_eps") -> Row[object]:
             )
 
     return Row(
-        read=lambda fields, shared, known: {name: shared.norm_eps},
+        read=lambda given: {name: given.shared.norm_eps},
         write=lambda config: {},
         check=check,
     )
@@ -149,39 +167,37 @@ def fixed(name: str, value: object, otherwise: str) -> Row[object]:
 
     **Arguments:**
 
+    - `name`: the name of the field.
     - `value`: the only value that the layout can store.
-    - `otherwise`: describes what it cannot store: a model with another value.
+    - `otherwise`: describes models with another value, which the layout cannot store.
     """
 
-    def check(config: object, shared: Shared) -> None:
-        del shared
+    def check(config: object, _: Shared) -> None:
         found = getattr(config, name)
         if found != value:
             raise Unstorable(f"{otherwise} ({name}={found!r})")
 
-    return Row(
-        read=lambda fields, shared, known: {name: value}, write=lambda config: {}, check=check
-    )
+    return Row(read=lambda given: {name: value}, write=lambda config: {}, check=check)
 
 
-_UNSAID = object()
+_SAME = object()
 
 
 def constant(
-    key: str, value: object, *, default: object = _UNSAID, written: bool = False
+    key: str, value: object, *, default: object = _SAME, written: bool = False
 ) -> Row[object]:
-    """Returns the row of a field of the file that is supported with one value only.
+    """Returns the row of a field of the file that must have one value.
 
     **Arguments:**
 
+    - `key`: the name of the field.
     - `value`: the supported value.
     - `default`: the value of a file that lacks the field; `value` if left out.
     - `written`: whether the field is written.
     """
 
-    def read(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
-        del shared, known
-        fields.only(key, [value], value if default is _UNSAID else default)
+    def read(given: RowInput) -> Arguments:
+        given.fields.only(key, [value], value if default is _SAME else default)
         return {}
 
     return Row(read=read, write=lambda config: {key: value} if written else {})

@@ -1,3 +1,5 @@
+"""The input of a training step."""
+
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +19,8 @@ class Batch(NamedTuple):
     """The tokens to predict."""
 
     reset: Bool[Array | np.ndarray, "batch seq"]
-    """True at the first token of a document: the model forgets everything before it, a carried
-    state included."""
+    """True at the first token of a document, where the model forgets everything before, including a
+    carried state."""
 
     mask: Bool[Array | np.ndarray, "batch seq"]
     """True where the target counts. Padding and targets across document boundaries are excluded

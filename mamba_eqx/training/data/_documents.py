@@ -6,7 +6,8 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 
-# The number of tokens compared at a time: memory then does not grow with a file that is mapped.
+# The number of tokens compared at a time, so that memory does not grow with the size of a mapped
+# file.
 _PIECE = 2**22
 
 

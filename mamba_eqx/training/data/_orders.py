@@ -1,4 +1,4 @@
-"""The order in which tokens are read: pure functions of the step."""
+"""The order in which tokens are read, as a pure function of the step."""
 
 import functools
 
@@ -11,8 +11,10 @@ from ._documents import document_starts
 
 
 class Streams:
-    """Streams of text for truncated backpropagation through time: each row of the batch reads a
-    stretch of the text, window after window, and then jumps to another stretch.
+    """Batches of long texts for truncated backpropagation through time.
+
+    Each row of a batch reads a stretch of the text, window after window, and then jumps to another
+    stretch.
 
     ```python
     import numpy as np
@@ -27,10 +29,10 @@ class Streams:
     jump at different steps) and where a document starts. With `stretch=1` the rows are independent
     windows in shuffled order.
 
-    A batch is a function of the step and of the arguments only. In each epoch the text is cut into
-    stretches from another offset, and each stretch is read once, in shuffled order. The text is
-    treated as circular, but the loss excludes the target across the end. What remains of the text
-    after the last stretch, less than one stretch, is not read in that epoch. Since rows jump at
+    A batch depends only on the step and the arguments. In each epoch the text is cut into stretches
+    from a different offset, and each stretch is read once, in shuffled order. The text is treated
+    as circular, but the loss excludes the target across the end. The rest of the text after the
+    last stretch, which is shorter than a stretch, is not read in that epoch. Since rows jump at
     different steps, all but one of them begin training in the middle of a stretch.
     """
 
@@ -106,12 +108,12 @@ class Streams:
 
 
 class Packed:
-    """Rows packed with whole documents, in another order each epoch.
+    """Batches of rows that are packed with whole documents, in a different order in each epoch.
 
-    Documents in a row are independent: the state is reset where each starts. The last target of a
-    document is the separator of the next one, and the padding at the end of a row is excluded from
-    the loss. A document longer than a row is cut into pieces, which are independent too. As in
-    [`mamba_eqx.training.Streams`][], a batch is a function of the step.
+    Documents in a row are independent: the state is reset at the start of each. The last target of
+    a document is the separator of the next one, and the padding at the end of a row is excluded
+    from the loss. A document longer than a row is cut into pieces, which are independent too. As in
+    [`mamba_eqx.training.Streams`][], a batch depends only on the step and the arguments.
     """
 
     def __init__(

@@ -14,7 +14,8 @@ from ..._atomic import atomic_file
 from ...text import Tokenizer
 
 
-# The number of tokens checked at a time: memory then does not grow with a file that is mapped.
+# The number of tokens checked at a time, so that memory does not grow with the size of a mapped
+# file.
 _PIECE = 2**22
 
 
@@ -26,8 +27,8 @@ def read_tokens(
 ) -> Integer[np.ndarray, " token"]:
     """Opens a token file.
 
-    The file is mapped into memory and read only where it is used. Only a compressed file (`.xz`) is
-    unpacked into memory.
+    The file is mapped into memory, and only the used parts are read. A compressed file (`.xz`) is
+    unpacked into memory as a whole.
 
     **Arguments:**
 
@@ -39,8 +40,9 @@ def read_tokens(
 
     **Returns:** the tokens, as a read-only array.
 
-    **Raises:** `ValueError` if the file is empty, if its size is not a multiple of the dtype's, or
-    if a token is not within `0..vocab_size - 1`; `OSError` if the file cannot be read.
+    **Raises:** `ValueError` if the file is empty, if a raw array is not a whole number of tokens,
+    if the dtype is not an integer dtype, or if a token is not within `0..vocab_size - 1`; `OSError`
+    if the file cannot be read.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -77,6 +79,7 @@ def read_tokens(
 
 
 def _check_vocabulary(path: Path, tokens: np.ndarray, highest: int) -> None:
+    """Checks that all tokens are within `0..highest`."""
     for start in range(0, len(tokens), _PIECE):
         piece = tokens[start : start + _PIECE]
         wrong = np.flatnonzero((piece > highest) | (piece < 0))

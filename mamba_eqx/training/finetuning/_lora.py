@@ -102,8 +102,9 @@ class LoRA(eqx.Module):
         - `model`: any pytree that contains [`mamba_eqx.layers.Linear`][] or `equinox.nn.Linear`.
         - `rank`: $r$, at least 1.
         - `alpha`: $\alpha$, above 0; by default `rank`, that is a scale of 1.
-        - `targets`: the linear layers to change: the ends of their paths, such as `"in_proj"` or
-            `"layers.0.mixer.out_proj"`, or a function of the path. By default all.
+        - `targets`: the linear layers to change, by the ends of their paths, such as `"in_proj"` or
+            `"layers.0.mixer.out_proj"`; or a function that returns whether the layer at a path is
+            changed. By default all are.
         - `key`: the key of $A$, which is uniform within $\pm 1/\sqrt{\text{in}}$ as in PEFT.
 
         **Returns:** the `LoRA`, whose merged model equals `model`.
@@ -128,6 +129,8 @@ class LoRA(eqx.Module):
         **Arguments:**
 
         - `model`: the model that the pairs were initialised for, or one of the same structure.
+
+        **Returns:** a model of the same structure, shapes and dtypes.
 
         **Raises:** `ValueError` if the model lacks a linear layer of the `LoRA`, or has it with
         another shape.

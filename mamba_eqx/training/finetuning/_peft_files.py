@@ -48,7 +48,7 @@ _IGNORED = frozenset(
 
 
 # Initialisations that leave the base weights unchanged.
-_PLAIN_STARTS = [True, False, "gaussian", "eva", "orthogonal"]
+_SUPPORTED_INITS = [True, False, "gaussian", "eva", "orthogonal"]
 
 
 def save_lora(
@@ -62,18 +62,18 @@ def save_lora(
     """Saves a LoRA in the format of PEFT, for [`mamba_eqx.training.load_lora`][] or PEFT to load.
 
     In transformers' models `mamba`, `mamba2` and `falcon_mamba`, PEFT (0.21) refuses every
-    `out_proj`. Its change of `dt_proj` has no effect until `merge_and_unload`, because transformers
-    (5.24) reads that weight directly, past PEFT's wrapper. To use PEFT, leave both out of
-    `targets`.
+    `out_proj`, and a change of `dt_proj` has no effect until `merge_and_unload`, because
+    transformers (5.24) reads this weight directly and bypasses PEFT's wrapper. To use PEFT, leave
+    both layers out of `targets`.
 
-    For a model that is not a `LanguageModel` the format has no names. Save its pairs by
+    The format has no names for models other than `LanguageModel`s. Save their pairs with
     `equinox.tree_serialise_leaves`.
 
     **Arguments:**
 
     - `lora`: the LoRA.
-    - `model`: the model that it was initialised for, `Unrolled` or `Stacked`.
-    - `path`: the folder to save to. It is created if it does not exist.
+    - `model`: the model that the LoRA was initialised for, with its layers `Unrolled` or `Stacked`.
+    - `path`: the folder to save to, which is created if it does not exist.
     - `layout`: the layout whose names are used; see [`mamba_eqx.save_pretrained`][].
     - `base_model`: the name or the folder from which PEFT loads the model.
 
@@ -97,9 +97,9 @@ def save_lora(
         a = np.pad(np.asarray(pair.a), ((0, more), (0, 0)))
         b = np.pad(np.asarray(pair.b), ((0, 0), (0, more)))
         for slot in target.slots:
-            modules.append(_module(slot))
-            tensors[_tensor(slot, "A")] = a
-            tensors[_tensor(slot, "B")] = slot.to_file(b)
+            modules.append(_module_name(slot))
+            tensors[_tensor_name(slot, "A")] = a
+            tensors[_tensor_name(slot, "B")] = slot.to_file(b)
     alpha = lora.scale * rank
     config = {
         "peft_type": "LORA",
@@ -134,7 +134,7 @@ def load_lora(
     **Arguments:**
 
     - `path`: the folder to load from.
-    - `model`: the model that the LoRA was initialised for, `Unrolled` or `Stacked`.
+    - `model`: the model that the LoRA was initialised for, with its layers `Unrolled` or `Stacked`.
     - `layout`: the layout whose names the files use.
 
     **Returns:** the LoRA, with pairs in float32 or wider.
@@ -151,7 +151,7 @@ def load_lora(
     for linear, target in _targets(model, layout).items():
         found: list[_StoredPair] = []
         for slot in target.slots:
-            names = [_tensor(slot, which) for which in "AB"]
+            names = [_tensor_name(slot, which) for which in "AB"]
             two = [stored.pop(name, None) for name in names]
             rows, columns = slot.file_shape(target.weight)
             wanted = [(rank, columns), (rows, rank)]
@@ -183,9 +183,9 @@ def _read_config(path: Path) -> tuple[int, float]:
     fields = Fields(values, _CONFIG)
     fields.only("peft_type", ["LORA"], None)
     fields.only("bias", ["none"], "none")
-    fields.only("init_lora_weights", _PLAIN_STARTS, True)
+    fields.only("init_lora_weights", _SUPPORTED_INITS, True)
     fields.ignore(_IGNORED)
-    # PEFT writes every option that it has, and one that is off changes nothing.
+    # PEFT writes all its options. An option that is off changes nothing.
     options = values if isinstance(values, dict) else {}
     fields.ignore([key for key, value in options.items() if value in (None, False, {}, [])])
     rank = fields.size("r")
@@ -204,7 +204,14 @@ class _StoredPair(NamedTuple):
 
 
 def _join(found: list[_StoredPair], rows: int, *, whole: bool) -> LoRAPair:
-    """Joins the stored pairs of one weight, which cover all of its rows if `whole`."""
+    """Joins the stored pairs of one weight.
+
+    **Arguments:**
+
+    - `found`: the pairs, in the order of their rows.
+    - `rows`: the number of rows of the weight.
+    - `whole`: whether the pairs cover all rows.
+    """
     a = [_read(pair.a) for pair in found]
     b = [_read(pair.b) for pair in found]
     if whole and all(np.array_equal(other, a[0]) for other in a):
@@ -223,7 +230,7 @@ def _read(tensor: StoredTensor) -> np.ndarray:
 
 
 class _Target(NamedTuple):
-    """A linear layer in the names of a layout."""
+    """A linear layer, and the slots of its weight in a layout."""
 
     weight: Float[Array, "out_features in_features"] | jax.ShapeDtypeStruct
     slots: list[Slot]
@@ -242,12 +249,12 @@ def _targets(model: LanguageModel, layout: str) -> dict[str, _Target]:
     }
 
 
-def _module(slot: Slot) -> str:
+def _module_name(slot: Slot) -> str:
     return slot.name.removesuffix(".weight")
 
 
-def _tensor(slot: Slot, which: str) -> str:
-    return f"base_model.model.{_module(slot)}.lora_{which}.weight"
+def _tensor_name(slot: Slot, which: str) -> str:
+    return f"base_model.model.{_module_name(slot)}.lora_{which}.weight"
 
 
 def _unstacked(pairs: dict[str, LoRAPair], n_layer: int) -> dict[str, LoRAPair]:

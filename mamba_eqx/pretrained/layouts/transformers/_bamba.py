@@ -13,6 +13,7 @@ from .._tables import (
     JSON,
     Arguments,
     Row,
+    RowInput,
     Shared,
     Table,
     constant,
@@ -30,9 +31,9 @@ from ._mamba2 import UNSUPPORTED
 _PARTIAL = 0.5  # The default for the share of a head that is rotated.
 
 
-def _read_mamba_heads(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
-    del shared
-    nheads, d_inner = fields.size("mamba_n_heads", 128), known["d_inner"]
+def _read_mamba_heads(given: RowInput) -> Arguments:
+    fields, d_inner = given.fields, given.known["d_inner"]
+    nheads = fields.size("mamba_n_heads", 128)
     if fields.get("mamba_d_head", "auto") == "auto":
         headdim = max(1, d_inner // nheads)
     else:
@@ -49,9 +50,8 @@ def _write_mamba_heads(config: Mamba2Config) -> JSON:
     return {"mamba_n_heads": config.d_inner // config.headdim, "mamba_d_head": config.headdim}
 
 
-def _read_bias(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
-    del shared, known
-    bias = fields.flag("attention_bias", False)
+def _read_bias(given: RowInput) -> Arguments:
+    bias = given.fields.flag("attention_bias", False)
     return {"qkv_proj_bias": bias, "out_proj_bias": bias}
 
 
@@ -59,8 +59,7 @@ def _write_bias(config: AttentionConfig) -> JSON:
     return {"attention_bias": config.qkv_proj_bias}
 
 
-def _check_bias(config: AttentionConfig, shared: Shared) -> None:
-    del shared
+def _check_bias(config: AttentionConfig, _: Shared) -> None:
     if config.qkv_proj_bias != config.out_proj_bias:
         raise Unstorable(
             "attention with a bias in one projection only "
@@ -68,15 +67,15 @@ def _check_bias(config: AttentionConfig, shared: Shared) -> None:
         )
 
 
-def _read_rotary(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
-    del shared
+def _read_rotary(given: RowInput) -> Arguments:
+    fields, headdim = given.fields, given.known["headdim"]
     # Older configs have the base at the top level, and a share that transformers never reads.
-    base = fields.number("rope_theta", 10000.0)
+    base, partial = fields.number("rope_theta", 10000.0), _PARTIAL
     fields.only("partial_rotary_factor", [_PARTIAL], _PARTIAL)
     fields.only("rope_scaling", [None], None)
-    partial, headdim = _PARTIAL, known["headdim"]
-    if fields.get("rope_parameters", None) is not None:
-        rope = Fields(fields.get("rope_parameters", None), "`rope_parameters`")
+    parameters = fields.get("rope_parameters", None)
+    if parameters is not None:
+        rope = Fields(parameters, "`rope_parameters`")
         rope.only("rope_type", ["default"], "default")
         base = rope.number("rope_theta", base)
         partial = rope.number("partial_rotary_factor", partial)
@@ -90,7 +89,7 @@ def _read_rotary(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
 
 
 def _write_rotary(config: AttentionConfig) -> JSON:
-    # transformers rounds down, and the last candidate always gives the right number.
+    # transformers rounds the product down. The last candidate always gives the right number.
     dim, headdim = config.rotary_emb_dim, config.headdim
     shares = (dim / headdim, (dim + 0.5) / headdim)
     rope = {
@@ -101,8 +100,7 @@ def _write_rotary(config: AttentionConfig) -> JSON:
     return {"rope_parameters": rope}
 
 
-def _check_rotary(config: AttentionConfig, shared: Shared) -> None:
-    del shared
+def _check_rotary(config: AttentionConfig, _: Shared) -> None:
     if config.rotary_emb_dim == 0 or config.rotary_emb_interleaved:
         raise Unstorable(
             "attention beside Mamba-2 without a rotary embedding, or with an interleaved one "
@@ -115,8 +113,7 @@ def _read_indices(fields: Fields, n_layer: int) -> Collection[int]:
     return fields.indices("attn_layer_indices", n_layer)
 
 
-def _write_indices(indices: Collection[int], n_layer: int) -> JSON:
-    del n_layer
+def _write_indices(indices: Collection[int], _: int) -> JSON:
     return {"attn_layer_indices": list(indices)}
 
 
@@ -141,7 +138,7 @@ BAMBA = Family(
             limit("time_step_limit", "dt_limit"),
             shared_eps(),
         ),
-        # The size of chunks is a matter of the implementation.
+        # The chunk size does not affect the result.
         ignored=("mamba_chunk_size",),
     ),
     model=Table(
@@ -150,7 +147,7 @@ BAMBA = Family(
             *model_rows(vocab_size=128000, tie_embeddings=False, residual_in_fp32=False),
             constant("mlp_bias", False, written=True),
         ),
-        # The coefficient belongs to a loss.
+        # The coefficient is an option of the loss.
         ignored=HYBRID_IGNORED | {"z_loss_coefficient"},
     ),
     slots=hybrid_model,
@@ -167,7 +164,7 @@ BAMBA = Family(
         ),
         pattern=Pattern(_read_indices, _write_indices),
         intermediate_size=14336,
-        # transformers makes a rotary embedding even if there is no attention.
+        # transformers builds a rotary embedding even if no layer has attention.
         no_attention={"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4},
     ),
 )

@@ -1,4 +1,4 @@
-"""Families of models in transformers: how a config with a `model_type` is read and written."""
+"""Families of models in transformers: reading and writing a config with a `model_type`."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from ....models import AttentionConfig, BlockConfig, LanguageModelConfig
 from .._fields import Fields
 from .._layout import Slot, Unstorable
 from .._mixers import find_mixers
-from .._tables import JSON, Arguments, Row, Shared, Table, constant, flag
+from .._tables import JSON, Arguments, Row, RowInput, Shared, Table, constant, flag
 
 
-# Our own field for the size of the vocabulary without padding. transformers has none, and preserves
-# fields that it does not know.
+# Our own field for the size of the vocabulary without padding. transformers has no such field, and
+# preserves fields that it does not know.
 _UNPADDED = "unpadded_vocab_size"
 
 
@@ -30,10 +30,9 @@ def model_rows(
 ) -> tuple[Row[LanguageModelConfig], ...]:
     """Returns the rows of fields of the whole model, given their defaults in transformers."""
 
-    def read_vocabulary(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
-        del shared, known
-        padded = fields.size("vocab_size", vocab_size)
-        return {"vocab_size": fields.size(_UNPADDED, padded), "padded_vocab_size": padded}
+    def read_vocabulary(given: RowInput) -> Arguments:
+        padded = given.fields.size("vocab_size", vocab_size)
+        return {"vocab_size": given.fields.size(_UNPADDED, padded), "padded_vocab_size": padded}
 
     def write_vocabulary(config: LanguageModelConfig) -> JSON:
         padded = config.padded_vocab_size
@@ -50,10 +49,10 @@ def model_rows(
 
 @dataclass(frozen=True)
 class Pattern:
-    """How a config says which layers have attention.
+    """The encoding of the attention layers in a config file.
 
-    - `read`: returns the indices of these layers, given their number in total.
-    - `write`: returns the fields of the config for the indices and the number of layers.
+    - `read`: returns the indices of the attention layers, given the total number of layers.
+    - `write`: returns the fields of the file for the indices and the total number of layers.
     - `check`: raises `Unstorable` for indices that `write` cannot express.
     """
 
@@ -64,12 +63,12 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Hybrid:
-    """The part of a family of models with attention, and with an MLP in every block.
+    """The additional properties of a family with attention layers and an MLP in every block.
 
     - `attention`: the table of the attention mixer.
-    - `pattern`: how the config says which layers have attention.
+    - `pattern`: the encoding of the attention layers.
     - `intermediate_size`: the default width of the MLPs.
-    - `no_attention`: the fields to write in place of those of `attention` if there is none.
+    - `no_attention`: the fields to write for a model without attention layers.
     """
 
     attention: Table[AttentionConfig]
@@ -82,10 +81,10 @@ class Hybrid:
 class Family:
     """A model type of transformers.
 
-    - `model_type`, `architecture`: its names.
+    - `model_type`, `architecture`: the names of the config type and of the model class.
     - `d_model`, `n_layer`: the default sizes.
     - `norm_eps`: the name of the field for the eps of the norms, and its default.
-    - `mixer`: the table of the mixer without attention.
+    - `mixer`: the table of the Mamba mixer.
     - `model`: the table of the whole model. See `model_rows`.
     - `slots`: returns the slots of a model.
     - `embedding`: the name of the embedding's weight.

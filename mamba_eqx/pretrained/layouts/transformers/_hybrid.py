@@ -1,9 +1,8 @@
-"""What the hybrid model types of transformers share: the sizes and limits of attention."""
+"""Shared by the hybrid model types of transformers: the sizes and limits of attention."""
 
 from ....models import AttentionConfig
-from .._fields import Fields
 from .._layout import Unstorable
-from .._tables import JSON, Arguments, Row, Shared, fixed
+from .._tables import JSON, Arguments, Row, RowInput, Shared, fixed
 
 
 # Options of training and generation, and the choice of an implementation.
@@ -15,8 +14,7 @@ HYBRID_IGNORED = frozenset(
 )
 
 
-def _check_scale(config: AttentionConfig, shared: Shared) -> None:
-    del shared
+def _check_scale(config: AttentionConfig, _: Shared) -> None:
     if config.softmax_scale != config.headdim**-0.5:
         raise Unstorable(
             "attention with a scale other than 1 / sqrt(headdim) "
@@ -25,19 +23,19 @@ def _check_scale(config: AttentionConfig, shared: Shared) -> None:
 
 
 def heads(*, nheads: int, nheads_kv: int) -> tuple[Row[AttentionConfig], ...]:
-    """Returns the rows of attention that all hybrids share, given the defaults of the config."""
+    """Returns the rows of attention that all hybrids share, given the defaults of the file."""
 
-    def read(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
-        del known
+    def read(given: RowInput) -> Arguments:
+        fields, d_model = given.fields, given.shared.d_model
         found = fields.size("num_attention_heads", nheads)
         found_kv = (
             found
             if fields.get("num_key_value_heads", nheads_kv) is None
             else fields.size("num_key_value_heads", nheads_kv)
         )
-        if "head_dim" not in fields and shared.d_model % found:
-            raise fields.error("num_attention_heads", f"must divide hidden_size={shared.d_model}")
-        headdim = fields.optional_size("head_dim", max(1, shared.d_model // found))
+        if "head_dim" not in fields and d_model % found:
+            raise fields.error("num_attention_heads", f"must divide hidden_size={d_model}")
+        headdim = fields.optional_size("head_dim", max(1, d_model // found))
         return {"nheads": found, "nheads_kv": found_kv, "headdim": headdim}
 
     def write(config: AttentionConfig) -> JSON:
@@ -53,5 +51,5 @@ def heads(*, nheads: int, nheads_kv: int) -> tuple[Row[AttentionConfig], ...]:
         Row(read, write),
         fixed("d_conv", 0, "attention with a convolution"),
         fixed("window", None, "attention with a window"),
-        Row(lambda fields, shared, known: {}, lambda config: {}, _check_scale),
+        Row(lambda given: {}, lambda config: {}, _check_scale),
     )

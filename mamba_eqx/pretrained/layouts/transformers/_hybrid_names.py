@@ -1,4 +1,4 @@
-"""The names of parameters in transformers' hybrid models, most of which are those of Llama."""
+"""The names of parameters in transformers' hybrid models, most of them the names of Llama's."""
 
 from collections.abc import Mapping
 
@@ -38,8 +38,8 @@ def _block(config: BlockConfig) -> list[Slot]:
 
 
 def _attention(config: AttentionConfig) -> list[Slot]:
-    of_keys = config.nheads_kv * config.headdim
-    qkv = {"q_proj": config.nheads * config.headdim, "k_proj": of_keys, "v_proj": of_keys}
+    kv_rows = config.nheads_kv * config.headdim
+    qkv = {"q_proj": config.nheads * config.headdim, "k_proj": kv_rows, "v_proj": kv_rows}
     slots = split(qkv, "weight", "in_proj.weight")
     slots.append(Slot("o_proj.weight", "out_proj.weight"))
     if config.qkv_proj_bias:

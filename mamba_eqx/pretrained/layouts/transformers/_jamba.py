@@ -16,8 +16,8 @@ from ._hybrid import HYBRID_IGNORED, heads
 from ._hybrid_names import EMBEDDING, hybrid_model
 
 
-# Options of experts, which there are none of, and of training; the choice of an implementation;
-# and fields of older versions.
+# Options of experts (the only supported number is 1) and of training, the choice of an
+# implementation, and fields of older versions.
 _IGNORED = HYBRID_IGNORED | set(
     """
     expert_layer_offset expert_layer_period num_experts_per_tok output_router_logits
@@ -36,7 +36,7 @@ def _read_period(fields: Fields, n_layer: int) -> Collection[int]:
 
 def _find_period(indices: Collection[int], n_layer: int) -> tuple[int, int] | None:
     """Returns the period and the offset of the attention layers, if they are periodic."""
-    # The last period is longer than the model, so that there may be no attention at all.
+    # The last period is longer than the model, which expresses a model without attention.
     for period in range(1, n_layer + 2):
         for offset in range(period):
             if list(indices) == list(range(offset, n_layer, period)):

@@ -4,27 +4,24 @@ The defaults are those of `MambaConfig` and `FalconMambaConfig`, which agree.
 """
 
 from ....models import LanguageModelConfig, Mamba1Config
-from .._fields import Fields
 from .._layout import Slot
 from .._mixers import D_MODEL, dt_rank
 from .._names import language_model
-from .._tables import JSON, Arguments, Row, Shared, Table, fixed, flag, number, size
+from .._tables import JSON, Arguments, Row, RowInput, Table, fixed, flag, number, size
 from ._family import MAMBA_IGNORED, Family, model_rows
 
 
 EMBEDDING = "backbone.embeddings.weight"
 
 
-def _read_width(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
-    del known
-    # Where the two contradict each other, as in the config of Falcon-Mamba, transformers uses
-    # `intermediate_size`.
-    expanded = fields.multiple_of(shared.d_model, "expand", 2)
-    return {"d_inner": fields.size("intermediate_size", expanded)}
+def _read_width(given: RowInput) -> Arguments:
+    # transformers uses `intermediate_size` if it contradicts `expand`, as in Falcon-Mamba's config.
+    expanded = given.fields.multiple_of(given.shared.d_model, "expand", 2)
+    return {"d_inner": given.fields.size("intermediate_size", expanded)}
 
 
 def _write_width(config: Mamba1Config) -> JSON:
-    # `expand` has to be an integer. Where that is inexact, `intermediate_size` wins.
+    # `expand` must be an integer. If the integer is inexact, `intermediate_size` takes precedence.
     expand = max(1, config.d_inner // config.d_model)
     return {"intermediate_size": config.d_inner, "expand": expand}
 
@@ -41,7 +38,7 @@ _ROWS: tuple[Row[Mamba1Config], ...] = (
 
 
 def name_plain(config: LanguageModelConfig) -> list[Slot]:
-    """Returns the slots of a model without attention: the official names, but one."""
+    """Returns the slots of a model without attention: official names, except the embedding's."""
     return language_model(config, embedding=EMBEDDING)
 
 

@@ -1,13 +1,13 @@
 """transformers' model type `mamba2`. The defaults are those of its `Mamba2Config`."""
 
 from ....models import LanguageModelConfig, Mamba2Config
-from .._fields import Fields
 from .._layout import Unstorable
 from .._mixers import D_MODEL, whole_expand
 from .._tables import (
     JSON,
     Arguments,
     Row,
+    RowInput,
     Shared,
     Table,
     fixed,
@@ -20,8 +20,7 @@ from ._family import MAMBA_IGNORED, Family, model_rows
 from ._mamba import EMBEDDING, name_plain
 
 
-def _check_d_ssm(config: Mamba2Config, shared: Shared) -> None:
-    del shared
+def _check_d_ssm(config: Mamba2Config, _: Shared) -> None:
     if config.d_ssm != config.d_inner:
         raise Unstorable(
             "Mamba-2 layers that use some channels as an MLP "
@@ -31,20 +30,20 @@ def _check_d_ssm(config: Mamba2Config, shared: Shared) -> None:
 
 # The options of Mamba-2 that no model type of transformers has.
 UNSUPPORTED: tuple[Row[Mamba2Config], ...] = (
-    Row(lambda fields, shared, known: {}, lambda config: {}, _check_d_ssm),
+    Row(lambda given: {}, lambda config: {}, _check_d_ssm),
     fixed("D_has_hdim", False, "Mamba-2 layers whose `D` has a weight for each channel"),
     fixed("rms_norm", True, "Mamba-2 layers without a norm"),
     fixed("norm_before_gate", False, "Mamba-2 layers with the norm before the gate"),
 )
 
 
-def _read_heads(fields: Fields, shared: Shared, known: Arguments) -> Arguments:
-    del shared
+def _read_heads(given: RowInput) -> Arguments:
+    fields, d_inner = given.fields, given.known["d_inner"]
     nheads, headdim = fields.size("num_heads", 128), fields.size("head_dim", 64)
-    if nheads * headdim != known["d_inner"]:
+    if nheads * headdim != d_inner:
         raise fields.error(
             "num_heads",
-            f"times head_dim={headdim} must be hidden_size * expand = {known['d_inner']}",
+            f"times head_dim={headdim} must be hidden_size * expand = {d_inner}",
         )
     return {"headdim": headdim}
 
@@ -74,9 +73,9 @@ MAMBA2 = Family(
             limit("time_step_limit", "dt_limit"),
             shared_eps(),
         ),
-        # The size of chunks is a matter of the implementation. transformers computes the width and
-        # ignores `intermediate_size` and `time_step_rank`. Old versions wrote the options of the
-        # norm, but never read them.
+        # The chunk size does not affect the result. transformers computes the width and ignores
+        # `intermediate_size` and `time_step_rank`. Old versions wrote the options of the norm, but
+        # never read them.
         ignored=MAMBA_IGNORED
         | {"chunk_size", "intermediate_size", "norm_before_gate", "rms_norm", "time_step_rank"},
     ),
