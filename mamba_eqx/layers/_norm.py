@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .. import ops
-from .._checks import check_fraction, check_positive
+from .._checks import check_fraction, check_positive, to_python
 from .._dtypes import default_dtype
 
 
@@ -16,6 +16,7 @@ Norm: TypeAlias = eqx.nn.RMSNorm | eqx.nn.LayerNorm
 def norm(d_model: int, *, rms_norm: bool, eps: float, dtype: DTypeLike | None) -> Norm:
     """Makes the norm of a block or of a model. An RMSNorm has no bias, a LayerNorm has one, as in
     the official code."""
+    eps = to_python(eps)
     check_fraction("norm_eps", eps)
     dtype = default_dtype() if dtype is None else dtype
     if rms_norm:
@@ -63,6 +64,7 @@ class GatedRMSNorm(eqx.Module):
                 f"`ngroups` must divide `channels`, but got ngroups={ngroups} and "
                 f"channels={channels}."
             )
+        eps = to_python(eps)
         check_fraction("eps", eps)
         self.weight = jnp.ones(channels, default_dtype() if dtype is None else dtype)
         self.ngroups = ngroups
