@@ -1,6 +1,7 @@
 """The structure of the code: imports go strictly down, and folders are imported as a whole."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,6 +136,16 @@ def test_mixers_do_not_import_each_other():
     files = {path for path in mixers.glob("_*.py") if "AbstractSequenceLayer[" in path.read_text()}
     assert len(files) >= 4
     assert not [path for path in files if set(imported(path)) & files]
+
+
+def test_no_test_module_imports_another():
+    """Tests share code through `tests/support` only."""
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("*.py")
+        if re.search(r"^\s*(from|import) (tests\b|\.).*\btest_\w+", path.read_text(), re.MULTILINE)
+    ]
+    assert not wrong
 
 
 def test_files_are_small():

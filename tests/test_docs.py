@@ -3,14 +3,12 @@
 import re
 import sys
 import types
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 import pytest
 
-import mamba_eqx as mbx
+from tests.support.public_names import public_objects
 
 
 ROOT = Path(__file__).parents[1]
@@ -83,21 +81,3 @@ def test_every_public_name_has_a_page():
         for name in re.findall(r"^::: (\S+)$", path.read_text("utf-8"), re.MULTILINE)
     ]
     assert sorted(documented) == sorted(public_objects())
-
-
-def public_objects() -> dict[str, Any]:
-    """Returns everything public, by its full name."""
-    found = names_in("mamba_eqx", mbx, vars(mbx))
-    for space in ("ops", "training"):
-        part = getattr(mbx, space)
-        found |= names_in(f"mamba_eqx.{space}", part, vars(part))
-    for space in ("generation", "layers", "models", "sampling", "text"):
-        part = getattr(mbx, space)
-        found |= names_in(f"mamba_eqx.{space}", part, set(part.__all__) - set(vars(mbx)))
-    return found
-
-
-def names_in(prefix: str, module: types.ModuleType, names: Iterable[str]) -> dict[str, Any]:
-    """Returns the named attributes of a module, without private names and submodules."""
-    values = {f"{prefix}.{n}": getattr(module, n) for n in names if not n.startswith("_")}
-    return {name: v for name, v in values.items() if not isinstance(v, types.ModuleType)}

@@ -19,7 +19,7 @@ import optax
 import pytest
 
 import mamba_eqx as mbx
-from tests.test_docs import public_objects
+from tests.support.public_names import public_objects
 
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -145,7 +145,7 @@ def test_inspect_and_convert_from_the_hub(max_shard_size, hub, run, tmp_path, mo
     hub.requests.clear()
     code, cached, _ = run("inspect", "me/mine", *options, "--local-files-only")
     assert code == 0
-    assert "what the cache has of the repository" in cached.lower()
+    assert "the cached part of the repository" in cached.lower()
     assert cached.splitlines()[1:] == out.splitlines()[1:]
     assert hub.requests == []
 
@@ -220,7 +220,7 @@ def test_convert_overwrites_only_on_request(run, tmp_path):
 
 def test_failed_convert_writes_nothing(run, tmp_path):
     save_pretrained(make(config(d_intermediate=128)), tmp_path / "mlp", layout="state-spaces")
-    assert "layers have an MLP" in fails(run, "convert", tmp_path / "mlp", tmp_path / "out")
+    assert "cannot store MLPs" in fails(run, "convert", tmp_path / "mlp", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("mine")
     options = ("--layout", "state-spaces")

@@ -6,10 +6,8 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 
-import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
@@ -18,14 +16,7 @@ import mamba_eqx as mbx
 from mamba_eqx import _cli, pretrained
 from mamba_eqx._cli import _streaming
 from mamba_eqx.generation._loop import Cursor, Decoded
-
-
-def byte_model(vocab_size=256):
-    block = mbx.BlockConfig(mbx.Mamba1Config(8, d_state=4))
-    model = mbx.LanguageModelConfig(vocab_size, (block,)).build(key=jr.key(0))
-    # Most generated text is printable, since the logits of lowercase letters are raised.
-    weight = model.embedding.weight.at[97:123].multiply(30)
-    return eqx.tree_at(lambda model: model.embedding.weight, model, weight)
+from tests.support.commands import byte_model, spawn
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +25,6 @@ def checkpoint(tmp_path_factory):
     pretrained.save_pretrained(byte_model(), path)
     mbx.save_tokenizer(mbx.ByteTokenizer(), path)
     return path
-
-
-def spawn(*args: object) -> subprocess.Popen[bytes]:
-    pipe = subprocess.PIPE
-    command = [sys.executable, "-m", "mamba_eqx", *map(str, args)]
-    # A child process inherits ignored signals, and background jobs of a shell ignore SIGINT, but it
-    # does not inherit handlers.
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def test_command_prints_the_text_of_generate(checkpoint):

@@ -16,7 +16,7 @@ import mamba_eqx as mbx
 from mamba_eqx import _cli
 from mamba_eqx._cli import _chat, _score as _cli_score
 from mamba_eqx.pretrained import from_pretrained, save_pretrained
-from tests.cli.test_cli import byte_model, spawn
+from tests.support.commands import byte_model, spawn
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -155,7 +155,7 @@ def test_ctrl_c_ends_the_answer_but_not_the_chat(checkpoint):
 def chatty(tmp_path_factory):
     pytest.importorskip("tokenizers")
     pytest.importorskip("jinja2")
-    from tests.text.test_tokenizers import CONFIG, FILES
+    from tests.support.tokenizers import CONFIG, FILES
 
     path = tmp_path_factory.mktemp("model") / "chatty"
     tokenizer = mbx.TextTokenizer(FILES["byte_level"], CONFIG)

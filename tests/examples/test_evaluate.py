@@ -12,8 +12,8 @@ for package in ("lm_eval", "accelerate", "tokenizers", "torch", "transformers"):
     pytest.importorskip(package, reason=f"needs {package}: the extras `eval` and `parity`")
 
 import mamba_eqx as mbx  # noqa: E402
-from tests.cli.test_cli import byte_model  # noqa: E402
-from tests.text.test_tokenizers import CONFIG, FILES  # noqa: E402
+from tests.support.commands import byte_model  # noqa: E402
+from tests.support.tokenizers import CONFIG, FILES  # noqa: E402
 
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]

@@ -14,7 +14,7 @@ from hypothesis import given, strategies as st
 
 import mamba_eqx as mbx
 from mamba_eqx.text import stop_table
-from tests.generation.test_generate import FORWARD, KEY, MODEL, PROMPT, VOCAB, row
+from tests.support.generation import FORWARD, KEY, MODEL, PROMPT, VOCAB, row
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")

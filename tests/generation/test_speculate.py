@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import mamba_eqx as mbx
-from tests.generation.test_generate import FORWARD, KEY, MODEL, PROMPT, VOCAB, make, row
+from tests.support.generation import FORWARD, KEY, MODEL, PROMPT, VOCAB, make, row
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")

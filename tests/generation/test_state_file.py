@@ -8,7 +8,7 @@ import pytest
 
 import mamba_eqx as mbx
 from mamba_eqx.generation._state_file import fingerprint
-from tests.generation.test_generate import MODEL, make, row
+from tests.support.generation import MODEL, make, row
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")

@@ -10,8 +10,8 @@ import pytest
 
 import mamba_eqx as mbx
 from mamba_eqx import decoding_state
-from tests.generation.test_generate import MODEL
 from tests.support.cases import quick
+from tests.support.generation import MODEL
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -82,7 +82,7 @@ def test_state_from_the_empty_past_equals_plain_generation():
 def test_invalid_states_raise(as_users_run):
     with pytest.raises(ValueError, match=r"`token` must be within 0\.\.10, but got 11"):
         decoding_state(MODEL, MODEL.init_state(), 11)
-    with pytest.raises(ValueError, match="must be a tuple as `init_state` returns it"):
+    with pytest.raises(ValueError, match="must be a tuple as returned by `init_state`"):
         decoding_state(MODEL, MODEL.init_state()[:1], 1)
     batch = jax.tree.map(lambda leaf: leaf[None], MODEL.init_state())
     with pytest.raises(ValueError, match=r"\.conv` given to `Unrolled` must be"):

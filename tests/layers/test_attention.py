@@ -13,8 +13,8 @@ from jax import lax
 
 import mamba_eqx as mbx
 from mamba_eqx import ops
-from tests.generation.test_generate import naive, row
 from tests.support.cases import quick
+from tests.support.generation import naive, row
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")

@@ -122,6 +122,12 @@ def test_layers_take_numbers_of_numpy_and_jax(number: Any):
             mbx.BlockConfig(mbx.Mamba1Config(4), norm_eps=eps)
 
 
+def test_of_reads_ensembles():
+    """The models of an ensemble, stacked along a leading axis, share one config."""
+    make = eqx.filter_vmap(lambda key: mbx.Mamba1(5, key=key))
+    assert mbx.Mamba1Config.of(make(jr.split(jr.key(0), 3))) == mbx.Mamba1Config(5)
+
+
 DELETE = object()
 
 

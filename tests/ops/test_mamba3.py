@@ -16,8 +16,8 @@ from jaxtyping import PyTree
 
 from mamba_eqx import ops
 from mamba_eqx.ops._rotary import cos_sin, wrap
-from tests.ops.helpers import assert_close, assert_finite, largest_array
 from tests.support.cases import quick
+from tests.support.ops import assert_close, assert_finite, largest_array
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")

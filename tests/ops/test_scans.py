@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from safetensors.numpy import load_file
 
 from mamba_eqx import ops
-from tests.ops.helpers import GOLDEN, assert_close, assert_finite, largest_array
+from tests.support.ops import GOLDEN, assert_close, assert_finite, largest_array
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")

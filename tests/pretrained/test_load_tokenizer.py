@@ -12,7 +12,7 @@ from tests.support.checkpoints import BOTH, make
 
 tokenizers = pytest.importorskip("tokenizers")
 
-from tests.text.test_tokenizers import CHAT, CONFIG, FILES, TEMPLATE  # noqa: E402
+from tests.support.tokenizers import CHAT, CONFIG, FILES, TEMPLATE  # noqa: E402
 
 
 BYTES = '{"tokenizer_class": "ByteTokenizer"}'

@@ -232,8 +232,9 @@ def test_parameter_without_a_name_is_refused():
     """A bias that the layout has no name for is not silently dropped."""
     model = make(config(d_intermediate=128))
     mlp = eqx.filter_eval_shape(lambda: mbx.GatedMLP(6, 128, bias=True, key=jr.key(0)))
-    model = eqx.tree_at(lambda model: model.layers.layers[1].mlp, model, mlp)
-    with pytest.raises(CheckpointError, match=r"no name for `layers.layers.1.mlp.fc1.bias`"):
+    mlps = lambda model: [block.mlp for block in model.layers.layers]
+    model = eqx.tree_at(mlps, model, [mlp] * model.layers.n_layer)
+    with pytest.raises(CheckpointError, match=r"no name for `layers.layers.0.mlp.fc1.bias`"):
         state_dict(model, layout="state-spaces")
 
 

@@ -18,7 +18,7 @@ import pytest
 
 import mamba_eqx as mbx
 from mamba_eqx import training
-from tests.training.test_killed_training import checkpoints, content
+from tests.support.runs import checkpoints, content
 
 
 DATA = [np.float32(i) for i in range(100)]

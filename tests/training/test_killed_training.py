@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import killed_training
+from tests.support.runs import checkpoints, content, leftovers
 
 
 ROOT = Path(__file__).parents[2]
@@ -43,20 +44,6 @@ def wait_until(process, condition):
 def kill(process):
     process.send_signal(signal.SIGKILL)
     process.wait()
-
-
-def checkpoints(folder):
-    return sorted((folder / "checkpoints").glob("step-*"))
-
-
-def leftovers(folder):
-    return list((folder / "checkpoints").glob(".*.tmp"))
-
-
-def content(folder):
-    """Returns the content of each file of a run, except the lock."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def assert_same_content(folder, reference):

@@ -13,7 +13,7 @@ import pytest
 import mamba_eqx as mbx
 from mamba_eqx import training
 from tests.support.registry import CONFIGS, EVERYTHING, SIZES
-from tests.training.test_loss import ROWS, SEQ, VOCAB, batch_of, close, model as mamba
+from tests.support.training import ROWS, SEQ, VOCAB, batch_of, close, model as mamba
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")

@@ -27,7 +27,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 def checked_config(config: ConfigT, module: eqx.Module, *, ignore: str | None = None) -> ConfigT:
     """Returns `config` after checking that it builds a module with the structure of `module`.
 
-    The structure consists of types, static fields, and the shapes of arrays.
+    The structure consists of types, static fields, and the shapes of arrays up to leading axes.
 
     **Arguments:**
 
@@ -60,7 +60,8 @@ def _differences(
     if isinstance(want, ARRAYS) and got is None:
         return
     if isinstance(want, ARRAYS) and isinstance(got, ARRAYS):
-        if got.shape != want.shape:
+        # The models of an ensemble are stacked along leading axes, which a config does not have.
+        if got.shape[max(0, len(got.shape) - len(want.shape)) :] != want.shape:
             yield path, _describe(got), _describe(want)
     elif isinstance(got, eqx.Module) and type(got) is type(want):
         for field in dataclasses.fields(got):

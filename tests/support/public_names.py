@@ -1,0 +1,25 @@
+"""The public names of the package."""
+
+import types
+from collections.abc import Iterable
+from typing import Any
+
+import mamba_eqx as mbx
+
+
+def public_objects() -> dict[str, Any]:
+    """Returns everything public, by its full name."""
+    found = names_in("mamba_eqx", mbx, vars(mbx))
+    for space in ("ops", "training"):
+        part = getattr(mbx, space)
+        found |= names_in(f"mamba_eqx.{space}", part, vars(part))
+    for space in ("generation", "layers", "models", "sampling", "text"):
+        part = getattr(mbx, space)
+        found |= names_in(f"mamba_eqx.{space}", part, set(part.__all__) - set(vars(mbx)))
+    return found
+
+
+def names_in(prefix: str, module: types.ModuleType, names: Iterable[str]) -> dict[str, Any]:
+    """Returns the named attributes of a module, without private names and submodules."""
+    values = {f"{prefix}.{n}": getattr(module, n) for n in names if not n.startswith("_")}
+    return {name: v for name, v in values.items() if not isinstance(v, types.ModuleType)}
