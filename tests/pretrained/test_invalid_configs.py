@@ -65,6 +65,7 @@ INVALID = {
         ({"attn_layer_indices": [True]}, "different integers"),
         ({"attn_layer_indices": [2]}, "missing"),
         ({"mlp_bias": True}, "`mlp_bias`.*only as False"),
+        ({"mlp_bias": 0}, "`mlp_bias`.*only as False"),
         ({"hidden_act": "gelu"}, "`hidden_act`.*only as 'silu'"),
         ({"head_dim": DROPPED}, "`num_attention_heads`.*must divide"),
         ({"attn_rotary_emb": 8}, "`attn_rotary_emb`.*0.5 of the 8"),
@@ -80,6 +81,7 @@ INVALID = {
     ("hybrid", "transformers", "jamba"): [
         ({"num_experts": 2}, "`num_experts`.*only as 1"),
         ({"num_experts": DROPPED}, "`num_experts`.*only as 1"),
+        ({"num_experts": True}, "`num_experts`.*only as 1"),
         ({"sliding_window": 4}, "`sliding_window`.*only as None"),
         ({"attn_layer_offset": 5}, "below attn_layer_period=3"),
         ({"mamba_inner_layernorms": False}, "only as True"),
