@@ -5,9 +5,13 @@ strict wherever it is given.
 """
 
 import math
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar, cast
 
+import jax
 import numpy as np
+
+
+_Value = TypeVar("_Value")
 
 
 def check_positive(name: str, value: object) -> None:
@@ -46,6 +50,19 @@ def check_flag(name: str, value: object) -> None:
     """Raises unless `value` is `True` or `False`."""
     if not isinstance(value, bool):
         raise ValueError(f"`{name}` must be True or False, but got {name}={value!r}.")
+
+
+def to_python(value: _Value) -> _Value:
+    """Converts numbers of NumPy and JAX to Python's, and lists and arrays of numbers to tuples.
+
+    The constructors of layers accept both and store Python's, so that a config can be read off the
+    layer and written to JSON. Configs accept Python's only. Other values are returned unchanged.
+    """
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        return to_python(cast(_Value, value.tolist()))
+    if isinstance(value, list | tuple):
+        return cast(_Value, tuple(map(to_python, value)))
+    return value
 
 
 def _is_number(value: object) -> TypeGuard[float]:

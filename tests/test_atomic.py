@@ -95,6 +95,11 @@ def test_failed_rename_undoes_the_earlier_ones(tmp_path):
     with pytest.raises(FileNotFoundError):
         rename_all([*renames, (tmp_path / "absent", tmp_path / "f")])
     assert names(tmp_path) == ["a", "b", "c"]
+    # The second of these renames takes the name that the first has freed.
+    chain = [(tmp_path / "b", tmp_path / "d"), (tmp_path / "a", tmp_path / "b")]
+    with pytest.raises(FileNotFoundError):
+        rename_all([*chain, (tmp_path / "absent", tmp_path / "f")])
+    assert [(tmp_path / name).read_text() for name in "abc"] == ["a", "b", "c"]
     rename_all(renames)
     assert names(tmp_path) == ["c", "d", "e"]
 

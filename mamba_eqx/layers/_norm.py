@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .. import ops
-from .._checks import check_fraction, check_positive
+from .._checks import check_fraction, check_positive, to_python
 from .._dtypes import default_dtype
 
 
@@ -18,6 +18,7 @@ def make_norm(d_model: int, *, rms_norm: bool, eps: float, dtype: DTypeLike | No
 
     As in the official code, an RMSNorm has no bias and a LayerNorm has one.
     """
+    eps = to_python(eps)
     check_fraction("norm_eps", eps)
     dtype = default_dtype() if dtype is None else dtype
     if rms_norm:
@@ -65,6 +66,7 @@ class GatedRMSNorm(eqx.Module):
                 f"`ngroups` must divide `channels`, but got ngroups={ngroups} and "
                 f"channels={channels}."
             )
+        eps = to_python(eps)
         check_fraction("eps", eps)
         self.weight = jnp.ones(channels, default_dtype() if dtype is None else dtype)
         self.ngroups = ngroups

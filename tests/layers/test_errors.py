@@ -124,7 +124,6 @@ def test_invalid_options_of_mamba1_raise(options: dict[str, Any], message: str):
         ({"dt_limit": (0.0, 0.0)}, "`dt_limit`.*0.0"),
         ({"dt_limit": (float("nan"), 1.0)}, "`dt_limit`.*nan"),
         ({"dt_limit": (0.1,)}, r"`dt_limit` must be a tuple of two numbers.*\(0.1,\)"),
-        ({"dt_limit": [0.1, 0.2]}, "`dt_limit` must be a tuple of two numbers"),
         ({"dt_limit": ("a", 1.0)}, "`dt_limit` must be a tuple of two numbers"),
         ({"dt_limit": (True, 1.0)}, "`dt_limit` must be a tuple of two numbers"),
         ({"dt_limit": None}, "`dt_limit` must be a tuple of two numbers"),

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import pytest
 
 import mamba_eqx as mbx
@@ -91,6 +92,34 @@ def test_of_reads_parts_of_modules(bias: bool):
     part = eqx.tree_at(lambda b: [b.norm.weight, b.mixer.A_log], block, [None, None])
     assert mbx.BlockConfig.of(part) == mbx.BlockConfig.of(block)
     assert mbx.BlockConfig.of(block).mlp_bias == bias
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.array, jnp.float32])
+def test_layers_take_numbers_of_numpy_and_jax(number: Any):
+    """Layers store them as Python's, so that a config can be read off the layer. Configs refuse
+    them."""
+    eps, half = number(0.25), number(0.5)
+    layers = [
+        mbx.Mamba1(4, select_norm="weighted", select_norm_eps=eps, key=jr.key(0)),
+        mbx.Mamba2(4, headdim=2, dt_limit=(eps, half), norm_eps=eps, key=jr.key(0)),
+        mbx.Mamba3(4, headdim=2, rope_fraction=half, A_floor=eps, norm_eps=eps, key=jr.key(0)),
+        mbx.Attention(
+            4, nheads=2, rotary_emb_dim=2, rotary_emb_base=half, softmax_scale=eps, key=jr.key(0)
+        ),
+    ]
+    blocks = [mbx.Block(layer, norm_eps=eps) for layer in layers]
+    configs = [mbx.BlockConfig.of(block) for block in blocks]
+    assert all(config.norm_eps == 0.25 for config in configs)
+    model = mbx.LanguageModelConfig(vocab_size=9, layers=tuple(configs))
+    assert mbx.LanguageModelConfig.from_json(model.to_json()) == model
+    limited = mbx.Mamba2(4, headdim=2, dt_limit=[0.25, 0.5], key=jr.key(0))  # pyright: ignore
+    assert limited.dt_limit == layers[1].dt_limit
+    with pytest.raises(ValueError, match="`dt_limit` must be a tuple of two numbers"):
+        mbx.Mamba2Config(4, headdim=2, dt_limit=[0.25, 0.5])  # pyright: ignore
+    assert type(mbx.layers.GatedRMSNorm(4, eps=eps).eps) is float
+    if number is not np.float64:  # a subclass of `float`
+        with pytest.raises(ValueError, match="`norm_eps` must be a number"):
+            mbx.BlockConfig(mbx.Mamba1Config(4), norm_eps=eps)
 
 
 def test_of_reads_ensembles():

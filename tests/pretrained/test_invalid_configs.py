@@ -65,6 +65,7 @@ INVALID = {
         ({"attn_layer_indices": [True]}, "different integers"),
         ({"attn_layer_indices": [2]}, "missing"),
         ({"mlp_bias": True}, "`mlp_bias`.*must be False"),
+        ({"mlp_bias": 0}, "`mlp_bias`.*must be False"),
         ({"hidden_act": "gelu"}, "`hidden_act`.*must be 'silu'"),
         ({"head_dim": DROPPED}, "`num_attention_heads`.*must divide"),
         ({"attn_rotary_emb": 8}, "`attn_rotary_emb`.*0.5 of the 8"),

@@ -228,14 +228,15 @@ def test_save_refuses_bad_targets(tmp_path):
 # What cannot be saved.
 
 
-def test_parameter_without_a_name_is_refused():
-    """A bias that the layout has no name for is not silently dropped."""
+@pytest.mark.parametrize("layout", ["state-spaces", "transformers"])
+def test_biased_mlps_are_refused(layout):
+    """No layout has names for these biases, and they are not silently dropped."""
     model = make(config(d_intermediate=128))
     mlp = eqx.filter_eval_shape(lambda: mbx.GatedMLP(6, 128, bias=True, key=jr.key(0)))
     mlps = lambda model: [block.mlp for block in model.layers.layers]
     model = eqx.tree_at(mlps, model, [mlp] * model.layers.n_layer)
-    with pytest.raises(CheckpointError, match=r"no name for `layers.layers.0.mlp.fc1.bias`"):
-        state_dict(model, layout="state-spaces")
+    with pytest.raises(CheckpointError, match=r"biases \(mlp_bias=True\)\. No layout can store"):
+        state_dict(model, layout=layout)
 
 
 def test_only_whole_models_are_saved(tmp_path):

@@ -133,6 +133,15 @@ def test_evaluates_and_keeps_best_checkpoint(tmp_path):
     assert logged(tmp_path / "plain", "score") == [3]
 
 
+def test_only_checkpoints_of_finite_evaluations_have_a_score(tmp_path):
+    """A checkpoint of a later step has no score, nor has one whose evaluation is not finite."""
+    scores = iter([3.0, 2.0, float("nan")])
+    options: dict[str, Any] = {"evaluate_every": 4, "best": "score", "keep": 10}
+    run(tmp_path, steps=12, evaluate=lambda _: {"score": next(scores)}, **options)
+    assert steps_of(tmp_path) == [4, 6, 8, 12]
+    assert training.Checkpoints(tmp_path / "checkpoints").scores == {4: 3.0, 8: 2.0}
+
+
 def fail_at(step_that_fails):
     def step(state, x):
         if x == step_that_fails:

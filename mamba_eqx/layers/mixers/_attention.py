@@ -6,6 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ... import ops
+from ..._checks import to_python
 from ..._dtypes import default_dtype
 from .._arguments import check_sequence, check_token, checked_state
 from .._cache import AbstractCache
@@ -138,6 +139,7 @@ class Attention(AbstractSequenceLayer[KVCache]):
         `nheads`, `nheads` does not divide `d_model` and there is no `headdim`, a number is not
         positive, `rotary_emb_dim` is odd or larger than `headdim`, or an option is invalid.
         """
+        rotary_emb_base, softmax_scale = to_python(rotary_emb_base), to_python(softmax_scale)
         nheads_kv, headdim, softmax_scale = check_attention(
             d_model=d_model,
             nheads=nheads,

@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ... import ops
+from ..._checks import to_python
 from ..._dtypes import at_least_float32, default_dtype
 from .._arguments import check_sequence, check_token, checked_state
 from .._conv import CausalConv1d
@@ -124,6 +125,7 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
         **Raises:** `ValueError` if a size is not a positive integer, the range of step sizes is
         empty, or an option is invalid.
         """
+        select_norm_eps = to_python(select_norm_eps)
         d_inner, dt_rank = check_mamba1(
             d_model=d_model,
             d_inner=d_inner,

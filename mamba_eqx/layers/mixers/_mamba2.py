@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ... import ops
+from ..._checks import to_python
 from ..._dtypes import at_least_float32, default_dtype
 from .._arguments import check_sequence, check_token, checked_state
 from .._conv import CausalConv1d
@@ -162,6 +163,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         `d_inner`, `headdim` does not divide `d_ssm`, `ngroups` does not divide the number of heads,
         a range is empty, an option is invalid, or `norm_before_gate` is set without a norm.
         """
+        dt_limit, norm_eps = to_python(dt_limit), to_python(norm_eps)
         d_inner, d_ssm = check_mamba2(
             d_model=d_model,
             d_inner=d_inner,

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ... import ops
+from ..._checks import to_python
 from ..._dtypes import at_least_float32, default_dtype
 from .._arguments import check_sequence, check_token, checked_state
 from .._initialisers import init_dt_bias
@@ -177,6 +178,8 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
         `d_inner`, `ngroups` does not divide the number of heads, no pair of dimensions rotates, a
         range is empty, or an option is invalid.
         """
+        rope_fraction, A_floor = to_python(rope_fraction), to_python(A_floor)
+        norm_eps = to_python(norm_eps)
         d_inner = check_mamba3(
             d_model=d_model,
             d_inner=d_inner,

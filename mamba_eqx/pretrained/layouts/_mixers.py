@@ -87,13 +87,15 @@ _Mixer = TypeVar("_Mixer", bound=AbstractMixerConfig)
 def find_mixers(config: LanguageModelConfig) -> Mixers:
     """Returns the mixers of a model.
 
-    **Raises:** `Unstorable` if two layers of one kind have different mixers, or if layers differ in
-    anything other than their mixers.
+    **Raises:** `Unstorable` if two layers of one kind have different mixers, if layers differ in
+    anything other than their mixers, or if MLPs have biases, for which no layout has names.
     """
     block = config.layers[0]
     for i, layer in enumerate(config.layers):
         if replace(layer, mixer=block.mixer) != block:
             raise Unstorable(f"layers that differ (layer 0 is {block}, layer {i} is {layer})")
+    if block.mlp_bias:
+        raise Unstorable("MLPs with biases (mlp_bias=True)")
     attention: list[AttentionConfig] = []
     others: list[AbstractMixerConfig] = []
     indices: list[int] = []
