@@ -45,6 +45,18 @@ UNSTORABLE = [
     ),
     (
         "transformers",
+        mbx.LanguageModelConfig(13, (mbx.BlockConfig(ODD), mbx.BlockConfig(ODD, norm_eps=0.1))),
+        r"layers that differ \(layer 0 is.*norm_eps=0\.1",
+        None,
+    ),
+    (
+        "state-spaces",
+        mbx.LanguageModelConfig(13, (mbx.BlockConfig(ODD), mbx.BlockConfig(ODD, norm_eps=0.1))),
+        r"layers that differ \(layer 0 is.*norm_eps=0\.1",
+        None,
+    ),
+    (
+        "transformers",
         config(mbx.Mamba1Config(d_model=6, select_norm="weighted")),
         "select_norm='weighted'",
         None,
