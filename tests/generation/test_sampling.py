@@ -192,7 +192,16 @@ FILTERS = [
 SINGLE = [{"top_k": 2}, {"top_p": 0.5}, {"typical_p": 0.5}]
 
 
-@pytest.mark.parametrize("options", FILTERS, ids=str)
+# Drawing takes seconds for each combination, so the quick run draws with few and with all filters.
+@pytest.mark.parametrize(
+    "options",
+    [
+        *FILTERS[:3],
+        *(pytest.param(options, marks=pytest.mark.slow) for options in FILTERS[3:-1]),
+        FILTERS[-1],
+    ],
+    ids=str,
+)
 def test_sample_draws_from_the_filtered_distribution(options):
     expected = distribution(LOGITS_5, **options)
     rows = jnp.tile(jnp.asarray(LOGITS_5), (N, 1))
@@ -208,7 +217,7 @@ def test_sample_draws_from_the_filtered_distribution(options):
     [
         {"top_k": 700},
         {"top_p": 0.6},
-        {"typical_p": 0.6},
+        pytest.param({"typical_p": 0.6}, marks=pytest.mark.slow),
         pytest.param({"top_k": 7}, marks=pytest.mark.slow),
         pytest.param({"top_p": 0.02}, marks=pytest.mark.slow),
         pytest.param({"typical_p": 0.02}, marks=pytest.mark.slow),

@@ -23,7 +23,9 @@ DRAFTS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize(
+    "draft", ["itself", pytest.param("another", marks=pytest.mark.slow), "lookup"]
+)
 @given(PROMPT, st.integers(1, 16), st.booleans())
 def test_greedy_speculation_equals_generate(draft, prompt, n, penalised):
     penalties = mbx.sampling.Penalties(repetition=1.4, frequency=0.2, window=6)

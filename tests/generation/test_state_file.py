@@ -14,9 +14,9 @@ from tests.support.generation import MODEL, make, row
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("stacked", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("prompts", [[1, 2, 3], [[1], [2, 3]]], ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_saved_state_loads_unchanged(tmp_path, stacked, prompts, dtype):
     model = mbx.cast(make(stacked=stacked), jnp.dtype(dtype))
     first = mbx.generate(model, prompts, 4)

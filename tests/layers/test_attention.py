@@ -37,7 +37,9 @@ def formula(q, k, v, seen, scale):
 
 
 @pytest.mark.parametrize("block_size", [None, 7])
-@pytest.mark.parametrize("window", [None, 1, 4, 60])
+@pytest.mark.parametrize(
+    "window", [None, 4, *(pytest.param(window, marks=pytest.mark.slow) for window in (1, 60))]
+)
 def test_op_equals_formula(window, block_size):
     """The op equals the formula, also in blocks of queries that attend to earlier blocks or to the
     state."""

@@ -91,7 +91,10 @@ def test_layers_differ_and_keys_matter(model: mbx.LanguageModel):
     assert same == constant
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize(
+    "dtype",
+    [jnp.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in (jnp.float16, jnp.float32))],
+)
 def test_dtype(dtype: jnp.dtype):
     block = mbx.BlockConfig(mbx.Mamba1Config(d_model=8), d_intermediate=5)
     config = mbx.LanguageModelConfig(vocab_size=9, layers=(block,), tie_embeddings=False)

@@ -236,7 +236,7 @@ def test_extreme_rates_give_finite_gradients(rate: float):
     assert_close(run("chunked")[0][1], run("sequential")[0][1], 1e-5)
 
 
-@pytest.mark.parametrize("at", [0, 3, 4, 6])
+@pytest.mark.parametrize("at", [0, 4, *(pytest.param(at, marks=pytest.mark.slow) for at in (3, 6))])
 def test_reset_forgets_non_finite_state(at: int):
     """Outputs after the reset, the final state and the gradients of later inputs are finite."""
     arrays, state = inputs(8)
@@ -312,7 +312,7 @@ def test_angles_stay_accurate_over_long_sequences():
     assert abs(float(wrap(jnp.float64(angle[0, 0]) - turns))) < 1e-3
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def test_cos_sin_matches_numpy(dtype: str):
     angle = jnp.linspace(-np.pi, np.pi, 1001).astype(dtype)
     tolerance = {"float32": 2e-7, "float64": 4e-16}[dtype]

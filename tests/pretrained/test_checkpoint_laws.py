@@ -75,7 +75,10 @@ def test_reading_inverts_writing_a_config(stored):
     assert layout.read_config(values) == stored.config
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["bfloat16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float32", "float16"))],
+)
 @cases()
 def test_loading_inverts_saving(stored, dtype, tmp_path):
     model = make(stored.config, dtype)

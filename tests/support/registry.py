@@ -248,6 +248,7 @@ VARIANTS = {
     "unrolled_remat",
     "stacked",
     "stacked_attention",
+    "hybrid",
     "language_model_untied",
 }
 EVERYTHING = LAYERS | LANGUAGE_MODELS

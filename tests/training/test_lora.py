@@ -183,6 +183,7 @@ def test_invalid_arguments_raise(as_users_run):
         lora.merge(wide)
 
 
+@pytest.mark.slow
 def test_file_loads_into_stacked_and_unrolled_models(tmp_path):
     layout = "state-spaces"
     one, other = make(), make(stacked=True)
