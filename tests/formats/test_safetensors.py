@@ -4,9 +4,7 @@ import json
 import os
 import struct
 import tracemalloc
-from collections.abc import Callable
 
-import jaxtyping
 import numpy as np
 import pytest
 import safetensors
@@ -14,9 +12,10 @@ import safetensors.numpy
 from hypothesis import given, settings, strategies as st
 
 from mamba_eqx.formats._safetensors import open_safetensors, write_safetensors
-from mamba_eqx.formats._tensors import CheckpointError, StoredTensor
+from mamba_eqx.formats._tensors import CheckpointError
 from tests.support import torch_files as tf
 from tests.support.bounded import bounded
+from tests.support.tensors import Opener, check_readable, opener
 
 
 ARRAYS = {
@@ -33,36 +32,9 @@ def field(dtype: object = "F32", shape: object = (2,), begin: object = 0, end: o
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _as_users_run():
-    """Disables run-time type checks, which take a hundred times as long as the code itself."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory) -> Callable[[bytes], dict[str, StoredTensor]]:
-    path = tmp_path_factory.mktemp("safetensors") / "model.safetensors"
-
-    def open_bytes(data: bytes) -> dict[str, StoredTensor]:
-        path.unlink(
-            missing_ok=True
-        )  # A new file, so that the mapping of the earlier one is unchanged.
-        path.write_bytes(data)
-        return open_safetensors(path)
-
-    return open_bytes
-
-
-def check_readable(tensors: dict[str, StoredTensor], limit: int) -> None:
-    for name, stored in tensors.items():
-        array = stored.read()
-        assert stored.name == name
-        assert array.shape == stored.shape
-        assert array.dtype == stored.dtype
-        assert array.flags.c_contiguous
-        assert array.nbytes <= limit
+def opened(tmp_path_factory) -> Opener:
+    return opener(open_safetensors, tmp_path_factory.mktemp("safetensors") / "model.safetensors")
 
 
 # Reading and writing.

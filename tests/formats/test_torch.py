@@ -3,17 +3,16 @@
 import collections
 import io
 import tracemalloc
-from collections.abc import Callable
 
-import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from mamba_eqx.formats._tensors import CheckpointError, StoredTensor
+from mamba_eqx.formats._tensors import CheckpointError
 from mamba_eqx.formats.torch._state_dict import open_torch
 from tests.support import torch_files as tf
 from tests.support.bounded import bounded
+from tests.support.tensors import Opener, check_readable, opener
 from tests.support.torch_attacks import (
     ARCHIVES,
     ITEMS,
@@ -27,37 +26,9 @@ from tests.support.torch_attacks import (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _as_users_run():
-    """Disables run-time type checks, which take a hundred times as long as the code itself."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory) -> Callable[[bytes], dict[str, StoredTensor]]:
-    path = tmp_path_factory.mktemp("torch") / "pytorch_model.bin"
-
-    def open_bytes(data: bytes) -> dict[str, StoredTensor]:
-        path.unlink(
-            missing_ok=True
-        )  # A new file, so that the mapping of the earlier one is unchanged.
-        path.write_bytes(data)
-        return open_torch(path)
-
-    return open_bytes
-
-
-def check_readable(tensors: dict[str, StoredTensor], limit: int) -> None:
-    for name, stored in tensors.items():
-        array = stored.read()
-        assert stored.name == name
-        assert array.shape == stored.shape
-        assert array.dtype == stored.dtype
-        assert array.dtype.isnative
-        assert array.flags.c_contiguous
-        assert array.nbytes <= limit
+def opened(tmp_path_factory) -> Opener:
+    return opener(open_torch, tmp_path_factory.mktemp("torch") / "pytorch_model.bin")
 
 
 # Valid files.
