@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     - `argv`: the command-line arguments; `None` takes those of the process.
 
-    **Returns:** the exit code: 0 for success, 1 for a failure (a missing or damaged checkpoint, a
+    **Returns:**
+
+    The exit code: 0 for success, 1 for a failure (a missing or damaged checkpoint, a
     full disk), 2 for invalid arguments, 130 if interrupted, 141 if the reader of the output is
     gone.
     """

@@ -20,7 +20,9 @@ def read_config(path: Path, max_size: int = _MAX_CONFIG) -> object:
     - `path`: the file.
     - `max_size`: the maximum size of the file in bytes.
 
-    **Returns:** the parsed JSON.
+    **Returns:**
+
+    The parsed JSON.
 
     **Raises:** `CheckpointError` for NaN, a key that occurs twice, a file that is too large, and
     anything that is not JSON.

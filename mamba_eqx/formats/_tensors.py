@@ -129,7 +129,9 @@ def read_array(
     - `strides`: the strides in bytes, as in NumPy; C order if `None`.
     - `swap`: whether the byte order of the file differs from that of this machine.
 
-    **Returns:** a C-contiguous array in native byte order.
+    **Returns:**
+
+    A C-contiguous array in native byte order.
     """
     if 0 in shape:
         return np.empty(shape, dtype)

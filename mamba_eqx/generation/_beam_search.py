@@ -90,7 +90,9 @@ def beam_search(
     - `length_penalty`: $\alpha$, at least 0 and finite. Larger values favour longer continuations.
     - `state`: the state of an earlier generation, to start from instead of the empty past.
 
-    **Returns:** a [`mamba_eqx.generation.Beams`][].
+    **Returns:**
+
+    A [`mamba_eqx.generation.Beams`][].
 
     **Raises:** `ValueError` in the same cases as `generate`, for several prompts, and for options
     other than `stop_tokens`.

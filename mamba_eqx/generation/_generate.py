@@ -49,7 +49,9 @@ def generate(
         under sampling too if the key is the same. (A stop string must lie within one call.)
     - `key`: the key of the random numbers, required if any row has a positive temperature.
 
-    **Returns:** a [`mamba_eqx.Generation`][], with an axis of rows unless `prompts` is one
+    **Returns:**
+
+    A [`mamba_eqx.Generation`][], with an axis of rows unless `prompts` is one
     sequence.
 
     **Raises:** `ValueError` for token ids outside the vocabulary, an empty prompt without a
@@ -94,7 +96,9 @@ def stream(
     - `block`: the maximum number of tokens to decode at a time, at least 1. Another value
         recompiles.
 
-    **Returns:** a [`mamba_eqx.generation.Stream`][], an iterator over at most `max_new_tokens`
+    **Returns:**
+
+    A [`mamba_eqx.generation.Stream`][], an iterator over at most `max_new_tokens`
     token ids. A stop token is included, as the last token.
 
     **Raises:** `ValueError` in the same cases as `generate`, and for several prompts. `stream`

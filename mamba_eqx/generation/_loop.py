@@ -55,7 +55,9 @@ def decode(
     - `limit`: the maximum number of tokens per row.
     - `size`: the size of the output buffers, at least `limit`. Another value recompiles.
 
-    **Returns:** the generated tokens in buffers of `size`, with the state of the automaton.
+    **Returns:**
+
+    The generated tokens in buffers of `size`, with the state of the automaton.
     """
 
     def is_running(now: Decoded) -> Bool[Array, "*batch"]:

@@ -119,7 +119,9 @@ def options_for(
     - `rows`: the number of rows, or `None` for one prompt without a batch axis.
     - `key`: one key for all rows. Row `i` of a batch gets `jax.random.fold_in(key, i)`.
 
-    **Returns:** the options as arrays.
+    **Returns:**
+
+    The options as arrays.
 
     **Raises:** `ValueError` if an option does not fit the vocabulary or the rows, or if a key is
     needed and missing.

@@ -59,7 +59,9 @@ def prefill(
     - `room`: the number of further tokens to reserve capacity for in caches. State-space models do
         not use it.
 
-    **Returns:** the state after the prompts, with an axis of rows unless `prompts` is one sequence.
+    **Returns:**
+
+    The state after the prompts, with an axis of rows unless `prompts` is one sequence.
 
     **Raises:** `ValueError` for token ids outside the vocabulary, or for an empty prompt without a
     `state`.
@@ -200,7 +202,9 @@ def _run_chunk(
 ) -> tuple[Float[Array, "*batch seq"] | None, PyTree]:
     """Runs a chunk of the prompts.
 
-    **Returns:** the log-probabilities of `targets`, the token that follows each token (`None` if
+    **Returns:**
+
+    The log-probabilities of `targets`, the token that follows each token (`None` if
     `targets` is `None`), and the layer states after `lengths` tokens.
     """
 

@@ -58,7 +58,9 @@ def score(
     - `state`: the state that the texts follow, instead of the empty past. The first token of each
         text is then scored as well.
 
-    **Returns:** a [`mamba_eqx.generation.Score`][], with an axis of rows unless `texts` is one
+    **Returns:**
+
+    A [`mamba_eqx.generation.Score`][], with an axis of rows unless `texts` is one
     sequence.
 
     **Raises:** `ValueError` for token ids outside the vocabulary, or for an empty text without a
@@ -88,7 +90,9 @@ def embed(
     - `mask`: for an array of texts with padding to the left or to the right: a boolean array of
         shape `(rows, seq)`, true for real tokens.
 
-    **Returns:** the features, of shape `(rows, d_model)`, or `(d_model,)` for one text.
+    **Returns:**
+
+    The features, of shape `(rows, d_model)`, or `(d_model,)` for one text.
 
     **Raises:** `ValueError` for token ids outside the vocabulary, or for an empty text.
     """

@@ -94,7 +94,9 @@ def speculate(
         model has not read the text before the state, and starts from its last token.
     - `key`: the key of the random numbers, required if the temperature is positive.
 
-    **Returns:** a [`mamba_eqx.generation.Speculation`][].
+    **Returns:**
+
+    A [`mamba_eqx.generation.Speculation`][].
 
     **Raises:** `ValueError` in the same cases as `generate`, for several prompts, for
     `stop_strings`, and if the vocabularies differ.
@@ -173,7 +175,9 @@ def _verify(
 ) -> tuple[Int[Array, ""], Int[Array, " candidates"]]:
     """Accepts or rejects the proposed tokens.
 
-    **Returns:** the number of accepted tokens, and the proposed tokens with the model's own token
+    **Returns:**
+
+    The number of accepted tokens, and the proposed tokens with the model's own token
     after the accepted ones.
     """
     at = jnp.arange(len(proposed))

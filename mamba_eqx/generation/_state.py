@@ -40,7 +40,9 @@ def fork(state: DecodingState, rows: int) -> DecodingState:
     - `state`: the state of one sequence, without an axis of rows.
     - `rows`: the number of copies.
 
-    **Returns:** a state whose leaves have a leading axis of size `rows`.
+    **Returns:**
+
+    A state whose leaves have a leading axis of size `rows`.
 
     **Raises:** `ValueError` if the state has a batch axis already.
     """
@@ -76,7 +78,9 @@ def decoding_state(
     - `token`: the id of the first token of the text, a scalar. Training sequences should begin
         with this token too.
 
-    **Returns:** a state for [`mamba_eqx.generate`][], [`mamba_eqx.save_state`][] and all other
+    **Returns:**
+
+    A state for [`mamba_eqx.generate`][], [`mamba_eqx.save_state`][] and all other
     functions that take one. Prompts given together with this state follow `token`.
 
     **Raises:** `ValueError` for a state of another structure, or for a token id outside the

@@ -38,7 +38,9 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> DecodingSt
     - `path`: the file.
     - `model`: the model that the state belongs to.
 
-    **Returns:** the state.
+    **Returns:**
+
+    The state.
 
     **Raises:** [`mamba_eqx.CheckpointError`][] if the file is damaged or has other content, or
     if the state belongs to a model with other parameters. `FileNotFoundError` if there is no file.

@@ -35,7 +35,9 @@ class Stopping(eqx.Module):
     ) -> tuple[Int[Array, ""], Int[Array, ""]]:
         """Feeds a token to the automaton.
 
-        **Returns:** the new state of the automaton, and the `FinishReason` of the row, which is
+        **Returns:**
+
+        The new state of the automaton, and the `FinishReason` of the row, which is
         `LENGTH` while the row continues.
         """
         stops = self.is_stop_token(token)

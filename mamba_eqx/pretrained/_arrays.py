@@ -50,7 +50,9 @@ def to_jax(
     - `dtype`: the dtype of the result.
     - `sharding`: the sharding of the result; JAX's default device if `None`.
 
-    **Returns:** the JAX array.
+    **Returns:**
+
+    The JAX array.
 
     **Raises:** `CheckpointError` if a finite value is not finite in `dtype`, or if `dtype` needs
     JAX's 64-bit mode.

@@ -50,7 +50,9 @@ def assign(
     - `tensors`: the tensors by name.
     - `floating`: whether tensors must have a floating-point dtype.
 
-    **Returns:** one assignment for each leaf, in the order of `jax.tree.leaves(tree)`.
+    **Returns:**
+
+    One assignment for each leaf, in the order of `jax.tree.leaves(tree)`.
 
     **Raises:** one `CheckpointError` that lists all missing, unexpected, mis-shaped and
     non-floating-point tensors.

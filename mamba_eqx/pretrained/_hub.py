@@ -132,7 +132,9 @@ class _Repository:
 def _fetch(place: Place, name: str, hub: Hub) -> Path | None:
     """Returns the path of a file in the cache, downloading and verifying the file if necessary.
 
-    **Returns:** the path, or `None` if the repository does not have the file.
+    **Returns:**
+
+    The path, or `None` if the repository does not have the file.
 
     **Raises:** `CheckpointError` if the download fails, or the checksum does not match.
     """
@@ -243,7 +245,9 @@ def _checksum_mismatch(path: Path, place: Place, hub: Hub) -> str | None:
     `huggingface_hub` compares the size only. Files that were in the cache before are not verified,
     because reading them would add seconds to every load of a large model.
 
-    **Returns:** a description of the mismatch, or `None` if there is none.
+    **Returns:**
+
+    A description of the mismatch, or `None` if there is none.
     """
     etag = _announced_checksum(path, place, hub)
     if _SHA256.fullmatch(etag):

@@ -50,7 +50,9 @@ def load_tokenizer(
         [`mamba_eqx.from_pretrained`][]. The `revision` applies to the named repository only: the
         tokenizer of `EleutherAI/gpt-neox-20b` is loaded from its main branch.
 
-    **Returns:** the tokenizer.
+    **Returns:**
+
+    The tokenizer.
 
     **Raises:** [`mamba_eqx.CheckpointError`][] if there is no tokenizer, or it is damaged or cannot
     be downloaded; `FileNotFoundError` for a path at which there is no folder; `ImportError` if the
@@ -73,7 +75,9 @@ def read_tokenizer(source: Source, hub: Hub) -> TextTokenizer | ByteTokenizer:
     - `source`: the files of the checkpoint.
     - `hub`: the options for access to the Hub, for a tokenizer in another repository.
 
-    **Returns:** the tokenizer.
+    **Returns:**
+
+    The tokenizer.
 
     **Raises:** the same errors as `load_tokenizer`.
     """

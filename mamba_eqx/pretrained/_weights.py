@@ -36,7 +36,9 @@ def open_weights(source: Source, name: str = SAFETENSORS) -> dict[str, StoredTen
     - `source`: the files of the checkpoint.
     - `name`: the name of the layout's weights file, which takes precedence over the usual names.
 
-    **Returns:** the tensors by name.
+    **Returns:**
+
+    The tensors by name.
 
     **Raises:** `CheckpointError` if there are no weights, a file is damaged, or an index does not
     agree with its files.

@@ -19,7 +19,9 @@ class ByteTokenizer:
 
         - `text`: the text.
 
-        **Returns:** the bytes, as integers within `0..255`.
+        **Returns:**
+
+        The bytes, as integers within `0..255`.
 
         **Raises:** `ValueError` if `text` contains a lone surrogate, which has no UTF-8 encoding.
         """
@@ -33,7 +35,9 @@ class ByteTokenizer:
         - `ids`: integers within `0..255`. Remove the padding of a generation first:
             `tokens[:length]`.
 
-        **Returns:** the text.
+        **Returns:**
+
+        The text.
 
         **Raises:** `ValueError` for an id outside the vocabulary.
         """
@@ -58,7 +62,9 @@ class ByteTokenizer:
 
         - `token`: an integer within `0..255`.
 
-        **Returns:** a single byte.
+        **Returns:**
+
+        A single byte.
 
         **Raises:** `ValueError` for an id outside the vocabulary.
         """
@@ -81,7 +87,9 @@ class ByteDecoder:
 
         - `ids`: integers within `0..255`.
 
-        **Returns:** the new text, possibly empty. The bytes of an incomplete character are held
+        **Returns:**
+
+        The new text, possibly empty. The bytes of an incomplete character are held
         back.
 
         **Raises:** `ValueError` for an id outside the vocabulary.
@@ -91,7 +99,9 @@ class ByteDecoder:
     def flush(self) -> str:
         """Ends the sequence and resets the decoder for another one.
 
-        **Returns:** U+FFFD if the sequence ended within a character, otherwise an empty string.
+        **Returns:**
+
+        U+FFFD if the sequence ended within a character, otherwise an empty string.
         """
         return self._decoder.decode(b"", final=True)
 

@@ -37,7 +37,9 @@ def render(
     - `special`: the spellings of the special tokens.
     - `add_generation_prompt`: whether to append the beginning of an assistant's message.
 
-    **Returns:** the text in pieces. Only pieces that the template itself wrote can be special.
+    **Returns:**
+
+    The text in pieces. Only pieces that the template itself wrote can be special.
 
     **Raises:** `ValueError` if a message is malformed, or the template rejects the conversation or
     fails; `ImportError` if `jinja2` is not installed.

@@ -19,7 +19,9 @@ class Decoder(Protocol):
 
         - `ids`: the next token ids of the sequence.
 
-        **Returns:** the new text, possibly empty. The bytes of an incomplete character are held
+        **Returns:**
+
+        The new text, possibly empty. The bytes of an incomplete character are held
         back until a later token completes it.
         """
         ...
@@ -27,7 +29,9 @@ class Decoder(Protocol):
     def flush(self) -> str:
         """Ends the sequence and resets the decoder for another one.
 
-        **Returns:** the text that `feed` has held back.
+        **Returns:**
+
+        The text that `feed` has held back.
         """
         ...
 
@@ -52,7 +56,9 @@ class Tokenizer(Protocol):
 
         - `text`: a complete text.
 
-        **Returns:** the token ids, including any that the tokenizer adds at the beginning or end of
+        **Returns:**
+
+        The token ids, including any that the tokenizer adds at the beginning or end of
         every text.
         """
         ...
@@ -64,7 +70,9 @@ class Tokenizer(Protocol):
 
         - `ids`: token ids within `0..vocab_size - 1`.
 
-        **Returns:** the text.
+        **Returns:**
+
+        The text.
         """
         ...
 
@@ -81,6 +89,8 @@ class Tokenizer(Protocol):
 
         - `token`: a token id within `0..vocab_size - 1`.
 
-        **Returns:** the bytes, empty for a special token.
+        **Returns:**
+
+        The bytes, empty for a special token.
         """
         ...

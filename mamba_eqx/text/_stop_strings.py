@@ -31,7 +31,9 @@ def stop_table(tokenizer: Tokenizer, strings: Sequence[str]) -> Int[np.ndarray, 
         tokens.
     - `strings`: the stop strings, none of them empty (`Sampling` checks this).
 
-    **Returns:** the table, an `int32` array of shape `(states, vocab_size)`. It is shared between
+    **Returns:**
+
+    The table, an `int32` array of shape `(states, vocab_size)`. It is shared between
     callers and read-only.
     """
     build = _build_table if isinstance(tokenizer, Hashable) else _build_table.__wrapped__
@@ -76,7 +78,9 @@ def text_until(stops: Sequence[str], pieces: Iterator[str]) -> Iterator[str]:
     - `stops`: the stop strings, none of them empty. There may be none.
     - `pieces`: the text, in pieces of any lengths. No piece is consumed after a stop string.
 
-    **Returns:** an iterator over the text in pieces, some of them possibly empty. A suffix that may
+    **Returns:**
+
+    An iterator over the text in pieces, some of them possibly empty. A suffix that may
     be the beginning of a stop string is held back until the following text decides.
     """
     held = ""

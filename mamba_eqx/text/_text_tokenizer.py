@@ -87,7 +87,9 @@ class TextTokenizer:
 
         - `text`: the text.
 
-        **Returns:** the token ids, including those that the tokenizer adds to every text. Many
+        **Returns:**
+
+        The token ids, including those that the tokenizer adds to every text. Many
         tokenizers add none, some add one at the beginning.
         """
         return self._fast.encode(text).ids
@@ -99,7 +101,9 @@ class TextTokenizer:
 
         - `text`: the part.
 
-        **Returns:** the token ids of the characters alone; nothing is added at either end.
+        **Returns:**
+
+        The token ids of the characters alone; nothing is added at either end.
         """
         return self._fast.encode(text, add_special_tokens=False).ids
 
@@ -110,7 +114,9 @@ class TextTokenizer:
 
         - `ids`: token ids within `0..vocab_size - 1`.
 
-        **Returns:** the text.
+        **Returns:**
+
+        The text.
 
         **Raises:** `ValueError` for an id outside the vocabulary.
         """
@@ -136,7 +142,9 @@ class TextTokenizer:
 
         - `token`: a token id.
 
-        **Returns:** the bytes, which may be a part of a character; empty for special tokens and for
+        **Returns:**
+
+        The bytes, which may be a part of a character; empty for special tokens and for
         ids outside the vocabulary.
         """
         if token in self._added:
@@ -160,7 +168,9 @@ class TextTokenizer:
         - `add_generation_prompt`: whether to append the beginning of an assistant's message, which
             the model then continues.
 
-        **Returns:** the token ids of the whole conversation.
+        **Returns:**
+
+        The token ids of the whole conversation.
 
         **Raises:** `ValueError` if the tokenizer has no template, a message is malformed, or the
         template rejects the conversation or fails; `ImportError` if `jinja2` is not installed.
@@ -219,7 +229,9 @@ class TextDecoder:
 
         - `ids`: the next token ids of the sequence.
 
-        **Returns:** the new text, possibly empty. The bytes of an incomplete character are held
+        **Returns:**
+
+        The new text, possibly empty. The bytes of an incomplete character are held
         back.
 
         **Raises:** `ValueError` for an id outside the vocabulary.
@@ -229,7 +241,9 @@ class TextDecoder:
     def flush(self) -> str:
         """Ends the sequence and resets the decoder for another one.
 
-        **Returns:** the text that was held back, in which an incomplete character is U+FFFD.
+        **Returns:**
+
+        The text that was held back, in which an incomplete character is U+FFFD.
         """
         rest = self._pending_text()
         self._ids, self._emitted = [], 0

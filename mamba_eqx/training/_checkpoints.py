@@ -165,7 +165,9 @@ class Checkpoints:
             new run. Its leaves may be `jax.ShapeDtypeStruct`s.
         - `step`: the step to restore in place of the newest one, for example `checkpoints.best`.
 
-        **Returns:** the state and its step, or `None` if there is no checkpoint.
+        **Returns:**
+
+        The state and its step, or `None` if there is no checkpoint.
 
         **Raises:** [`mamba_eqx.CheckpointError`][] if the checkpoint has another config or another
         structure, or if every checkpoint is damaged; `FileNotFoundError` if `step` has no

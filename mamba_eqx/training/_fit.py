@@ -113,7 +113,9 @@ def fit(
     - `progress`: whether to show a progress bar on stderr, with tokens per second and the time
         left.
 
-    **Returns:** a [`mamba_eqx.training.Fit`][].
+    **Returns:**
+
+    A [`mamba_eqx.training.Fit`][].
 
     **Raises:** `ValueError` for an argument out of range, metrics that are not scalars or that
     `step` and `evaluate` both return, and a folder in which another process is training;

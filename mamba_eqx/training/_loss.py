@@ -52,7 +52,9 @@ def next_token_loss(
         unless it is differentiated.
     - `label_smoothing`, `z_loss`, `chunk`: see [`mamba_eqx.training.cross_entropy`][].
 
-    **Returns:** the loss, a scalar that is 0 if no target counts, and a
+    **Returns:**
+
+    The loss, a scalar that is 0 if no target counts, and a
     [`mamba_eqx.training.LossAux`][].
 
     **Raises:** `ValueError` for an option out of range.
@@ -115,7 +117,9 @@ def cross_entropy(
         bfloat16. Chowdhery et al., *PaLM* (2022), section 5, where it is `1e-4`.
     - `chunk`: the number of tokens whose logits exist at the same time, at least 1.
 
-    **Returns:** the mean over the targets that count, a scalar in float32 or wider; 0 if there are
+    **Returns:**
+
+    The mean over the targets that count, a scalar in float32 or wider; 0 if there are
     none.
 
     **Raises:** `ValueError` for an option out of range.
@@ -177,6 +181,8 @@ def empty_carry(model: HasState, rows: int) -> PyTree:
     - `model`: a [`mamba_eqx.LanguageModel`][], a layer, or any other module with `init_state`.
     - `rows`: the number of rows.
 
-    **Returns:** `model.init_state()`, each array repeated along a new first axis of `rows`.
+    **Returns:**
+
+    `model.init_state()`, each array repeated along a new first axis of `rows`.
     """
     return repeated(eqx.filter_jit(model.init_state)(), rows)

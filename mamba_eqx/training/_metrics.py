@@ -91,7 +91,9 @@ def read_metrics(
 
     - `folder`: the `folder` given to `fit`.
 
-    **Returns:** for each name, the steps and the values at them, with NaN for values that were not
+    **Returns:**
+
+    For each name, the steps and the values at them, with NaN for values that were not
     finite.
 
     **Raises:** `FileNotFoundError` if the folder has no `metrics.jsonl`.

@@ -15,7 +15,9 @@ def plot_metrics(folder: str | os.PathLike[str]) -> Path:
 
     - `folder`: the `folder` given to [`mamba_eqx.training.fit`][]. The plots are saved there.
 
-    **Returns:** the path of the image.
+    **Returns:**
+
+    The path of the image.
 
     **Raises:** `ImportError` if matplotlib is not installed (the extra `plot` installs it);
     `ValueError` if the folder has no metrics yet.

@@ -31,7 +31,9 @@ def decay_mask(model: PyTree, *, embeddings: bool = True) -> PyTree[bool]:
         [`mamba_eqx.LanguageModel`][], which is its head too if they are tied. The official recipe
         decays them.
 
-    **Returns:** the same tree with `True` or `False` in place of each leaf, for the `mask` of
+    **Returns:**
+
+    The same tree with `True` or `False` in place of each leaf, for the `mask` of
     `optax.adamw`.
     """
     exempt = _NORMS if embeddings else (*_NORMS, eqx.nn.Embedding)
@@ -78,7 +80,9 @@ def recipe(
     - `decay`: a function from the model to the leaves that are decayed, such as
         `functools.partial(decay_mask, embeddings=False)`.
 
-    **Returns:** an optax optimiser, whose state contains the learning rate.
+    **Returns:**
+
+    An optax optimiser, whose state contains the learning rate.
 
     **Raises:** `ValueError` if the warm-up is not shorter than `steps`, or `final` is above
     `learning_rate`.

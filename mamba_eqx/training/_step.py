@@ -36,7 +36,9 @@ class Loss(Protocol):
         - `carry`: the state of each row before the batch; `None` if none is carried.
         - `key`: a PRNG key, different for each step and each group.
 
-        **Returns:** the loss, a scalar, and a [`mamba_eqx.training.LossAux`][].
+        **Returns:**
+
+        The loss, a scalar, and a [`mamba_eqx.training.LossAux`][].
         """
         ...
 
@@ -135,7 +137,9 @@ class TrainStep:
             to batch; `None` starts every batch from the empty state.
         - `key`: the key for losses that draw random numbers.
 
-        **Returns:** a [`mamba_eqx.training.TrainState`][].
+        **Returns:**
+
+        A [`mamba_eqx.training.TrainState`][].
         """
         copy = lambda leaf: jnp.copy(leaf) if eqx.is_array(leaf) else leaf
         model = jax.tree.map(copy, model)

@@ -98,7 +98,9 @@ def _invert(
     - `lanes`: returns the weights of the tokens of a tile, given the index of the tile.
     - `key`: the random key.
 
-    **Returns:** the token ids, keeping the axis.
+    **Returns:**
+
+    The token ids, keeping the axis.
     """
     cumulative = jnp.cumsum(sums, axis=-1)
     u = jr.uniform(key, (*sums.shape[:-1], 1), sums.dtype)

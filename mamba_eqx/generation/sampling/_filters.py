@@ -31,7 +31,9 @@ def temperature(
     - `value`: the temperature $\tau$, positive and finite. For the limit of 0 see
         [`mamba_eqx.sampling.greedy`][].
 
-    **Returns:** the new logits, of the same shape and dtype.
+    **Returns:**
+
+    The new logits, of the same shape and dtype.
 
     **Raises:** `ValueError` if `value` is out of range (values traced by JAX are not checked).
     """
@@ -56,7 +58,9 @@ def top_k(
     - `logits`: of shape `(..., vocab_size)` and any floating-point dtype.
     - `k`: an integer of at least 1. Nothing is excluded if it exceeds the size of the vocabulary.
 
-    **Returns:** the logits, with `-inf` for excluded tokens.
+    **Returns:**
+
+    The logits, with `-inf` for excluded tokens.
 
     **Raises:** `ValueError` if `k` is out of range (values traced by JAX are not checked).
     """
@@ -81,7 +85,9 @@ def top_p(
     - `logits`: of shape `(..., vocab_size)` and any floating-point dtype.
     - `p`: within `0 < p <= 1`. The most likely token is always kept.
 
-    **Returns:** the logits, with `-inf` for excluded tokens.
+    **Returns:**
+
+    The logits, with `-inf` for excluded tokens.
 
     **Raises:** `ValueError` if `p` is out of range (values traced by JAX are not checked).
     """
@@ -106,7 +112,9 @@ def min_p(
     - `logits`: of shape `(..., vocab_size)` and any floating-point dtype.
     - `p`: within `0 <= p <= 1`.
 
-    **Returns:** the logits, with `-inf` for excluded tokens.
+    **Returns:**
+
+    The logits, with `-inf` for excluded tokens.
 
     **Raises:** `ValueError` if `p` is out of range (values traced by JAX are not checked).
     """
@@ -132,7 +140,9 @@ def typical_p(
     - `logits`: of shape `(..., vocab_size)` and any floating-point dtype.
     - `p`: within `0 < p <= 1`.
 
-    **Returns:** the logits, with `-inf` for excluded tokens.
+    **Returns:**
+
+    The logits, with `-inf` for excluded tokens.
 
     **Raises:** `ValueError` if `p` is out of range (values traced by JAX are not checked).
     """

@@ -29,7 +29,9 @@ def repetition_penalty(
     - `recent`: the ids of the last tokens, of shape `(window,)`, padded with -1.
     - `value`: the penalty $\theta$, positive. 1 changes nothing; less than 1 rewards repetition.
 
-    **Returns:** the new logits.
+    **Returns:**
+
+    The new logits.
     """
     value = jnp.asarray(value, logits.dtype)
     penalised = jnp.where(logits > 0, logits / value, logits * value)
@@ -51,7 +53,9 @@ def presence_penalty(
     - `recent`: the ids of the last tokens, of shape `(window,)`, padded with -1.
     - `value`: the penalty $\alpha$. 0 changes nothing; less than 0 rewards repetition.
 
-    **Returns:** the new logits.
+    **Returns:**
+
+    The new logits.
     """
     return logits - jnp.asarray(value, logits.dtype) * jnp.minimum(_counts(logits, recent), 1)
 
@@ -71,7 +75,9 @@ def frequency_penalty(
     - `recent`: the ids of the last tokens, of shape `(window,)`, padded with -1.
     - `value`: the penalty $\alpha$. 0 changes nothing; less than 0 rewards repetition.
 
-    **Returns:** the new logits.
+    **Returns:**
+
+    The new logits.
     """
     return logits - jnp.asarray(value, logits.dtype) * _counts(logits, recent)
 

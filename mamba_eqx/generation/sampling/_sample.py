@@ -33,7 +33,9 @@ def greedy(logits: Float[Array, "*batch vocab"]) -> Int[Array, "*batch"]:
 
     - `logits`: of shape `(..., vocab_size)` and any floating-point dtype.
 
-    **Returns:** the token ids, of shape `(...)`.
+    **Returns:**
+
+    The token ids, of shape `(...)`.
     """
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
@@ -73,7 +75,9 @@ def sample(
     - `min_p`: as for [`mamba_eqx.sampling.min_p`][].
     - `typical_p`: as for [`mamba_eqx.sampling.typical_p`][].
 
-    **Returns:** the token ids, of shape `(...)`.
+    **Returns:**
+
+    The token ids, of shape `(...)`.
 
     **Raises:** `ValueError` if an option is out of range (values traced by JAX are not checked).
     """

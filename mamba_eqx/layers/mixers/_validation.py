@@ -23,7 +23,9 @@ def check_mamba1(
 ) -> tuple[int, int]:
     """Validates the options of `Mamba1`.
 
-    **Returns:** `d_inner` and `dt_rank`, with their defaults if they are `None`.
+    **Returns:**
+
+    `d_inner` and `dt_rank`, with their defaults if they are `None`.
     """
     check_positive("d_model", d_model)
     d_inner = 2 * d_model if d_inner is None else d_inner
@@ -62,7 +64,9 @@ def check_mamba2(
 ) -> tuple[int, int]:
     """Validates the options of `Mamba2`.
 
-    **Returns:** `d_inner` and `d_ssm`, with their defaults if they are `None`.
+    **Returns:**
+
+    `d_inner` and `d_ssm`, with their defaults if they are `None`.
     """
     check_positive("d_model", d_model)
     d_inner = 2 * d_model if d_inner is None else d_inner
@@ -107,7 +111,9 @@ def check_mamba3(
 ) -> int:
     """Validates the options of `Mamba3`.
 
-    **Returns:** `d_inner`, with its default if it is `None`.
+    **Returns:**
+
+    `d_inner`, with its default if it is `None`.
     """
     check_positive("d_model", d_model)
     d_inner = 2 * d_model if d_inner is None else d_inner
@@ -155,7 +161,9 @@ def check_attention(
 ) -> tuple[int, int, float]:
     """Validates the options of `Attention`.
 
-    **Returns:** `nheads_kv`, `headdim` and `softmax_scale`, with their defaults if they are `None`.
+    **Returns:**
+
+    `nheads_kv`, `headdim` and `softmax_scale`, with their defaults if they are `None`.
     """
     check_positive("d_model", d_model)
     check_positive("nheads", nheads)

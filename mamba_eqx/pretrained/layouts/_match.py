@@ -126,7 +126,9 @@ def match(
 def group_by_leaf(found: list[tuple[Slot, Tensor]]) -> dict[str, list[tuple[Slot, Tensor]]]:
     """Groups the result of `match` by the path of the leaf.
 
-    **Returns:** the slots and tensors of each leaf, in the order in which they are joined.
+    **Returns:**
+
+    The slots and tensors of each leaf, in the order in which they are joined.
     """
     leaves: dict[str, list[tuple[Slot, Tensor]]] = {}
     for slot, tensor in found:

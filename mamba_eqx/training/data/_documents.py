@@ -24,7 +24,9 @@ def document_starts(
     - `tokens`: the documents, one after another.
     - `separator`: the token id that starts a document.
 
-    **Returns:** the indices, in increasing order.
+    **Returns:**
+
+    The indices, in increasing order.
     """
     found = [
         start + np.flatnonzero(tokens[start : start + _PIECE] == separator)
@@ -44,7 +46,9 @@ def hold_out_end(
     - `tokens`: the text.
     - `fraction`: the share of the tokens to hold out, within `0 < fraction < 1`.
 
-    **Returns:** the tokens to train on, and the held-out tokens. Both are views of `tokens`.
+    **Returns:**
+
+    The tokens to train on, and the held-out tokens. Both are views of `tokens`.
 
     **Raises:** `ValueError` if `fraction` is out of range, or so small that no token is held out.
     """
@@ -74,7 +78,9 @@ def hold_out_documents(
         `[b"TWELFTH NIGHT"]`.
     - `separator`: the token id that starts a document.
 
-    **Returns:** the tokens to train on, and the held-out tokens. Both are copies, with a separator
+    **Returns:**
+
+    The tokens to train on, and the held-out tokens. Both are copies, with a separator
     before each document.
 
     **Raises:** `ValueError` if no document starts with one of the names, or if every document is

@@ -38,7 +38,9 @@ def read_tokens(
         `.npy` file contains its own dtype.
     - `vocab_size`: if given, every token must be below it.
 
-    **Returns:** the tokens, as a read-only array.
+    **Returns:**
+
+    The tokens, as a read-only array.
 
     **Raises:** `ValueError` if the file is empty, if a raw array is not a whole number of tokens,
     if the dtype is not an integer dtype, or if a token is not within `0..vocab_size - 1`; `OSError`
@@ -120,7 +122,9 @@ def write_tokens(
         [`mamba_eqx.TextTokenizer`][], use its `eos_token_id`; for bytes, use a byte that no
         text contains, such as 0.
 
-    **Returns:** the number of tokens written.
+    **Returns:**
+
+    The number of tokens written.
 
     **Raises:** `ValueError` if `path` does not end in `.npy`; `OSError` if the file cannot be
     written.

@@ -107,7 +107,9 @@ class LoRA(eqx.Module):
             changed. By default all are.
         - `key`: the key of $A$, which is uniform within $\pm 1/\sqrt{\text{in}}$ as in PEFT.
 
-        **Returns:** the `LoRA`, whose merged model equals `model`.
+        **Returns:**
+
+        The `LoRA`, whose merged model equals `model`.
 
         **Raises:** `ValueError` if no linear layer is selected, a target matches none, or an
         argument is out of range.
@@ -130,7 +132,9 @@ class LoRA(eqx.Module):
 
         - `model`: the model that the pairs were initialised for, or one of the same structure.
 
-        **Returns:** a model of the same structure, shapes and dtypes.
+        **Returns:**
+
+        A model of the same structure, shapes and dtypes.
 
         **Raises:** `ValueError` if the model lacks a linear layer of the `LoRA`, or has it with
         another shape.

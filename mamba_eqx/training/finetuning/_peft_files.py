@@ -137,7 +137,9 @@ def load_lora(
     - `model`: the model that the LoRA was initialised for, with its layers `Unrolled` or `Stacked`.
     - `layout`: the layout whose names the files use.
 
-    **Returns:** the LoRA, with pairs in float32 or wider.
+    **Returns:**
+
+    The LoRA, with pairs in float32 or wider.
 
     **Raises:** [`mamba_eqx.CheckpointError`][] if the files are damaged, do not fit the model, or
     use options of PEFT beyond plain LoRA (DoRA, trained biases, different ranks);
