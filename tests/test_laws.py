@@ -57,7 +57,7 @@ all_layers = pytest.mark.parametrize("name", EVERYTHING)
 mixers_in_all_dtypes = pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        (name, dtype)
+        pytest.param(name, dtype, marks=[pytest.mark.slow] if dtype == "bfloat16" else [])
         for name in EVERYTHING
         for dtype in DTYPES
         if name in MIXERS or dtype == "float32"

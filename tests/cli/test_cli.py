@@ -60,6 +60,7 @@ def test_ctrl_c_keeps_the_output(checkpoint):
     assert err == b""
 
 
+@pytest.mark.slow
 def test_closed_output_is_not_an_error(checkpoint):
     with spawn("generate", "x", "--model", checkpoint, "--max-new-tokens", 2**30) as process:
         assert process.stdout is not None

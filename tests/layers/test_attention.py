@@ -247,6 +247,7 @@ def test_invalid_arguments_raise():
 # Generation.
 
 
+@pytest.mark.slow
 def test_hybrids_generate():
     """Ragged prompts, continued from the returned state, whose caches are full."""
     rotary = mbx.AttentionConfig(6, nheads=4, nheads_kv=2, headdim=4, rotary_emb_dim=2, d_conv=3)

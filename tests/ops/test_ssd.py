@@ -192,7 +192,7 @@ def value_and_gradients(arrays: Sequence[jax.Array], **options: Any) -> PyTree:
     return jax.jit(jax.value_and_grad(loss, argnums=tuple(range(7)), has_aux=True))(*arrays)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rate", [1e-30, 1e3, 1e30])
 def test_extreme_rates_give_finite_gradients(rate: float, dtype: str):
     """Rates are so large that every decay underflows, or so small that nothing decays."""

@@ -26,8 +26,10 @@ from tests.support.checkpoints import FAMILIES, STORED, Stored, assert_same, edi
 SLOW = ("mamba2", "hybrid")
 
 
-def case(stored: Stored, *more: object) -> object:
-    marks = [pytest.mark.slow] if stored.family in SLOW else []
+def case(stored: Stored, stacked: bool | None = None) -> object:
+    """Returns the parameters of a law, marked slow for some families and for `Stacked` layers."""
+    more = [] if stacked is None else [stacked]
+    marks = [pytest.mark.slow] if stacked or stored.family in SLOW else []
     name = "-".join(map(str, (stored.layout, stored.family, stored.name, *more)))
     return pytest.param(stored, *more, marks=marks, id=name)
 

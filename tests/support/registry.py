@@ -241,6 +241,7 @@ VARIANTS = {
     "mamba3_mimo",
     "attention_window",
     "block",
+    "block_mlp",
     "block_mamba2",
     "block_mamba3",
     "block_layernorm",
