@@ -24,7 +24,8 @@ DRAFTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    "draft", ["itself", pytest.param("another", marks=pytest.mark.slow), "lookup"]
+    "draft",
+    [*(pytest.param(draft, marks=pytest.mark.slow) for draft in ("itself", "another")), "lookup"],
 )
 @given(PROMPT, st.integers(1, 16), st.booleans())
 def test_greedy_speculation_equals_generate(draft, prompt, n, penalised):
@@ -128,7 +129,9 @@ def brute_force(prompt, n, alpha, stop):
     return sorted(found.items(), key=lambda pair: -pair[1])
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize(
+    "alpha", [1.0, *(pytest.param(alpha, marks=pytest.mark.slow) for alpha in (0.0, 2.0))]
+)
 def test_beam_search_equals_brute_force(alpha):
     prompt, n, stop = [1, 2], 3, (0, 4)
     want = brute_force(prompt, n, alpha, stop)

@@ -24,7 +24,7 @@ from mamba_eqx.pretrained import (
 from tests.support.checkpoints import BOTH, MAMBA1 as MODELS, assert_same, config, make
 
 
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("stacked", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_state_dict_of_gradients_and_moments(stacked):
     model = make(BOTH["tied"], stacked=stacked)
     loss = eqx.filter_grad(lambda m: sum(jnp.sum(x**2) for x in jax.tree.leaves(m)))
