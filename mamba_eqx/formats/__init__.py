@@ -1,7 +1,6 @@
 """File formats of checkpoints: reading and writing named tensors and JSON, without any model."""
 
 from ._json import (
-    decode_numbers as decode_numbers,
     join_keys as join_keys,
     quote_value as quote_value,
     read_config as read_config,

@@ -18,5 +18,4 @@ from ._skeleton import (
     skeleton as skeleton,
     unrolled as unrolled,
 )
-from ._state_spaces import STATE_SPACES as STATE_SPACES
 from .transformers import TRANSFORMERS as TRANSFORMERS
