@@ -55,10 +55,10 @@ class Attention(AbstractSequenceLayer[KVCache]):
     embedding $R_t$ of position $t$,
 
     $$\begin{aligned}
-    q, k, v &= \mathrm{conv1d}(W_{in} x), \\
-    y_t &= \sum_{s \le t} p_{ts} v_s, \qquad
-      p_t = \mathrm{softmax}_s(\text{scale} \cdot (R_t q_t)^\top R_s k_s), \\
-    \text{out} &= W_{out}\, y.
+    q, k, v &= \mathrm{conv1d}(W_\mathrm{in} x), \\
+    p_t &= \mathrm{softmax}_s(\text{scale} \cdot (R_t q_t)^\top R_s k_s), \\
+    y_t &= \sum_{s \le t} p_{ts} v_s, \\
+    \text{out} &= W_\mathrm{out}\, y.
     \end{aligned}$$
 
     `in_proj` emits `[q, k, v]`, and query head `h` attends to the keys and values of head

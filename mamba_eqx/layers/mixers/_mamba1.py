@@ -38,10 +38,13 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
     With $\sigma$ = SiLU, $E$ = `d_inner` channels and the state size $N$ = `d_state`,
 
     $$\begin{aligned}
-    u, z &= W_{in} x, & u &\leftarrow \sigma(\mathrm{conv1d}(u)), \\
-    \delta, B, C &= W_x u, & \Delta &= \mathrm{softplus}(W_{dt} \delta + b_{dt}), \\
-    h_t &= \exp(\Delta_t A)\, h_{t-1} + \Delta_t B_t u_t, & y_t &= C_t^\top h_t + D u_t, \\
-    && \text{out} &= W_{out} (y \odot \sigma(z)),
+    u, z &= W_\mathrm{in} x, \\
+    u &\leftarrow \sigma(\mathrm{conv1d}(u)), \\
+    \delta, B, C &= W_x u, \\
+    \Delta &= \mathrm{softplus}(W_\mathrm{dt} \delta + b_\mathrm{dt}), \\
+    h_t &= \exp(\Delta_t A)\, h_{t-1} + \Delta_t B_t u_t, \\
+    y_t &= C_t^\top h_t + D u_t, \\
+    \text{out} &= W_\mathrm{out} (y \odot \sigma(z)),
     \end{aligned}$$
 
     where $A = -\exp(\texttt{A\_log})$. (The paper swaps the letters $x$ and $u$; here $x$ is the

@@ -59,12 +59,12 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
     With $\sigma$ = SiLU, and for every head, with $P$ = `headdim` channels and $N$ = `d_state`,
 
     $$\begin{aligned}
-    z, u, B, C, \delta &= W_{in} x, &
-      [u, B, C] &\leftarrow \sigma(\mathrm{conv1d}([u, B, C])), \\
-    h_t &= \exp(\Delta_t A)\, h_{t-1} + \Delta_t B_t u_t^\top, &
-      \Delta &= \mathrm{clip}(\mathrm{softplus}(\delta + b_{dt})), \\
-    y_t &= h_t^\top C_t + D \odot u_t, &
-      \text{out} &= W_{out}\, \mathrm{norm}(y \odot \sigma(z)),
+    z, u, B, C, \delta &= W_\mathrm{in} x, \\
+    [u, B, C] &\leftarrow \sigma(\mathrm{conv1d}([u, B, C])), \\
+    \Delta &= \mathrm{clip}(\mathrm{softplus}(\delta + b_\mathrm{dt})), \\
+    h_t &= \exp(\Delta_t A)\, h_{t-1} + \Delta_t B_t u_t^\top, \\
+    y_t &= h_t^\top C_t + D \odot u_t, \\
+    \text{out} &= W_\mathrm{out}\, \mathrm{norm}(y \odot \sigma(z)),
     \end{aligned}$$
 
     where $A = -\exp(\texttt{A\_log})$ is one number per head. (The paper swaps the letters $x$ and

@@ -56,17 +56,18 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
     With $\sigma$ = SiLU, and for every head, with $P$ = `headdim` channels and $N$ = `d_state`,
 
     $$\begin{aligned}
-    z, u, B, C, \delta, a, \tau, \omega &= W_{in} x, &
-      \Delta &= \mathrm{softplus}(\delta + b_{dt}), \quad A = -\max(f(a), \texttt{A\_floor}), \quad
-      \lambda = \mathrm{sigmoid}(\tau), \\
-    \theta_t &= \theta_{t-1} + \Delta_t \pi \tanh(\omega_t), &
-      k_t &= \mathrm{Rot}(\theta_t) (\mathrm{norm}(B_t) + b_B), \quad
-      q_t = \mathrm{Rot}(\theta_t) (\mathrm{norm}(C_t) + b_C), \\
-    h_t &= \alpha_t h_{t-1} + \beta_t k_{t-1} u_{t-1}^\top + \gamma_t k_t u_t^\top, &
-      \alpha_t &= e^{\Delta_t A_t}, \quad \beta_t = (1 - \lambda_t) \Delta_t \alpha_t, \quad
+    z, u, B, C, \delta, a, \tau, \omega &= W_\mathrm{in} x, \\
+    \Delta &= \mathrm{softplus}(\delta + b_\mathrm{dt}), \quad \lambda = \mathrm{sigmoid}(\tau), \\
+    A &= -\max(f(a), \texttt{A\_floor}), \\
+    \theta_t &= \theta_{t-1} + \Delta_t \pi \tanh(\omega_t), \\
+    k_t &= \mathrm{Rot}(\theta_t) (\mathrm{norm}(B_t) + b_B), \\
+    q_t &= \mathrm{Rot}(\theta_t) (\mathrm{norm}(C_t) + b_C), \\
+    \alpha_t &= e^{\Delta_t A_t}, \quad \beta_t = (1 - \lambda_t) \Delta_t \alpha_t, \quad
       \gamma_t = \lambda_t \Delta_t, \\
-    y_t &= h_t^\top q_t + D u_t, &
-      \text{out} &= W_{out} (\mathrm{norm}(y \text{, if } \texttt{outproj\_norm}) \odot \sigma(z)).
+    h_t &= \alpha_t h_{t-1} + \beta_t k_{t-1} u_{t-1}^\top + \gamma_t k_t u_t^\top, \\
+    y_t &= h_t^\top q_t + D u_t, \\
+    \text{out} &= W_\mathrm{out} (\mathrm{norm}(y \text{, if } \texttt{outproj\_norm})
+      \odot \sigma(z)).
     \end{aligned}$$
 
     $\mathrm{Rot}(\theta)$ rotates pairs of the state's dimensions, as if the state were complex.
@@ -76,10 +77,13 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
     These equations describe the SISO form. The MIMO form has `mimo_rank` = $R$ of $B$, $C$, $k$ and
     $q$, and
 
-    $$h_t = \alpha_t h_{t-1} + \beta_t \sum_r k_{t-1,r} v_{t-1,r}^\top
-      + \gamma_t \sum_r k_{t,r} v_{t,r}^\top, \quad v_{t,r} = u_t \odot \texttt{mimo\_x}_r, \quad
-      \text{out} = W_{out} \sum_r \texttt{mimo\_o}_r \odot
-      (h_t^\top q_{t,r} + D v_{t,r}) \odot \sigma(z_t \odot \texttt{mimo\_z}_r).$$
+    $$\begin{aligned}
+    v_{t,r} &= u_t \odot \texttt{mimo\_x}_r, \\
+    h_t &= \alpha_t h_{t-1} + \beta_t \sum_r k_{t-1,r} v_{t-1,r}^\top
+      + \gamma_t \sum_r k_{t,r} v_{t,r}^\top, \\
+    \text{out} &= W_\mathrm{out} \sum_r \texttt{mimo\_o}_r \odot
+      (h_t^\top q_{t,r} + D v_{t,r}) \odot \sigma(z_t \odot \texttt{mimo\_z}_r).
+    \end{aligned}$$
 
     The MIMO form rotates the pairs $(i, i + N/2)$ and the SISO form the pairs $(2i, 2i + 1)$, as in
     the official kernels, so that a MIMO mixer of rank 1 differs from the SISO mixer.
