@@ -18,6 +18,9 @@ class ByteTokenizer:
         """
         self._ids = SpecialIds() if ids is None else ids
 
+    def __repr__(self) -> str:
+        return f"<ByteTokenizer: {self.vocab_size} tokens>"
+
     @property
     def ids(self) -> SpecialIds:
         """The ids of the tokens that begin, end and pad a text."""

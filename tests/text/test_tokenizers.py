@@ -72,13 +72,14 @@ def test_stop_table_matches_across_tokens():
         assert (state == len(table) - 1) == found
 
 
-def test_stop_table_can_match_a_space_that_decoding_drops():
-    """`mamba-eqx generate --stop` therefore matches the printed text instead."""
+def test_stop_table_and_streamed_text_agree_on_spaces():
     tokenizer = mbx.TextTokenizer(FILES["sentencepiece"])
-    first = tokenizer.encode_piece("be")[0]
+    prompt, new = tokenizer.encode("a"), tokenizer.encode_piece("be")
     table = stop_table(tokenizer, [" b"])
-    assert table[0, first] == len(table) - 1
-    assert " b" not in tokenizer.decode([first])
+    assert table[0, new[0]] == len(table) - 1
+    assert tokenizer.decoder(prompt=prompt).feed(new) == " be"
+    assert tokenizer.decode([*prompt, *new]) == "a be"
+    assert tokenizer.decode(new) == "be", "a text begins without the space"
 
 
 def test_chat_template_matches_transformers():
