@@ -5,7 +5,15 @@ from collections.abc import Mapping
 
 
 # The order is that of transformers, which gives the ids of new tokens in this order.
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NAMED = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +73,9 @@ def declared_tokens(config: Mapping[str, object], known: frozenset[str]) -> Decl
     }
     unnamed: list[AddedToken] = []
     if isinstance(extra, Mapping):
-        entries |= {str(name): _token(str(name), value, special=True) for name, value in extra.items()}
+        entries |= {
+            str(name): _token(str(name), value, special=True) for name, value in extra.items()
+        }
     elif isinstance(extra, list | tuple):
         unnamed = [
             _token(f"extra_special_tokens[{i}]", value, special=isinstance(value, str))

@@ -11,7 +11,23 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 SPECIAL = ["<|a|>", "|a", "<|", "|>", "</s>", "<s>", "x", "ab", "<|im_end|>", "é", " s", "\n"]
 LETTERS = "ab<|>/s xzé_imend▁\n"
 # Pieces of several scripts, with characters of several bytes and combining marks.
-SCRIPTS = ["Ada", " is", "ก", "ำลัง", "こ", "んに", "漢字", "🙂", "👩‍👩‍👧", "e\u0301", "\u0301", "ü", ".", "'s", "  "]
+SCRIPTS = [
+    "Ada",
+    " is",
+    "ก",
+    "ำลัง",
+    "こ",
+    "んに",
+    "漢字",
+    "🙂",
+    "👩‍👩‍👧",
+    "e\u0301",
+    "\u0301",
+    "ü",
+    ".",
+    "'s",
+    "  ",
+]
 _WORDS = ["ab", "b</", "s>", "im", "_end", "bab", "zz", "</s>x", "▁a", "▁", "▁im", "a|", "|a|"]
 UNKNOWN = "<unk>"
 
@@ -66,7 +82,7 @@ DECODERS = {
     "metaspace": decoders.Metaspace(),
     "metaspace_never": decoders.Metaspace(prepend_scheme="never"),
     "word_piece": decoders.WordPiece(),
-    "bpe": decoders.BPEDecoder("a"),
+    "bpe": decoders.BPEDecoder("</w>"),
     "fuse": decoders.Fuse(),
     "none": None,
 }

@@ -22,7 +22,20 @@ _SOME = [
     name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in DECODERS
 ]
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-_PIECES = [*SCRIPTS, "▁", "▁▁", "▁is", "is▁", "##ing", "wa", "\ufffd", "é", "<|end|>", *_BYTES]
+_PIECES = [
+    *SCRIPTS,
+    "▁",
+    "▁▁",
+    "▁is",
+    "is▁",
+    "##ing",
+    "wa",
+    "is</w>",
+    "\ufffd",
+    "é",
+    "<|end|>",
+    *_BYTES,
+]
 _COMMON = [*range(_PIECES.index("<|end|>") + 1), 999]  # 999 is an id of no token
 
 

@@ -164,7 +164,9 @@ def test_special_tokens_are_declared_in_configs(source: str, in_vocabulary: bool
     assert ids.count(2) == 1 + (named or source in ("named", "variable"))
     assert tokenizer.decode(ids) == "a [UNK]"
     transformers = pytest.importorskip("transformers")
-    config = {k: v["content"] if isinstance(v, dict) and "content" in v else v for k, v in config.items()}
+    config = {
+        k: v["content"] if isinstance(v, dict) and "content" in v else v for k, v in config.items()
+    }
     config.pop("added_tokens_decoder", None)
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(_word_level(vocab)), **config
@@ -191,14 +193,29 @@ def test_given_ids_come_first():
 def test_tokenizers_describe_themselves():
     tokenizer = mbx.TextTokenizer(FILES["byte_level"], CONFIG)
     assert re.fullmatch(
-        r"<TextTokenizer: BPE, \d+ tokens, 3 of them special, with a chat template>", repr(tokenizer)
+        r"<TextTokenizer: BPE, \d+ tokens, 3 of them special, with a chat template>",
+        repr(tokenizer),
     )
     assert repr(mbx.ByteTokenizer()) == "<ByteTokenizer: 256 tokens>"
 
 
 def _damage(data: st.DataObject, value: object) -> object:
     """Replaces an entry somewhere in a parsed file."""
-    junk = [None, -1, 2**31, 2**64, 1e308, "", "x", "\ud800", [], {}, True, ["x"], {"type": "Strip"}]
+    junk = [
+        None,
+        -1,
+        2**31,
+        2**64,
+        1e308,
+        "",
+        "x",
+        "\ud800",
+        [],
+        {},
+        True,
+        ["x"],
+        {"type": "Strip"},
+    ]
     if isinstance(value, dict | list) and value and data.draw(st.integers(0, 9)):
         keys = sorted(value) if isinstance(value, dict) else range(len(value))
         key = data.draw(st.sampled_from(keys))
@@ -237,7 +254,7 @@ def test_damaged_files_are_value_errors(data: st.DataObject):
 
 
 @pytest.mark.slow
-@settings(max_examples=2000)
+@settings(max_examples=400)
 @given(data=st.data())
 def test_damaged_files_are_value_errors_many_times(data: st.DataObject):
     _check_damaged(data)
