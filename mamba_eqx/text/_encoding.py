@@ -1,10 +1,16 @@
 """Encoding of text in which some parts are special tokens."""
 
+import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ._chat_template import Piece
 from ._private_spelling import PrivateTokenizer
 from ._rust import checked
+
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 
 def encode_pieces(
@@ -27,21 +33,12 @@ def encode_pieces(
 
     **Raises:** `ValueError` if `tokenizers` fails.
     """
+    encode = functools.partial(private.fast.encode, add_special_tokens=add_special_tokens)
     while True:
         spelled = [private.private[text] if special else text for text, special in pieces]
-        encoding = checked(
-            lambda text="".join(spelled): private.fast.encode(
-                text, add_special_tokens=add_special_tokens
-            ),
-            "This text cannot be encoded",
-        )
-        spans: list[tuple[int, int, int]] = []
-        start = 0
-        for i, text in enumerate(spelled):
-            if pieces[i].is_special:
-                spans.append((i, start, start + len(text)))
-            start += len(text)
-        missed = _missed(spans, encoding.offsets)
+        text = "".join(spelled)
+        encoding = checked(functools.partial(encode, text), "This text cannot be encoded")
+        missed = _missed(pieces, spelled, encoding)
         if not missed:
             return encoding.ids
         pieces = [
@@ -50,23 +47,27 @@ def encode_pieces(
         ]
 
 
-def _missed(spans: Sequence[tuple[int, int, int]], offsets: Sequence[tuple[int, int]]) -> set[int]:
-    """Returns the numbers of the pieces that are not covered by a single token.
+def _missed(pieces: Sequence[Piece], spelled: Sequence[str], encoding: "Encoding") -> set[int]:
+    """Returns the numbers of the special pieces that are not covered by a single token.
 
     The first and the last character of a piece do not count: they may be spaces, which some
     tokenizers do not count as parts of tokens.
     """
     missed = set[int]()
-    if not spans:
+    if not any(piece.is_special for piece in pieces):
         return missed
-    tokens = iter(offsets)
+    tokens = iter(encoding.offsets)
     first, last = 0, 0
-    for number, start, end in spans:
+    end = 0
+    for i, part in enumerate(spelled):
+        start, end = end, end + len(part)
+        if not pieces[i].is_special:
+            continue
         while last < end - 1:
             token = next(tokens, None)
             if token is None:
                 break
             first, last = token
         if first > start + 1 or last < end - 1:
-            missed.add(number)
+            missed.add(i)
     return missed

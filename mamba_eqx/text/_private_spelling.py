@@ -73,23 +73,21 @@ def private_tokenizer(file: str, config: Mapping[str, object]) -> PrivateTokeniz
             "Tokenizers of checkpoints require the package `tokenizers`: "
             'pip install "mamba_eqx[text]".'
         ) from error
-    values = _parse(file)
-    model = values["model"]
-    entries = values.get("added_tokens") or []
-    padding = values.pop("padding", None)
+    values, model, entries = _parse(file)
+    padding = values.get("padding")
     if isinstance(padding, dict) and isinstance(padding.get("pad_token"), str):
         # transformers gives the padding token of the file this role.
         config = {"pad_token": padding["pad_token"]} | dict(config)
-    known = frozenset(entry["content"] for entry in entries)
-    declared = declared_tokens(config, known)
-    special = [entry["content"] for entry in entries if entry.get("special") is True]
+    declared = declared_tokens(config, frozenset(str(entry["content"]) for entry in entries))
+    special = [str(entry["content"]) for entry in entries if entry.get("special") is True]
     special += [token.content for token in declared.added if token.special]
     special = list(dict.fromkeys([*special, *declared.named.values()]))
     nonce = secrets.token_hex(16)
     private = {content: _spell(content, i, nonce) for i, content in enumerate(special) if content}
     for entry in entries:
-        if entry["content"] in private:
-            entry.update(content=private[entry["content"]], special=True)
+        content = str(entry["content"])
+        if content in private:
+            entry.update(content=private[content], special=True)
     _rename(model, private)
     values["truncation"] = values["padding"] = None
 
@@ -121,8 +119,13 @@ def _spell(content: str, index: int, nonce: str) -> str:
     return f"{content[0]}{nonce}{index:08d}{content[-1]}"
 
 
-def _parse(file: str) -> dict[str, object]:
-    """Parses a `tokenizer.json`, and checks as much of its structure as this module relies on."""
+def _parse(file: str) -> tuple[dict[str, object], dict[str, object], list[dict[str, object]]]:
+    """Parses a `tokenizer.json`, and checks as much of its structure as this module relies on.
+
+    **Returns:**
+
+    The content, its model, and its added tokens.
+    """
     try:
         values = json.loads(file)
     except (ValueError, RecursionError) as error:
@@ -143,7 +146,7 @@ def _parse(file: str) -> dict[str, object]:
         raise ValueError(
             f"{_FAILED}: its ids must be below {limit} for {len(vocab)} tokens, but got {largest}."
         )
-    return values
+    return values, model, entries
 
 
 def _rename(model: dict[str, object], private: Mapping[str, str]) -> None:

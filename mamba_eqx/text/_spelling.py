@@ -1,5 +1,6 @@
 """The text of tokens, as the decoder of a tokenizer spells it."""
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Sequence, Set
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 _FAILED = "These tokens cannot be decoded"
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _REPLACEMENT = "\ufffd"
 
 
@@ -41,11 +42,13 @@ class Spelling:
         self._alphabet = _gpt2_alphabet() if "ByteLevel" in steps else None
         self._bytes: dict[int, bytes] = {}
         if "ByteFallback" in steps:
-            matches = {i: match for t, i in vocab.items() if (match := _BYTE.fullmatch(t))}
             self._bytes = {
-                i: bytes([int(match[1], 16)]) for i, match in matches.items() if i in self._shown
+                number: bytes([int(token[3:5], 16)])
+                for token, number in vocab.items()
+                if token.startswith("<0x") and _BYTE.fullmatch(token) and number in self._shown
             }
         self._fallback = frozenset(self._bytes)
+        self._decoder = fast.decoder
 
     @property
     def ids(self) -> frozenset[int]:
@@ -83,9 +86,14 @@ class Spelling:
             return spelled.encode("utf-8")
         # Decoders treat the first and the last token of a text in their own ways, so the token is
         # decoded between two others.
-        start = len(self._join(["a"]))
-        after = self._join(["a", "b"])[start:]
+        start, after = self._neighbours
         return self._join(["a", spelled, "b"])[start:].removesuffix(after).encode("utf-8")
+
+    @functools.cached_property
+    def _neighbours(self) -> tuple[int, str]:
+        """The length of the text of "a", and the text of "b" behind it."""
+        start = len(self._join(["a"]))
+        return start, self._join(["a", "b"])[start:]
 
     def _repaired(self, shown: Sequence[int]) -> Iterator[str]:
         """Yields the spellings of tokens. Bytes that form no character are spelled as U+FFFD."""
@@ -100,10 +108,9 @@ class Spelling:
                     yield from (f"<0x{byte:02X}>" for byte in char.encode("utf-8"))
 
     def _join(self, spelled: list[str]) -> str:
-        decoder = self._fast.decoder
-        if decoder is None:
+        if self._decoder is None:
             return " ".join(spelled)
-        return checked(lambda: decoder.decode(spelled), _FAILED)
+        return checked(functools.partial(self._decoder.decode, spelled), _FAILED)
 
 
 def _is_text(data: bytes) -> bool:

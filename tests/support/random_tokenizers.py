@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 
-# Special tokens that overlap, contain each other or have a single letter. Some are spelled in words.
+# Special tokens that overlap, contain each other or have a single letter.
 SPECIAL = ["<|a|>", "|a", "<|", "|>", "</s>", "<s>", "x", "ab", "<|im_end|>", "é", " s", "\n"]
 LETTERS = "ab<|>/s xzé_imend▁\n"
 # Pieces of several scripts, with characters of several bytes and combining marks.

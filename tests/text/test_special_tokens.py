@@ -2,6 +2,7 @@
 random."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings, strategies as st
@@ -19,7 +20,7 @@ from tests.support.random_tokenizers import (  # noqa: E402
 )
 
 
-def _theirs(drawn: RandomTokenizer) -> "transformers.PreTrainedTokenizerFast":
+def _theirs(drawn: RandomTokenizer) -> Any:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(drawn.file), **drawn.config
     )

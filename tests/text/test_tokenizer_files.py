@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -16,16 +17,64 @@ from tests.support.tokenizers import CONFIG, FILES  # noqa: E402
 
 def _added(content: str, number: int, **flags: bool) -> dict[str, object]:
     names = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    return {"id": number, "content": content} | {name: flags.get(name, False) for name in names}
+    return {"id": number, "content": content, **{name: flags.get(name, False) for name in names}}
 
 
-def _word_level(vocab: dict[str, int], **entries: object) -> str:
+def _word_level(vocab: Mapping[str, object], **entries: object) -> str:
     """Returns a tokenizer of words between spaces."""
     names = ("truncation", "padding", "normalizer", "post_processor", "decoder")
     empty = dict.fromkeys(names) | {"version": "1.0", "added_tokens": []}
     model = {"type": "WordLevel", "vocab": vocab, "unk_token": next(iter(vocab))}
     split = {"type": "WhitespaceSplit"}
     return json.dumps(empty | {"pre_tokenizer": split, "model": model} | entries)
+
+
+_LETTERS = ["</s>", "[UNK]", "▁", "<", "/", "s", ">", "##/", "##s", "##>", "▁<", "</", "s>"]
+_VOCAB = {token: i for i, token in enumerate(_LETTERS)}
+_MERGES = [("<", "/"), ("s", ">"), ("</", "s>"), ("▁", "<")]
+_MODELS: dict[str, dict[str, object]] = {
+    "unigram": {"type": "Unigram", "unk_id": 1, "vocab": [[t, -1.0] for t in _LETTERS]},
+    "bpe": {"type": "BPE", "vocab": _VOCAB, "merges": _MERGES},
+    "bpe_old": {"vocab": _VOCAB, "merges": [" ".join(merge) for merge in _MERGES]},
+    "bpe_whole": {"type": "BPE", "vocab": _VOCAB, "merges": [], "ignore_merges": True},
+    "word_piece": {
+        "type": "WordPiece",
+        "vocab": _VOCAB,
+        "unk_token": "[UNK]",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 100,
+    },
+    "word_level": {"type": "WordLevel", "vocab": _VOCAB, "unk_token": "[UNK]"},
+}
+
+
+@pytest.mark.parametrize("name", _MODELS)
+def test_the_vocabulary_makes_no_special_tokens(name: str):
+    """Here the model of the tokenizer itself makes the token, not the search for added tokens."""
+    added = [_added("</s>", 0, special=True)]
+    file = json.loads(_word_level({"a": 0}, added_tokens=added, model=_MODELS[name]))
+    original = tokenizers.Tokenizer.from_str(json.dumps(file))
+    original.encode_special_tokens = True
+    assert original.encode("</s>").ids == [0]
+    tokenizer = mbx.TextTokenizer(json.dumps(file))
+    ids = tokenizer.encode("</s>")
+    assert tokenizer.special_tokens == {"</s>": 0}
+    assert ids
+    assert 0 not in ids
+    if name == "word_level":
+        assert ids == [1]
+    else:
+        spelled = "".join(_LETTERS[i].removeprefix("##") for i in ids)
+        assert spelled == "</s>"
+
+
+def test_private_spellings_are_renewed_if_a_text_contains_them(monkeypatch):
+    nonces = iter(["1" * 32, "1" * 32, "2" * 32])
+    monkeypatch.setattr("secrets.token_hex", lambda n: next(nonces))
+    added = [_added("</s>", 1, special=True)]
+    tokenizer = mbx.TextTokenizer(_word_level({"a": 0, "</s>": 1}, added_tokens=added))
+    assert tokenizer.encode(f"a <{'1' * 32}00000000>") == [0, 0]
+    assert next(nonces, None) is None
 
 
 def test_truncation_and_padding_have_no_effect():
@@ -126,9 +175,10 @@ def test_config_entries_of_wrong_types_are_refused(config: dict[str, object]):
 
 
 def test_lone_surrogates_are_refused():
-    for tokenizer in (mbx.ByteTokenizer(), mbx.TextTokenizer(FILES["byte_level"], CONFIG)):
+    tokenizer = mbx.TextTokenizer(FILES["byte_level"], CONFIG)
+    for each in (mbx.ByteTokenizer(), tokenizer):
         with pytest.raises(ValueError, match=r"lone surrogate U\+D83D at index 2"):
-            tokenizer.encode("ab\ud83d")
+            each.encode("ab\ud83d")
     with pytest.raises(ValueError, match="lone surrogate"):
         tokenizer.encode_chat([{"role": "user", "content": "\udc00"}])
 
