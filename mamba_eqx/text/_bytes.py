@@ -36,6 +36,11 @@ class ByteTokenizer:
         """The number of tokens: 256."""
         return 256
 
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """The ids of all tokens: 0 to 255."""
+        return frozenset(range(self.vocab_size))
+
     def encode(self, text: str) -> list[int]:
         """Encodes a text as its UTF-8 bytes.
 
