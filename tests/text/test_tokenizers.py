@@ -72,13 +72,14 @@ def test_stop_table_matches_across_tokens():
         assert (state == len(table) - 1) == found
 
 
-def test_stop_table_can_match_a_space_that_decoding_drops():
-    """`mamba-eqx generate --stop` therefore matches the printed text instead."""
+def test_stop_table_and_streamed_text_agree_on_spaces():
     tokenizer = mbx.TextTokenizer(FILES["sentencepiece"])
-    first = tokenizer.encode_piece("be")[0]
+    prompt, new = tokenizer.encode("a"), tokenizer.encode_piece("be")
     table = stop_table(tokenizer, [" b"])
-    assert table[0, first] == len(table) - 1
-    assert " b" not in tokenizer.decode([first])
+    assert table[0, new[0]] == len(table) - 1
+    assert tokenizer.decoder(prompt=prompt).feed(new) == " be"
+    assert tokenizer.decode([*prompt, *new]) == "a be"
+    assert tokenizer.decode(new) == "be", "a text begins without the space"
 
 
 def test_chat_template_matches_transformers():
@@ -93,6 +94,20 @@ def test_chat_template_matches_transformers():
     for ask in (True, False):
         want = theirs.apply_chat_template(CHAT, add_generation_prompt=ask, return_dict=False)
         assert tokenizer.encode_chat(CHAT, add_generation_prompt=ask) == want
+
+
+def test_text_behind_a_special_token_is_not_the_first_of_a_chat():
+    """`Metaspace` may write a space at the beginning of a text only."""
+    transformers = pytest.importorskip("transformers")
+    fast = tokenizers.Tokenizer.from_str(FILES["sentencepiece"])
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    template = "{{ messages[0]['content'] }}<|user|>{{ messages[0]['content'] }}"
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, chat_template=template)
+    chat = [{"role": "user", "content": "be"}]
+    ids = mbx.TextTokenizer(fast.to_str(), {"chat_template": template}).encode_chat(chat)
+    vocab = fast.get_vocab()
+    assert ids == [vocab["▁be"], vocab["<|user|>"], vocab["be"]]
+    assert ids == theirs.apply_chat_template(chat, return_dict=False)
 
 
 def test_messages_never_become_special_tokens():
