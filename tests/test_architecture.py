@@ -35,8 +35,8 @@ LEVELS = {
         "__init__",
     ],
     "text": [
-        "_bytes _chat_template _protocols",
-        "_stop_strings _text_tokenizer",
+        "_chat_template _protocols _special_ids",
+        "_bytes _stop_strings _text_tokenizer",
         "__init__",
     ],
     "layers": [

@@ -2,6 +2,7 @@
 
 from ._bytes import ByteDecoder as ByteDecoder, ByteTokenizer as ByteTokenizer
 from ._protocols import Decoder as Decoder, Tokenizer as Tokenizer
+from ._special_ids import SpecialIds as SpecialIds
 from ._stop_strings import stop_table as stop_table, text_until as text_until
 from ._text_tokenizer import TextDecoder as TextDecoder, TextTokenizer as TextTokenizer
 
@@ -11,6 +12,7 @@ __all__ = [
     "ByteDecoder",
     "ByteTokenizer",
     "Decoder",
+    "SpecialIds",
     "TextDecoder",
     "TextTokenizer",
     "Tokenizer",

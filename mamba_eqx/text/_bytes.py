@@ -3,9 +3,29 @@
 import codecs
 from collections.abc import Sequence
 
+from ._special_ids import SpecialIds
+
 
 class ByteTokenizer:
     """A tokenizer for text in UTF-8 whose tokens are the 256 bytes, without special tokens."""
+
+    def __init__(self, *, ids: SpecialIds | None = None):
+        """**Arguments:**
+
+        - `ids`: the ids that the files of a checkpoint declare, for a model whose texts end with a
+            certain byte. `None`, the default, declares none.
+        """
+        self._ids = SpecialIds() if ids is None else ids
+
+    @property
+    def ids(self) -> SpecialIds:
+        """The ids of the tokens that begin, end and pad a text."""
+        return self._ids
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a generated text: `ids.eos`."""
+        return self._ids.eos
 
     @property
     def vocab_size(self) -> int:
