@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ._chat_template import render
+from ._special_ids import SpecialIds
 
 
 _REPLACEMENT = "\ufffd"
@@ -21,12 +22,19 @@ class TextTokenizer:
     Requires the package `tokenizers`: `pip install "mamba_eqx[text]"`.
     """
 
-    def __init__(self, tokenizer: str, config: Mapping[str, object] | None = None):
+    def __init__(
+        self,
+        tokenizer: str,
+        config: Mapping[str, object] | None = None,
+        *,
+        ids: SpecialIds | None = None,
+    ):
         """**Arguments:**
 
         - `tokenizer`: the content of `tokenizer.json`.
         - `config`: the parsed content of `tokenizer_config.json`, which names the end-of-text token
             and holds the chat template. `None`, the default, is an empty config.
+        - `ids`: the ids that the files of a checkpoint declare. `None`, the default, is none.
 
         **Raises:** `ValueError` if `tokenizer` is not the content of a `tokenizer.json`;
         `ImportError` if the package `tokenizers` is not installed.
@@ -44,6 +52,7 @@ class TextTokenizer:
             raise ValueError(f"This is not the content of a tokenizer.json: {error}.") from error
         self._fast.encode_special_tokens = True
         self._config = dict(config or {})
+        self._ids = SpecialIds() if ids is None else ids
         added = self._fast.get_added_tokens_decoder()
         self._added = {number: token.content for number, token in added.items()}
         self._special = {token.content: i for i, token in added.items() if token.special}
@@ -65,6 +74,17 @@ class TextTokenizer:
         such."""
         content = _content(self._config.get("eos_token"))
         return self._special.get(content) if isinstance(content, str) else None
+
+    @property
+    def ids(self) -> SpecialIds:
+        """The ids of the tokens that begin, end and pad a text."""
+        own = self.eos_token_id
+        return self._ids.completed(None, () if own is None else (own,), None)
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a generated text: `ids.eos`."""
+        return self.ids.eos
 
     @property
     def config(self) -> dict[str, object]:

@@ -80,13 +80,7 @@ def _validate_transformers(config: LanguageModelConfig) -> None:
 
 
 def _write_transformers(config: LanguageModelConfig, dtype: np.dtype) -> JSON:
-    return _family(config).write(config) | {
-        # The defaults would make token 0 end every text.
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        "dtype": dtype.name,
-    }
+    return _family(config).write(config) | {"dtype": dtype.name}
 
 
 def _name_transformers(config: LanguageModelConfig) -> list[Slot]:
@@ -103,4 +97,5 @@ TRANSFORMERS = Layout(
     keeps_tied_head=False,
     # As `MambaModel.load_hook` of transformers does.
     renames=MappingProxyType({"backbone.embedding.weight": EMBEDDING}),
+    declares_ids=True,
 )
