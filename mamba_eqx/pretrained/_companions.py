@@ -10,7 +10,7 @@ from pathlib import Path
 from ..formats import CheckpointError
 from ..text import ByteTokenizer, SpecialIds, TextTokenizer
 from ._source import Source
-from ._token_ids import GENERATION_CONFIG, declared_ids, ids_to_json
+from ._token_ids import GENERATION_CONFIG, config_ids, declared_ids, ids_to_json
 
 
 TOKENIZER = "tokenizer.json"
@@ -100,9 +100,10 @@ def read_companions(source: Source, *, ids_in_config: bool) -> Companions:
         for name in (*TOKENIZER_FILES, GENERATION_CONFIG)
         if (path := source.find(name)) is not None
     }
-    ids = declared_ids(source)
-    if GENERATION_CONFIG not in files and not ids_in_config and ids != SpecialIds():
-        files[GENERATION_CONFIG] = _dump(ids_to_json(ids))
+    declared, in_config = declared_ids(source), config_ids(source)
+    ids = declared if in_config is None else in_config
+    if GENERATION_CONFIG not in files and not ids_in_config and declared != SpecialIds():
+        files[GENERATION_CONFIG] = _dump(ids_to_json(declared))
     replaces: set[str] = set()
     if files or ids != SpecialIds():
         replaces.add(GENERATION_CONFIG)

@@ -16,20 +16,24 @@ _FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def declared_ids(source: Source) -> SpecialIds:
     """Reads the ids that a checkpoint declares.
 
-    As in transformers, the fields of `generation_config.json` take precedence over those of
-    `config.json`, and a negative id or `null` declares none.
+    As in transformers, a `generation_config.json` alone counts, even if it lacks a field that
+    `config.json` has. A negative id or `null` declares none.
 
     **Raises:** `CheckpointError` if a file is damaged, or a field is neither an id nor, for the end
     tokens, a list of ids.
     """
-    found: dict[str, tuple[int, ...]] = {}
-    for name in (*reversed(CONFIGS), GENERATION_CONFIG):
-        path = source.find(name)
-        if path is not None:
-            values = _read(path)
-            found |= {key: _ids(path, key, values[key]) for key in _FIELDS if key in values}
-    bos, eos, pad = (found.get(key, ()) for key in _FIELDS)
-    return SpecialIds(bos[0] if bos else None, eos, pad[0] if pad else None)
+    generation = _ids_of(source, GENERATION_CONFIG)
+    ids = config_ids(source) if generation is None else generation
+    return SpecialIds() if ids is None else ids
+
+
+def config_ids(source: Source) -> SpecialIds | None:
+    """Reads the ids in the config of a checkpoint; `None` if it has no field for ids.
+
+    **Raises:** `CheckpointError` as `declared_ids` does.
+    """
+    found = (_ids_of(source, name) for name in CONFIGS)
+    return next((ids for ids in found if ids is not None), None)
 
 
 def usable_ids(source: Source) -> SpecialIds:
@@ -76,6 +80,16 @@ def _read(path: Path) -> dict[str, object]:
             "again."
         )
     return values
+
+
+def _ids_of(source: Source, name: str) -> SpecialIds | None:
+    """Reads the ids in a file; `None` if there is no such file, or a config without the fields."""
+    path = source.find(name)
+    values = {} if path is None else _read(path)
+    if path is None or (name != GENERATION_CONFIG and not any(key in values for key in _FIELDS)):
+        return None
+    bos, eos, pad = (_ids(path, key, values.get(key)) for key in _FIELDS)
+    return SpecialIds(bos[0] if bos else None, eos, pad[0] if pad else None)
 
 
 def _ids(path: Path, key: str, value: object) -> tuple[int, ...]:
