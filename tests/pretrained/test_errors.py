@@ -269,7 +269,16 @@ def test_missing_files(tmp_path, saved):
 @pytest.mark.parametrize(
     "file",
     [
-        *("../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "C:\\x", "a\\b", "a\0b"),
+        *(
+            "../model.safetensors",
+            "/etc/passwd",
+            "a/b.safetensors",
+            "..",
+            "",
+            "C:\\x",
+            "a\\b",
+            "a\0b",
+        ),
         *("x" * 300, "é" * 128),  # Longer than the names of file systems.
     ],
 )

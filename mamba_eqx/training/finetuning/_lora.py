@@ -227,7 +227,7 @@ def _select(
     if not found:
         raise ValueError(
             "`targets` must select at least one layer, but selects none. The model has "
-            f"{', '.join(layers) or 'no layers that can be changed'}."
+            f"{', '.join(linears) or 'no linear layers'}."
         )
     return found
 
