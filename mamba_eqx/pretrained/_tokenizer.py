@@ -155,11 +155,11 @@ def _with_companions(
     merged = dict(config)
     if "added_tokens_decoder" not in merged:
         for key, value in (_read_object(source, SPECIAL_TOKENS) or {}).items():
-            before = merged.get(key)
             if key == "extra_special_tokens" and isinstance(value, list):
+                before = merged.get(key)
                 before = before if isinstance(before, list) else []
-                value = [*before, *(token for token in value if token not in before)]
-            merged[key] = value
+                value = [*before, *(t for t in map(_declared, value) if t not in before)]
+            merged[key] = _declared(value)
         added = _added_tokens(source, merged, tokenizer)
         if added:
             merged["added_tokens_decoder"] = added
@@ -168,6 +168,13 @@ def _with_companions(
         # transformers now writes templates here; one in the config is from an older version.
         merged["chat_template"] = read_text(template, _MAX_TEMPLATE)
     return merged
+
+
+def _declared(token: object) -> object:
+    """Returns a token of `special_tokens_map.json` as transformers reads it in the config."""
+    if isinstance(token, dict) and "content" in token:
+        return {"__type": "AddedToken", **token, "special": True}
+    return token
 
 
 def _added_tokens(
