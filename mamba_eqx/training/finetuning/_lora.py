@@ -205,7 +205,9 @@ def _select(
     layers: dict[str, _Layer], targets: Sequence[str] | Callable[[str], bool] | None
 ) -> dict[str, _Layer]:
     """Returns the layers that `targets` selects."""
-    linears = {p: layer for p, layer in layers.items() if not isinstance(layer, eqx.nn.Embedding)}
+    linears: dict[str, _Layer] = {
+        path: layer for path, layer in layers.items() if not isinstance(layer, eqx.nn.Embedding)
+    }
     if targets is None:
         found = linears
     elif callable(targets):
