@@ -186,8 +186,8 @@ def _added_tokens(
     if not listed:
         return {}
     try:
-        known = {token["content"] for token in json.loads(tokenizer)["added_tokens"]}
-    except (ValueError, TypeError, LookupError, RecursionError):
+        known = {token["content"] for token in json.loads(tokenizer).get("added_tokens") or ()}
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return {}  # The tokenizer is damaged, which is reported when it is built.
     named = [value for key, value in config.items() if key.endswith("_token")]
     for key in ("additional_special_tokens", "extra_special_tokens"):
