@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 
@@ -75,6 +75,51 @@ def temporary_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replaced_files(
+    path: str | os.PathLike[str],
+    *,
+    stale: Callable[[str], bool] = lambda name: False,
+    last: Collection[str] = (),
+) -> Iterator[Path]:
+    """Yields an empty folder, whose files replace those in `path` when the block succeeds.
+
+    The files of the same names and those that are `stale` are moved away, and the new ones moved
+    in. Other files are left alone. A link is replaced itself, and what it leads to is untouched.
+    If the block raises or one move fails, `path` is as before.
+
+    **Arguments:**
+
+    - `path`: the folder, which is created if it does not exist.
+    - `stale`: returns whether the old file of a name is removed even if there is no new one.
+    - `last`: the names of files that are moved away first and moved in last, so that a folder that
+        a power failure leaves incomplete has none of them, and is refused instead of misread.
+
+    **Raises:** `FileExistsError` if `path` is a file.
+    """
+    # Links to the folder are followed, because files are moved within one file system only.
+    folder = Path(path).resolve()
+    exists = folder.is_dir()
+    if folder.exists() and not exists:
+        raise FileExistsError(f"{path} is a file: give the path of a folder, existing or not.")
+    # The folder around an existing one may be on another file system, or not writable.
+    with temporary_folder(folder / "new" if exists else folder) as temporary:
+        new, old = temporary / "new", temporary / "old"
+        new.mkdir()
+        yield new
+        if not exists:
+            new.rename(folder)
+            return
+        old.mkdir()
+        names = os.listdir(new)
+        leaving = [name for name in os.listdir(folder) if name in names or stale(name)]
+        departures = [(folder / name, old / name) for name in leaving]
+        departures.sort(key=lambda move: move[0].name not in last)
+        arrivals = [(new / name, folder / name) for name in names]
+        arrivals.sort(key=lambda move: move[0].name in last)
+        rename_all(departures + arrivals)
 
 
 def remove_folder(path: str | os.PathLike[str]) -> None:

@@ -11,6 +11,7 @@ from mamba_eqx._atomic import (
     leftover_of,
     remove_folder,
     rename_all,
+    replaced_files,
     temporary_folder,
 )
 
@@ -72,6 +73,72 @@ def test_folder_is_synced_before_and_after_rename(tmp_path, monkeypatch):
     with atomic_folder(tmp_path / "folder", sync=True) as temporary:
         (temporary / "file").touch()
     assert calls == ["sync", "sync", "rename", "sync"]  # the file, its folder; the folder around
+
+
+def test_files_are_replaced_together(tmp_path):
+    folder, outside = tmp_path / "some" / "folder", tmp_path / "outside"
+    with replaced_files(folder) as new:
+        (new / "a").write_text("old")
+        assert not folder.exists()
+    outside.write_text("outside")
+    (folder / "b").symlink_to(outside)
+    for name in ("stale", "mine"):
+        (folder / name).write_text("old")
+    (tmp_path / "link").symlink_to(folder)
+    with replaced_files(tmp_path / "link", stale=lambda name: name == "stale") as new:
+        for name in "abc":
+            (new / name).write_text("new")
+        assert (folder / "a").read_text() == "old"
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        **dict.fromkeys("abc", "new"),
+        "mine": "old",
+    }
+    assert outside.read_text() == "outside"
+    assert not (folder / "b").is_symlink()
+    assert names(tmp_path / "some") == ["folder"]
+    with pytest.raises(FileExistsError, match="is a file"), replaced_files(outside):
+        pass
+
+
+def test_files_stay_if_the_block_raises(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(KeyboardInterrupt), replaced_files(tmp_path, stale=lambda _: True) as new:
+        interrupted_write(new / "a")
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_folder_may_be_on_a_file_system_of_its_own(tmp_path, monkeypatch):
+    """As a mounted one is: files are moved within the folder, and nothing is made beside it."""
+    folder, rename = tmp_path / "mounted", os.replace
+    folder.mkdir()
+    (folder / "a").write_text("old")
+
+    def within(source, destination):
+        assert str(source).startswith(f"{folder}{os.sep}")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "replace", within)
+    with replaced_files(folder) as new:
+        assert names(tmp_path) == ["mounted"]
+        (new / "a").write_text("new")
+    assert (folder / "a").read_text() == "new"
+
+
+def test_last_files_go_first_and_come_last(tmp_path, monkeypatch):
+    moves, rename = [], os.replace
+    for name in "abc":
+        (tmp_path / name).write_text("old")
+
+    def noted(source, destination):
+        moves.append(f"{source.parent.name} {source.name}")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "replace", noted)
+    with replaced_files(tmp_path, last=("b",)) as new:
+        for name in "abc":
+            (new / name).write_text("new")
+    assert (moves[0], moves[-1], len(moves)) == (f"{tmp_path.name} b", "new b", 6)
 
 
 def test_temporary_folder_is_removed(tmp_path):

@@ -1,19 +1,18 @@
 """`mamba-eqx convert`."""
 
 import argparse
-import shutil
 from pathlib import Path
 
 import jax
 
 from ..pretrained import (
     LAYOUTS,
-    TOKENIZER_FILES,
     check_dtype,
     load,
     open_source,
     read_checkpoint,
-    save_pretrained,
+    read_companions,
+    save_checkpoint,
 )
 from ._hub_arguments import add_source, hub_from_args
 from ._terminal import Commands, write
@@ -28,7 +27,8 @@ def add_convert(commands: Commands) -> None:
         "convert",
         help="convert a checkpoint to another layout, dtype or number of files",
         description="Convert a checkpoint of any layout to safetensors in a given layout. The "
-        "result appears in DEST only when it is complete. The tokenizer, if any, is copied last.",
+        "result appears in DEST only when it is complete. The files of the tokenizer, the ids of "
+        "special tokens and generation_config.json are kept.",
     )
     add_source(convert)
     convert.add_argument("dest", metavar="DEST", type=Path, help="folder to write")
@@ -64,10 +64,9 @@ def _run(args: argparse.Namespace) -> None:
     dtype = None if args.dtype is None else check_dtype("The model", args.dtype)
     source = open_source(args.source, hub_from_args(args))
     model = load(read_checkpoint(source), dtype)
-    save_pretrained(model, args.dest, layout=args.layout, max_shard_size=args.max_shard_size)
-    for name in TOKENIZER_FILES:
-        path = source.find(name)
-        if path is not None and path.resolve() != (args.dest / name).resolve():
-            shutil.copyfile(path, args.dest / name)
+    companions = read_companions(source, ids_in_config=LAYOUTS[args.layout].declares_ids)
+    save_checkpoint(
+        model, args.dest, companions, layout=args.layout, max_shard_size=args.max_shard_size
+    )
     count = sum(leaf.size for leaf in jax.tree.leaves(model))
     write(f"wrote {args.dest} ({args.layout} layout, {count:,} parameters)\n")

@@ -8,11 +8,12 @@ from ._checkpoint import (
     open_checkpoint as open_checkpoint,
     read_checkpoint as read_checkpoint,
 )
+from ._companions import read_companions as read_companions
 from ._describe import Description as Description, describe as describe
 from ._hub import Hub as Hub
 from ._load import from_pretrained as from_pretrained, load as load
 from ._push import push_to_hub as push_to_hub
-from ._save import save_pretrained as save_pretrained
+from ._save import save_checkpoint as save_checkpoint, save_pretrained as save_pretrained
 from ._source import Source as Source, open_source as open_source
 from ._state_dict import (
     LAYOUTS as LAYOUTS,
@@ -21,7 +22,6 @@ from ._state_dict import (
     state_dict as state_dict,
 )
 from ._tokenizer import (
-    TOKENIZER_FILES as TOKENIZER_FILES,
     load_tokenizer as load_tokenizer,
     read_tokenizer as read_tokenizer,
     save_tokenizer as save_tokenizer,

@@ -61,7 +61,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
         config = layout.read_config(values)
     except ValueError as error:  # From a config class, or a `CheckpointError`.
         raise CheckpointError(f"{path}: {error}") from None
-    tensors = renamed(layout, open_weights(source, layout.weights_file))
+    tensors = renamed(layout, config, open_weights(source, layout.weights_file))
     if len(config.layers) > len(tensors):
         # Checked here because a config of a billion layers would fill the memory with names.
         raise CheckpointError(

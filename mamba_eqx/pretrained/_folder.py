@@ -1,10 +1,7 @@
-"""The names of a checkpoint's files, and replacing the checkpoint in a folder."""
+"""The names of the files that a checkpoint consists of."""
 
-import os
 import re
-from pathlib import Path
 
-from .._atomic import rename_all
 from ._source import CONFIG
 from ._weights import SAFETENSORS, SAFETENSORS_INDEX
 from .layouts import Layout
@@ -33,16 +30,6 @@ def is_weights(name: str) -> bool:
     return name != CONFIG and (bool(_OURS.fullmatch(name)) or is_torch_weights(name))
 
 
-def replace_checkpoint(target: Path, new: Path, old: Path, layout: Layout) -> None:
-    """Moves the checkpoint in `target` to `old`, and the files in `new` to `target`.
-
-    If one move fails, all moves are undone. The old config is moved first and the new config last,
-    so that after a power failure an incomplete folder has no config and is refused, not misread.
-    """
-    configs, names = (CONFIG, layout.config_file), (layout.config_file, layout.weights_file)
-    ours = [name for name in os.listdir(target) if _OURS.fullmatch(name) or name in names]
-    departures = [(target / name, old / name) for name in ours]
-    departures.sort(key=lambda move: move[0].name not in configs)
-    arrivals = [(new / name, target / name) for name in os.listdir(new)]
-    arrivals.sort(key=lambda move: move[0].name in configs)
-    rename_all(departures + arrivals)
+def is_replaced(name: str, layout: Layout) -> bool:
+    """Returns whether saving a model in a layout replaces a file of this name."""
+    return bool(_OURS.fullmatch(name)) or name in (layout.config_file, layout.weights_file)

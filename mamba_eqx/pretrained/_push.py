@@ -5,10 +5,12 @@ import tempfile
 from pathlib import Path
 
 from ..models import LanguageModel
+from ..text import ByteTokenizer, TextTokenizer
 from ._card import CARD, model_card
+from ._companions import Companions, companions_of
 from ._folder import is_weights
 from ._hub_errors import Place, failure
-from ._save import save_pretrained
+from ._save import save_checkpoint
 from .layouts import config_from
 
 
@@ -18,6 +20,7 @@ def push_to_hub(
     *,
     layout: str = "transformers",
     max_shard_size: int | str | None = "5GB",
+    tokenizer: TextTokenizer | ByteTokenizer | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     private: bool | None = None,
@@ -33,11 +36,11 @@ def push_to_hub(
 
     The upload is a single commit, before which the repository is unchanged. The commit adds the
     config and the weights, and a model card if the repository has none. It removes other weights
-    that a reader might load instead.
+    that a reader might load instead, and with a `tokenizer` also the files of another one.
 
     **Arguments:**
 
-    - `model`, `layout`, `max_shard_size`: see [`mamba_eqx.save_pretrained`][].
+    - `model`, `layout`, `max_shard_size`, `tokenizer`: see [`mamba_eqx.save_pretrained`][].
     - `repo_id`: the name of the repository, `owner/name`.
     - `revision`: the branch, which is created if necessary. By default the main branch.
     - `token`: an access token of the Hub. By default the token that you are logged in with.
@@ -52,15 +55,17 @@ def push_to_hub(
     `pr_url` is the address of the pull request.
 
     **Raises:** [`mamba_eqx.CheckpointError`][] if the layout cannot store the model, or the Hub
-    refuses the upload.
+    refuses the upload; `ValueError` if `max_shard_size` is not valid, or `tokenizer` is not one of
+    this package.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+    companions = Companions() if tokenizer is None else companions_of(tokenizer)
     api = HfApi(endpoint=endpoint, token=token)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         # Saved first, so that nothing is created on the Hub for a model that cannot be saved.
-        save_pretrained(model, folder, layout=layout, max_shard_size=max_shard_size)
+        save_checkpoint(model, folder, companions, layout=layout, max_shard_size=max_shard_size)
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision is not None and not revision.startswith("refs/"):
@@ -70,7 +75,7 @@ def push_to_hub(
             card = model_card(config_from(model), layout=layout, name=repo_id)
             (folder / CARD).write_text(card, "utf-8")
             new = {name for name in os.listdir(folder) if name != CARD or name not in there}
-            stale = {name for name in there - new if is_weights(name)}
+            stale = {n for n in there - new if is_weights(n) or n in companions.replaces}
             return api.create_commit(
                 repo_id,
                 [

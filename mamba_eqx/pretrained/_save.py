@@ -9,13 +9,17 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from .._atomic import temporary_folder
+from .._atomic import replaced_files
 from ..formats import CheckpointError, write_safetensors
 from ..layers import recurrence_mask
 from ..models import LanguageModel
+from ..text import ByteTokenizer, TextTokenizer
 from ._card import CARD, model_card
-from ._folder import is_torch_weights, replace_checkpoint, shard_name
+from ._companions import Companions, companions_of
+from ._folder import is_replaced, is_torch_weights, shard_name
+from ._source import CONFIG
 from ._state_dict import get_layout, state_dict
+from ._token_ids import ids_to_json
 from ._weights import SAFETENSORS, SAFETENSORS_INDEX
 from .layouts import config_from, match, skeleton
 
@@ -26,8 +30,10 @@ def save_pretrained(
     *,
     layout: str = "transformers",
     max_shard_size: int | str | None = "5GB",
+    tokenizer: TextTokenizer | ByteTokenizer | None = None,
 ) -> None:
-    """Saves a model as a checkpoint that `from_pretrained` and transformers load.
+    """Saves a model as a checkpoint that `from_pretrained` loads, and transformers if the layout is
+    its own.
 
     The checkpoint appears at `path` when it is complete. An existing checkpoint is replaced as a
     whole, and is untouched if anything goes wrong. Other files in the folder are left alone. A
@@ -41,11 +47,27 @@ def save_pretrained(
         models (MLPs, LayerNorm); or `"mistral"` for that of Codestral, which can store fewer.
     - `max_shard_size`: the maximum number of bytes of tensors in one file, or a text such as
         `"500MB"`. `None` writes a single file. A larger tensor gets its own file.
+    - `tokenizer`: the tokenizer of the model. Its files, and the ids of its special tokens in
+        `generation_config.json` and transformers' `config.json`, replace those in the folder. By
+        default a tokenizer in the folder is left alone, and the config declares no ids.
 
     **Raises:** [`mamba_eqx.CheckpointError`][] if the layout cannot store the model, or `path`
     holds other weights that a reader might load instead; `FileExistsError` if `path` is a file;
-    `ValueError` if `max_shard_size` is not valid.
+    `ValueError` if `max_shard_size` is not valid, or `tokenizer` is not one of this package.
     """
+    companions = Companions() if tokenizer is None else companions_of(tokenizer)
+    save_checkpoint(model, path, companions, layout=layout, max_shard_size=max_shard_size)
+
+
+def save_checkpoint(
+    model: LanguageModel,
+    path: str | os.PathLike[str],
+    companions: Companions,
+    *,
+    layout: str,
+    max_shard_size: int | str | None,
+) -> None:
+    """Saves a model and its companions. For the other arguments see `save_pretrained`."""
     shard_size = _parse_size(max_shard_size)
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -65,28 +87,24 @@ def save_pretrained(
     # A part of a model, or an ensemble, could not be loaded again, and is therefore not saved.
     match(chosen, config, skeleton(config), tensors, floating=True)
     fields = chosen.write_config(config, _config_dtype(model))
+    if chosen.declares_ids:
+        fields |= ids_to_json(companions.ids)
     head = chosen.tied_head(config)
     if head is not None and chosen.keeps_tied_head:
         tensors[head] = tensors[chosen.embedding(config)]
 
-    # Links are followed, because the temporary folder must be beside the folder itself.
-    target = path.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(target) as temporary:
-        new, old = temporary / "new", temporary / "old"
-        new.mkdir()
+    def stale(name: str) -> bool:
+        return is_replaced(name, chosen) or name in companions.replaces
+
+    with replaced_files(path, stale=stale, last=(CONFIG, chosen.config_file)) as new:
         _write_tensors(new, tensors, shard_size, chosen.weights_file)
         (new / chosen.config_file).write_text(
             json.dumps(fields, indent=2, allow_nan=False) + "\n", "utf-8"
         )
-        if not (target / CARD).exists():
-            card = model_card(config, layout=chosen.name, name=target.name)
+        companions.write(new)
+        if not (path / CARD).exists():
+            card = model_card(config, layout=chosen.name, name=path.resolve().name)
             (new / CARD).write_text(card, "utf-8")
-        if target.exists():
-            old.mkdir()
-            replace_checkpoint(target, new, old, chosen)
-        else:
-            new.rename(target)
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT])B", re.IGNORECASE)

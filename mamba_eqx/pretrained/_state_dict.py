@@ -94,7 +94,8 @@ def load_state_dict(
     chosen = get_layout(layout)
     config = config_from(like)
     check_storable(chosen, config)
-    tensors = renamed(chosen, {name: _check_array(name, value) for name, value in tensors.items()})
+    arrays = {name: _check_array(name, value) for name, value in tensors.items()}
+    tensors = renamed(chosen, config, arrays)
     tree = jax.eval_shape(unrolled, like)
     assignments = assign(chosen, config, tree, tensors, floating=False)
     check_tied_head(chosen, config, tensors, np.asarray)

@@ -26,6 +26,7 @@ _FORMATS = (
 )
 _MAX_INDEX = 2**21
 _MAX_SHARDS = 2**12
+_MAX_NAME = 255  # In bytes.
 
 
 def open_weights(source: Source, name: str = SAFETENSORS) -> dict[str, StoredTensor]:
@@ -96,7 +97,8 @@ def _open_shards(index: Path, source: Source, format: _Format) -> dict[str, Stor
 
 
 def _is_plain(name: str) -> bool:
-    """Returns whether a name contains no path, by the rules of both POSIX and Windows.
+    """Returns whether a name can be that of a file, and contains no path, by the rules of both
+    POSIX and Windows.
 
     Both sets of rules apply on every system, so that a checkpoint is valid everywhere or nowhere.
     """
@@ -105,4 +107,6 @@ def _is_plain(name: str) -> bool:
         and PurePosixPath(name).name == name
         and PureWindowsPath(name).name == name
         and "\0" not in name
+        # The limit of common file systems, beyond which the system raises an error of its own.
+        and len(name.encode("utf-8", "surrogatepass")) <= _MAX_NAME
     )

@@ -1,6 +1,7 @@
 """`load_tokenizer` and `save_tokenizer`: the files of a checkpoint determine its tokenizer."""
 
 import json
+import os
 
 import jax.random as jr
 import pytest
@@ -57,6 +58,96 @@ def test_loads_and_saves_in_a_folder(tmp_path):
     again = mbx.load_tokenizer(tmp_path / "b")
     assert isinstance(again, mbx.TextTokenizer)
     assert again.encode_chat(CHAT) == ids
+
+
+MAP = {
+    "bos_token": "<|user|>",
+    "eos_token": {"content": "<|assistant|>", "lstrip": False},
+    "extra_special_tokens": ["<|endoftext|>", "<|user|>"],
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "want"),
+    [
+        # The older file counts only if the config does not list the added tokens.
+        ({}, "<|assistant|>"),
+        ({"eos_token": "<|user|>"}, "<|assistant|>"),
+        ({"eos_token": "<|user|>", "added_tokens_decoder": {}}, "<|user|>"),
+    ],
+)
+def test_special_tokens_map_is_read_as_transformers_reads_it(config, want, tmp_path):
+    files = {"tokenizer_json": FILES["byte_level"], "special_tokens_map_json": MAP}
+    folder = write(tmp_path / "a", tokenizer_config_json=config, **files)
+    got = mbx.load_tokenizer(folder)
+    assert isinstance(got, mbx.TextTokenizer)
+    assert got.eos_token_id == got.special_tokens[want]
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    assert theirs.eos_token == want
+    # The saved files declare the same without the older one.
+    mbx.save_tokenizer(got, tmp_path / "b")
+    again = mbx.load_tokenizer(tmp_path / "b")
+    assert again.ids == got.ids
+    assert not (tmp_path / "b" / "special_tokens_map.json").exists()
+    saved = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "b")
+    assert saved.eos_token == want
+
+
+def test_extra_special_tokens_of_both_files_are_joined(tmp_path):
+    files = {"tokenizer_json": FILES["byte_level"], "special_tokens_map_json": MAP}
+    config = {"extra_special_tokens": ["<|user|>", "<|assistant|>"]}
+    got = mbx.load_tokenizer(write(tmp_path, tokenizer_config_json=config, **files))
+    assert isinstance(got, mbx.TextTokenizer)
+    assert got.config["extra_special_tokens"] == ["<|user|>", "<|assistant|>", "<|endoftext|>"]
+
+
+def test_added_tokens_that_the_tokenizer_lacks_are_listed(tmp_path):
+    added = {"<|user|>": 1, "<tool>": 300, "<|end|>": 301}
+    folder = write(
+        tmp_path,
+        tokenizer_json=FILES["byte_level"],
+        added_tokens_json=added,
+        special_tokens_map_json={"eos_token": "<|end|>"},
+    )
+    got = mbx.load_tokenizer(folder)
+    assert isinstance(got, mbx.TextTokenizer)
+    assert got.config["added_tokens_decoder"] == {
+        "300": {"content": "<tool>", "special": False},
+        "301": {"content": "<|end|>", "special": True},
+    }
+
+
+def _pipe(path):
+    os.mkfifo(path)
+
+
+def _device(path):
+    path.symlink_to("/dev/zero")
+
+
+def _folder(path):
+    path.mkdir()
+
+
+def _huge(path):
+    with open(path, "wb") as file:
+        file.truncate(2**40)
+
+
+@pytest.mark.parametrize("make_file", [_pipe, _device, _folder, _huge])
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
+     "added_tokens.json", "generation_config.json"],
+)  # fmt: skip
+def test_what_is_not_a_file_is_refused(name, make_file, tmp_path):
+    """A pipe would wait for a writer, and a device never ends."""
+    write(tmp_path / "a", tokenizer_json=FILES["byte_level"])
+    (tmp_path / "a" / name).unlink(missing_ok=True)
+    make_file(tmp_path / "a" / name)
+    with pytest.raises((mbx.CheckpointError, IsADirectoryError), match=name):
+        mbx.load_tokenizer(tmp_path / "a")
 
 
 def test_byte_tokenizer_is_never_guessed(tmp_path):

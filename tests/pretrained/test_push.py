@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mamba_eqx.pretrained import CheckpointError, from_pretrained, push_to_hub
+from mamba_eqx.text import ByteTokenizer, SpecialIds
 from tests.support.checkpoints import BOTH, assert_same, config, make
 from tests.support.hub_server import Fault
 
@@ -63,6 +64,21 @@ def test_old_weights_are_replaced_in_one_commit(hub, push, load):
     (*_, commit) = hub.asked("POST /api/models/me/mine/commit/main")
     header = json.loads(commit.body.splitlines()[0])
     assert header["value"]["summary"] == "Another"
+
+
+def test_tokenizer_is_pushed_in_the_same_commit(hub, push):
+    old = {"tokenizer.json": b"{}", "merges.txt": b"old", "notes.txt": b"mine"}
+    repository = hub.add(NAME, old)
+    tokenizer = ByteTokenizer(ids=SpecialIds(eos=(0, 2)))
+    push(tokenizer=tokenizer)
+    assert len(repository.commits) == 2
+    files = repository.commits[repository.refs["main"]]
+    ours = ["README.md", "config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(files) == [*ours, "notes.txt", "tokenizer_config.json"]
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads(files[name])["eos_token_id"] == [0, 2]
+    push()  # Without one, that of the repository stays.
+    assert sorted(repository.commits[repository.refs["main"]]) == sorted(files)
 
 
 def test_pushes_to_branches_and_pull_requests(hub, push, load):

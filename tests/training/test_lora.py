@@ -1,4 +1,4 @@
-"""LoRA changes the linear layers only, and shares its files with PEFT."""
+"""LoRA changes the layers that are named, and shares its files with PEFT."""
 
 import json
 from typing import Any
@@ -14,13 +14,11 @@ import pytest
 import mamba_eqx as mbx
 from mamba_eqx.training import LoRA, LoRAPair, load_lora, save_lora
 from tests.support.cases import quick
+from tests.support.lora import MAMBA, TOKENS, VOCAB, WEIGHTS, logits, make, noisy
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
-VOCAB = 11
-TOKENS = jnp.asarray([3, 1, 4, 1, 5, 9, 2, 6])
-MAMBA = mbx.BlockConfig(mbx.Mamba1Config(8, d_state=4))
 # Like transformers' Jamba: fewer key and value heads, and an MLP in every layer.
 JAMBA = mbx.LanguageModelConfig(
     VOCAB,
@@ -41,24 +39,6 @@ NAMES = {
     "mamba3": (mbx.Mamba3Config(8, d_state=4, headdim=4), {"in_proj", "out_proj"}),
     "attention": (mbx.AttentionConfig(8, nheads=2), {"in_proj", "out_proj"}),
 }
-
-
-def make(*, stacked=False, layers=(MAMBA,) * 2, tied=False):
-    config = mbx.LanguageModelConfig(VOCAB, layers, tie_embeddings=tied)
-    return config.build(stacked=stacked, key=jr.key(0))
-
-
-def noisy(lora, seed=1):
-    """Returns the same LoRA with random values, as if it had been trained."""
-    leaves, structure = jax.tree.flatten(lora)
-    keys = jr.split(jr.key(seed), len(leaves))
-    new = [0.3 * jr.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, new)
-
-
-@quick
-def logits(model, lora=None):
-    return (model if lora is None else lora.merge(model))(TOKENS)
 
 
 @pytest.mark.slow
@@ -270,9 +250,6 @@ def test_joins_projections_that_are_several_in_the_file(tmp_path):
     write_safetensors(tmp_path / WEIGHTS, tensors, {"format": "pt"})
     with pytest.raises(mbx.CheckpointError, match=r"v_proj.lora_B.weight is missing"):
         load_lora(tmp_path, model)
-
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.mark.slow

@@ -11,6 +11,32 @@ from ...formats import CheckpointError, quote_value
 _MAX_SIZE = 2**24
 _MAX_LAYERS = 2**10
 
+# Fields of every config of transformers, including old versions, and of tools that write such
+# configs. They concern training, generation, other heads or the file, but not the logits.
+_COMMON = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
+    _experts_implementation _from_model_config _name_or_path add_cross_attention architectures
+    attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id cache_config
+    cache_implementation chunk_size_feed_forward cross_attention_hidden_size
+    decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size eos_token_id epsilon_cutoff eta_cutoff
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    gradient_checkpointing guidance_scale id2label is_decoder is_encoder_decoder
+    keys_to_ignore_at_inference label2id length_penalty loss_type low_memory max_length
+    max_new_tokens max_position_embeddings max_seq_length max_sequence_length max_time
+    min_length min_new_tokens min_p model_max_length name_or_path no_repeat_ngram_size
+    num_beam_groups num_beams num_labels num_return_sequences output_attentions
+    output_hidden_states output_logits output_scores pad_token_id penalty_alpha prefix
+    problem_type pruned_heads remove_invalid_values renormalize_logits repetition_penalty
+    return_dict return_dict_in_generate sep_token_id sequence_bias stop_strings suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_last_hidden_states
+    token_healing tokenizer_class top_h top_k top_p torch_dtype torchscript
+    transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version
+    use_bfloat16 use_cache use_return_dict watermarking_config
+    """.split()  # noqa: SIM905
+)
+
 _Value = TypeVar("_Value")
 
 
@@ -132,6 +158,19 @@ class Fields:
         """Ignores fields, which may be missing, that do not affect what the model computes."""
         for key in keys:
             self._unread.pop(key, None)
+
+    def ignore_common(self) -> None:
+        """Ignores the fields of every transformers config that do not affect the logits.
+
+        **Raises:** `CheckpointError` if the config is that of quantised weights.
+        """
+        quantised = self.get("quantization_config", None)
+        if quantised is not None:
+            raise CheckpointError(
+                f"{self._name} has a `quantization_config` ({quote_value(quantised)}), and "
+                "quantised checkpoints are not read. Use the checkpoint that it was made from."
+            )
+        self.ignore(_COMMON)
 
     def finish(self) -> None:
         """Checks that all fields have been read.

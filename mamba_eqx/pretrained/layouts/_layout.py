@@ -111,6 +111,8 @@ class Layout:
     - `renames`: maps older tensor names, which files may have, to the names in the table.
     - `head`: the name of the head's weight.
     - `config_file`, `weights_file`: the names of the files.
+    - `declares_ids`: whether the config declares the ids of special tokens, in the fields of
+        transformers.
     """
 
     name: str
@@ -124,6 +126,7 @@ class Layout:
     head: str = "lm_head.weight"
     config_file: str = "config.json"
     weights_file: str = "model.safetensors"
+    declares_ids: bool = False
 
     def check(self, config: LanguageModelConfig) -> None:
         """Checks that the layout can store a config.

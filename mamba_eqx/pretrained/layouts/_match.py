@@ -44,8 +44,28 @@ def slots(layout: Layout, config: LanguageModelConfig, tree: PyTree) -> list[Slo
     return found
 
 
-def renamed(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors, with names of older versions replaced by those in the layout's table."""
+def renamed(
+    layout: Layout, config: LanguageModelConfig, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Returns the tensors under the names in the layout's table.
+
+    Files may have names of older versions. They may also hold the model without its head, as
+    transformers' `MambaModel` saves it: every name then lacks the first part, `backbone.`.
+
+    **Arguments:**
+
+    - `layout`, `config`: the layout, and the config of the model.
+    - `tensors`: the tensors by name.
+    """
+    prefix = layout.embedding(config).split(".")[0] + "."
+    if not any(name.startswith(prefix) or name == layout.head for name in tensors):
+        whole = _current(layout, {prefix + name: tensor for name, tensor in tensors.items()})
+        if layout.embedding(config) in whole:
+            return whole
+    return _current(layout, tensors)
+
+
+def _current(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     current: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         new_name = layout.renames.get(name)

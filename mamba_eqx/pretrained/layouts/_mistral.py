@@ -42,6 +42,7 @@ def _read_mistral(values: object) -> LanguageModelConfig:
         if name not in fields:
             raise fields.error(name, "must be true or false")
         official[name] = fields.flag(name, False)
+    fields.ignore_common()
     fields.finish()
     return STATE_SPACES.read_config(official)
 

@@ -49,6 +49,8 @@ def _read_state_spaces(values: object) -> LanguageModelConfig:
     )
     # `attn_cfg` is unused without attention, and `fused_add_norm` chooses an implementation.
     fields.ignore(["attn_cfg", "fused_add_norm"])
+    # Tools for transformers' checkpoints add fields to official configs as well.
+    fields.ignore_common()
     fields.finish()
     return config
 

@@ -1,4 +1,4 @@
-"""Low-rank adaptation of the linear layers of a model."""
+"""Low-rank adaptation of the linear layers and the embeddings of a model."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,10 +15,11 @@ from ..._checks import check_positive
 from ..._dtypes import at_least_float32
 from ..._trees import path_name
 from ...layers import Linear
+from ...models import LanguageModel
 
 
 _Model = TypeVar("_Model", bound=PyTree)
-_Linear = Linear | eqx.nn.Linear
+_Layer = Linear | eqx.nn.Linear | eqx.nn.Embedding
 
 
 class LoRAPair(eqx.Module):
@@ -29,14 +30,17 @@ class LoRAPair(eqx.Module):
     """
 
     a: Float[Array, "*stack rank in_features"]
-    """The factor $A$, which is applied to the input first."""
+    """The factor $A$, which is applied to the input first. For an embedding, whose weight has a row
+    for each token, `in_features` is the size of a row."""
 
     b: Float[Array, "*stack out_features rank"]
-    """The factor $B$, zero at the start."""
+    """The factor $B$, zero at the start. For an embedding, `out_features` is the number of
+    tokens."""
 
 
 class LoRA(eqx.Module):
     r"""A low-rank adaptation (LoRA): a small trainable change of the linear layers of a model,
+    and of its embedding if wanted,
 
     $$W' = W + \frac{\alpha}{r} B A, \qquad A \in \mathbb{R}^{r \times \text{in}},\;
       B \in \mathbb{R}^{\text{out} \times r}.$$
@@ -76,11 +80,14 @@ class LoRA(eqx.Module):
     less temporary memory; at the width of mamba-130m, with four layers, 1.16 times, in 6 % less.
     Dropout before $A$ is not supported, because merging has no place for it.
 
+    An embedding is changed only if `targets` names it. A head that is tied to it keeps the weight
+    that it has, as in PEFT's adapters, so `merge` returns a model with a head of its own.
+
     Reference: Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models* (2021), section 4.
     """
 
     pairs: dict[str, LoRAPair]
-    """The pair of each linear layer that is changed, by the path to the layer."""
+    """The pair of each layer that is changed, by the path to the layer."""
 
     scale: float = eqx.field(static=True)
     r"""The factor $\alpha / r$."""
@@ -102,26 +109,28 @@ class LoRA(eqx.Module):
         - `model`: any pytree that contains [`mamba_eqx.layers.Linear`][] or `equinox.nn.Linear`.
         - `rank`: $r$, at least 1.
         - `alpha`: $\alpha$, above 0; by default `rank`, that is a scale of 1.
-        - `targets`: the linear layers to change, by the ends of their paths, such as `"in_proj"` or
-            `"layers.0.mixer.out_proj"`; or a function that returns whether the layer at a path is
-            changed. By default all are.
-        - `key`: the key of $A$, which is uniform within $\pm 1/\sqrt{\text{in}}$ as in PEFT.
+        - `targets`: the layers to change, by the ends of their paths, such as `"in_proj"` or
+            `"layers.0.mixer.out_proj"`; or a function that returns whether the linear layer at a
+            path is changed. By default all linear layers are. An `equinox.nn.Embedding` is changed
+            only if one of the names is the end of its path, such as `"embedding"`.
+        - `key`: the key of $A$, which is uniform within $\pm 1/\sqrt{\text{in}}$ as in PEFT, and
+            standard normal for an embedding.
 
         **Returns:**
 
         The `LoRA`, whose merged model equals `model`.
 
-        **Raises:** `ValueError` if no linear layer is selected, a target matches none, or an
-        argument is out of range.
+        **Raises:** `ValueError` if no layer is selected, a target matches none, or an argument is
+        out of range.
         """
         check_positive("rank", rank)
         if alpha is not None and not 0 < alpha < math.inf:
             raise ValueError(f"`alpha` must be positive, but got alpha={alpha}.")
-        chosen = _select(linear_layers(model), targets)
+        chosen = _select(adaptable_layers(model), targets)
         keys = jr.split(key, len(chosen))
         pairs = {
-            path: _new_pair(linear.weight, rank, pair_key)
-            for (path, linear), pair_key in zip(chosen.items(), keys, strict=True)
+            path: _new_pair(layer, rank, pair_key)
+            for (path, layer), pair_key in zip(chosen.items(), keys, strict=True)
         }
         return cls(pairs, 1.0 if alpha is None else alpha / rank)
 
@@ -134,15 +143,16 @@ class LoRA(eqx.Module):
 
         **Returns:**
 
-        A model of the same structure, shapes and dtypes.
+        A model of the same structure, shapes and dtypes, except that a head tied to a changed
+        embedding is one of its own.
 
-        **Raises:** `ValueError` if the model lacks a linear layer of the `LoRA`, or has it with
-        another shape.
+        **Raises:** `ValueError` if the model lacks a layer of the `LoRA`, or has it with another
+        shape.
         """
-        missing = sorted(self.pairs.keys() - linear_layers(model).keys())
+        missing = sorted(self.pairs.keys() - adaptable_layers(model).keys())
         if missing:
             raise ValueError(
-                f"The model must have every linear layer that the LoRA changes, but has none at "
+                f"The model must have every layer that the LoRA changes, but has none at "
                 f"{', '.join(missing)}. Give the model that the LoRA was initialised for (paths in "
                 "a `Stacked` differ from those in an `Unrolled`)."
             )
@@ -151,10 +161,22 @@ class LoRA(eqx.Module):
             name = path_name(path)
             return self._merged(name, node, self.pairs[name]) if name in self.pairs else node
 
-        return jax.tree_util.tree_map_with_path(merged, model, is_leaf=_is_linear)
+        untied = jax.tree_util.tree_map_with_path(self._untied, model, is_leaf=_is_model)
+        return jax.tree_util.tree_map_with_path(merged, untied, is_leaf=_is_adaptable)
 
-    def _merged(self, path: str, linear: _Linear, pair: LoRAPair) -> _Linear:
-        weight = linear.weight
+    def _untied(self, path: KeyPath, node: PyTree) -> PyTree:
+        """Gives a language model with a tied head a head of its own if its embedding is changed."""
+        embedding = f"{path_name(path)}.embedding".removeprefix(".")
+        if not isinstance(node, LanguageModel) or embedding not in self.pairs:
+            return node
+        if node.lm_head is not None:
+            return node
+        small = Linear(1, 1, use_bias=False, key=jr.key(0))
+        head = eqx.tree_at(lambda linear: linear.weight, small, node.embedding.weight)
+        return eqx.tree_at(lambda m: m.lm_head, node, head, is_leaf=lambda leaf: leaf is None)
+
+    def _merged(self, path: str, layer: _Layer, pair: LoRAPair) -> _Layer:
+        weight = layer.weight
         change = self.scale * jnp.matmul(pair.b, pair.a)
         if change.shape != weight.shape:
             raise ValueError(
@@ -162,23 +184,30 @@ class LoRA(eqx.Module):
                 f"has shape {weight.shape}. Give the model that the LoRA was initialised for."
             )
         new = (weight.astype(change.dtype) + change).astype(weight.dtype)
-        return eqx.tree_at(lambda linear: linear.weight, linear, new)
+        return eqx.tree_at(lambda layer: layer.weight, layer, new)
 
 
-def linear_layers(model: PyTree) -> dict[str, _Linear]:
-    """Returns the linear layers of a model by path."""
-    nodes = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_linear)
-    return {path_name(path): node for path, node in nodes if _is_linear(node)}
+def adaptable_layers(model: PyTree) -> dict[str, _Layer]:
+    """Returns the linear layers and the embeddings of a model by path."""
+    nodes = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_adaptable)
+    return {path_name(path): node for path, node in nodes if _is_adaptable(node)}
 
 
-def _is_linear(node: object) -> bool:
-    return isinstance(node, _Linear)
+def _is_adaptable(node: object) -> bool:
+    return isinstance(node, _Layer)
+
+
+def _is_model(node: object) -> bool:
+    return isinstance(node, LanguageModel)
 
 
 def _select(
-    linears: dict[str, _Linear], targets: Sequence[str] | Callable[[str], bool] | None
-) -> dict[str, _Linear]:
-    """Returns the linear layers that `targets` selects."""
+    layers: dict[str, _Layer], targets: Sequence[str] | Callable[[str], bool] | None
+) -> dict[str, _Layer]:
+    """Returns the layers that `targets` selects."""
+    linears: dict[str, _Layer] = {
+        path: layer for path, layer in layers.items() if not isinstance(layer, eqx.nn.Embedding)
+    }
     if targets is None:
         found = linears
     elif callable(targets):
@@ -188,27 +217,29 @@ def _select(
             raise ValueError(
                 f"`targets` must be a list of names, but got {targets!r}. Put it into a list."
             )
-        ends = {name: [p for p in linears if f".{p}".endswith(f".{name}")] for name in targets}
+        ends = {name: [p for p in layers if f".{p}".endswith(f".{name}")] for name in targets}
         for name, paths in ends.items():
             if not paths:
                 raise ValueError(
-                    f"Each of `targets` must be the end of a linear layer's path, but got "
-                    f"{name!r}. The model has {', '.join(linears) or 'no linear layers'}."
+                    f"Each of `targets` must be the end of a layer's path, but got {name!r}. The "
+                    f"model has {', '.join(layers) or 'no layers that can be changed'}."
                 )
         wanted = {path for paths in ends.values() for path in paths}
-        found = {path: linear for path, linear in linears.items() if path in wanted}
+        found = {path: layer for path, layer in layers.items() if path in wanted}
     if not found:
         raise ValueError(
-            "`targets` must select at least one linear layer, but selects none. The model has "
+            "`targets` must select at least one layer, but selects none. The model has "
             f"{', '.join(linears) or 'no linear layers'}."
         )
     return found
 
 
-def _new_pair(weight: Array, rank: int, key: PRNGKeyArray) -> LoRAPair:
-    *stack, out_features, in_features = weight.shape
-    dtype, bound = at_least_float32(weight), in_features**-0.5
-    return LoRAPair(
-        a=jr.uniform(key, (*stack, rank, in_features), dtype, -bound, bound),
-        b=jnp.zeros((*stack, out_features, rank), dtype),
-    )
+def _new_pair(layer: _Layer, rank: int, key: PRNGKeyArray) -> LoRAPair:
+    *stack, out_features, in_features = layer.weight.shape
+    dtype, shape = at_least_float32(layer.weight), (*stack, rank, in_features)
+    if isinstance(layer, eqx.nn.Embedding):
+        a = jr.normal(key, shape, dtype)
+    else:
+        bound = in_features**-0.5
+        a = jr.uniform(key, shape, dtype, -bound, bound)
+    return LoRAPair(a=a, b=jnp.zeros((*stack, out_features, rank), dtype))

@@ -5,11 +5,13 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..._atomic import replaced_files
 from ..._dtypes import at_least_float32
 from ...formats import (
     CheckpointError,
@@ -22,19 +24,23 @@ from ...layers import Stacked
 from ...models import LanguageModel
 from ...pretrained import (
     Fields,
+    Hub,
     Slot,
+    Source,
     assign,
     config_from,
     get_layout,
     listing,
+    open_source,
     skeleton,
     state_dict,
 )
-from ._lora import LoRA, LoRAPair, linear_layers
+from ._lora import LoRA, LoRAPair, adaptable_layers
 
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LAYERS = "layers.layers."
+_PREFIX = "base_model.model."
 
 
 # Fields of PEFT's config that concern further training, or the origin of the base model.
@@ -66,6 +72,8 @@ def save_lora(
     transformers (5.24) reads this weight directly and bypasses PEFT's wrapper. To use PEFT, leave
     both layers out of `targets`.
 
+    Both files appear together, and replace those of another LoRA in the folder.
+
     The format has no names for models other than `LanguageModel`s. Save their pairs with
     `equinox.tree_serialise_leaves`.
 
@@ -78,7 +86,7 @@ def save_lora(
     - `base_model`: the name or the folder from which PEFT loads the model.
 
     **Raises:** [`mamba_eqx.CheckpointError`][] if the layout cannot store the model; `ValueError`
-    if the LoRA does not fit the model.
+    if the LoRA does not fit the model; `FileExistsError` if `path` is a file.
     """
     targets = _targets(model, layout)
     jax.eval_shape(lora.merge, model)  # Raises if the LoRA does not fit the model.
@@ -98,8 +106,9 @@ def save_lora(
         b = np.pad(np.asarray(pair.b), ((0, 0), (0, more)))
         for slot in target.slots:
             modules.append(_module_name(slot))
-            tensors[_tensor_name(slot, "A")] = a
-            tensors[_tensor_name(slot, "B")] = slot.to_file(b)
+            # PEFT has the factors of an embedding in the order in which a token meets them.
+            stored = (b.T, a.T) if target.is_embedding else (a, slot.to_file(b))
+            tensors |= zip(_tensor_names(slot, target), stored, strict=True)
     alpha = lora.scale * rank
     config = {
         "peft_type": "LORA",
@@ -116,10 +125,10 @@ def save_lora(
         "use_dora": False,
         "init_lora_weights": True,
     }
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / _WEIGHTS, tensors, {"format": "pt"})
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", "utf-8")
+    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    with replaced_files(path, last=(_CONFIG,)) as folder:
+        write_safetensors(folder / _WEIGHTS, tensors, {"format": "pt"})
+        (folder / _CONFIG).write_text(text, "utf-8")
 
 
 def load_lora(
@@ -130,6 +139,10 @@ def load_lora(
     One projection of the model may be several in the layout, such as `q_proj`, `k_proj` and
     `v_proj` of attention. If their pairs differ in `A`, they are joined into one pair, whose rank
     is the sum of their ranks and which computes the same function.
+
+    A pair of the embedding changes the embedding alone, as PEFT's own models do, even if the head
+    is tied to it; see [`mamba_eqx.training.LoRA`][]. Base weights that PEFT stores beside such a
+    pair must equal those of the model.
 
     **Arguments:**
 
@@ -145,17 +158,21 @@ def load_lora(
     use options of PEFT beyond plain LoRA (DoRA, trained biases, different ranks);
     `FileNotFoundError` if a file is missing.
     """
-    folder = Path(path)
-    rank, scale = _read_config(folder / _CONFIG)
-    stored = open_safetensors(folder / _WEIGHTS)
+    # A `Path` is never taken for a repository, and links may not leave the folder.
+    source = open_source(Path(path), Hub())
+    rank, scale = _read_config(_find(source, _CONFIG))
+    stored = open_safetensors(_find(source, _WEIGHTS))
+    layers = adaptable_layers(model)
     pairs: dict[str, LoRAPair] = {}
     faults: list[str] = []
-    for linear, target in _targets(model, layout).items():
+    for layer, target in _targets(model, layout).items():
         found: list[_StoredPair] = []
         for slot in target.slots:
-            names = [_tensor_name(slot, which) for which in "AB"]
+            names = _tensor_names(slot, target)
             two = [stored.pop(name, None) for name in names]
             rows, columns = slot.file_shape(target.weight)
+            if target.is_embedding:
+                rows, columns = columns, rows
             wanted = [(rank, columns), (rows, rank)]
             for name, tensor, shape in zip(names, two, wanted, strict=True):
                 if tensor is None and two != [None, None]:
@@ -164,19 +181,44 @@ def load_lora(
                     faults.append(f"{name} has shape {tensor.shape} instead of {shape}")
             if two[0] is not None and two[1] is not None:
                 found.append(_StoredPair(slot, two[0], two[1]))
+            # PEFT stores the weights of embeddings and heads that it has changed.
+            for base in (f"{_PREFIX}{_module_name(slot)}.base_layer.weight", _PREFIX + slot.name):
+                if base in stored and layer in layers:
+                    weight = np.asarray(layers[layer].weight)
+                    if not _equals(stored.pop(base), weight):
+                        faults.append(f"{base} differs from the model's weight")
         if found and not faults:
             whole = len(found) == len(target.slots)
-            pairs[linear] = _join(found, target.weight.shape[0], whole=whole)
+            if target.is_embedding:
+                a, b = (jnp.asarray(_read(factor).T) for factor in (found[0].b, found[0].a))
+                pairs[layer] = LoRAPair(a, b)
+            else:
+                pairs[layer] = _join(found, target.weight.shape[0], whole=whole)
     faults += [f"{name} is unexpected" for name in stored]
     if faults or not pairs:
         raise CheckpointError(
-            f"{os.fspath(folder)} does not fit the model in the {layout!r} layout: "
+            f"{source.where} does not fit the model in the {layout!r} layout: "
             f"{listing(faults) or 'it contains no pairs'}. Give the model that the LoRA was "
             "trained for."
         )
     if isinstance(model.layers, Stacked):
         pairs = _stacked(pairs, model.layers.n_layer)
     return LoRA(pairs, scale)
+
+
+def _find(source: Source, name: str) -> Path:
+    path = source.find(name)
+    if path is None:
+        raise FileNotFoundError(
+            f"{source.where} has no {name}. Give the folder that `save_lora` or PEFT has written."
+        )
+    return path
+
+
+def _equals(tensor: StoredTensor, weight: np.ndarray) -> bool:
+    if tensor.shape != weight.shape:
+        return False
+    return np.array_equal(np.asarray(tensor.read()).astype(weight.dtype), weight)
 
 
 def _read_config(path: Path) -> tuple[int, float]:
@@ -232,22 +274,23 @@ def _read(tensor: StoredTensor) -> np.ndarray:
 
 
 class _Target(NamedTuple):
-    """A linear layer, and the slots of its weight in a layout."""
+    """A layer, and the slots of its weight in a layout."""
 
     weight: Float[Array, "out_features in_features"] | jax.ShapeDtypeStruct
     slots: list[Slot]
+    is_embedding: bool
 
 
 def _targets(model: LanguageModel, layout: str) -> dict[str, _Target]:
-    """Returns every linear layer by its path in the model with `Unrolled` layers."""
+    """Returns every linear layer and embedding by its path in the model with `Unrolled` layers."""
     config = config_from(model)
     model_shapes = skeleton(config)
     shapes = jax.eval_shape(lambda tree: state_dict(tree, layout=layout), model_shapes)
     assignments = assign(get_layout(layout), config, model_shapes, shapes, floating=True)
     named = {found.path: [slot for slot, _ in found.parts] for found in assignments}
     return {
-        path: _Target(linear.weight, named[f"{path}.weight"])
-        for path, linear in linear_layers(model_shapes).items()
+        path: _Target(layer.weight, named[f"{path}.weight"], isinstance(layer, eqx.nn.Embedding))
+        for path, layer in adaptable_layers(model_shapes).items()
     }
 
 
@@ -255,8 +298,12 @@ def _module_name(slot: Slot) -> str:
     return slot.name.removesuffix(".weight")
 
 
-def _tensor_name(slot: Slot, which: str) -> str:
-    return f"base_model.model.{_module_name(slot)}.lora_{which}.weight"
+def _tensor_names(slot: Slot, target: _Target) -> tuple[str, str]:
+    """Returns the names of the two factors."""
+    module = _PREFIX + _module_name(slot)
+    if target.is_embedding:
+        return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
+    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
 def _unstacked(pairs: dict[str, LoRAPair], n_layer: int) -> dict[str, LoRAPair]:

@@ -8,8 +8,7 @@ from .._tables import JSON, Arguments, Row, RowInput, Shared, fixed
 # Options of training and generation, and the choice of an implementation.
 HYBRID_IGNORED = frozenset(
     """
-    attention_dropout initializer_range max_position_embeddings num_logits_to_keep
-    use_mamba_kernels
+    attention_dropout initializer_range num_logits_to_keep use_mamba_kernels
     """.split()  # noqa: SIM905
 )
 
