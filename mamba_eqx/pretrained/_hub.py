@@ -120,7 +120,7 @@ class _Repository:
         return self.found[name]
 
     def _find(self, name: str) -> Path | None:
-        if PurePath(name).name != name or name == ".." or "\0" in name or len(name) > 200:
+        if PurePath(name).name != name or name in ("", "..") or "\0" in name or len(name) > 200:
             raise BadAnswer(f"{quote(name)} is not the plain name of a file.")
         cached = None if self.known is None else self.cache.find(self.known, name)
         if self.hub.offline or self.unreachable is not None:
