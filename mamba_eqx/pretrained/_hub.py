@@ -24,6 +24,7 @@ from ._hub_requests import Answer, ask, fetch, fetch_beginning
 
 
 _FIRST_READ = 2**17
+_LONGEST_NAME = 255  # In bytes, the limit of common file systems.
 _LARGEST_HEADER = 2**23  # Twice the largest header that `open_safetensors` accepts.
 
 
@@ -120,7 +121,8 @@ class _Repository:
         return self.found[name]
 
     def _find(self, name: str) -> Path | None:
-        if PurePath(name).name != name or name in ("", "..") or "\0" in name or len(name) > 200:
+        is_plain = PurePath(name).name == name and name not in ("", "..") and "\0" not in name
+        if not is_plain or len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME:
             raise BadAnswer(f"{quote(name)} is not the plain name of a file.")
         cached = None if self.known is None else self.cache.find(self.known, name)
         if self.hub.offline or self.unreachable is not None:

@@ -72,11 +72,17 @@ class Hub:
         """Returns the headers of a request, with the token or the password."""
         from huggingface_hub.utils import build_hf_headers
 
-        # A password stays out of the address, because `huggingface_hub` logs addresses.
+        password = self.password_header()
+        headers = build_hf_headers(token=False if password else self.token)
+        return headers | {"Accept-Encoding": "identity"} | password
+
+    def password_header(self) -> dict[str, str]:
+        """Returns the header with the name and password of `endpoint`, if there are any.
+
+        A password stays out of the address, because `huggingface_hub` logs addresses.
+        """
         _, password = self._endpoint()
-        token = self.token if password is None else False
-        headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}
-        return headers if password is None else headers | {"authorization": password}
+        return {} if password is None else {"authorization": password}
 
     def _endpoint(self) -> tuple[str, str | None]:
         from huggingface_hub import constants
