@@ -60,7 +60,10 @@ LEVELS = {
     ],
     "pretrained": [
         "_card _hub_errors layouts",
-        "_arrays _assign _hub",
+        "_arrays _assign _hub_options",
+        "_hub_requests",
+        "_hub_cache",
+        "_hub",
         "_source _state_dict",
         "_token_ids _weights",
         "_checkpoint _companions _folder",

@@ -115,7 +115,7 @@ def _fields(block: BlockConfig) -> dict[str, _Field]:
     """Returns the fields of a block that a summary shows.
 
     These are the kind of the mixer, its integer fields, its other fields that differ from the
-    default, and `d_intermediate` if there is an MLP.
+    default, and `d_intermediate` and `mlp_bias` if there is an MLP that has them.
     """
     fields: dict[str, _Field] = {"kind": block.mixer.kind}
     for field in dataclasses.fields(block.mixer):  # pyright: ignore[reportArgumentType]
@@ -124,4 +124,6 @@ def _fields(block: BlockConfig) -> dict[str, _Field]:
             fields[field.name] = value
     if block.d_intermediate is not None:
         fields["d_intermediate"] = block.d_intermediate
+    if block.mlp_bias:
+        fields["mlp_bias"] = True
     return fields

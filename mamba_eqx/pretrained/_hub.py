@@ -1,59 +1,31 @@
-"""Checkpoints on the Hugging Face Hub, downloaded and cached by `huggingface_hub`.
+"""Checkpoints on the Hugging Face Hub, downloaded into the cache of `huggingface_hub`.
 
 `huggingface_hub` is imported inside the functions that need it, because its import is slow and
 local checkpoints do not need it.
 """
 
 import dataclasses
-import enum
-import hashlib
-import os
-import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
 
 from ..formats import CheckpointError, quote
-from ._hub_errors import Place, failure, is_absence
+from ._hub_cache import Cache
+from ._hub_errors import (
+    BadAnswer,
+    Place,
+    failure,
+    is_absence,
+    is_busy,
+    is_passing,
+    not_cached,
+)
+from ._hub_options import Hub as Hub
+from ._hub_requests import Answer, ask, fetch, fetch_beginning
 
 
 _FIRST_READ = 2**17
+_LONGEST_NAME = 255  # In bytes, the limit of common file systems.
 _LARGEST_HEADER = 2**23  # Twice the largest header that `open_safetensors` accepts.
-_TIMEOUT = 30  # In seconds.
-_COMMIT = re.compile("[0-9a-f]{40}")
-_SHA256 = re.compile("[0-9a-f]{64}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Hub:
-    """The options for access to the Hub, with the names that `huggingface_hub` uses.
-
-    See [`mamba_eqx.from_pretrained`][] for their meanings.
-    """
-
-    revision: str | None = None
-    token: str | bool | None = None
-    cache_dir: str | os.PathLike[str] | None = None
-    local_files_only: bool = False
-    force_download: bool = False
-    endpoint: str | None = None
-
-    def __post_init__(self):
-        if self.force_download and self.local_files_only:
-            raise ValueError(
-                "`force_download` and `local_files_only` exclude each other. Set only one of them."
-            )
-
-    @property
-    def cache(self) -> Path | None:
-        """The folder for downloads, or `None` for the usual cache."""
-        return None if self.cache_dir is None else Path(self.cache_dir)
-
-    @property
-    def offline(self) -> bool:
-        """Whether only the cache may be used."""
-        from huggingface_hub import constants
-
-        return self.local_files_only or constants.HF_HUB_OFFLINE
 
 
 def open_repository(
@@ -63,6 +35,10 @@ def open_repository(
 
     The first file found resolves the revision to a commit. All other files are taken from the same
     commit, even if newer commits are pushed meanwhile.
+
+    If the Hub cannot be reached from the beginning, the files in the cache are used. A Hub that has
+    answered once has to answer to the end, so that a passing failure is never taken for the absence
+    of a file.
 
     **Arguments:**
 
@@ -76,211 +52,156 @@ def open_repository(
 
     **Raises:** `CheckpointError` if the repository has none of `entry_files` or cannot be read.
     """
-    place = Place(repository, hub.revision, hub.endpoint)
-    found = (_fetch(place, name, hub) for name in entry_files)
-    entry = next((path for path in found if path is not None), None)
-    if entry is None:
+    place = Place(repository, hub.revision, hub.shown_endpoint)
+    try:
+        cache = Cache(hub.cache, _folder_name(repository))
+        commit = cache.commit(hub.revision or "main")
+    except Exception as error:  # The name is not valid, or the cache cannot be read.
+        failed = failure(place, error)
+        raise failed from failed.__cause__
+    opened = _Repository(place, hub, cache, header_folder, known=commit)
+    if hub.offline and commit is None:
+        raise not_cached(place)
+    if all(opened.find(name) is None for name in entry_files):
+        if hub.offline:
+            raise not_cached(place)
+        if opened.unreachable is not None:
+            raise failure(place, opened.unreachable)
         raise CheckpointError(
             f"{place} has no {entry_files[0]}: it is not a model repository, or its layout is not "
             "supported. Check the name and the revision."
         )
-    commit = entry.parent.name
-    return _Repository(
-        dataclasses.replace(place, commit=commit),
-        dataclasses.replace(hub, revision=commit),
-        entry,
-        header_folder,
-    )
+    return opened
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Repository:
     """A `Source` of the files of one commit.
 
-    - `place`, `hub`: the repository, and the options for access to it at the commit.
-    - `entry`: the file that resolved the revision.
+    - `place`, `hub`: the repository, and the options for access to it.
+    - `cache`: the folder for its files.
     - `header_folder`: see `open_repository`.
+    - `known`: the commit of the revision as far as the cache knows it.
+    - `answered`: whether the Hub has answered.
+    - `unreachable`: the error of the first request, if the Hub cannot be reached.
+    - `found`: the files found so far.
     """
 
     place: Place
     hub: Hub
-    entry: Path
+    cache: Cache
     header_folder: Path | None
+    known: str | None
+    answered: bool = False
+    unreachable: Exception | None = None
+    found: dict[str, Path] = dataclasses.field(default_factory=dict)
 
     @property
     def where(self) -> str:
         where = str(self.place)
-        if self.hub.offline:
-            return f"The cached part of {where[0].lower()}{where[1:]}"
-        return where
+        if self.hub.offline or self.unreachable is not None:
+            where = f"The cached part of {where[0].lower()}{where[1:]}"
+        return where if self.unreachable is None else f"{where}, which cannot be reached,"
 
     def find(self, name: str) -> Path | None:
-        if name == self.entry.name:
-            return self.entry
-        folder = self.header_folder
-        if folder is None or not name.endswith(".safetensors") or self.hub.offline:
-            return _fetch(self.place, name, self.hub)
-        match _look_up(self.place.repository, name, self.hub):
-            case _Miss.UNKNOWN:
-                return _fetch_header(self.place, name, self.hub, folder)
-            case _Miss.ABSENT:
+        if name not in self.found:
+            try:
+                path = self._find(name)
+            except Exception as error:  # Of any type; see `failure`.
+                if is_absence(error):
+                    self.answered = True
+                    if self.place.commit is not None:
+                        self.cache.set_absent(self.place.commit, name)
+                    return None
+                failed = failure(self.place, error)
+                raise failed from failed.__cause__
+            if path is None:
                 return None
-            case path:
-                return path
+            self.found[name] = path
+        return self.found[name]
 
-
-def _fetch(place: Place, name: str, hub: Hub) -> Path | None:
-    """Returns the path of a file in the cache, downloading and verifying the file if necessary.
-
-    **Returns:**
-
-    The path, or `None` if the repository does not have the file.
-
-    **Raises:** `CheckpointError` if the download fails, or the checksum does not match.
-    """
-    from huggingface_hub import hf_hub_download
-
-    cached = _Miss.UNKNOWN
-    if not hub.force_download:
-        cached = _look_up(place.repository, name, hub)
-        if cached is _Miss.ABSENT:
+    def _find(self, name: str) -> Path | None:
+        is_plain = PurePath(name).name == name and name not in ("", "..") and "\0" not in name
+        if not is_plain or len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME:
+            raise BadAnswer(f"{quote(name)} is not the plain name of a file.")
+        cached = None if self.known is None else self.cache.find(self.known, name)
+        if self.hub.offline or self.unreachable is not None:
+            return self._from_cache(cached)
+        forced, commit = self.hub.force_download, self.place.commit
+        # A revision that the cache knows under its own name is a commit, which never changes.
+        is_fixed = commit is not None or self.known == self.hub.revision
+        if cached is not None and is_fixed and not forced:
+            return self._from_cache(cached)
+        if commit is not None and not forced and self.cache.is_absent(commit, name):
             return None
-        if isinstance(cached, Path) and _COMMIT.fullmatch(hub.revision or ""):
-            return cached
-    try:
-        path = hf_hub_download(
-            place.repository,
-            name,
-            revision=hub.revision,
-            token=hub.token,
-            cache_dir=hub.cache,
-            local_files_only=hub.local_files_only,
-            force_download=hub.force_download,
-            endpoint=hub.endpoint,
-        )
-    # The errors of `huggingface_hub` have no common base class, and those of its HTTP library,
-    # which has changed twice, are not wrapped.
-    except Exception as error:
-        if is_absence(error, offline=place.commit is not None and hub.offline):
-            return None
-        raise failure(place, error) from error
-    path = Path(path)
-    if path == cached:
+        can_do_without = self.known is not None and not self.answered and not forced
+        if self.answered:
+            may_repeat = is_passing
+        else:
+            # A Hub that does not answer at all is not there, or there is no network.
+            may_repeat = is_busy if cached is None or forced else lambda error: False
+        try:
+            answer = ask(self.hub, self._url(name), may_repeat)
+        except Exception as error:
+            if not (can_do_without and is_passing(error)):
+                raise
+            self.unreachable = error
+            return self._from_cache(cached)
+        self.answered = True
+        if commit is None:
+            self._set_commit(answer.commit)
+        elif answer.commit != commit:
+            raise BadAnswer(f"{quote(name)} belongs to another commit, {quote(answer.commit)}.")
+        return self._download(name, answer)
+
+    def _from_cache(self, cached: Path | None) -> Path | None:
+        if cached is not None and self.known is not None:
+            self._set_commit(self.known)
+        return cached
+
+    def _set_commit(self, commit: str) -> None:
+        self.known = commit
+        self.place = dataclasses.replace(self.place, commit=commit)
+
+    def _download(self, name: str, answer: Answer) -> Path | None:
+        path = self.cache.find(answer.commit, name)
+        if path is None or self.hub.force_download:
+            if self.header_folder is not None and name.endswith(".safetensors"):
+                return self._fetch_header(name, answer, self.header_folder)
+            download: Callable[[Path], None]
+            download = lambda path: fetch(self.hub, self._url(name), path, size=answer.size)
+            path = self.cache.add(name, answer, download, force=self.hub.force_download)
+        self.cache.set_commit(self.hub.revision or "main", answer.commit)
         return path
-    try:
-        mismatch = _checksum_mismatch(path, place, hub)
-    except BaseException:
-        _remove_from_cache(path)
-        raise
-    if mismatch is None:
-        return path
-    _remove_from_cache(path)
-    if path.parent.name != hub.revision:
-        # `huggingface_hub` requests the commit first and then the file by the name of the branch.
-        # The branch may have moved in between.
-        return _fetch(place, name, dataclasses.replace(hub, revision=path.parent.name))
-    raise CheckpointError(
-        f"{place}: {quote(name)} does not have the checksum that the Hub announced ({mismatch}). "
-        "It has been removed from the cache. Load the checkpoint again; if the error persists, "
-        "something between here and the Hub alters files."
-    )
 
-
-def _fetch_header(place: Place, name: str, hub: Hub, folder: Path) -> Path | None:
-    """Downloads the header of a safetensors file into `folder`; see `open_repository`."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-    url = hf_hub_url(place.repository, name, revision=hub.revision, endpoint=hub.endpoint)
-
-    def read(end: int) -> bytes:
-        headers = build_hf_headers(token=hub.token) | {"Range": f"bytes=0-{end - 1}"}
-        response = get_session().get(url, headers=headers, timeout=_TIMEOUT)
-        hf_raise_for_status(response)
-        return response.content[:end]
-
-    try:
-        size = get_hf_file_metadata(url, token=hub.token).size or 0
-        head = read(min(size, _FIRST_READ))
+    def _fetch_header(self, name: str, answer: Answer, folder: Path) -> Path:
+        """Downloads the header of a safetensors file into `folder`; see `open_repository`."""
+        size = answer.size
+        if size is None:
+            raise BadAnswer(f"the answer for {quote(name)} does not tell its size.")
+        url, path = self._url(name), folder / name
+        head = fetch_beginning(self.hub, url, path, min(size, _FIRST_READ))
         needed = min(size, 8 + int.from_bytes(head[:8], "little"))
         if len(head) < needed <= _LARGEST_HEADER:
-            head = read(needed)
-    except Exception as error:  # Any type, as in `_fetch`.
-        if is_absence(error, offline=False):
-            return None
-        raise failure(place, error) from error
-    path = folder / name
-    with open(path, "wb") as file:
-        file.write(head)
-        file.truncate(size)  # The zeros beyond the header take no space on disk.
-    return path
+            fetch_beginning(self.hub, url, path, needed)
+        with open(path, "r+b") as file:
+            file.truncate(size)  # The zeros beyond the header take no space on disk.
+        return path
+
+    def _url(self, name: str) -> str:
+        from huggingface_hub import hf_hub_url
+
+        revision = self.place.commit or self.hub.revision
+        address = self.hub.address
+        return hf_hub_url(self.place.repository, name, revision=revision, endpoint=address)
 
 
-class _Miss(enum.Enum):
-    """Why a file is not in the cache."""
+def _folder_name(repository: str) -> str:
+    """Returns the name of a repository's folder in the cache.
 
-    ABSENT = "the commit is known not to have the file"
-    UNKNOWN = "the file has not been requested"
-
-
-def _look_up(repository: str, name: str, hub: Hub) -> Path | _Miss:
-    """Looks up a file in the cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        found = try_to_load_from_cache(repository, name, revision=hub.revision, cache_dir=hub.cache)
-    except ValueError:
-        # The name of the repository is not valid; the download reports it.
-        return _Miss.UNKNOWN
-    if isinstance(found, str):
-        return Path(found)
-    # A commit never gains a file, but a branch may have gained it since.
-    is_commit = _COMMIT.fullmatch(hub.revision or "")
-    return _Miss.ABSENT if found is not None and is_commit else _Miss.UNKNOWN
-
-
-def _checksum_mismatch(path: Path, place: Place, hub: Hub) -> str | None:
-    """Compares a downloaded file with the checksum that the Hub announced.
-
-    `huggingface_hub` compares the size only. Files that were in the cache before are not verified,
-    because reading them would add seconds to every load of a large model.
-
-    **Returns:**
-
-    A description of the mismatch, or `None` if there is none.
+    **Raises:** `HFValidationError` if the name of the repository is not valid.
     """
-    etag = _announced_checksum(path, place, hub)
-    if _SHA256.fullmatch(etag):
-        # The id of a large file, in any kind of storage.
-        with open(path, "rb") as file:
-            kind, found = "sha256", hashlib.file_digest(file, "sha256").hexdigest()
-    elif _COMMIT.fullmatch(etag):
-        # The id of any other file, which is a git blob.
-        kind, content = "git checksum", path.read_bytes()
-        header = b"blob %d\0" % len(content)
-        found = hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
-    else:
-        return None
-    return None if found == etag else f"the {kind} is {found}, and should be {etag}"
+    from huggingface_hub.utils import validate_repo_id
 
-
-def _announced_checksum(path: Path, place: Place, hub: Hub) -> str:
-    if path.is_symlink():
-        # The cache names the target after the checksum that the Hub announced.
-        return Path(os.readlink(path)).name
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    commit = path.parent.name
-    url = hf_hub_url(place.repository, path.name, revision=commit, endpoint=hub.endpoint)
-    try:
-        return get_hf_file_metadata(url, token=hub.token).etag or ""
-    except Exception as error:
-        raise failure(place, error) from error
-
-
-def _remove_from_cache(path: Path) -> None:
-    files = [path]
-    if path.is_symlink():
-        files.append(path.parent / os.readlink(path))
-    for file in files:
-        file.unlink(missing_ok=True)
+    validate_repo_id(repository)
+    return "--".join(["models", *repository.split("/")])

@@ -72,8 +72,8 @@ def from_pretrained(
 
     **Raises:** [`mamba_eqx.CheckpointError`][] for a checkpoint that is incomplete, damaged, of an
     unsupported architecture or cannot be downloaded; `FileNotFoundError` for a path at which there
-    is no folder; `ValueError` for a `dtype` that is not floating-point, or a `sharding` that does
-    not fit a parameter.
+    is no folder; `ValueError` for a `dtype` that is not floating-point, a `token`, `revision` or
+    `endpoint` that cannot be one, or a `sharding` that does not fit a parameter.
     """
     if dtype is not None:
         dtype = check_dtype("The model", dtype)

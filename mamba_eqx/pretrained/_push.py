@@ -9,6 +9,7 @@ from ..text import ByteTokenizer, TextTokenizer
 from ._card import CARD, model_card
 from ._companions import Companions, companions_of
 from ._folder import is_weights
+from ._hub import Hub
 from ._hub_errors import Place, failure
 from ._save import save_checkpoint
 from .layouts import config_from
@@ -55,13 +56,14 @@ def push_to_hub(
     `pr_url` is the address of the pull request.
 
     **Raises:** [`mamba_eqx.CheckpointError`][] if the layout cannot store the model, or the Hub
-    refuses the upload; `ValueError` if `max_shard_size` is not valid, or `tokenizer` is not one of
-    this package.
+    refuses the upload; `ValueError` if `max_shard_size` is not valid, `tokenizer` is not one of
+    this package, or `token`, `revision` or `endpoint` cannot be one.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     companions = Companions() if tokenizer is None else companions_of(tokenizer)
-    api = HfApi(endpoint=endpoint, token=token)
+    hub = Hub(revision, token, endpoint=endpoint)
+    api = HfApi(endpoint=hub.address, token=hub.token, headers=hub.password_header())
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         # Saved first, so that nothing is created on the Hub for a model that cannot be saved.
@@ -86,5 +88,7 @@ def push_to_hub(
                 revision=revision,
                 create_pr=create_pr,
             )
-        except Exception as error:  # Of any type, for the reason in `_fetch` of `_hub.py`.
-            raise failure(Place(repo_id, revision, endpoint), error, writing=True) from error
+        except Exception as error:  # Of any type; see `failure`.
+            place = Place(repo_id, revision, hub.shown_endpoint)
+            failed = failure(place, error, writing=True)
+            raise failed from failed.__cause__

@@ -11,7 +11,7 @@ import pytest
 import mamba_eqx as mbx
 from mamba_eqx import _cli
 from mamba_eqx.formats._safetensors import open_safetensors, write_safetensors
-from mamba_eqx.pretrained import from_pretrained, save_pretrained
+from mamba_eqx.pretrained import Description, from_pretrained, save_pretrained
 from tests.support.checkpoints import BOTH, assert_same, config, make
 from tests.support.hub_server import Fault
 from tests.support.torch_attacks import ARCHIVES
@@ -76,6 +76,15 @@ def test_inspect_describes_the_model(name, layout, dtype, run, tmp_path):
         assert words in text
     assert ("padded to 16" in text) == (name == "mamba1")
     assert ("separate head" in text) == (name == "mamba2")
+
+
+def test_descriptions_show_biases_of_the_mlp():
+    for bias, want in ((True, {"mlp_bias": True}), (False, {})):
+        block = mbx.BlockConfig(mbx.Mamba1Config(8), d_intermediate=12, mlp_bias=bias)
+        model = mbx.LanguageModelConfig(16, (block,) * 2)
+        ((count, fields),) = Description("", "", model, {}, {}, 0, 0, 0).blocks
+        assert count == 2
+        assert {k: v for k, v in fields.items() if k == "mlp_bias"} == want
 
 
 def test_inspect_reads_no_tensor_values(run, tmp_path, monkeypatch):

@@ -135,11 +135,11 @@ def test_revision_is_resolved_once(method, hub, load):
     repository = hub.add(NAME, files())
     first = repository.refs["main"]
     config = files()["config.json"]
-    # As long as the original, because `huggingface_hub` compares only the size.
     pushed = files("untied") | {"config.json": config.replace(b'"silu"', b'"gelu"')}
 
     def push(request):
-        if request == f"{method} /me/mine/resolve/main/config.json":
+        # The content is requested from the commit that the first answer names.
+        if re.fullmatch(f"{method} /me/mine/resolve/(main|{first})/config.json", request):
             repository.commit(pushed)
 
     hub.afterwards = push
@@ -169,7 +169,7 @@ def test_force_download_downloads_again(hub, load):
     hub.requests.clear()
     assert_same(load(force_download=True), MODEL)
     assert len(hub.asked("^GET /large/")) == 1
-    assert len(hub.asked("^GET /me/mine/resolve/main/config.json")) == 1
+    assert len(hub.asked("^GET /me/mine/resolve/[^/]*/config.json")) == 1
     with pytest.raises(ValueError, match="exclude each other"):
         load(force_download=True, local_files_only=True)
 
@@ -338,7 +338,7 @@ def test_interrupt_during_verification_removes_the_file(hub, load, tmp_path, mon
         patch.setattr(hashlib, "file_digest", interrupt)
         with pytest.raises(KeyboardInterrupt):
             load()
-    assert len(cached(tmp_path)) == 1
+    assert cached(tmp_path) == []
     assert_same(load(), MODEL)
 
 

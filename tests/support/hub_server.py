@@ -51,9 +51,13 @@ class Request:
 class Fault:
     """A failure of the next `times` requests whose `"METHOD /path"` contains the pattern.
 
-    - `status`, `headers`: the answer, if any.
+    - `status`, `headers`: the answer, if any. Without a status, the headers replace those of the
+        true answer, or remove them if they are empty.
     - `cut`: the number of bytes of the body after which the connection is closed.
     - `body`: a body that is sent instead of the true one.
+    - `whole`: whether a `Range` is ignored.
+    - `endless`: whether the body is repeated until the connection is closed.
+    - `pause`: the number of seconds between two bytes of the answer.
     """
 
     pattern: str
@@ -62,10 +66,15 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     cut: int | None = None
     body: bytes | None = None
+    whole: bool = False
+    endless: bool = False
+    pause: float = 0
 
 
 class Hub:
     """The state of both servers.
+
+    - `sent`: the number of bytes of all bodies.
 
     - `afterwards`: called with `"METHOD /path"` after each request.
     """
@@ -79,6 +88,8 @@ class Hub:
         self.members = {"hf_member"}  # Tokens of accounts that have accepted the licences.
         self.afterwards: Callable[[str], None] = lambda request: None
         self.lock = threading.Lock()
+        self.sent = 0
+        self.closing = threading.Event()
         self.endpoint = self.storage = ""
 
     def add(
@@ -113,6 +124,7 @@ def running() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.closing.set()
         for server in servers:
             server.shutdown()
             server.server_close()
@@ -161,23 +173,46 @@ class _Handler(BaseHTTPRequestHandler):
         raise NotImplementedError
 
     def answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
+        fault = self.fault or Fault("")
         total = len(body)
         ranged = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if ranged and status == 200:
+        if ranged and status == 200 and not fault.whole:
             start, end = int(ranged[1]), min(int(ranged[2] or total), total - 1)
             status, body = 206, body[start : end + 1]
             headers = {**(headers or {}), "Content-Range": f"bytes {start}-{end}/{total}"}
+        headers = {"Content-Length": str(len(body)), **(headers or {})}
         self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, value)
+        for key, value in (headers if fault.status else headers | fault.headers).items():
+            if value:
+                self.send_header(key, value)
+        if fault.pause:
+            self.drip(b"".join(self._headers_buffer), fault.pause)
+            self._headers_buffer = []
         self.end_headers()
         if self.command == "HEAD":
             return
-        if self.fault is not None and self.fault.cut is not None:
-            self.wfile.write(body[: self.fault.cut])
-            self.close_connection = True
+        body = body[: fault.cut]
+        self.close_connection = fault.cut is not None or fault.endless
+        if fault.pause:
+            self.drip(body, fault.pause)
             return
-        self.wfile.write(body)
+        with contextlib.suppress(OSError):  # The client may close the connection.
+            self.send(body)
+            while fault.endless:
+                self.send(body)
+
+    def send(self, body: bytes) -> None:
+        for at in range(0, len(body), 2**16):
+            self.wfile.write(body[at : at + 2**16])
+            self.hub.sent += len(body[at : at + 2**16])
+
+    def drip(self, text: bytes, pause: float) -> None:
+        for byte in text:
+            try:
+                self.wfile.write(bytes([byte]))
+            except OSError:
+                return
+            self.hub.closing.wait(pause)
 
     def json(self, value: object, status: int = 200, **headers: str) -> None:
         named = {key.replace("_", "-"): header for key, header in headers.items()}
