@@ -23,14 +23,20 @@ def check_positive(name: str, value: object) -> None:
         raise ValueError(f"`{name}` must be an integer of at least 1, but got {name}={value!r}.")
 
 
-def check_count(name: str, value: object) -> None:
-    """Raises unless `value` is an integer (of Python or NumPy) of at least 1 that fits into int32.
+def check_count(name: str, value: object, *, least: int = 1) -> None:
+    """Raises unless `value` is an integer (of Python or NumPy) of at least `least` that fits into
+    int32.
 
     Compiled loops count in int32.
     """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value < 2**31:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | np.integer)
+        or not least <= value < 2**31
+    ):
         raise ValueError(
-            f"`{name}` must be an integer of at least 1 and below 2**31, but got {name}={value!r}."
+            f"`{name}` must be an integer of at least {least} and below 2**31, but got "
+            f"{name}={value!r}."
         )
 
 

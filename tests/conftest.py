@@ -124,7 +124,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         callspec = getattr(item, "callspec", None)
         name = None if callspec is None else callspec.params.get("name")
-        if item.path.name == "test_laws.py" and name is not None:
+        if item.path.parent.name == "laws" and name is not None:
             item.add_marker(pytest.mark.xdist_group(str(name)))
             if name in VARIANTS:
                 item.add_marker(pytest.mark.slow)

@@ -23,7 +23,7 @@ LEVELS = {
         "__main__ __init__",
     ],
     "ops": [
-        "_arguments _chunks _masks _norm _rotary",
+        "_arguments _chunks _linear_map _masks _norm _rotary",
         "_attention _conv _mamba3 _recurrence _ssd",
         "_selective_scan",
         "__init__",

@@ -3,32 +3,52 @@ compiled code contains none of these checks."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
+from .. import ops
 from ._protocol import AbstractSequenceLayer, State
 
 
-def check_sequence(
+def checked_sequence(
     name: str,
     d_model: int,
     x: Array,
     reset: Array | None = None,
     length: Array | int | None = None,
-) -> None:
-    """Validates the arguments of `scan` of the layer `name`, except for the state."""
+    *,
+    verb: str = "scan",
+) -> Array:
+    """Validates the arguments of `scan`, or of another verb for whole sequences, of the layer
+    `name`, except for the state.
+
+    **Returns:**
+
+    `x` without its padding; see `without_padding`.
+    """
     if x.ndim == 3:
         raise ValueError(
-            f"`{name}.scan` takes one sequence of shape (seq, {d_model}), but got a batch of shape "
-            f"{x.shape}. Use `jax.vmap(layer)(x)`."
+            f"`{name}.{verb}` takes one sequence of shape (seq, {d_model}), but got a batch of "
+            f"shape {x.shape}. Use `jax.vmap(layer)(x)`."
         )
     if x.ndim != 2:
         raise ValueError(
-            f"`{name}.scan` takes a sequence of shape (seq, {d_model}), but got an array of shape "
-            f"{x.shape}."
+            f"`{name}.{verb}` takes a sequence of shape (seq, {d_model}), but got an array of "
+            f"shape {x.shape}."
             + (" For a single token use `layer.step(x, state)`." if x.ndim == 1 else "")
         )
-    check_features(f"{name}.scan", d_model, x)
+    check_features(f"{name}.{verb}", d_model, x)
     check_reset_and_length(name, x.shape[0], reset, length)
+    return without_padding(x, length)
+
+
+def without_padding(x: Array, length: Array | int | None) -> Array:
+    """Returns `x` with zeros in place of the padding after the first `length` tokens.
+
+    The reverse pass of a projection multiplies its input by the gradient of its output, and NaN
+    in padding times a gradient of zero would be NaN. A layer therefore never reads padding.
+    """
+    return ops.fill_padding(ops.real_tokens(x.shape[0], length), x, 0)
 
 
 def check_token(name: str, d_model: int, x: Array) -> None:
@@ -58,7 +78,7 @@ def check_reset_and_length(
             f"`length` of `{name}` must be one integer, but got {jnp.result_type(length)} of "
             f"shape {jnp.shape(length)}. For a batch use `jax.vmap`."
         )
-    if isinstance(length, int) and not 0 <= length <= seq:
+    if isinstance(length, int | np.integer) and not 0 <= length <= seq:
         raise ValueError(f"`length` of `{name}` must be within 0..{seq}, but got length={length}.")
 
 

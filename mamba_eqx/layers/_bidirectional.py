@@ -3,7 +3,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ._arguments import check_features, check_reset_and_length
+from .. import ops
+from ._arguments import check_features, check_reset_and_length, without_padding
 from ._protocol import AbstractSequenceLayer, Length, Reset
 
 
@@ -99,6 +100,7 @@ class Bidirectional(eqx.Module):
             )
         check_features("Bidirectional", self.d_model, x)
         check_reset_and_length("Bidirectional", x.shape[0], reset, length)
+        x = without_padding(x, length)
         backward = self.forward if self.backward is None else self.backward
         reversed_reset = None
         if reset is not None:
@@ -114,4 +116,4 @@ def _reverse(x: Array, length: Array | int | None) -> Array:
     """Reverses the first `length` tokens, and separately the padding after them. Applied twice, it
     returns `x`."""
     flipped = jnp.flip(x, axis=0)
-    return flipped if length is None else jnp.roll(flipped, length, axis=0)
+    return flipped if length is None else jnp.roll(flipped, ops.as_int32(length), axis=0)

@@ -5,7 +5,7 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ._arguments import check_sequence, check_token
+from ._arguments import check_token, checked_sequence
 from ._norm import Norm, make_norm
 from ._protocol import AbstractSequenceLayer, Length, Reset, State
 
@@ -52,7 +52,7 @@ class Block(AbstractSequenceLayer[State]):
         - `dtype`: the dtype of the norms' parameters; float32 by default (float64 in JAX's 64-bit
             mode).
 
-        **Raises:** `ValueError` if `norm_eps` is not between 0 and 1.
+        **Raises:** `ValueError` if `norm_eps` is not between 0 and 1, or `rms_norm` is not a bool.
         """
         self.norm = make_norm(mixer.d_model, rms_norm=rms_norm, eps=norm_eps, dtype=dtype)
         self.mixer = mixer
@@ -81,7 +81,7 @@ class Block(AbstractSequenceLayer[State]):
         length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], State]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
-        check_sequence("Block", self.d_model, x, reset, length)
+        x = checked_sequence("Block", self.d_model, x, reset, length)
         y, state = self.mixer.scan(jax.vmap(self.norm)(x), state, reset=reset, length=length)
         return jax.vmap(self._apply_mlp)(x + y), state
 

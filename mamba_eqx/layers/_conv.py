@@ -6,9 +6,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .. import ops
-from .._checks import check_positive
+from .._checks import check_flag, check_positive
 from .._dtypes import default_dtype
-from ._arguments import check_sequence, check_token, checked_state
+from ._arguments import check_token, checked_sequence, checked_state
 from ._initialisers import uniform
 from ._protocol import AbstractSequenceLayer, Length, Reset
 
@@ -46,10 +46,11 @@ class CausalConv1d(AbstractSequenceLayer[Float[Array, "lag {self.d_model}"]]):
         - `key`: the random key for the initial weight and bias, uniform within
             `±1/sqrt(d_conv)`.
 
-        **Raises:** `ValueError` if a size is not a positive integer.
+        **Raises:** `ValueError` if a size is not a positive integer, or `use_bias` is not a bool.
         """
         check_positive("d_model", d_model)
         check_positive("d_conv", d_conv)
+        check_flag("use_bias", use_bias)
         dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
         weight_key, bias_key = jr.split(key)
         bound = d_conv**-0.5
@@ -72,7 +73,7 @@ class CausalConv1d(AbstractSequenceLayer[Float[Array, "lag {self.d_model}"]]):
         length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], Float[Array, "lag {self.d_model}"]]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
-        check_sequence("CausalConv1d", self.d_model, x, reset, length)
+        x = checked_sequence("CausalConv1d", self.d_model, x, reset, length)
         y, end = ops.causal_conv1d(
             x.astype(self.weight.dtype),
             self.weight,

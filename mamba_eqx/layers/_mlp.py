@@ -5,7 +5,7 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._checks import check_positive
+from .._checks import check_flag, check_positive
 from .._dtypes import default_dtype
 from ._linear import Linear
 
@@ -42,10 +42,11 @@ class GatedMLP(eqx.Module):
         - `dtype`: the dtype of the parameters; float32 by default (float64 in JAX's 64-bit mode).
         - `key`: the random key for the initial parameters.
 
-        **Raises:** `ValueError` if a size is not a positive integer.
+        **Raises:** `ValueError` if a size is not a positive integer, or `bias` is not a bool.
         """
         check_positive("d_model", d_model)
         check_positive("d_intermediate", d_intermediate)
+        check_flag("bias", bias)
         dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
         fc1_key, fc2_key = jr.split(key)
         self.fc1 = Linear(d_model, 2 * d_intermediate, use_bias=bias, dtype=dtype, key=fc1_key)

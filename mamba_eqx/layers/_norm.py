@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .. import ops
-from .._checks import check_fraction, check_positive, to_python
+from .._checks import check_flag, check_fraction, check_positive, to_python
 from .._dtypes import default_dtype
 
 
@@ -19,6 +19,7 @@ def make_norm(d_model: int, *, rms_norm: bool, eps: float, dtype: DTypeLike | No
     As in the official code, an RMSNorm has no bias and a LayerNorm has one.
     """
     eps = to_python(eps)
+    check_flag("rms_norm", rms_norm)
     check_fraction("norm_eps", eps)
     dtype = default_dtype() if dtype is None else dtype
     if rms_norm:
@@ -57,7 +58,7 @@ class GatedRMSNorm(eqx.Module):
             JAX's 64-bit mode).
 
         **Raises:** `ValueError` if a size is not a positive integer, `ngroups` does not divide
-        `channels`, or `eps` is not between 0 and 1.
+        `channels`, `eps` is not between 0 and 1, or `norm_before_gate` is not a bool.
         """
         check_positive("channels", channels)
         check_positive("ngroups", ngroups)
@@ -68,6 +69,7 @@ class GatedRMSNorm(eqx.Module):
             )
         eps = to_python(eps)
         check_fraction("eps", eps)
+        check_flag("norm_before_gate", norm_before_gate)
         self.weight = jnp.ones(channels, default_dtype() if dtype is None else dtype)
         self.ngroups = ngroups
         self.eps = eps

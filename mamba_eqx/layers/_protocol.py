@@ -2,14 +2,14 @@ import abc
 from typing import Generic, TypeAlias, TypeVar
 
 import equinox as eqx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 
 State = TypeVar("State")
 
 # jaxtyping binds the axes of an alias anew at every call, as if the alias were written out.
 Reset: TypeAlias = Bool[Array, " seq"] | None
-Length: TypeAlias = Int[Array, ""] | int | None
+Length: TypeAlias = Integer[Array, ""] | int | None
 
 
 class AbstractSequenceLayer(eqx.Module, Generic[State]):
@@ -30,13 +30,13 @@ class AbstractSequenceLayer(eqx.Module, Generic[State]):
         of both joined;
     - *causality*: a token influences no output before it;
     - *reset*: `scan(x, reset=r)` equals separate runs of the segments that begin where `r` is true;
-    - *length*: `scan(x, state, length=n)` equals `scan(x[:n], state)`, in the first `n` outputs
-        and in the state;
+    - *length*: `scan(x, state, length=n)` equals `scan(x[:n], state)`, in the first `n` outputs,
+        in the state, and in the gradients of both, whatever the padding holds;
     - *closure*: `init_state`, `scan` and `step` return states of the same structure, shapes and
         dtypes, so that a state is a valid carry of `jax.lax.scan`;
     - *dtype*: `y.dtype == x.dtype`.
 
-    `docs/api/protocol.md` has the full table of laws. `tests/test_laws.py` checks them for every
+    `docs/api/protocol.md` has the full table of laws. `tests/laws` checks them for every
     layer in `tests/support/registry.py`; add your own layers there to check them as well.
 
     Layers are unbatched: use `jax.vmap` for batches. A state is an ordinary pytree, which can be
@@ -74,7 +74,8 @@ class AbstractSequenceLayer(eqx.Module, Generic[State]):
         - `reset`: a boolean array of shape `(seq,)`. Where it is true, the layer forgets everything
             before that token, so that several documents can be packed into one sequence.
         - `length`: the number of real tokens, within `0..seq`. The tokens after them are padding:
-            they do not change the state, and their outputs are meaningless.
+            they may hold anything, do not change the state or any gradient, and their outputs are
+            meaningless.
 
         **Returns:**
 

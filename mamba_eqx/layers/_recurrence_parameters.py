@@ -1,10 +1,11 @@
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.tree_util import KeyPath
+from jax.tree_util import GetAttrKey, all_leaves, tree_flatten_with_path
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
@@ -31,31 +32,35 @@ def recurrence_mask(tree: PyTree) -> PyTree[bool]:
 
     **Arguments:**
 
-    - `tree`: a model, or any pytree of its structure, for instance its gradients.
+    - `tree`: a model, or any pytree of its structure, for instance its gradients. It may contain
+        nodes of any registered type.
 
     **Returns:**
 
     The same tree with `True` in place of these leaves and `False` in place of all others.
     """
 
-    def is_recurrence(path: KeyPath, _: PyTree) -> bool:
-        node: PyTree = tree
-        found = False
-        for key in path:
-            if isinstance(key, jax.tree_util.DictKey):
-                node = node[key.key]
-            elif isinstance(key, jax.tree_util.SequenceKey):
-                node = node[key.idx]
-            elif isinstance(key, jax.tree_util.GetAttrKey) and isinstance(node, eqx.Module):
-                metadata = type(node).__dataclass_fields__[key.name].metadata
-                found = found or metadata.items() >= RECURRENCE.items()
-                node = getattr(node, key.name)
-            else:
-                # Nodes of other libraries have no fields with our metadata.
-                break
-        return found
+    return _mark(tree, recurrence=False)
 
-    return jax.tree_util.tree_map_with_path(is_recurrence, tree)
+
+def _mark(node: PyTree, *, recurrence: bool) -> PyTree[bool]:
+    """Replaces the leaves below `node`, one level after another.
+
+    **Arguments:**
+
+    - `node`: any node or leaf of a pytree.
+    - `recurrence`: whether the field that holds `node` has the metadata `RECURRENCE`.
+    """
+    if all_leaves([node]):
+        return recurrence
+    children, structure = tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
+    fields = {f.name: f for f in dataclasses.fields(node)} if dataclasses.is_dataclass(node) else {}
+    marks: list[PyTree[bool]] = []
+    for (key,), child in children:
+        field = fields.get(key.name) if isinstance(key, GetAttrKey) else None
+        declared = field is not None and field.metadata.items() >= RECURRENCE.items()
+        marks.append(_mark(child, recurrence=recurrence or declared))
+    return structure.unflatten(marks)
 
 
 def cast(tree: PyTree, dtype: DTypeLike) -> PyTree:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from ._arguments import check_sequence, check_token
+from ._arguments import check_token, checked_sequence
 from ._protocol import AbstractSequenceLayer, Length, Reset, State
 
 
@@ -108,7 +108,7 @@ class Unrolled(AbstractStack[tuple[PyTree, ...]]):
         length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], tuple[PyTree, ...]]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
-        check_sequence("Unrolled", self.d_model, x, reset, length)
+        x = checked_sequence("Unrolled", self.d_model, x, reset, length)
         outputs, states = self._run(x, state, reset, length)
         return outputs[-1], states
 
@@ -132,7 +132,7 @@ class Unrolled(AbstractStack[tuple[PyTree, ...]]):
         length: Length = None,
     ) -> Float[Array, "{self.n_layer} seq {self.d_model}"]:
         """See [`mamba_eqx.layers.AbstractStack.hidden_states`][]."""
-        check_sequence("Unrolled", self.d_model, x, reset, length)
+        x = checked_sequence("Unrolled", self.d_model, x, reset, length, verb="hidden_states")
         return jnp.stack(self._run(x, None, reset, length)[0])
 
     def _run(
@@ -222,7 +222,7 @@ class Stacked(AbstractStack[PyTree]):
         length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], PyTree]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
-        check_sequence("Stacked", self.d_model, x, reset, length)
+        x = checked_sequence("Stacked", self.d_model, x, reset, length)
         scan = _scan_layer(self.remat)
         return self._loop(lambda layer, x, s: scan(layer, x, s, reset, length), x, state)
 
@@ -242,10 +242,12 @@ class Stacked(AbstractStack[PyTree]):
         length: Length = None,
     ) -> Float[Array, "{self.n_layer} seq {self.d_model}"]:
         """See [`mamba_eqx.layers.AbstractStack.hidden_states`][]."""
-        check_sequence("Stacked", self.d_model, x, reset, length)
+        x = checked_sequence("Stacked", self.d_model, x, reset, length, verb="hidden_states")
+
+        scan = _scan_layer(self.remat)
 
         def run(layer: Layer, x: Array, _: PyTree) -> tuple[Array, Array]:
-            y, _ = layer.scan(x, reset=reset, length=length)
+            y, _ = scan(layer, x, None, reset, length)
             return y, y
 
         return self._loop(run, x, None)[1]

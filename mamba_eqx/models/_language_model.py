@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
 from .._checks import check_flag, check_positive
 from .._dtypes import at_least_float32, default_dtype
@@ -116,7 +116,7 @@ class LanguageModel(eqx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, " seq"],
+        tokens: Integer[Array, " seq"],
         *,
         reset: Reset = None,
         length: Length = None,
@@ -141,7 +141,7 @@ class LanguageModel(eqx.Module):
     @jax.named_scope("mamba_eqx.LanguageModel.scan")
     def scan(
         self,
-        tokens: Int[Array, " seq"],
+        tokens: Integer[Array, " seq"],
         state: PyTree | None = None,
         *,
         reset: Reset = None,
@@ -151,7 +151,7 @@ class LanguageModel(eqx.Module):
 
         **Arguments:**
 
-        - `tokens`: token ids within `0..vocab_size - 1`, an array of shape `(seq,)`.
+        - `tokens`: token ids within `0..vocab_size - 1`, an integer array of shape `(seq,)`.
         - `state`, `reset`, `length`: see [`mamba_eqx.AbstractSequenceLayer.scan`][].
 
         **Returns:**
@@ -161,12 +161,13 @@ class LanguageModel(eqx.Module):
 
         **Raises:** `ValueError` if an argument has the wrong shape or dtype.
         """
+        _check_tokens("scan", tokens, 1)
         features, state = self.backbone(tokens, state, reset=reset, length=length)
         return self.logits(features), state
 
     @jax.named_scope("mamba_eqx.LanguageModel.step")
     def step(
-        self, token: Int[Array, ""], state: PyTree
+        self, token: Integer[Array, ""], state: PyTree
     ) -> tuple[Float[Array, " {self.padded_vocab_size}"], PyTree]:
         """Runs one token.
 
@@ -182,12 +183,13 @@ class LanguageModel(eqx.Module):
 
         **Raises:** `ValueError` if an argument has the wrong shape or dtype.
         """
+        _check_tokens("step", token, 0)
         features, state = self.backbone_step(token, state)
         return self.logits(features), state
 
     def backbone(
         self,
-        tokens: Int[Array, " seq"],
+        tokens: Integer[Array, " seq"],
         state: PyTree | None = None,
         *,
         reset: Reset = None,
@@ -207,13 +209,13 @@ class LanguageModel(eqx.Module):
 
         **Raises:** `ValueError` as `scan` does.
         """
-        _check_tokens("scan", tokens, 1)
+        _check_tokens("backbone", tokens, 1)
         check_reset_and_length("LanguageModel", tokens.shape[0], reset, length)
         x, state = self.layers.scan(self._embed(tokens), state, reset=reset, length=length)
         return jax.vmap(self.norm_f)(x), state
 
     def backbone_step(
-        self, token: Int[Array, ""], state: PyTree
+        self, token: Integer[Array, ""], state: PyTree
     ) -> tuple[Float[Array, " {self.d_model}"], PyTree]:
         """Runs `step` without the head.
 
@@ -226,7 +228,7 @@ class LanguageModel(eqx.Module):
 
         **Raises:** `ValueError` as `step` does.
         """
-        _check_tokens("step", token, 0)
+        _check_tokens("backbone_step", token, 0)
         x, state = self.layers.step(self._embed(token), state)
         return self.norm_f(x), state
 
@@ -248,7 +250,7 @@ class LanguageModel(eqx.Module):
 
     def hidden_states(
         self,
-        tokens: Int[Array, " seq"],
+        tokens: Integer[Array, " seq"],
         *,
         reset: Reset = None,
         length: Length = None,
@@ -267,14 +269,16 @@ class LanguageModel(eqx.Module):
 
         **Raises:** `ValueError` as `scan` does.
         """
-        _check_tokens("scan", tokens, 1)
+        _check_tokens("hidden_states", tokens, 1)
+        check_reset_and_length("LanguageModel", tokens.shape[0], reset, length)
         hidden = self.layers.hidden_states(self._embed(tokens), reset=reset, length=length)
         return jnp.concatenate([hidden, jax.vmap(self.norm_f)(hidden[-1])[None]])
 
-    def _embed(self, tokens: Int[Array, "*seq"]) -> Float[Array, "*seq {self.d_model}"]:
+    def _embed(self, tokens: Integer[Array, "*seq"]) -> Float[Array, "*seq {self.d_model}"]:
         weight = self.embedding.weight
         dtype = at_least_float32(weight) if self.residual_in_fp32 else weight.dtype
-        return weight[tokens].astype(dtype)
+        # JAX adds the number of rows to negative indices, which overflows in int16.
+        return weight[tokens.astype(jnp.int32)].astype(dtype)
 
 
 def check_vocab_size(vocab_size: int, padded_vocab_size: int | None) -> int:

@@ -3,7 +3,12 @@
 from ._attention import attention as attention, attention_step as attention_step
 from ._conv import causal_conv1d as causal_conv1d, causal_conv1d_step as causal_conv1d_step
 from ._mamba3 import mamba3 as mamba3, mamba3_step as mamba3_step
-from ._masks import document_positions as document_positions
+from ._masks import (
+    as_int32 as as_int32,
+    document_positions as document_positions,
+    fill_padding as fill_padding,
+    real_tokens as real_tokens,
+)
 from ._norm import gated_rms_norm as gated_rms_norm
 from ._recurrence import linear_recurrence as linear_recurrence
 from ._rotary import rotary_embedding as rotary_embedding
@@ -12,3 +17,22 @@ from ._selective_scan import (
     selective_scan_step as selective_scan_step,
 )
 from ._ssd import ssd as ssd, ssd_step as ssd_step
+
+
+# The public names. Other folders of the package may import the other names too.
+__all__ = [
+    "attention",
+    "attention_step",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "document_positions",
+    "gated_rms_norm",
+    "linear_recurrence",
+    "mamba3",
+    "mamba3_step",
+    "rotary_embedding",
+    "selective_scan",
+    "selective_scan_step",
+    "ssd",
+    "ssd_step",
+]

@@ -4,7 +4,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from .._dtypes import at_least_float32
 from ._arguments import check_kv_heads, size_or_default
@@ -51,7 +51,7 @@ def attention(
     *,
     state: Cache | None = None,
     reset: Bool[Array, " seq"] | None = None,
-    length: Int[Array, ""] | int | None = None,
+    length: Integer[Array, ""] | int | None = None,
     scale: float | None = None,
     window: int | None = None,
     block_size: int | None = None,
@@ -92,6 +92,7 @@ def attention(
     seq, nheads, headdim = q.shape
     nheads_kv = k.shape[1]
     check_kv_heads(nheads, nheads_kv)
+    size = size_or_default("block_size", block_size, _BLOCK_SIZE)
     room = _capacity(state, window, seq)
     start = jnp.zeros((), jnp.int32) if state is None else state[2]
     if seq == 0:
@@ -100,7 +101,8 @@ def attention(
     real = real_tokens(seq, length)
     begin = document_starts(seq, reset, real)
     # No real query sees padding, but padding may be NaN, which times zero is NaN.
-    k, v = (jnp.swapaxes(fill_padding(real, t, 0), 0, 1) for t in (k, v))
+    q, k, v = (fill_padding(real, t, 0) for t in (q, k, v))
+    k, v = (jnp.swapaxes(t, 0, 1) for t in (k, v))
 
     # Offsets count these tokens from 0 on, and earlier ones backwards from -1. A query sees the
     # keys from `first` to itself.
@@ -115,7 +117,6 @@ def attention(
 
     attend = partial(_attend, scale=headdim**-0.5 if scale is None else scale, window=window)
     queries = _Queries(q.reshape(seq, nheads_kv, nheads // nheads_kv, headdim), offset, first)
-    size = size_or_default("block_size", block_size, _BLOCK_SIZE)
     if seq <= size:
         y = attend(pieces, queries)
     else:
@@ -124,7 +125,9 @@ def attention(
         y = lax.map(body, blocks).reshape(-1, *queries.q.shape[1:])[:seq]
     y = y.reshape(q.shape)
     if state is not None and window is None:
-        y = jnp.where(append_axes(offset - first >= room, y), jnp.nan, y)
+        # NaN in an output of padding would reach the gradients of what reads the outputs.
+        dropped = offset - first >= room if real is None else (offset - first >= room) & real
+        y = jnp.where(append_axes(dropped, y), jnp.nan, y)
 
     if state is None and window is None and reset is None and length is None:
         return y, (k, v, jnp.asarray(seq, jnp.int32))

@@ -1,10 +1,10 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from .._dtypes import at_least_float32
-from ._masks import mask_resets, real_tokens
+from ._masks import as_int32, fill_padding, mask_resets, real_tokens
 
 
 @jax.jit
@@ -16,7 +16,7 @@ def causal_conv1d(
     *,
     state: Float[Array, "lag channels"] | None = None,
     reset: Bool[Array, " seq"] | None = None,
-    length: Int[Array, ""] | int | None = None,
+    length: Integer[Array, ""] | int | None = None,
 ) -> tuple[Float[Array, "seq channels"], Float[Array, "lag channels"]]:
     r"""Computes a depthwise causal convolution over time,
 
@@ -46,12 +46,16 @@ def causal_conv1d(
     lag = weight.shape[0] - 1
     if state is None:
         state = jnp.zeros((lag, channels), x.dtype)
-    window = jnp.concatenate([state, x])
+    if seq == 0:
+        # XLA's CPU backend aborts on the gradient of the taps of an empty sequence.
+        return x, state
+    real = real_tokens(seq, length)
+    window = jnp.concatenate([state, fill_padding(real, x, 0)])
     if reset is None:
         document = None
     else:
         # A token sees only inputs of its own document. The inputs in `state` are document 0.
-        reset = mask_resets(reset, real_tokens(seq, length))
+        reset = mask_resets(reset, real)
         document = jnp.concatenate(
             [jnp.zeros(lag + 1, jnp.int32), jnp.cumsum(reset, dtype=jnp.int32)]
         )
@@ -65,7 +69,7 @@ def causal_conv1d(
             tap = jnp.where(same[:, None], tap, jnp.zeros_like(tap))
         y = y + weight[k].astype(dtype) * tap.astype(dtype)
 
-    end = seq if length is None else length
+    end = seq if length is None else as_int32(length)
     new_state = lax.dynamic_slice_in_dim(window, end, lag)
     if document is not None:
         same = lax.dynamic_slice_in_dim(document, end + 1, lag) == document[lag + end]

@@ -5,15 +5,15 @@ A token at or after `length` is padding: it leaves the state unchanged and canno
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int, Integer, Shaped
 
 
 def document_positions(
     seq: int,
     *,
-    start: Int[Array, ""] | int = 0,
+    start: Integer[Array, ""] | int = 0,
     reset: Bool[Array, " seq"] | None = None,
-    length: Int[Array, ""] | int | None = None,
+    length: Integer[Array, ""] | int | None = None,
 ) -> Int[Array, " seq"]:
     """Returns the position of every token in its document.
 
@@ -32,7 +32,7 @@ def document_positions(
     The positions, shape `(seq,)`.
     """
     begin = document_starts(seq, reset, real_tokens(seq, length))
-    return jnp.arange(seq, dtype=jnp.int32) - jnp.where(begin < 0, -start, begin)
+    return jnp.arange(seq, dtype=jnp.int32) - jnp.where(begin < 0, -as_int32(start), begin)
 
 
 def document_starts(
@@ -45,9 +45,17 @@ def document_starts(
     return lax.cummax(places)
 
 
-def real_tokens(seq: int, length: Int[Array, ""] | int | None) -> Bool[Array, " seq"] | None:
+def real_tokens(seq: int, length: Integer[Array, ""] | int | None) -> Bool[Array, " seq"] | None:
     """Returns a mask of the first `length` tokens, or `None` if `length` is `None`."""
-    return None if length is None else jnp.arange(seq) < length
+    return None if length is None else jnp.arange(seq, dtype=jnp.int32) < as_int32(length)
+
+
+def as_int32(count: Integer[Array, ""] | int) -> Int[Array, ""] | int:
+    """Returns a number of tokens as int32, whatever its integer dtype; a Python integer stays.
+
+    With strict promotion, JAX compares and adds only integers of the same dtype.
+    """
+    return count if isinstance(count, int) else jnp.asarray(count, jnp.int32)
 
 
 def mask_resets(
@@ -58,11 +66,12 @@ def mask_resets(
 
 
 def fill_padding(
-    real: Bool[Array, " seq"] | None, array: Float[Array, "seq *shape"], value: int
-) -> Float[Array, "seq *shape"]:
+    real: Bool[Array, " seq"] | None, array: Shaped[Array, "seq *shape"], value: int
+) -> Shaped[Array, "seq *shape"]:
     """Returns `array` with `value` at every padding token.
 
-    Ops pass the value that leaves the state unchanged. Padding may hold anything, even NaN.
+    Ops pass the value that leaves the state unchanged. Padding may hold anything, even NaN, and the
+    reverse pass of an op multiplies its inputs by the zero gradients of the padding's outputs.
     """
     if real is None:
         return array
@@ -70,7 +79,7 @@ def fill_padding(
 
 
 def append_axes(
-    mask: Bool[Array, " seq"], array: Float[Array, "seq *shape"]
+    mask: Bool[Array, " seq"], array: Shaped[Array, "seq *shape"]
 ) -> Bool[Array, "seq ..."]:
     """Returns `mask` with trailing axes of size one, so that it broadcasts against `array`."""
     return mask.reshape(mask.shape + (1,) * (array.ndim - 1))

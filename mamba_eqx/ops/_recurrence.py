@@ -4,7 +4,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from ._masks import append_axes, fill_padding, mask_resets, real_tokens
 
@@ -30,7 +30,7 @@ def linear_recurrence(
     *,
     state: Float[Array, "*shape"] | None = None,
     reset: Bool[Array, " seq"] | None = None,
-    length: Int[Array, ""] | int | None = None,
+    length: Integer[Array, ""] | int | None = None,
     method: Literal["sequential", "associative"] | None = None,
 ) -> tuple[Float[Array, "seq *shape"], Float[Array, "*shape"]]:
     r"""Computes every term of the linear recurrence

@@ -2,7 +2,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from .._dtypes import at_least_float32
 
@@ -47,7 +47,7 @@ def _series(x: Float[Array, "*shape"], coefficients: list[float]) -> Float[Array
 
 def rotary_embedding(
     x: Float[Array, "*seq nheads headdim"],
-    positions: Int[Array, "*seq"],
+    positions: Integer[Array, "*seq"],
     *,
     dim: int,
     base: float,

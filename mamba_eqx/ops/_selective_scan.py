@@ -5,11 +5,12 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from .._dtypes import at_least_float32
 from ._arguments import size_or_default
 from ._chunks import cut_into_chunks
+from ._linear_map import linear_map
 from ._masks import fill_padding, mask_resets, real_tokens
 from ._recurrence import linear_recurrence
 
@@ -46,7 +47,7 @@ def selective_scan(
     *,
     state: Float[Array, "d_state d_inner"] | None = None,
     reset: Bool[Array, " seq"] | None = None,
-    length: Int[Array, ""] | int | None = None,
+    length: Integer[Array, ""] | int | None = None,
     method: Literal["sequential", "associative", "chunked"] | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "seq d_inner"], Float[Array, "d_state d_inner"]]:
@@ -59,14 +60,15 @@ def selective_scan(
     official code (`selective_scan_fn`). With the default method, no array of size
     `seq * d_inner * d_state` is ever held.
 
-    All methods give the same result:
+    All methods give the same result and support all of JAX's derivatives:
 
     - `"chunked"`: one loop over time. Its reverse pass keeps only the states at the starts of the
         chunks and recomputes the others, so that the memory for training grows as `seq * d_inner`.
-        It has a custom reverse rule, for which JAX offers no forward mode.
+        Forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) has a rule of its own as well. The
+        reverse mode of second derivatives keeps the states of all tokens.
     - `"sequential"`: a `jax.lax.scan` over [`mamba_eqx.ops.selective_scan_step`][], with JAX's own
-        derivatives. Use it with `jax.jvp`, `jax.jacfwd` or `jax.linearize`. Its forward pass is as
-        fast; its reverse pass is slower and needs `d_state` times the memory.
+        derivatives. Its forward pass is as fast; its reverse pass is slower and needs `d_state`
+        times the memory.
     - `"associative"`: a parallel prefix sum inside each chunk, the chunks one after another. It has
         a shorter critical path but does several times the work, which suits accelerators with idle
         lanes.
@@ -229,14 +231,16 @@ def _associative(tokens: _Tokens, At: _State, h: _State) -> tuple[_Chunks, _Stat
     return y, h
 
 
-@jax.custom_vjp
+# In reverse mode, JAX's own derivatives would keep the state of every token, and a `jax.custom_vjp`
+# would exclude forward mode.
+@jax.custom_jvp
 def _chunked(tokens: _Tokens, At: _State, h: _State) -> tuple[_Chunks, _State]:
-    (y, h), _ = _chunked_fwd(tokens, At, h)
+    y, h, _ = _run_chunks(tokens, At, h)
     return y, h
 
 
 class _Residuals(NamedTuple):
-    """The values that the forward pass of `_chunked` saves for the reverse pass."""
+    """The values of the forward pass that the derivatives of `_chunked` are computed from."""
 
     tokens: _Tokens
     At: _State
@@ -244,9 +248,28 @@ class _Residuals(NamedTuple):
     """The state at the start of every chunk."""
 
 
-def _chunked_fwd(
+_Inputs = tuple[_Tokens, _State, _State]
+"""The arguments of `_chunked`, or their tangents or cotangents, which have `reset=None`."""
+
+
+@_chunked.defjvp
+def _chunked_jvp(
+    primals: _Inputs, tangents: _Inputs
+) -> tuple[tuple[_Chunks, _State], tuple[_Chunks, _State]]:
+    tokens, At, h = primals
+    tokens_dot, At_dot, h_dot = tangents
+    y, h, starts = _run_chunks(tokens, At, h)
+    residuals = _Residuals(tokens, At, starts)
+    tangents = (tokens_dot._replace(reset=None), At_dot, h_dot)
+    derivative, transpose = partial(_push, residuals), partial(_pull, residuals)
+    return (y, h), linear_map(derivative, transpose, tangents, (y, h))
+
+
+def _run_chunks(
     tokens: _Tokens, At: _State, h: _State
-) -> tuple[tuple[_Chunks, _State], _Residuals]:
+) -> tuple[_Chunks, _State, Float[Array, "chunks d_state d_inner"]]:
+    """Returns the outputs, the last state, and the state at the start of every chunk."""
+
     def step(h: Array, token: _Tokens) -> tuple[Array, Array]:
         h, _ = _advance(At, h, token.x, token.dt, token.B, token.reset)
         return h, _sum_over_state(token.C[:, None] * h)
@@ -256,19 +279,50 @@ def _chunked_fwd(
         return h, (y, start)
 
     h, (y, starts) = lax.scan(chunk, h, tokens)
-    return (y, h), _Residuals(tokens, At, starts)
+    return y, h, starts
 
 
-def _chunked_bwd(
-    residuals: _Residuals, cotangents: tuple[_Chunks, _State]
-) -> tuple[_Tokens, _State, _State]:
+def _kept_in_chunk(
+    At: _State, tokens: _Tokens, start: _State
+) -> Float[Array, "chunk d_state d_inner"]:
+    """Returns the part of every token's state that comes from the state before the token."""
+
+    def step(h: Array, token: _Tokens) -> tuple[Array, Array]:
+        return _advance(At, h, token.x, token.dt, token.B, token.reset)
+
+    return lax.scan(step, start, tokens)[1]
+
+
+def _push(residuals: _Residuals, tangents: _Inputs) -> tuple[_Chunks, _State]:
+    """Returns the tangents of the outputs and of the last state of `_chunked`."""
+    tokens, At, starts = residuals
+    tokens_dot, At_dot, h_dot = tangents
+
+    def step(h_dot: Array, inputs: tuple[_Tokens, _Tokens, Array]) -> tuple[Array, Array]:
+        (x, dt, B, C, reset), token_dot, kept = inputs
+        dt_x = dt * x
+        dt_x_dot = token_dot.dt * x + dt * token_dot.x
+        log_decay_dot = token_dot.dt * At + dt * At_dot
+        h_dot = _decay(At, dt, h_dot, reset) + log_decay_dot * kept
+        h_dot = h_dot + token_dot.B[:, None] * dt_x + B[:, None] * dt_x_dot
+        h = kept + B[:, None] * dt_x
+        return h_dot, _sum_over_state(token_dot.C[:, None] * h + C[:, None] * h_dot)
+
+    def chunk(h_dot: Array, inputs: tuple[_Tokens, _Tokens, Array]) -> tuple[Array, Array]:
+        tokens, tokens_dot, start = inputs
+        kept = _kept_in_chunk(At, tokens, start)
+        return lax.scan(step, h_dot, (tokens, tokens_dot, kept))
+
+    h_dot, y_dot = lax.scan(chunk, h_dot, (tokens, tokens_dot, starts))
+    return y_dot, h_dot
+
+
+def _pull(residuals: _Residuals, cotangents: tuple[_Chunks, _State]) -> _Inputs:
+    """Returns the cotangents of the arguments of `_chunked`, the transpose of `_push`."""
     # The reverse pass recomputes the states of a chunk from the state at its start. The adjoint
     # g_t = dL/dh_t then runs from the chunk's end, g_{t-1} = exp(dt_t A) g_t + C_{t-1} dL/dy_{t-1}.
     tokens, At, starts = residuals
     y_bar, h_bar = cotangents
-
-    def recompute(h: Array, token: _Tokens) -> tuple[Array, Array]:
-        return _advance(At, h, token.x, token.dt, token.B, token.reset)
 
     def step(
         carry: tuple[Array, Array], inputs: tuple[_Tokens, Array, Array]
@@ -291,12 +345,9 @@ def _chunked_bwd(
         carry: tuple[Array, Array], inputs: tuple[_Tokens, Array, Array]
     ) -> tuple[tuple[Array, Array], _Tokens]:
         tokens, y_bar, start = inputs
-        _, kept = lax.scan(recompute, start, tokens)
+        kept = _kept_in_chunk(At, tokens, start)
         return lax.scan(step, carry, (tokens, y_bar, kept), reverse=True)
 
     carry = (h_bar, jnp.zeros_like(At))
     (h_bar, At_bar), tokens_bar = lax.scan(chunk, carry, (tokens, y_bar, starts), reverse=True)
     return tokens_bar, At_bar, h_bar
-
-
-_chunked.defvjp(_chunked_fwd, _chunked_bwd)

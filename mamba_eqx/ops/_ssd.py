@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from .._dtypes import at_least_float32
 from ._arguments import check_groups, size_or_default
@@ -54,7 +54,7 @@ def ssd(
     *,
     state: Float[Array, "d_state nheads headdim"] | None = None,
     reset: Bool[Array, " seq"] | None = None,
-    length: Int[Array, ""] | int | None = None,
+    length: Integer[Array, ""] | int | None = None,
     method: Literal["sequential", "chunked"] | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "seq nheads headdim"], Float[Array, "d_state nheads headdim"]]:

@@ -1,4 +1,4 @@
-"""Attention: the op against its formula, and the capacity of the cache. (`test_laws.py` checks what
+"""Attention: the op against its formula, and the capacity of the cache. (`tests/laws` checks what
 all layers have in common.)"""
 
 from typing import Any

@@ -10,10 +10,8 @@ import mamba_eqx as mbx
 def public_objects() -> dict[str, Any]:
     """Returns everything public, by its full name."""
     found = names_in("mamba_eqx", mbx, vars(mbx))
-    for space in ("ops", "training"):
-        part = getattr(mbx, space)
-        found |= names_in(f"mamba_eqx.{space}", part, vars(part))
-    for space in ("generation", "layers", "models", "sampling", "text"):
+    found |= names_in("mamba_eqx.training", mbx.training, vars(mbx.training))
+    for space in ("generation", "layers", "models", "ops", "sampling", "text"):
         part = getattr(mbx, space)
         found |= names_in(f"mamba_eqx.{space}", part, set(part.__all__) - set(vars(mbx)))
     return found

@@ -1,4 +1,4 @@
-"""The registry of layers that `tests/test_laws.py` checks, one entry per layer.
+"""The registry of layers that `tests/laws` checks, one entry per layer.
 
 Add your own layer to `MIXERS` (checked in all sizes and dtypes) or `COMPOSITES` (in one size).
 """

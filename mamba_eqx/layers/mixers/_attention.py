@@ -2,13 +2,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from jax import export
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ... import ops
-from ..._checks import to_python
+from ..._checks import check_count, to_python
 from ..._dtypes import default_dtype
-from .._arguments import check_sequence, check_token, checked_state
+from .._arguments import check_token, checked_sequence, checked_state
 from .._cache import AbstractCache
 from .._conv import CausalConv1d
 from .._linear import Linear
@@ -38,7 +39,11 @@ class KVCache(AbstractCache):
 
     def with_room(self, max_len: int) -> "KVCache":
         """See [`mamba_eqx.layers.AbstractCache.with_room`][]. A rolling cache never fills and is
-        returned unchanged."""
+        returned unchanged.
+
+        **Raises:** `ValueError` if `max_len` is not an integer of at least 0.
+        """
+        check_count("max_len", max_len, least=0)
         more = max_len - self.k.shape[-2]
         if self.rolling or more <= 0:
             return self
@@ -188,7 +193,8 @@ class Attention(AbstractSequenceLayer[KVCache]):
         - `max_len`: the capacity in tokens, counted from the last reset. Ignored with a `window`,
             whose cache holds `window` tokens and never fills.
 
-        **Raises:** `ValueError` if there is neither a window nor a `max_len`.
+        **Raises:** `ValueError` if there is neither a window nor a `max_len`, or `max_len` is not
+        an integer of at least 0.
         """
         room = max_len if self.window is None else self.window
         if room is None:
@@ -197,6 +203,8 @@ class Attention(AbstractSequenceLayer[KVCache]):
                 "max_len=None. Use `init_state(max_len=...)`. (`layer(x)` and `layer.scan(x)` need "
                 "no state.)"
             )
+        if not export.is_symbolic_dim(room):
+            check_count("max_len", room, least=0)
         empty = jnp.zeros((self.nheads_kv, room, self.headdim), self.in_proj.weight.dtype)
         return KVCache(
             conv=None if self.conv1d is None else self.conv1d.init_state(),
@@ -220,7 +228,7 @@ class Attention(AbstractSequenceLayer[KVCache]):
         Without a state, the capacity of the returned cache is the length of `x` (or the window). To
         continue after `x`, start from `init_state(max_len=...)` instead.
         """
-        check_sequence("Attention", self.d_model, x, reset, length)
+        x = checked_sequence("Attention", self.d_model, x, reset, length)
         conv = cache = None
         start = 0
         if state is not None:
@@ -282,8 +290,7 @@ class Attention(AbstractSequenceLayer[KVCache]):
                     "more tokens. Start from `init_state(max_len=...)` with a larger `max_len`."
                 )
         positions = ops.document_positions(seq, start=state.length, reset=reset, length=length)
-        if length is not None:
-            positions = jnp.where(jnp.arange(seq) < length, positions, 0)
+        positions = ops.fill_padding(ops.real_tokens(seq, length), positions, 0)
         return _error_if_full(state.length, jnp.max(positions) >= room, room)
 
     # The methods below accept one token or a sequence of tokens.

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ... import ops
 from ..._checks import to_python
 from ..._dtypes import at_least_float32, default_dtype
-from .._arguments import check_sequence, check_token, checked_state
+from .._arguments import check_token, checked_sequence, checked_state
 from .._conv import CausalConv1d
 from .._initialisers import init_dt_bias
 from .._linear import Linear
@@ -51,10 +51,6 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
     input, as for every layer.) The model is selective, because $B$, $C$ and $\Delta$ depend on the
     input. The input is discretised by Euler's rule, as in the official code, not by the
     zero-order hold of the paper's equation 4.
-
-    `scan` supports reverse-mode differentiation only ([`mamba_eqx.ops.selective_scan`][] explains
-    why). For forward-mode derivatives, fold `step` with `jax.lax.scan`, which computes the same
-    function.
 
     With `select_norm`, a separate root-mean-square norm is applied to each of $\delta$, $B$ and
     $C$, as in Jamba (`"weighted"`) and in Falcon-Mamba (`"weightless"`). The official Mamba has no
@@ -201,7 +197,7 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
         length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], Mamba1State]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
-        check_sequence("Mamba1", self.d_model, x, reset, length)
+        x = checked_sequence("Mamba1", self.d_model, x, reset, length)
         state = checked_state(self, state)
         u, z = self._project(x)
         u, conv = self.conv1d.scan(u, state.conv, reset=reset, length=length)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ... import ops
 from ..._checks import to_python
 from ..._dtypes import at_least_float32, default_dtype
-from .._arguments import check_sequence, check_token, checked_state
+from .._arguments import check_token, checked_sequence, checked_state
 from .._conv import CausalConv1d
 from .._initialisers import init_dt_bias
 from .._linear import Linear
@@ -254,7 +254,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], Mamba2State]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
-        check_sequence("Mamba2", self.d_model, x, reset, length)
+        x = checked_sequence("Mamba2", self.d_model, x, reset, length)
         state = checked_state(self, state)
         mlp, z, uBC, dt = self._project(x)
         uBC, conv = self.conv1d.scan(uBC, state.conv, reset=reset, length=length)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ... import ops
 from ..._checks import to_python
 from ..._dtypes import at_least_float32, default_dtype
-from .._arguments import check_sequence, check_token, checked_state
+from .._arguments import check_token, checked_sequence, checked_state
 from .._initialisers import init_dt_bias
 from .._linear import Linear
 from .._norm import GatedRMSNorm
@@ -280,7 +280,7 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
         length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], Mamba3State]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
-        check_sequence("Mamba3", self.d_model, x, reset, length)
+        x = checked_sequence("Mamba3", self.d_model, x, reset, length)
         state = checked_state(self, state)
         projected = self._project(x)
         y, after = ops.mamba3(

@@ -4,7 +4,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from .._arguments import check_groups, size_or_default
 from .._chunks import keep_where
@@ -32,7 +32,7 @@ def mamba3(
     interleaved: bool,
     state: StateTuple | None = None,
     reset: Bool[Array, " seq"] | None = None,
-    length: Int[Array, ""] | int | None = None,
+    length: Integer[Array, ""] | int | None = None,
     method: Literal["sequential", "chunked"] | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "seq rank nheads headdim"], StateTuple]:
@@ -117,13 +117,15 @@ def mamba3(
     tokens, parameters, before = cast_together(tokens, parameters, before)
     tokens = jax.tree.map(lambda t: fill_padding(real, t, 0), tokens)
     reset = None if reset is None else mask_resets(reset, real)
-    if method == "sequential" or seq == 0:
-        y, after = _sequential(tokens, parameters, before, reset, real, interleaved)
-    elif method in (None, "chunked"):
-        size = size_or_default("chunk_size", chunk_size, max(1, 32 // B.shape[1]))
-        y, after = chunked(size, tokens, parameters, before, reset, real, interleaved)
-    else:
+    if method not in (None, "chunked", "sequential"):
         raise ValueError(f'`method` must be "chunked", "sequential" or None, but got {method!r}.')
+    size = None
+    if method != "sequential":
+        size = size_or_default("chunk_size", chunk_size, max(1, 32 // B.shape[1]))
+    if size is None or seq == 0:
+        y, after = _sequential(tokens, parameters, before, reset, real, interleaved)
+    else:
+        y, after = chunked(size, tokens, parameters, before, reset, real, interleaved)
     return y.astype(y_dtype), after.as_tuple()
 
 

@@ -1,0 +1,38 @@
+"""The layers and dtypes for which the laws in `tests/laws` are checked."""
+
+import pytest
+
+from tests.support.cases import DTYPES, THOROUGH
+from tests.support.registry import EVERYTHING, MIXERS
+
+
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def all_layers_quickly(*quick: str) -> pytest.MarkDecorator:
+    """Parametrises a law by all layers, of which the quick run checks only those of `quick`."""
+    slow = pytest.mark.slow
+    names = [name if name in quick else pytest.param(name, marks=slow) for name in EVERYTHING]
+    return pytest.mark.parametrize("name", names)
+
+
+all_layers = pytest.mark.parametrize("name", EVERYTHING)
+mixers_in_all_dtypes = pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[pytest.mark.slow] if dtype == "bfloat16" else [])
+        for name in EVERYTHING
+        for dtype in DTYPES
+        if name in MIXERS or dtype == "float32"
+    ],
+)
+# Once *recurrence* holds in all dtypes, one dtype is enough for the laws that concern the same
+# arithmetic, and float64 reveals the smallest mistakes.
+mixers_in_float64 = (
+    mixers_in_all_dtypes
+    if THOROUGH
+    else pytest.mark.parametrize(
+        ("name", "dtype"),
+        [(name, "float64" if name in MIXERS else "float32") for name in EVERYTHING],
+    )
+)
