@@ -20,7 +20,7 @@ from ...text import Tokenizer
 _PIECE = 2**22
 
 # The bounds of unpacking. Text packs to a third or a tenth of its size, zeros to a 7000th.
-_MAX_SMALL = 2**30
+_MAX_SMALL = 2**28
 _MAX_RATIO = 256
 _MAX_DICTIONARY = 2**31
 
@@ -34,8 +34,8 @@ def read_tokens(
     """Opens a token file.
 
     The file is mapped into memory, and only the used parts are read. A compressed file (`.xz`) is
-    unpacked into memory as a whole. At most 256 times its own size is unpacked (and 1 GiB of small
-    files), because a damaged or malicious file can unpack to any size.
+    unpacked into memory as a whole. At most 256 times its own size is unpacked (and 256 MiB of
+    small files), because a damaged or malicious file can unpack to any size.
 
     **Arguments:**
 
