@@ -1,5 +1,6 @@
 """Opening files that may come from anywhere."""
 
+import errno
 import mmap
 import os
 import stat
@@ -14,12 +15,17 @@ _NONBLOCKING = 0 if os.name == "nt" else os.O_NONBLOCK
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Opens a regular file for reading.
 
-    **Raises:** `CheckpointError`, whose message does not name the file, for a named pipe, a device
-    or a socket, which could be waited for or read without end. `OSError` as `open` does, also for a
-    folder.
+    **Raises:** `CheckpointError`, whose message does not name the file, for a folder, and for a
+    named pipe, a device or a socket, which could be waited for or read without end. `OSError` as
+    `open` does.
     """
-    # Opening a device can have effects, so its kind is looked at before.
-    _check_regular(os.stat(path).st_mode)
+    # Opening a device can have effects, so what it is is checked before.
+    try:
+        _check_regular(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise CheckpointError("it is a link to itself: replace it by a regular file.") from None
     file = open(path, "rb", opener=_open)  # noqa: SIM115  (The caller closes it.)
     try:
         # The name may by now belong to another file.
@@ -36,9 +42,9 @@ def _open(path: str, flags: int) -> int:
 
 
 def _check_regular(mode: int) -> None:
-    # Folders make `open` raise an error that is clear enough.
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise CheckpointError("it is not a regular file: replace it by a regular file.")
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise CheckpointError(f"it is {what}: replace it by a regular file.")
 
 
 def read_bytes(path: str | os.PathLike[str], max_size: int) -> bytes:
