@@ -44,6 +44,10 @@ gc.set_threshold(50_000, 20, 100)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rest", action="store_true", help="skip tests that passed in the last run")
+    parser.addoption(
+        "--mutants",
+        help="the number of mutants of each kind in tests/fuzz, or a range such as 7:8",
+    )
 
 
 # Compilation is half of the work, and takes half the time without XLA's fusion emitters.

@@ -30,6 +30,7 @@ LEVELS = {
     ],
     "formats": [
         "_tensors",
+        "_files",
         "_json torch",
         "_safetensors",
         "__init__",

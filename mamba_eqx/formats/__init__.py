@@ -1,5 +1,6 @@
 """File formats of checkpoints: reading and writing named tensors and JSON, without any model."""
 
+from ._files import open_regular as open_regular, read_bytes as read_bytes
 from ._json import (
     join_keys as join_keys,
     quote_value as quote_value,

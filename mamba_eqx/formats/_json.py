@@ -2,9 +2,9 @@
 
 import json
 import math
-import stat
 from pathlib import Path
 
+from ._files import read_bytes
 from ._tensors import CheckpointError, quote
 
 
@@ -41,17 +41,9 @@ def read_json(path: Path, max_size: int) -> object:
     **Raises:** `CheckpointError`, whose message does not name the file, for a key that occurs
     twice, a file that is too large, and anything that is not JSON.
     """
-    status = path.stat()
-    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-        # Reading a named pipe, for example, would wait for a writer.
-        raise CheckpointError("it is not a regular file: replace it by a regular file.")
-    if status.st_size > max_size:
-        raise CheckpointError(
-            f"it has {status.st_size} bytes, but at most {max_size} are read, so it cannot be the "
-            "right file. Download it again."
-        )
+    content = read_bytes(path, max_size)
     try:
-        return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=unique_keys)
+        return json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)
     except CheckpointError:
         raise
     # Deep nesting raises a `RecursionError`, any other fault a `ValueError`.

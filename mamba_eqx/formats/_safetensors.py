@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from .._atomic import atomic_file
+from ._files import map_file
 from ._json import unique_keys
 from ._tensors import (
     DAMAGED,
@@ -19,7 +20,6 @@ from ._tensors import (
     StoredTensor,
     check_naturals,
     check_shape,
-    map_file,
     quote,
     read_array,
 )

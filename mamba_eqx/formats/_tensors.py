@@ -2,8 +2,6 @@
 
 import math
 import mmap
-import os
-import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -38,36 +36,6 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
-
-
-def map_file(path: str | os.PathLike[str]) -> mmap.mmap:
-    """Maps a file into memory, read-only.
-
-    **Raises:** `CheckpointError` for anything that is not a regular file, and for an empty file, a
-    git-LFS pointer or a web page, which failed downloads leave behind.
-    """
-    # Checked before opening, because opening a named pipe waits for a writer. Folders make `open`
-    # raise an error that is clear enough.
-    mode = os.stat(path).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise CheckpointError("it is not a regular file: give the path of a checkpoint file.")
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise CheckpointError("the file is empty: download or save it again.")
-        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    head = buffer[:64]
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            "the file is a git-LFS pointer, not the weights it points to: "
-            "run `git lfs pull`, or download the file itself."
-        )
-    # "<" alone would not do: a safetensors file with a header of 60 bytes begins with it as well.
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        raise CheckpointError(
-            "the file is a web page, not weights: the download returned an error or a login page. "
-            "Check the address and your access to it, and download the file again."
-        )
-    return buffer
 
 
 def quote(text: str | tuple[int, ...]) -> str:

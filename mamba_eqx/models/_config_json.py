@@ -30,7 +30,11 @@ def fields_from_json(text: str, config: type) -> dict[str, Any]:
 
     **Raises:** `ValueError` if `text` is not JSON, or a key is missing, unknown or invalid.
     """
-    fields = _read_object(json.loads(text), config, "the config")
+    try:
+        values = json.loads(text)
+    except RecursionError:
+        raise ValueError("The config must be JSON, but is nested too deeply.") from None
+    fields = _read_object(values, config, "the config")
     layers = fields["layers"]
     if not isinstance(layers, list):
         raise ValueError(f"`layers` must be a list, but got layers={layers!r}.")
@@ -42,7 +46,7 @@ def _read_block(value: object) -> BlockConfig:
     mixer = fields["mixer"]
     kind = mixer.get("kind") if isinstance(mixer, dict) else None
     configs = {config.kind: config for config in MIXER_CONFIGS.values()}
-    if kind not in configs:
+    if not isinstance(kind, str) or kind not in configs:
         raise ValueError(
             f"The `kind` of a `mixer` must be one of {sorted(configs)}, but got mixer={mixer!r}."
         )

@@ -14,6 +14,9 @@ from ._language_model import LanguageModel, check_vocab_size
 from .mixer_configs import ARRAYS, COMPUTED, checked_config, set_fields
 
 
+_MAX_MESSAGE = 1000
+
+
 @dataclasses.dataclass(frozen=True)
 class LanguageModelConfig:
     """The architecture of a [`mamba_eqx.LanguageModel`][].
@@ -178,4 +181,12 @@ class LanguageModelConfig:
 
         **Raises:** `ValueError` if `text` is not JSON, or a key is missing, unknown or invalid.
         """
-        return cls(**fields_from_json(text, cls))
+        try:
+            return cls(**fields_from_json(text, cls))
+        except ValueError as error:
+            message = str(error)
+            if len(message) <= _MAX_MESSAGE:
+                raise
+            # Messages quote the value, which in a file can have any length.
+            half = _MAX_MESSAGE // 2
+            raise ValueError(f"{message[:half]} [...] {message[-half:]}") from None

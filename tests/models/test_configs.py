@@ -153,6 +153,8 @@ def change(config: Any, path: list[Any], value: Any) -> None:
         (["layers"], 7, "`layers` must be a list.*7"),
         (["layers", 0], None, "JSON object for an entry of `layers`.*None"),
         (["layers", 0, "mixer"], {"kind": "lstm"}, r"\['attention', 'mamba1'.*lstm"),
+        (["layers", 0, "mixer"], {"kind": ["lstm"]}, r"\['attention', 'mamba1'.*lstm"),
+        (["layers", 0, "mixer"], {"kind": {}}, r"\['attention', 'mamba1'"),
         (["layers", 0, "mixer", "d_state"], 10.5, "`d_state`.*10.5"),
         (["layers", 0, "mixer", "bias"], 1, "`bias`.*True or False.*1"),
         (["layers", 0, "mixer", "select_norm"], True, '`select_norm` must be "weighted".*True'),
@@ -168,3 +170,14 @@ def test_invalid_json_raises(path: list[Any], value: Any, message: str):
     change(config, path, value)
     with pytest.raises(ValueError, match=message):
         mbx.LanguageModelConfig.from_json(json.dumps(config))
+
+
+def test_message_of_invalid_json_is_bounded():
+    config = mbx.LanguageModelConfig(9, (mbx.BlockConfig(mbx.Mamba1Config(6)),))
+    for text, message in {
+        config.to_json().replace('"bias": false', f'"bias": "{"x" * 10**5}"'): "`bias` must be",
+        '{"vocab_size":' * 9**5: "nested too deeply",
+    }.items():
+        with pytest.raises(ValueError, match=message) as caught:
+            mbx.LanguageModelConfig.from_json(text)
+        assert len(str(caught.value)) < 1100

@@ -164,7 +164,7 @@ def test_irregular_files_raise(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CheckpointError, match="regular"):
         open_torch(tmp_path / "pipe")
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(CheckpointError, match="it is a folder"):
         open_torch(tmp_path)
     with pytest.raises(FileNotFoundError):
         open_torch(tmp_path / "absent.bin")

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 import ml_dtypes
 import numpy as np
 
+from .._files import map_file
 from .._tensors import (
     DAMAGED,
     CheckpointError,
     StoredTensor,
     check_naturals,
     check_shape,
-    map_file,
     quote,
     read_array,
 )

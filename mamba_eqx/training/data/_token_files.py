@@ -11,12 +11,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Integer
 
 from ..._atomic import atomic_file
+from ...formats import CheckpointError, open_regular, quote
 from ...text import Tokenizer
 
 
 # The number of tokens checked at a time, so that memory does not grow with the size of a mapped
 # file.
 _PIECE = 2**22
+
+# The bounds of unpacking. Text packs to a third or a tenth of its size, zeros to a 7000th.
+_MAX_SMALL = 2**28
+_MAX_RATIO = 256
+_MAX_DICTIONARY = 2**31
 
 
 def read_tokens(
@@ -28,7 +34,8 @@ def read_tokens(
     """Opens a token file.
 
     The file is mapped into memory, and only the used parts are read. A compressed file (`.xz`) is
-    unpacked into memory as a whole.
+    unpacked into memory as a whole. At most 256 times its own size is unpacked (and 256 MiB of
+    small files), because a damaged or malicious file can unpack to any size.
 
     **Arguments:**
 
@@ -42,25 +49,24 @@ def read_tokens(
 
     The tokens, as a read-only array.
 
-    **Raises:** `ValueError` if the file is empty, if a raw array is not a whole number of tokens,
-    if the dtype is not an integer dtype, or if a token is not within `0..vocab_size - 1`; `OSError`
-    if the file cannot be read.
+    **Raises:** `ValueError` if the file is empty or damaged, if it is not a regular file, if a raw
+    array is not a whole number of tokens, if the dtype is not an integer dtype, or if a token is
+    not within `0..vocab_size - 1`; `OSError` if the file cannot be read.
     """
     path = Path(path)
-    size = path.stat().st_size
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+    except CheckpointError as error:
+        raise ValueError(f"{path}: {error}") from None
     if path.suffix == ".npy" and size > 0:
-        tokens = np.load(path, mmap_mode="r")
-        if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
-            raise ValueError(
-                f"{path} must contain a one-dimensional array of integers, but contains "
-                f"{tokens.dtype} of shape {tokens.shape}. Create it with `write_tokens`."
-            )
+        tokens = _map_npy(path)
     else:
         kind = np.dtype(dtype)
         if kind.kind not in "ui":
             raise ValueError(f"`dtype` must be an integer dtype, but got {kind}.")
         if path.suffix == ".xz":
-            data = np.frombuffer(lzma.decompress(path.read_bytes()), np.uint8)
+            data = np.frombuffer(_unpack(path, path.read_bytes()), np.uint8)
         else:
             data = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
         if len(data) % kind.itemsize:
@@ -78,6 +84,54 @@ def read_tokens(
     if tokens.dtype.kind == "i" or highest < possible:
         _check_vocabulary(path, tokens, highest)
     return tokens
+
+
+def _map_npy(path: Path) -> np.ndarray:
+    """Maps a `.npy` file of tokens into memory."""
+    try:
+        tokens = np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    # NumPy evaluates the header as Python, which raises errors of a dozen classes.
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a valid .npy file ({quote(str(error))}). Create it with "
+            "`write_tokens`, or copy it again if it is damaged."
+        ) from None
+    if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
+        raise ValueError(
+            f"{path} must contain a one-dimensional array of integers, but contains "
+            f"{tokens.dtype} of shape {tokens.shape}. Create it with `write_tokens`."
+        )
+    return tokens
+
+
+def _unpack(path: Path, packed: bytes) -> bytes:
+    """Returns the content of an `.xz` file of one or several streams.
+
+    Unlike `lzma.decompress`, which ignores everything behind a damaged stream, this function
+    accepts nothing but streams, and the zeros that may pad them.
+    """
+    limit = max(_MAX_SMALL, _MAX_RATIO * len(packed))
+    pieces: list[bytes] = []
+    while packed := packed.lstrip(b"\0"):
+        stream = lzma.LZMADecompressor(memlimit=_MAX_DICTIONARY)
+        try:
+            pieces.append(stream.decompress(packed, limit + 1))
+        except (lzma.LZMAError, EOFError, MemoryError) as error:
+            raise ValueError(
+                f"{path} is not a valid .xz file ({error}). Copy it again, or unpack it first."
+            ) from None
+        limit -= len(pieces[-1])
+        if limit < 0:
+            raise ValueError(
+                f"{path} must unpack to at most {_MAX_RATIO} times its own size, but unpacks to "
+                "more. Unpack it first, if you trust it."
+            )
+        if not stream.eof:
+            raise ValueError(f"{path} is incomplete. Copy it again.")
+        packed = stream.unused_data
+    return b"".join(pieces)
 
 
 def _check_vocabulary(path: Path, tokens: np.ndarray, highest: int) -> None:
