@@ -31,6 +31,8 @@ from .layers import (
     Bidirectional as Bidirectional,
     Block as Block,
     CausalConv1d as CausalConv1d,
+    GatedDeltaNet as GatedDeltaNet,
+    GatedDeltaNetState as GatedDeltaNetState,
     GatedMLP as GatedMLP,
     KVCache as KVCache,
     Mamba1 as Mamba1,
@@ -47,6 +49,7 @@ from .layers import (
 from .models import (
     AttentionConfig as AttentionConfig,
     BlockConfig as BlockConfig,
+    GatedDeltaNetConfig as GatedDeltaNetConfig,
     LanguageModel as LanguageModel,
     LanguageModelConfig as LanguageModelConfig,
     Mamba1Config as Mamba1Config,

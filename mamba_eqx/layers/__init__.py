@@ -29,6 +29,8 @@ from ._stack import (
 )
 from .mixers import (
     Attention as Attention,
+    GatedDeltaNet as GatedDeltaNet,
+    GatedDeltaNetState as GatedDeltaNetState,
     KVCache as KVCache,
     Mamba1 as Mamba1,
     Mamba1State as Mamba1State,
@@ -37,6 +39,7 @@ from .mixers import (
     Mamba3 as Mamba3,
     Mamba3State as Mamba3State,
     check_attention as check_attention,
+    check_gated_delta_net as check_gated_delta_net,
     check_mamba1 as check_mamba1,
     check_mamba2 as check_mamba2,
     check_mamba3 as check_mamba3,
@@ -53,6 +56,8 @@ __all__ = [
     "Bidirectional",
     "Block",
     "CausalConv1d",
+    "GatedDeltaNet",
+    "GatedDeltaNetState",
     "GatedMLP",
     "GatedRMSNorm",
     "KVCache",

@@ -7,6 +7,7 @@ from ._language_model_config import LanguageModelConfig as LanguageModelConfig
 from .mixer_configs import (
     AbstractMixerConfig as AbstractMixerConfig,
     AttentionConfig as AttentionConfig,
+    GatedDeltaNetConfig as GatedDeltaNetConfig,
     Mamba1Config as Mamba1Config,
     Mamba2Config as Mamba2Config,
     Mamba3Config as Mamba3Config,
@@ -18,6 +19,7 @@ __all__ = [
     "AbstractMixerConfig",
     "AttentionConfig",
     "BlockConfig",
+    "GatedDeltaNetConfig",
     "LanguageModel",
     "LanguageModelConfig",
     "Mamba1Config",

@@ -176,6 +176,22 @@ def test_invalid_options_of_mamba3_raise(options: dict[str, Any], message: str):
             make(**{"d_model": 12, "headdim": 4, **options})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d_inner": 25}, "`headdim` must divide `d_inner`.*headdim=4 and d_inner=25"),
+        ({"ngroups": 4}, "`ngroups` must divide the number of heads.*ngroups=4 and 6 heads"),
+        ({"d_state": 0}, "`d_state`.*an integer of at least 1"),
+        ({"d_conv": 1.5}, "`d_conv`.*an integer of at least 1"),
+        ({"norm_eps": -1.0}, "`norm_eps`.*-1"),
+    ],
+)
+def test_invalid_options_of_gated_delta_net_raise(options: dict[str, Any], message: str):
+    for make in (lambda **fields: mbx.GatedDeltaNet(**fields, key=key), mbx.GatedDeltaNetConfig):
+        with pytest.raises(ValueError, match=message):
+            make(**{"d_model": 12, "headdim": 4, **options})
+
+
 def test_wrong_arguments_of_mamba3_raise():
     layer = mbx.Mamba3(12, headdim=4, d_state=4, key=key)
     wrong = mbx.Mamba3(12, headdim=4, d_state=4, rope_fraction=1, key=key).init_state()

@@ -202,3 +202,22 @@ def test_mamba3():
     assert sum(jax.tree.leaves(mask)) == 2
     for leaf, recurrence in zip(jax.tree.leaves(mixer), jax.tree.leaves(mask), strict=True):
         assert leaf.dtype == (jnp.float32 if recurrence else jnp.bfloat16)
+
+
+def test_gated_delta_net():
+    """Step sizes and rates of decay are drawn as by flash-linear-attention."""
+    mixer = mbx.GatedDeltaNet(
+        32, d_inner=2048, d_state=8, headdim=2, ngroups=4, residual_scale=0.25, key=jr.key(0)
+    )
+    dt = np.log(jax.nn.softplus(mixer.dt_bias))
+    assert is_uniform(dt, np.log(0.001) - 1e-5, np.log(0.1) + 1e-5)
+    assert is_uniform(-mixer.A, 0.01 - 1e-5, 16 + 1e-4)
+    assert is_uniform(mixer.in_proj.weight, -(32**-0.5), 32**-0.5)
+    assert is_uniform(mixer.conv1d.weight, -0.5, 0.5)
+    assert is_uniform(mixer.out_proj.weight, -0.25 * 2048**-0.5, 0.25 * 2048**-0.5)
+    np.testing.assert_array_equal(mixer.norm.weight, 1)
+    half = mbx.GatedDeltaNet(4, headdim=2, dtype=jnp.bfloat16, key=jr.key(0))
+    mask = mbx.recurrence_mask(half)
+    assert sum(jax.tree.leaves(mask)) == 2
+    for leaf, recurrence in zip(jax.tree.leaves(half), jax.tree.leaves(mask), strict=True):
+        assert leaf.dtype == (jnp.float32 if recurrence else jnp.bfloat16)

@@ -36,6 +36,8 @@ def test_chunks_without_tokens_raise(chunk_size: int):
     with pytest.raises(ValueError, match=message):
         ops.ssd(HEADS, PER_HEAD, -PER_HEAD[0], B, B, None, chunk_size=chunk_size)
     with pytest.raises(ValueError, match=message):
+        ops.gated_delta(B, B, HEADS, -PER_HEAD, PER_HEAD, chunk_size=chunk_size)
+    with pytest.raises(ValueError, match=message):
         ops.mamba3(
             HEADS,
             PER_HEAD,

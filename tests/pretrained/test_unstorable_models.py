@@ -22,6 +22,8 @@ from tests.support.checkpoints import (
 )
 
 
+DELTA = mbx.GatedDeltaNetConfig(d_model=6, headdim=4)
+
 # Models that a layout cannot store: the layout, the model, what the error says, and the layout that
 # it recommends, if any.
 UNSTORABLE = [
@@ -98,6 +100,8 @@ UNSTORABLE = [
     ("state-spaces", config(mamba2(norm_eps=1e-4)), "norm_eps=0.0001", None),
     ("transformers", config(mamba3()), "Mamba3 layers", "state-spaces"),
     ("state-spaces", config(mamba3(norm_eps=1e-4)), "norm_eps=0.0001", None),
+    ("transformers", config(DELTA), "GatedDeltaNet layers", None),
+    ("state-spaces", config(DELTA), "GatedDeltaNet layers", None),
     ("transformers", hybrid(mamba2(), attention()), "without a rotary embedding", None),
     ("transformers", hybrid(mamba2(), OFFICIAL), "attention with a convolution", None),
     ("transformers", hybrid(mamba2(), attention(window=4)), "attention with a window", None),

@@ -163,6 +163,7 @@ CONFIG_TYPES = {
     mbx.Mamba1: mbx.Mamba1Config,
     mbx.Mamba2: mbx.Mamba2Config,
     mbx.Mamba3: mbx.Mamba3Config,
+    mbx.GatedDeltaNet: mbx.GatedDeltaNetConfig,
     mbx.Attention: mbx.AttentionConfig,
 }
 

@@ -122,6 +122,25 @@ def mamba3(*, ngroups: int, heads_per_group: int, **options: Any) -> Make:
     return make
 
 
+def gated_delta_net(*, ngroups: int, heads_per_group: int, **options: Any) -> Make:
+    """Returns a maker of `GatedDeltaNet`, with `dt_rank` as `headdim`."""
+
+    def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.GatedDeltaNet:
+        return mbx.GatedDeltaNet(
+            s.d_model,
+            d_inner=ngroups * heads_per_group * s.dt_rank,
+            d_state=s.d_state,
+            d_conv=s.d_conv,
+            headdim=s.dt_rank,
+            ngroups=ngroups,
+            dtype=dtype,
+            key=key,
+            **options,
+        )
+
+    return make
+
+
 def conv(s: Sizes, dtype: Any, key: jax.Array) -> mbx.CausalConv1d:
     return mbx.CausalConv1d(s.d_model, s.d_conv, use_bias=s.flag, dtype=dtype, key=key)
 
@@ -196,6 +215,7 @@ MIXERS: dict[str, Make] = {
         outproj_norm=True,
         norm_eps=0.03,
     ),
+    "gated_delta_net": gated_delta_net(ngroups=2, heads_per_group=3, norm_eps=0.03),
 }
 
 # Layers made of other layers, and small variations, are checked in one size.
@@ -239,6 +259,7 @@ VARIANTS = {
     "mamba2_options",
     "mamba2_without_norm",
     "mamba3_mimo",
+    "gated_delta_net",
     "attention_window",
     "block",
     "block_mlp",
@@ -320,6 +341,12 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
             A_floor=0.01,
             outproj_norm=True,
             norm_eps=1e-3,
+        )
+    ),
+    "gated_delta_net": config(mbx.GatedDeltaNetConfig(d_model=4, headdim=2)),
+    "gated_delta_net_every_field": config(
+        mbx.GatedDeltaNetConfig(
+            d_model=5, d_inner=12, d_state=3, d_conv=2, headdim=2, ngroups=3, norm_eps=1e-3
         )
     ),
     "attention": config(mbx.AttentionConfig(d_model=6, nheads=3)),

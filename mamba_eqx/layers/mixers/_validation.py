@@ -144,6 +144,34 @@ def check_mamba3(
     return d_inner
 
 
+def check_gated_delta_net(
+    *,
+    d_model: int,
+    d_inner: int | None,
+    d_state: int,
+    d_conv: int,
+    headdim: int,
+    ngroups: int | None,
+    norm_eps: float,
+) -> tuple[int, int]:
+    """Validates the options of `GatedDeltaNet`.
+
+    **Returns:**
+
+    `d_inner` and `ngroups`, with their defaults if they are `None`.
+    """
+    check_positive("d_model", d_model)
+    d_inner = 2 * d_model if d_inner is None else d_inner
+    check_positive("d_inner", d_inner)
+    check_positive("d_state", d_state)
+    check_positive("d_conv", d_conv)
+    check_positive("headdim", headdim)
+    ngroups = max(1, d_inner // headdim) if ngroups is None else ngroups
+    _check_heads("d_inner", d_inner, headdim, ngroups)
+    check_fraction("norm_eps", norm_eps)
+    return d_inner, ngroups
+
+
 def check_attention(
     *,
     d_model: int,

@@ -1,0 +1,147 @@
+"""The op of Gated DeltaNet without the layer around it: its methods agree with each other and with
+a plain loop."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+from jaxtyping import PyTree
+
+from mamba_eqx import ops
+from tests.support.ops import assert_close, assert_finite
+
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
+Method = Literal["chunked", "sequential"]
+METHODS: list[Method] = ["chunked", "sequential"]
+
+
+@pytest.fixture(autouse=True)
+def in_float64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+def inputs(
+    seq: int, *, ngroups: int = 2, heads: int = 3, dtype: str = "float64"
+) -> list[jax.Array]:
+    """Returns `q`, `k`, `v`, `log_decay`, `beta` and a state."""
+    rng, nheads, headdim, d_state = np.random.default_rng(seq), ngroups * heads, 4, 5
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    keys = normal(seq, ngroups, d_state)
+    return [
+        normal(seq, ngroups, d_state),
+        keys / jnp.linalg.norm(keys, axis=-1, keepdims=True),
+        normal(seq, nheads, headdim),
+        -jax.nn.softplus(normal(seq, nheads)),
+        jax.nn.sigmoid(normal(seq, nheads)),
+        normal(nheads, d_state, headdim),
+    ]
+
+
+def loop(
+    arrays: list[jax.Array], state: jax.Array, reset: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Computes the equations in the docstring, one head and one token at a time."""
+    q, k, v, log_decay, beta, S = (np.array(a) for a in (*arrays, state))
+    nheads, y = v.shape[1], np.zeros_like(v)
+    for t in range(len(v)):
+        for i in range(nheads):
+            group = i // (nheads // k.shape[1])
+            S[i] = 0 if reset[t] else np.exp(log_decay[t, i]) * S[i]
+            error = v[t, i] - S[i].T @ k[t, group]
+            S[i] += beta[t, i] * np.outer(k[t, group], error)
+            y[t, i] = S[i].T @ q[t, group]
+    return y, S
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("ngroups", "heads"), [(1, 1), (2, 3), (3, 1)])
+def test_matches_equations(method: Method, ngroups: int, heads: int):
+    *arrays, state = inputs(9, ngroups=ngroups, heads=heads)
+    reset = np.isin(np.arange(9), [4, 7])
+    got = ops.gated_delta(
+        *arrays, state=state, reset=jnp.asarray(reset), method=method, chunk_size=4
+    )
+    assert_close(got, loop(arrays, state, reset), 1e-14)
+
+
+@pytest.mark.slow
+@given(
+    seq=st.sampled_from([0, 1, 9, 10]),
+    chunk_size=st.sampled_from([1, 4, 5, 64, None]),
+    # On, beside and away from the borders of chunks; in a row; at both ends.
+    resets=st.sampled_from([None, (), (0,), (4, 5), (3, 8, 9), tuple(range(10))]),
+    length=st.sampled_from([None, 0, 4, 5, 7]),
+)
+def test_methods_agree(
+    seq: int, chunk_size: int | None, resets: tuple[int, ...] | None, length: int | None
+):
+    """Outputs, final state and all gradients agree for every chunk size and with NaN as padding."""
+    *arrays, state = inputs(seq)
+    reset = None if resets is None else jnp.isin(jnp.arange(seq), jnp.array(resets, int))
+    real = jnp.ones(seq, bool)
+    if length is not None:
+        length = min(length, seq)
+        real = jnp.arange(seq) < length
+        arrays = [jnp.where(real.reshape((-1,) + (1,) * (a.ndim - 1)), a, jnp.nan) for a in arrays]
+
+    def run(method: Method) -> PyTree:
+        def loss(arrays: list[jax.Array], state: jax.Array) -> tuple[jax.Array, PyTree]:
+            y, state = ops.gated_delta(
+                *arrays,
+                state=state,
+                reset=reset,
+                length=length,
+                method=method,
+                chunk_size=chunk_size,
+            )
+            y = jnp.where(real[:, None, None], y, 0.0)
+            weight = jnp.cos(jnp.arange(float(seq)))[:, None, None]
+            return jnp.sum(weight * y) + jnp.sum(jnp.sin(state)), (y, state)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(arrays, state)
+
+    got, want = run("chunked"), run("sequential")
+    assert_close(got, want)
+    assert_finite(got)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_derivatives_match_finite_differences(method: Method):
+    """Forward and reverse mode."""
+    reset = jnp.arange(5) == 3
+
+    @jax.jit
+    def run(*arrays: jax.Array) -> PyTree:
+        *inputs, state = arrays
+        return ops.gated_delta(*inputs, state=state, reset=reset, method=method, chunk_size=2)
+
+    jax.test_util.check_grads(run, tuple(inputs(5)), order=2, modes=["fwd", "rev"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("correction", [0.0, 1.0])
+def test_replaces_values_of_equal_keys(correction: float):
+    """With `beta = 1` a state returns the last value of a repeated key, and with `beta = 0` it does
+    not change; the corrections of a whole chunk of equal keys are computed without loss."""
+    *_, v, log_decay, beta, state = inputs(64)
+    k = jnp.tile(jnp.eye(5)[3], (64, 2, 1))
+    beta, log_decay = jnp.full_like(beta, correction), jnp.zeros_like(log_decay)
+    y, end = ops.gated_delta(k, k, v, log_decay, beta, state=state, chunk_size=64)
+    if correction:
+        assert_close(y, v, 1e-14)
+        assert_close(end, state.at[:, 3].set(v[-1]), 1e-14)
+    else:
+        assert_close((y, end), (jnp.tile(state[:, 3], (64, 1, 1)), state), 1e-14)
