@@ -102,6 +102,17 @@ def test_extra_special_tokens_of_both_files_are_joined(tmp_path):
     assert got.config["extra_special_tokens"] == ["<|user|>", "<|assistant|>", "<|endoftext|>"]
 
 
+def test_config_is_saved_as_it_was_read(tmp_path):
+    config = {"chat_template": "{{ 'é漢🙂' }}", "note": "\ud800", "more": [1.5, None, {"a": True}]}
+    folder = write(tmp_path / "a", tokenizer_json=FILES["byte_level"], tokenizer_config_json=config)
+    got = mbx.load_tokenizer(folder)
+    mbx.save_tokenizer(got, tmp_path / "b")
+    again = mbx.load_tokenizer(tmp_path / "b")
+    assert isinstance(again, mbx.TextTokenizer)
+    assert again.config == config
+    assert "é漢🙂" in (tmp_path / "b" / "tokenizer_config.json").read_text("utf-8")
+
+
 def test_added_tokens_that_the_tokenizer_lacks_are_listed(tmp_path):
     added = {"<|user|>": 1, "<tool>": 300, "<|end|>": 301}
     folder = write(
