@@ -143,4 +143,6 @@ def read_text(path: Path, limit: int) -> str:
 
 
 def _dump(values: Mapping[str, object]) -> bytes:
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    # A lone surrogate, which UTF-8 does not have, becomes the escape that JSON has for it.
+    return text.encode("utf-8", "backslashreplace")

@@ -67,31 +67,43 @@ MAP = {
 }
 
 
-@pytest.mark.parametrize(
+# The older file counts only if the config does not list the added tokens.
+MERGED = pytest.mark.parametrize(
     ("config", "want"),
     [
-        # The older file counts only if the config does not list the added tokens.
         ({}, "<|assistant|>"),
         ({"eos_token": "<|user|>"}, "<|assistant|>"),
         ({"eos_token": "<|user|>", "added_tokens_decoder": {}}, "<|user|>"),
     ],
 )
-def test_special_tokens_map_is_read_as_transformers_reads_it(config, want, tmp_path):
+
+
+def with_map(folder, config):
     files = {"tokenizer_json": FILES["byte_level"], "special_tokens_map_json": MAP}
-    folder = write(tmp_path / "a", tokenizer_config_json=config, **files)
-    got = mbx.load_tokenizer(folder)
+    return write(folder, tokenizer_config_json=config, **files)
+
+
+@MERGED
+def test_special_tokens_map_is_read(config, want, tmp_path):
+    got = mbx.load_tokenizer(with_map(tmp_path / "a", config))
     assert isinstance(got, mbx.TextTokenizer)
     assert got.eos_token_id == got.special_tokens[want]
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    assert theirs.eos_token == want
     # The saved files declare the same without the older one.
     mbx.save_tokenizer(got, tmp_path / "b")
-    again = mbx.load_tokenizer(tmp_path / "b")
-    assert again.ids == got.ids
+    assert mbx.load_tokenizer(tmp_path / "b").ids == got.ids
     assert not (tmp_path / "b" / "special_tokens_map.json").exists()
-    saved = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "b")
-    assert saved.eos_token == want
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+@MERGED
+def test_transformers_reads_special_tokens_map_alike(config, want, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    with_map(tmp_path / "a", config)
+    mbx.save_tokenizer(mbx.load_tokenizer(tmp_path / "a"), tmp_path / "b")
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        assert theirs.eos_token == want
 
 
 def test_extra_special_tokens_of_both_files_are_joined(tmp_path):
@@ -100,6 +112,17 @@ def test_extra_special_tokens_of_both_files_are_joined(tmp_path):
     got = mbx.load_tokenizer(write(tmp_path, tokenizer_config_json=config, **files))
     assert isinstance(got, mbx.TextTokenizer)
     assert got.config["extra_special_tokens"] == ["<|user|>", "<|assistant|>", "<|endoftext|>"]
+
+
+def test_config_is_saved_as_it_was_read(tmp_path):
+    config = {"chat_template": "{{ 'é漢🙂' }}", "note": "\ud800", "more": [1.5, None, {"a": True}]}
+    folder = write(tmp_path / "a", tokenizer_json=FILES["byte_level"], tokenizer_config_json=config)
+    got = mbx.load_tokenizer(folder)
+    mbx.save_tokenizer(got, tmp_path / "b")
+    again = mbx.load_tokenizer(tmp_path / "b")
+    assert isinstance(again, mbx.TextTokenizer)
+    assert again.config == config
+    assert "é漢🙂" in (tmp_path / "b" / "tokenizer_config.json").read_text("utf-8")
 
 
 def test_added_tokens_that_the_tokenizer_lacks_are_listed(tmp_path):

@@ -40,7 +40,8 @@ def test_changes_an_embedding_that_is_named(tied):
     assert mbx.LanguageModelConfig.of(merged).tie_embeddings is False
 
 
-def test_stacked_models_in_a_tree_are_untied(tmp_path):
+@pytest.mark.slow
+def test_stacked_models_in_a_tree_are_untied():
     tree = {
         "models": [make(stacked=True, tied=True)],
         "other": eqx.nn.Embedding(3, 4, key=jr.key(0)),
