@@ -231,7 +231,7 @@ def _dense_bias(
 def _check_key(key: object, temperature: PerRow) -> None:
     if key is None:
         raise ValueError(
-            f"Sampling with temperature={shorten(temperature)} needs a `key`. Give "
+            f"Sampling with temperature={shorten(temperature)} needs a key. Give "
             "`key=jax.random.key(0)`, or `temperature=0` for greedy decoding."
         )
     if not _is_key(key):

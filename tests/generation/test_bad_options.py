@@ -26,7 +26,13 @@ from tests.support.generation import KEY, MODEL, VOCAB, row
 
 pytestmark = pytest.mark.usefixtures("compile_fast", "as_users_run")
 
-Sampling, Penalties = mbx.Sampling, mbx.sampling.Penalties
+# Without types, since their arguments are wrong on purpose.
+Sampling: Any = mbx.Sampling
+Penalties: Any = mbx.sampling.Penalties
+fork: Any = mbx.fork
+start_at: Any = decoding_state
+generate: Any = mbx.generate
+beam_search: Any = mbx.beam_search
 PROMPT = [1, 2, 3]
 
 
@@ -44,7 +50,7 @@ def _with_embedding(token: int) -> mbx.LanguageModel:
 
 
 NAN = _with_head(jnp.nan)
-TOKENS = row(mbx.generate(MODEL, PROMPT, 12))
+TOKENS = row(generate(MODEL, PROMPT, 12))
 # A token that the model generates after others, and whose embedding can be made NaN.
 LATE = next(i for i, t in enumerate(TOKENS) if t not in TOKENS[:i] + PROMPT and i > 1)
 BAD_LATE = _with_embedding(TOKENS[LATE])
@@ -53,21 +59,21 @@ BAD_LATE = _with_embedding(TOKENS[LATE])
 def test_logits_that_are_not_finite_raise():
     for model in (NAN, _with_head(jnp.inf)):
         with pytest.raises(ValueError, match=r"^The logits must be finite, but those after 3 tok"):
-            mbx.generate(model, PROMPT, 12)
+            generate(model, PROMPT, 12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_k=3)])
 def test_rows_whose_logits_are_not_finite_raise(sampling):
     with pytest.raises(ValueError, match=r"those of row 0 after 1 tokens .* Check the weights"):
-        mbx.generate(NAN, [[1], [2, 3]], 4, sampling, key=KEY)
+        generate(NAN, [[1], [2, 3]], 4, sampling, key=KEY)
 
 
 def test_logits_that_become_infinite_raise():
     after = len(PROMPT) + LATE + 1
     with pytest.raises(ValueError, match=f"those after {after} tokens"):
-        mbx.generate(BAD_LATE, PROMPT, 12)
-    assert row(mbx.generate(BAD_LATE, PROMPT, LATE + 1)) == TOKENS[: LATE + 1]
+        generate(BAD_LATE, PROMPT, 12)
+    assert row(generate(BAD_LATE, PROMPT, LATE + 1)) == TOKENS[: LATE + 1]
 
 
 @pytest.mark.slow
@@ -75,11 +81,11 @@ def test_all_functions_that_generate_raise_for_infinite_logits():
     after = len(PROMPT) + LATE + 1
     stops = Sampling(stop_tokens=[[TOKENS[1]], []])
     with pytest.raises(ValueError, match=f"of row 1 after {after} tokens"):
-        mbx.generate(BAD_LATE, [[*PROMPT, TOKENS[0]], PROMPT], 12, stops)
+        generate(BAD_LATE, [[*PROMPT, TOKENS[0]], PROMPT], 12, stops)
     with pytest.raises(ValueError, match=f"those after {after} tokens"):
         mbx.speculate(BAD_LATE, PromptLookup(), PROMPT, 12)
     with pytest.raises(ValueError, match="those of beam 0 after 3 tokens"):
-        mbx.beam_search(NAN, PROMPT, 4)
+        beam_search(NAN, PROMPT, 4)
 
 
 def test_stream_yields_the_tokens_before_infinite_logits():
@@ -95,7 +101,7 @@ def test_stream_yields_the_tokens_before_infinite_logits():
 
 @pytest.mark.slow
 def test_traced_generation_returns_the_reason():
-    run: Callable[..., Any] = lambda model: mbx.generate(model, PROMPT, 12)
+    run: Callable[..., Any] = lambda model: generate(model, PROMPT, 12)
     out = eqx.filter_jit(run)(BAD_LATE)
     assert int(out.finish) == FinishReason.NOT_FINITE
     assert out.tokens.tolist() == TOKENS[: LATE + 1] + [-1] * (11 - LATE)
@@ -144,7 +150,9 @@ def _finish(sampling: mbx.Sampling, tokens: list[int]) -> list[int]:
 class _Digits(mbx.ByteTokenizer):
     """A tokenizer of the digits 0 to 5, that knows nothing of token 3 and of those above."""
 
-    vocab_size = 6
+    @property
+    def vocab_size(self) -> int:
+        return 6
 
     def token_bytes(self, token: int) -> bytes:
         return b"" if token == 3 else b"%d" % token
@@ -202,7 +210,7 @@ def test_results_of_tokenizers_are_prompts(convert):
     assert read({"input_ids": convert([PROMPT])}) == [PROMPT]
     ragged = {"input_ids": [[1, 2, 3], [4]], "attention_mask": [[1, 1, 1], [1]]}
     assert read(ragged) == read({"input_ids": [[1, 2, 3], [4]]}) == [[1, 2, 3], [4]]
-    assert row(mbx.generate(MODEL, one, 12)) == TOKENS
+    assert row(generate(MODEL, one, 12)) == TOKENS
     assert [*mbx.stream(MODEL, one, 12)] == TOKENS
 
 
@@ -220,7 +228,7 @@ def test_results_of_tokenizers_are_prompts(convert):
 )
 def test_wrong_results_of_tokenizers_raise(prompts, mask, words):
     with pytest.raises(ValueError, match=words):
-        mbx.generate(MODEL, prompts, 4, mask=mask)
+        generate(MODEL, prompts, 4, mask=mask)
 
 
 # Any values.
@@ -304,10 +312,10 @@ def _call(rng: random.Random) -> Callable[[], object]:
             given |= {name: pick() for name in rng.sample(["prompts", "mask", "state", "key"], 2)}
             # Without weights nothing can run, so that only the validation is reached.
             full = {"prompts": ["x"], "max_new_tokens": 1} | given
-            call = lambda: mbx.generate(MODEL, **full)
+            call = lambda: generate(MODEL, **full)
         case "beams":
             given = {name: pick() for name in ("num_beams", "length_penalty")}
-            call = lambda: mbx.beam_search(MODEL, ["x"], 2, **given)
+            call = lambda: beam_search(MODEL, ["x"], 2, **given)
         case "score":
             given = {"texts": pick(), "mask": pick()}
             call = lambda: mbx.score(MODEL, **given)
@@ -315,9 +323,9 @@ def _call(rng: random.Random) -> Callable[[], object]:
             given = {rng.choice(["rows", "token"]): pick()}
             state = mbx.prefill(MODEL, PROMPT)
             call = lambda: (
-                mbx.fork(state, **given)
+                fork(state, **given)
                 if "rows" in given and not isinstance(given["rows"], int)
-                else decoding_state(MODEL, MODEL.init_state(), given.get("token", 1))
+                else start_at(MODEL, MODEL.init_state(), given.get("token", 1))
             )
     return call
 
@@ -368,13 +376,13 @@ def test_any_options_are_used_or_named(seeds):
         (lambda: Penalties(window=2**31), "`window` must be an integer"),
         (lambda: Penalties(repetition="x"), "`repetition` must be one number"),
         (lambda: Penalties(presence=None), "`presence` must be one number"),
-        (lambda: mbx.fork(mbx.prefill(MODEL, [1]), 0), "`rows` must be an integer of at least 1"),
-        (lambda: mbx.fork(mbx.prefill(MODEL, [1]), 2.0), "`rows` must be an integer"),
-        (lambda: decoding_state(MODEL, MODEL.init_state(), np.int64(VOCAB)), "within 0..10"),
-        (lambda: decoding_state(MODEL, MODEL.init_state(), jnp.asarray(-1)), "within 0..10"),
-        (lambda: decoding_state(MODEL, MODEL.init_state(), jnp.ones(2, int)), "one token id"),
-        (lambda: decoding_state(MODEL, MODEL.init_state(), 1.0), "one token id"),
-        (lambda: mbx.beam_search(MODEL, [1], 2, length_penalty="x"), "`length_penalty` must be"),
+        (lambda: fork(mbx.prefill(MODEL, [1]), 0), "`rows` must be an integer of at least 1"),
+        (lambda: fork(mbx.prefill(MODEL, [1]), 2.0), "`rows` must be an integer"),
+        (lambda: start_at(MODEL, MODEL.init_state(), np.int64(VOCAB)), "within 0..10"),
+        (lambda: start_at(MODEL, MODEL.init_state(), jnp.asarray(-1)), "within 0..10"),
+        (lambda: start_at(MODEL, MODEL.init_state(), jnp.ones(2, int)), "one token id"),
+        (lambda: start_at(MODEL, MODEL.init_state(), 1.0), "one token id"),
+        (lambda: beam_search(MODEL, [1], 2, length_penalty="x"), "`length_penalty` must be"),
     ],
 )
 def test_messages_name_the_option(make, words):
