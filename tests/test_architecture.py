@@ -98,7 +98,8 @@ LEVELS = {
         "__init__",
     ],
     "generation": [
-        "_state sampling",
+        "sampling",
+        "_state",
         "_prompts _result",
         "_sampling",
         "_stopping",

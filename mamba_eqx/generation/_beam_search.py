@@ -12,10 +12,11 @@ from .._checks import check_count
 from ..models import LanguageModel
 from ._prefill import prefill_rows
 from ._prompts import Prompt, read_prompt
-from ._result import FinishReason
+from ._result import FinishReason, check_finite
 from ._sampling import Sampling, check_supported
 from ._state import DecodingState, fork
 from ._stopping import read_stop_tokens
+from .sampling import LARGEST, read_number
 
 
 # The search draws nothing and ranks by the model's own probabilities.
@@ -99,18 +100,21 @@ def beam_search(
     """
     check_count("max_new_tokens", max_new_tokens)
     check_count("num_beams", num_beams)
-    if not 0 <= length_penalty < float("inf"):
+    alpha = read_number("length_penalty", length_penalty)
+    if alpha is not None and not 0 <= alpha <= LARGEST:
         raise ValueError(
-            f"`length_penalty` must be at least 0 and finite, but got {length_penalty}. Use 0 to "
-            "rank by the log-probability alone."
+            "`length_penalty` must be at least 0 and finite, but got "
+            f"length_penalty={length_penalty!r}. Use 0 to rank by the log-probability alone."
         )
     check_supported("beam_search", sampling, _UNSUPPORTED)
     rows = read_prompt(model.vocab_size, "beam_search", prompt, state)
     stop = jnp.zeros(model.vocab_size, bool)
     stop = stop.at[read_stop_tokens(sampling, model.vocab_size, None)].set(True)
     begin = prefill_rows(model, rows, state, room=max_new_tokens)
-    alpha = jnp.asarray(length_penalty, jnp.float32)
-    return _search(model, fork(begin, num_beams), stop, alpha, max_new_tokens)
+    exponent = jnp.asarray(length_penalty, jnp.float32)
+    beams = _search(model, fork(begin, num_beams), stop, exponent, max_new_tokens)
+    check_finite(beams.finish, begin.position + jnp.max(beams.length) + 1, "beam")
+    return beams
 
 
 class _Search(eqx.Module):
@@ -121,6 +125,7 @@ class _Search(eqx.Module):
     running: Beams
     ended: Beams
     length: Int[Array, ""]
+    is_finite: Bool[Array, ""]
 
 
 class _Candidates(NamedTuple):
@@ -146,7 +151,7 @@ def _search(
     def is_running(now: _Search) -> Array:
         # Further tokens have a probability of at most 1, and the length is at most `size`.
         best = score(jnp.max(now.running.log_probs), size)
-        return (now.length < size) & (best > jnp.min(now.ended.scores))
+        return (now.length < size) & (best > jnp.min(now.ended.scores)) & now.is_finite
 
     def advance(now: _Search) -> _Search:
         logits, layers = jax.vmap(model.step)(now.token, now.layers)
@@ -174,6 +179,7 @@ def _search(
             running=running,
             ended=_best_of(now.ended, ended),
             length=length,
+            is_finite=~jnp.any(jnp.isnan(log_probs)),
         )
 
     none = Beams(
@@ -185,12 +191,16 @@ def _search(
     )
     # All beams are equal at first, so that only one of them must be continued.
     only_one = eqx.tree_at(lambda beams: beams.log_probs, none, none.log_probs.at[0].set(0))
-    begin = _Search(state.layers, state.token, only_one, none, jnp.zeros((), int))
+    begin = _Search(
+        state.layers, state.token, only_one, none, jnp.zeros((), int), jnp.ones((), bool)
+    )
     end = lax.while_loop(is_running, advance, begin)
     # Unfinished continuations count only if they have reached `max_new_tokens`.
     complete = end.length == size
     at_limit = jax.tree.map(lambda a, b: jnp.where(complete, a, b), end.running, none)
-    return _best_of(end.ended, at_limit)
+    found = _best_of(end.ended, at_limit)
+    finish = jnp.where(end.is_finite, found.finish, FinishReason.NOT_FINITE)
+    return eqx.tree_at(lambda beams: beams.finish, found, finish)
 
 
 def _best_of(one: Beams, other: Beams) -> Beams:

@@ -7,7 +7,7 @@ from ._loop import Cursor, Decoded, decode, trim
 from ._options import options_for
 from ._prefill import compiled_size, prefill_rows
 from ._prompts import Mask, Prompt, Prompts, read_prompt, read_prompts
-from ._result import Generation
+from ._result import Generation, check_finite
 from ._sampling import Sampling
 from ._state import DecodingState
 from ._stream import Stream
@@ -35,9 +35,10 @@ def generate(
     **Arguments:**
 
     - `model`: the model.
-    - `prompts`: one sequence of token ids; a list of sequences, of any lengths; or an array of
-        shape `(rows, seq)`. `None` (only together with `state`) adds no tokens and continues from
-        the state.
+    - `prompts`: one sequence of token ids; a list of sequences, of any lengths; an array of shape
+        `(rows, seq)`; or the result of a transformers tokenizer, a mapping with `input_ids` and
+        perhaps an `attention_mask`. `None` (only together with `state`) adds no tokens and
+        continues from the state.
     - `max_new_tokens`: the maximum number of tokens to generate for each row, at least 1.
     - `sampling`: how to choose tokens, and where rows end: a [`mamba_eqx.Sampling`][]. Greedy by
         default.
@@ -55,8 +56,9 @@ def generate(
     sequence.
 
     **Raises:** `ValueError` for token ids outside the vocabulary, an empty prompt without a
-    `state`, options that do not fit the model or the number of rows, or a positive temperature
-    without a key.
+    `state`, options that do not fit the model or the number of rows, a positive temperature
+    without a key, or logits that are not finite (see
+    [`mamba_eqx.generation.FinishReason`][]).
     """
     check_count("max_new_tokens", max_new_tokens)
     rows = read_prompts(model.vocab_size, prompts, mask, state)
@@ -64,8 +66,9 @@ def generate(
     begin = prefill_rows(model, rows, state, room=max_new_tokens, window=options.window)
     cursor = Cursor(begin, options.stopping.start(begin.token.shape))
     limit = jnp.asarray(max_new_tokens, jnp.int32)
-    decoded = decode(model, cursor, options, limit, compiled_size(max_new_tokens))
-    return trim(decoded.out, max_new_tokens)
+    out = decode(model, cursor, options, limit, compiled_size(max_new_tokens)).out
+    check_finite(out.finish, out.state.position)
+    return trim(out, max_new_tokens)
 
 
 def stream(
@@ -102,7 +105,8 @@ def stream(
     token ids. A stop token is included, as the last token.
 
     **Raises:** `ValueError` in the same cases as `generate`, and for several prompts. `stream`
-    itself raises, before the first token is requested.
+    itself raises, before the first token is requested, except for logits that are not finite:
+    these raise after the last token before them.
     """
     check_count("max_new_tokens", max_new_tokens)
     check_count("block", block)

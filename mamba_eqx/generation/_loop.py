@@ -78,12 +78,17 @@ def decode(
         logits = logits[: model.vocab_size]
         token = options.choose(logits, state.recent, state.position)
         log_prob = logits[token] - jax.nn.logsumexp(logits)
+        # One logit that is NaN or infinite makes the sum, and so every log-probability, NaN.
+        is_finite = ~jnp.isnan(log_prob)
         stop_state, finish = options.stopping.advance(now.stop_state, token)
+        finish = jnp.where(is_finite, finish, jnp.asarray(FinishReason.NOT_FINITE, jnp.int32))
         recent = jnp.concatenate([state.recent[1:], token[None]])
         out = Generation(
-            tokens=out.tokens.at[out.length].set(token),
-            length=out.length + 1,
-            log_probs=out.log_probs.at[out.length].set(log_prob.astype(jnp.float32)),
+            tokens=out.tokens.at[out.length].set(jnp.where(is_finite, token, -1)),
+            length=out.length + is_finite.astype(jnp.int32),
+            log_probs=out.log_probs.at[out.length].set(
+                jnp.where(is_finite, log_prob, jnp.zeros_like(log_prob)).astype(jnp.float32)
+            ),
             finish=finish,
             state=DecodingState(layers, token, state.position + 1, recent),
         )

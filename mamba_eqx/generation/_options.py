@@ -1,6 +1,5 @@
 """The validated options of a generation, as the arrays that the compiled loop takes."""
 
-import math
 from collections.abc import Mapping
 
 import equinox as eqx
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree, UInt32
 from ._sampling import Sampling, check_sampling
 from ._stopping import Stopping, stopping_for
 from .sampling import (
+    LARGEST,
     Filters,
     Penalties,
     PerRow,
@@ -22,6 +22,7 @@ from .sampling import (
     greedy,
     penalise,
     sample_filtered,
+    shorten,
 )
 
 
@@ -127,9 +128,9 @@ def options_for(
     needed and missing.
     """
     check_sampling(sampling)
-    temperature = _per_row(rows, "temperature", sampling.temperature, np.float32)
+    temperature = _per_row(rows, "temperature", sampling.temperature, np.float32, LARGEST)
     filters = Filters(
-        _optional(rows, "top_k", sampling.top_k, np.int32, most=vocab_size),
+        _top_k(rows, sampling.top_k, vocab_size),
         _optional(rows, "top_p", sampling.top_p),
         _optional(rows, "min_p", sampling.min_p),
         _optional(rows, "typical_p", sampling.typical_p),
@@ -160,7 +161,7 @@ def _per_row(
     name: str,
     value: PerRow | PerRowInt,
     dtype: npt.DTypeLike,
-    most: float | int = math.inf,
+    most: float = LARGEST,
 ) -> np.ndarray:
     """Returns an option, clipped to `most`, as an array: one number for each row, or a scalar
     without a batch."""
@@ -176,10 +177,17 @@ def _optional(
     rows: int | None,
     name: str,
     value: PerRow | PerRowInt | None,
-    dtype: npt.DTypeLike = np.float32,
-    most: float | int = math.inf,
+    most: float = LARGEST,
 ) -> Array | None:
-    return None if value is None else jnp.asarray(_per_row(rows, name, value, dtype, most))
+    return None if value is None else jnp.asarray(_per_row(rows, name, value, np.float32, most))
+
+
+def _top_k(rows: int | None, value: PerRowInt | None, vocab_size: int) -> Array | None:
+    """Returns the option, or `None` if every row keeps all tokens, which is also written as 0."""
+    if value is None:
+        return None
+    each = _per_row(rows, "top_k", value, np.int32, most=vocab_size)
+    return jnp.asarray(np.where(each == 0, vocab_size, each)) if each.any() else None
 
 
 def _penalties(rows: int | None, penalties: Penalties | None) -> Penalties | None:
@@ -223,11 +231,14 @@ def _dense_bias(
 def _check_key(key: object, temperature: PerRow) -> None:
     if key is None:
         raise ValueError(
-            f"Sampling with temperature={temperature} needs a key. Give "
+            f"Sampling with temperature={shorten(temperature)} needs a key. Give "
             "`key=jax.random.key(0)`, or `temperature=0` for greedy decoding."
         )
     if not _is_key(key):
-        raise ValueError(f"`key` must be one key made by `jax.random.key`, but got {key!r}.")
+        raise ValueError(
+            f"`key` must be one key made by `jax.random.key`, but got key={shorten(key)}. Give, "
+            "for example, `key=jax.random.key(0)`."
+        )
 
 
 def _is_key(key: object) -> bool:

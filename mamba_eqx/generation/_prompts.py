@@ -1,19 +1,22 @@
 """Validation of prompts and token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Bool, Int, Integer
 
 from ._state import DecodingState
+from .sampling import shorten
 
 
 # The axes are called `_` because jaxtyping would otherwise require equal lengths of all prompts.
-Prompt = Sequence[int] | Integer[Array, " _"] | Integer[np.ndarray, " _"]
-"""One sequence of token ids."""
-Prompts = Prompt | Sequence[Prompt] | Integer[np.ndarray, "_ _"] | Integer[Array, "_ _"]
-"""One sequence of token ids, a list of sequences, or an array with one row for each sequence."""
+_Ids = Sequence[int] | Integer[Array, " _"] | Integer[np.ndarray, " _"]
+Prompt = _Ids | Mapping[str, object]
+"""One sequence of token ids, or the result of a transformers tokenizer (a `BatchEncoding`)."""
+Prompts = Prompt | Sequence[_Ids] | Integer[np.ndarray, "_ _"] | Integer[Array, "_ _"]
+"""One sequence of token ids, a list of sequences, an array with one row for each sequence, or the
+result of a transformers tokenizer."""
 Mask = Bool[np.ndarray, "_ _"] | Bool[Array, "_ _"]
 """True for the real tokens of an array of padded prompts."""
 
@@ -38,8 +41,11 @@ def read_prompts(
     **Raises:** `ValueError` if a prompt is not a sequence of token ids of the vocabulary, `mask` or
     `state` does not fit the prompts, or a prompt is empty without a `state`.
     """
-    if mask is not None:
-        prompts = _without_padding(prompts, mask)
+    given = prompts
+    if isinstance(given, Mapping):
+        prompts = _from_tokenizer(given, mask)
+    else:
+        prompts = given if mask is None else _without_padding(given, mask)
     if state is not None and not isinstance(state, DecodingState):
         raise ValueError(
             f"`state` must be a `DecodingState`, but got {type(state).__name__}. Give the `state` "
@@ -57,7 +63,7 @@ def read_prompts(
     if not is_sequence and getattr(prompts, "ndim", 0) == 0:
         raise ValueError(
             "`prompts` must be a sequence of token ids, or a list of such sequences, but got "
-            f"{prompts!r}. Tokenize text first."
+            f"{shorten(prompts)}. Tokenize text first."
         )
     # The rows of a batch are sequences; a 2-dimensional array is a batch of equal lengths.
     batched = len(prompts) > 0 and (np.ndim(prompts[0]) > 0 or isinstance(prompts[0], str))
@@ -96,23 +102,64 @@ def read_prompt(
     return rows
 
 
-def _without_padding(prompts: Prompts | None, mask: Mask) -> list[np.ndarray]:
-    tokens, real = np.asarray(prompts), np.asarray(mask)
-    if tokens.ndim != 2 or real.shape != tokens.shape or not np.isin(real, (0, 1)).all():
+def _from_tokenizer(
+    result: Mapping[str, object], mask: Mask | None
+) -> np.ndarray | list[np.ndarray] | list[int]:
+    """Returns the token ids of the result of a transformers tokenizer, without the padding."""
+    ids, real = result.get("input_ids"), result.get("attention_mask")
+    if ids is None:
         raise ValueError(
-            "`mask` must be boolean and have the shape (rows, seq) of the prompts, but got prompts "
-            f"of shape {tokens.shape} and a mask of {real.dtype} and shape {real.shape}. Give the "
-            "prompts as one padded array."
+            "`prompts` must have `input_ids` if they are a mapping, as the result of a "
+            f"transformers tokenizer has, but got the keys {sorted(map(str, result))}. Give token "
+            "ids."
         )
+    if mask is not None:
+        raise ValueError(
+            "`mask` must be left out for the result of a tokenizer, which has an `attention_mask` "
+            f"of its own, but got a mask of shape {np.shape(mask)}. Give one of the two."
+        )
+    # Lists stay lists, since their rows may differ in length. Tensors of torch become arrays.
+    ids = ids if isinstance(ids, list) else _to_array(ids)
+    if real is None or (isinstance(ids, np.ndarray) and ids.ndim == 0):
+        return ids
+    real = real if isinstance(real, list) else _to_array(real)
+    if len(ids) > 0 and isinstance(ids[0], list | tuple | np.ndarray):
+        if (isinstance(real, np.ndarray) and real.ndim == 0) or len(real) != len(ids):
+            raise _wrong_mask(f"{len(ids)} rows", _to_array(real))
+        return [_real_tokens(i, row, real[i]) for i, row in enumerate(ids)]
+    return _real_tokens(0, ids, real)
+
+
+def _without_padding(prompts: Prompts | None, mask: Mask) -> list[np.ndarray]:
+    tokens, real = _to_array(prompts), _to_array(mask)
+    if tokens.ndim != 2 or real.shape != tokens.shape:
+        raise _wrong_mask(f"shape {tokens.shape}", real)
+    return [
+        _real_tokens(i, row, keep) for i, (row, keep) in enumerate(zip(tokens, real, strict=True))
+    ]
+
+
+def _real_tokens(i: int, tokens: object, mask: object) -> np.ndarray:
+    """Returns the tokens of row `i` without its padding."""
+    row, real = _to_array(tokens), _to_array(mask)
+    if real.shape != row.shape or row.ndim != 1 or not np.isin(real, (0, 1)).all():
+        raise _wrong_mask(f"shape {row.shape} in row {i}", real)
     real = real.astype(bool)
-    for i, row in enumerate(real):
-        at = np.flatnonzero(row)
-        if len(at) and len(at) != at[-1] - at[0] + 1:
-            raise ValueError(
-                "`mask` must have padding to the left or to the right of the real tokens only, but "
-                f"row {i} has padding between real tokens. Remove the padding from the tokens."
-            )
-    return [row[keep] for row, keep in zip(tokens, real, strict=True)]
+    at = np.flatnonzero(real)
+    if len(at) and len(at) != at[-1] - at[0] + 1:
+        raise ValueError(
+            "`mask` must have padding to the left or to the right of the real tokens only, but "
+            f"row {i} has padding between real tokens. Remove the padding from the tokens."
+        )
+    return row[real]
+
+
+def _wrong_mask(prompts: str, mask: np.ndarray) -> ValueError:
+    return ValueError(
+        "`mask` must be boolean and have the shape (rows, seq) of the prompts, but got prompts of "
+        f"{prompts} and a mask of {mask.dtype} and shape {mask.shape}. Give the prompts as one "
+        "padded array."
+    )
 
 
 def _describe(shape: tuple[int, ...]) -> str:
@@ -134,14 +181,21 @@ def check_tokens(vocab_size: int, name: str, tokens: object) -> Int[np.ndarray, 
 
 def check_token_ids(name: str, tokens: object) -> Integer[np.ndarray, " seq"]:
     """Validates a sequence of integers, whatever the vocabulary, and returns it as an array."""
-    try:
-        ids = np.asarray(tokens)
-    except ValueError:
-        ids = np.asarray(None)
+    ids = _to_array(tokens)
     if ids.size == 0 and ids.ndim == 1:
         return np.zeros(0, np.int32)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(
-            f"`{name}` must be a sequence of integers, but got {tokens!r}. Tokenize text first."
+            f"`{name}` must be a sequence of integers, but got {shorten(tokens)}. Tokenize text "
+            "first."
         )
     return ids
+
+
+def _to_array(value: object) -> np.ndarray:
+    """Converts any value to an array, which holds the value itself if it is no array of numbers."""
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError, RuntimeError, OverflowError):
+        # From lists of different lengths, random keys, or tensors of torch.
+        return np.asarray(None)

@@ -1,6 +1,8 @@
 import enum
 
 import equinox as eqx
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from ._state import DecodingState
@@ -15,6 +17,10 @@ class FinishReason(enum.IntEnum):
     """The row ended with one of the `stop_tokens`."""
     STOP_STRING = 2
     """The last token completed one of the `stop_strings`."""
+    NOT_FINITE = 3
+    """The logits after the last token are NaN or infinite, so that no token can be chosen. The
+    functions that generate raise a `ValueError` then; only within a `jax.jit` or `jax.vmap` of the
+    caller, where nothing can be raised, they return this value."""
 
 
 class Generation(eqx.Module):
@@ -43,3 +49,31 @@ class Generation(eqx.Module):
     def stopped(self) -> Bool[Array, "*batch"]:
         """Whether a row ended before `max_new_tokens`, with a stop token or a stop string."""
         return self.finish != FinishReason.LENGTH
+
+
+def check_finite(
+    finish: Int[Array, "*batch"], position: Int[Array, "*batch"], rows_are: str = "row"
+) -> None:
+    """Raises if logits were not finite.
+
+    **Arguments:**
+
+    - `finish`: the `FinishReason` of each row. A traced value is not checked.
+    - `position`: the number of tokens before the logits, for each row.
+    - `rows_are`: what messages call a row.
+
+    **Raises:** `ValueError` for the first row whose logits are not finite.
+    """
+    if isinstance(finish, Tracer):
+        return
+    bad = np.atleast_1d(np.asarray(finish)) == FinishReason.NOT_FINITE
+    if not bad.any():
+        return
+    row = int(bad.argmax())
+    where = f" of {rows_are} {row}" if np.ndim(finish) > 0 else ""
+    after = np.broadcast_to(np.asarray(position), bad.shape)[row]
+    raise ValueError(
+        f"The logits must be finite, but those{where} after {after} tokens are NaN or infinite, so "
+        "that no token can be chosen. Check the weights of the model for NaN, and use a wider "
+        "dtype, such as float32, if they are finite."
+    )

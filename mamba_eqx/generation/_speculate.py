@@ -17,7 +17,7 @@ from ._loop import trim
 from ._options import Options, options_for
 from ._prefill import compiled_size, prefill_rows
 from ._prompts import Prompt, read_prompt
-from ._result import FinishReason
+from ._result import FinishReason, check_finite
 from ._sampling import Sampling, check_supported
 from ._state import DecodingState
 from .sampling import draw
@@ -125,6 +125,7 @@ def speculate(
         size=compiled_size(max_new_tokens),
         lookahead=lookahead,
     )
+    check_finite(out.finish, out.state.position + 1)
     return trim(out, max_new_tokens)
 
 
@@ -229,6 +230,10 @@ def _speculate(
         stops = options.stopping.is_stop_token(new) & (index < kept)
         kept = jnp.where(jnp.any(stops), jnp.argmax(stops) + 1, kept).astype(jnp.int32)
         log_probs = jax.nn.log_softmax(logits)[index, new].astype(jnp.float32)
+        bad = jnp.isnan(log_probs) & (index < kept)
+        kept = jnp.where(jnp.any(bad), jnp.argmax(bad), kept).astype(jnp.int32)
+        finish = jnp.where(jnp.any(stops), FinishReason.STOP_TOKEN, FinishReason.LENGTH)
+        finish = jnp.where(jnp.any(bad), FinishReason.NOT_FINITE, finish).astype(jnp.int32)
         new = jnp.where(index < kept, new, -1).astype(jnp.int32)
         recent = lax.dynamic_slice(jnp.concatenate([accepted.recent, new]), (kept,), (window,))
 
@@ -242,7 +247,7 @@ def _speculate(
             tokens=write(now.tokens, new),
             log_probs=write(now.log_probs, jnp.where(index < kept, log_probs, 0)),
             length=now.length + kept,
-            finish=jnp.where(jnp.any(stops), FinishReason.STOP_TOKEN, 0).astype(jnp.int32),
+            finish=finish,
             num_proposed=now.num_proposed + lookahead,
             num_accepted=now.num_accepted + jnp.minimum(count, kept).astype(jnp.int32),
         )

@@ -2,11 +2,15 @@
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int, PyTree
 
+from .._checks import check_count
 from .._trees import repeated
 from ..layers import checked_state
 from ..models import LanguageModel
+from .sampling import shorten
 
 
 WINDOW = 64  # the minimum number of last tokens that a state keeps
@@ -44,8 +48,10 @@ def fork(state: DecodingState, rows: int) -> DecodingState:
 
     A state whose leaves have a leading axis of size `rows`.
 
-    **Raises:** `ValueError` if the state has a batch axis already.
+    **Raises:** `ValueError` if the state has a batch axis already, or if `rows` is not an integer
+    of at least 1.
     """
+    check_count("rows", rows)
     if state.token.ndim:
         raise ValueError(
             "`state` must be the state of one sequence, but got a state of "
@@ -83,12 +89,21 @@ def decoding_state(
     A state for [`mamba_eqx.generate`][], [`mamba_eqx.save_state`][] and all other
     functions that take one. Prompts given together with this state follow `token`.
 
-    **Raises:** `ValueError` for a state of another structure, or for a token id outside the
-    vocabulary (only a Python integer is checked).
+    **Raises:** `ValueError` for a state of another structure, or for a token id that is not one
+    integer within the vocabulary (a value traced by JAX is not checked).
 
     Reference: Galim et al., *Parameter-Efficient Fine-Tuning of State Space Models* (2024).
     """
-    if isinstance(token, int) and not 0 <= token < model.vocab_size:
+    try:
+        shape, dtype = np.shape(token), jnp.asarray(token).dtype
+    except (TypeError, ValueError, OverflowError):  # A text, or lists of different lengths.
+        shape, dtype = None, np.dtype(object)
+    if shape != () or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f"`token` must be one token id, but got token={shorten(token)}. Give the id of the "
+            "first token as an integer."
+        )
+    if not isinstance(token, Tracer) and not 0 <= int(token) < model.vocab_size:
         raise ValueError(
             f"`token` must be within 0..{model.vocab_size - 1}, but got {token}. Give a token id "
             "of this model's tokenizer."

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Int
 from ..text import stop_table
 from ._prompts import check_tokens
 from ._result import FinishReason
-from ._sampling import Sampling, has_rows
+from ._sampling import Sampling, has_rows, stop_tokens_of
 
 
 class Stopping(eqx.Module):
@@ -67,7 +67,7 @@ def read_stop_tokens(
     sampling: Sampling, vocab_size: int, rows: int | None
 ) -> Int[np.ndarray, "*rows stop"]:
     """Validates the stop tokens and returns them as an array, with an axis of rows for a batch."""
-    given = sampling.stop_tokens
+    given = stop_tokens_of(sampling)
     if not has_rows(given):
         tokens = check_tokens(vocab_size, "stop_tokens", given)
         return tokens if rows is None else np.broadcast_to(tokens, (rows, len(tokens)))

@@ -1,12 +1,13 @@
 from collections.abc import Callable, Iterator
 
+import jax.numpy as jnp
 import numpy as np
 
 from ..models import LanguageModel
 from ._loop import Cursor, Decoded
 from ._prefill import prefill_rows
 from ._prompts import Rows
-from ._result import FinishReason
+from ._result import FinishReason, check_finite
 from ._state import DecodingState
 
 
@@ -59,6 +60,7 @@ class Stream(Iterator[int]):
     def _advance(self) -> None:
         """Decodes the next block."""
         before = self._position()
+        check_finite(jnp.asarray(self._finish), before.state.position)
         if self._decoded_all:
             raise StopIteration
         limit = min(self._size, self._undecoded)

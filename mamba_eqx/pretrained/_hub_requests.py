@@ -20,7 +20,6 @@ from ._hub_errors import BadAnswer, is_passing
 from ._hub_options import Hub
 
 
-_TIMEOUT = 30  # In seconds, for connecting and between two packets.
 _ANSWER_TIME = 60  # In seconds, for a whole answer without a body.
 _STALL_TIME = 600  # In seconds, in which a part of a body (10 MB) has to arrive.
 _WAITS = (1, 2, 4, 8, 8)  # In seconds, before a request is repeated.
@@ -63,7 +62,7 @@ def ask(hub: Hub, url: str, may_repeat: Callable[[Exception], bool]) -> Answer:
     from huggingface_hub import get_hf_file_metadata
 
     def head() -> Answer:
-        found = get_hf_file_metadata(url, token=False, timeout=_TIMEOUT, headers=hub.headers())
+        found = get_hf_file_metadata(url, token=False, headers=hub.headers())
         return _checked(url, found.commit_hash, found.etag, found.size)
 
     def in_time() -> Answer:

@@ -55,12 +55,13 @@ def from_pretrained(
         [`mamba_eqx.cast`][]). By default each parameter keeps the dtype it is stored in.
     - `revision`: a branch, tag or commit on the Hub. The revision is resolved once, so that all
         files belong to the same commit.
-    - `token`: an access token of the Hub. By default the token that you are logged in with;
-        `False` for none.
+    - `token`: an access token of the Hub, around which white space is removed. By default the token
+        that you are logged in with; `False` for none.
     - `cache_dir`: the folder for downloads. By default the usual cache of the Hub.
     - `local_files_only`: whether to use only files in the cache, without any network access.
     - `force_download`: whether to download files again that are in the cache.
-    - `endpoint`: the address of another Hub. By default `HF_ENDPOINT` or the public one.
+    - `endpoint`: the address of another Hub, which may contain a name and a password. By default
+        `HF_ENDPOINT` or the public one.
     - `sharding`: the placement of the parameters: one sharding for all, or a function from the path
         of a parameter (such as `"layers.layers.0.mixer.in_proj.weight"`) and its
         `jax.ShapeDtypeStruct` to a sharding. Each device reads only its own part. By default

@@ -280,7 +280,7 @@ def test_stream_yields_before_all_is_decoded():
         ([1], {"temperature": 0.5, "key": jr.split(KEY)}, "must be one key"),
         ([1], {"temperature": -1, "key": KEY}, "temperature=-1"),
         ([1], {"temperature": "0", "key": KEY}, "temperature='0'"),
-        ([1], {"top_k": 0}, "top_k=0"),
+        ([1], {"top_k": -1}, "top_k=-1"),
         ([1], {"top_p": 2}, "top_p=2"),
         ([1], {"min_p": -1}, "min_p=-1"),
         ([1], {"stop_tokens": [99]}, r"stop_tokens\[0\]=99"),

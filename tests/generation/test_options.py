@@ -243,7 +243,7 @@ def test_stop_string_can_span_the_blocks_of_a_stream():
         (
             [1],
             {"stop_strings": "ab", "tokenizer": Letters()},
-            "a list of non-empty strings, but got 'ab'",
+            "a list of non-empty strings, but got stop_strings='ab'",
         ),
         ([1], {"logit_bias": {VOCAB: 1.0}}, r"within 0\.\.10, but got 11"),
         ([1], {"logit_bias": {1: "2"}}, "must be numbers, but got '2'"),
@@ -272,7 +272,7 @@ def test_invalid_options_raise(prompts: Any, options: dict[str, Any], message: s
     [
         ({"temperature": [[0.5]]}, r"`temperature` must be one number, .*shape \(1, 1\)"),
         ({"temperature": [0.5, -1.0]}, "temperature=-1.0"),
-        ({"top_k": [3, 0]}, "top_k=0"),
+        ({"top_k": [3, -1]}, "top_k=-1"),
         ({"min_p": 2.0}, "min_p=2.0"),
         ({"stop_tokens": [[1], ["a"]]}, r"`stop_tokens\[1\]` must be a sequence of integers"),
         ({"stop_strings": ["a"]}, "must come with a `tokenizer`"),
@@ -307,9 +307,11 @@ def test_unsupported_options_raise():
 
 @pytest.mark.usefixtures("as_users_run")
 def test_invalid_penalties_raise():
-    with pytest.raises(ValueError, match=r"`repetition` .* finite and positive, but got 0"):
+    with pytest.raises(
+        ValueError, match=r"`repetition` .* positive and finite, but got repetition=0"
+    ):
         mbx.sampling.Penalties(repetition=0.0)
-    with pytest.raises(ValueError, match=r"`window` .* at least 1, but got 0"):
+    with pytest.raises(ValueError, match=r"`window` .* at least 1 .*, but got window=0"):
         mbx.sampling.Penalties(window=0)
     state = mbx.generate(MODEL, [1], 1).state
     with pytest.raises(ValueError, match="last 99 tokens, but the `state` given has kept 64"):

@@ -403,7 +403,6 @@ HEADERS += ["X-Xet-Hash", "X-Xet-Refresh-Route", "Link", "Transfer-Encoding", "C
     "seeds", [range(12), pytest.param(range(12, 400), marks=pytest.mark.slow)], ids=["few", "many"]
 )
 def test_any_headers_give_the_file_or_one_kind_of_error(seeds, hub, find, root, monkeypatch):
-    monkeypatch.setattr(REQUESTS + "_TIMEOUT", 1)
     monkeypatch.setattr(REQUESTS + "_ANSWER_TIME", 1)
     monkeypatch.setattr(REQUESTS + "_STALL_TIME", 1)
     for seed in seeds:

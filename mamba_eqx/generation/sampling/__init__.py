@@ -1,13 +1,17 @@
 """Choosing the next token from logits: filters, penalties and drawing."""
 
 from ._checks import (
+    LARGEST as LARGEST,
     PerRow as PerRow,
     PerRowInt as PerRowInt,
+    check_each as check_each,
     check_min_p as check_min_p,
-    check_temperature as check_temperature,
-    check_top_k as check_top_k,
+    check_temperature_or_greedy as check_temperature_or_greedy,
+    check_top_k_or_all as check_top_k_or_all,
     check_top_p as check_top_p,
     check_typical_p as check_typical_p,
+    read_number as read_number,
+    shorten as shorten,
 )
 from ._draw import draw as draw
 from ._filters import (

@@ -5,10 +5,10 @@ The last tokens are padded with -1, which is not a token id, if the text is shor
 
 import equinox as eqx
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ._checks import PerRow
+from ..._checks import check_count
+from ._checks import LARGEST, PerRow, check_each, read_number
 
 
 def repetition_penalty(
@@ -115,17 +115,31 @@ class Penalties(eqx.Module):
     window: int = eqx.field(static=True, default=64)
 
     def __check_init__(self):
-        for name in ("repetition", "presence", "frequency"):
-            values = np.asarray(getattr(self, name))
-            positive = name != "repetition" or bool((values > 0).all())
-            if not (np.isfinite(values).all() and positive):
-                raise ValueError(
-                    f"`{name}` of `Penalties` must be finite"
-                    + (" and positive" if name == "repetition" else "")
-                    + f", but got {getattr(self, name)!r}."
-                )
-        if isinstance(self.window, bool) or self.window < 1:
-            raise ValueError(f"`window` of `Penalties` must be at least 1, but got {self.window}.")
+        check_each("repetition", self.repetition, _check_repetition)
+        check_each("presence", self.presence, lambda value: _check_term("presence", value))
+        check_each("frequency", self.frequency, lambda value: _check_term("frequency", value))
+        try:
+            check_count("window", self.window)
+        except ValueError as error:
+            raise ValueError(f"`Penalties`: {error} Give the number of last tokens.") from None
+
+
+def _check_repetition(value: object) -> None:
+    number = read_number("repetition", value)
+    if number is not None and not 0 < number <= LARGEST:
+        raise ValueError(
+            "`repetition` of `Penalties` must be positive and finite, but got "
+            f"repetition={number}. Use 1 for no penalty."
+        )
+
+
+def _check_term(name: str, value: object) -> None:
+    number = read_number(name, value)
+    if number is not None and not -LARGEST <= number <= LARGEST:
+        raise ValueError(
+            f"`{name}` of `Penalties` must be finite, but got {name}={number}. Use 0 for no "
+            "penalty."
+        )
 
 
 def penalise(
