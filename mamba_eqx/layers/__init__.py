@@ -3,6 +3,7 @@
 from ._arguments import (
     check_reset_and_length as check_reset_and_length,
     checked_state as checked_state,
+    without_padding as without_padding,
 )
 from ._bidirectional import Bidirectional as Bidirectional
 from ._block import Block as Block
@@ -73,4 +74,5 @@ __all__ = [
     "cast",
     "recurrence_mask",
     "with_room",
+    "without_padding",
 ]

@@ -4,10 +4,10 @@ compiled code contains none of these checks."""
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from .. import ops
-from ._protocol import AbstractSequenceLayer, State
+from ._protocol import AbstractSequenceLayer, Length, State
 
 
 def checked_sequence(
@@ -42,11 +42,21 @@ def checked_sequence(
     return without_padding(x, length)
 
 
-def without_padding(x: Array, length: Array | int | None) -> Array:
-    """Returns `x` with zeros in place of the padding after the first `length` tokens.
+def without_padding(x: Float[Array, "seq d_model"], length: Length) -> Float[Array, "seq d_model"]:
+    """Replaces the padding of a sequence by zeros.
 
-    The reverse pass of a projection multiplies its input by the gradient of its output, and NaN
-    in padding times a gradient of zero would be NaN. A layer therefore never reads padding.
+    The reverse pass of a product multiplies its input by the gradient of its output. NaN in
+    padding, times a gradient of zero, would make the gradients of all parameters NaN. Every layer
+    calls this function where its `scan` begins; do the same in a layer of your own.
+
+    **Arguments:**
+
+    - `x`: the sequence, an array of shape `(seq, d_model)`.
+    - `length`: the number of real tokens; `None` if there is no padding.
+
+    **Returns:**
+
+    `x`, with zeros after the first `length` tokens.
     """
     return ops.fill_padding(ops.real_tokens(x.shape[0], length), x, 0)
 

@@ -1,11 +1,13 @@
 import abc
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias
 
 import equinox as eqx
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
+from typing_extensions import TypeVar
 
 
-State = TypeVar("State")
+# With a default, `mbx.Block` without a type argument is complete for type checkers.
+State = TypeVar("State", default=Any)
 
 # jaxtyping binds the axes of an alias anew at every call, as if the alias were written out.
 Reset: TypeAlias = Bool[Array, " seq"] | None

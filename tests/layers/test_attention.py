@@ -182,6 +182,17 @@ def test_padding_and_tokens_before_a_reset_need_no_capacity():
     assert eqx.filter_jit(many_steps)(state, 5).length == 5
 
 
+@pytest.mark.usefixtures("as_users_run")
+@pytest.mark.parametrize("max_len", [-1, 1.5, True, "4"])
+def test_invalid_capacity_raises(max_len: Any):
+    layer = mbx.Attention(4, nheads=2, key=jr.key(0))
+    message = f"`max_len` must be an integer of at least 0 .*max_len={max_len!r}"
+    with pytest.raises(ValueError, match=message):
+        layer.init_state(max_len=max_len)
+    with pytest.raises(ValueError, match=message):
+        mbx.layers.with_room(layer.init_state(max_len=2), max_len)
+
+
 def test_full_cache_can_be_enlarged():
     want, _ = LAYER.scan(X)
     _, full = scan(X[:5], None)

@@ -87,6 +87,21 @@ def test_padding_has_no_effect(shared: bool, length: int):
 
 @pytest.mark.slow
 @shared
+def test_padding_reaches_no_gradient(shared: bool):
+    layer, x = make("mamba1", shared), inputs("mamba1")
+    x[5:] = np.nan
+
+    def loss(layer: Any, x: Any, length: Any = None) -> Any:
+        return jnp.sum(jnp.sin(layer(x, length=length)[:5]))
+
+    gradient = quick(jax.grad(loss, argnums=(0, 1)))
+    of_layer, of_x = gradient(layer, x, np.uint8(5))
+    assert not of_x[5:].any()
+    assert_close((of_layer, of_x[:5]), gradient(layer, x[:5]), "float32")
+
+
+@pytest.mark.slow
+@shared
 @pytest.mark.parametrize("t", range(3, 7))
 def test_outputs_depend_on_their_own_document_only(shared: bool, t: int):
     layer, x = make("mamba1", shared), inputs("mamba1")

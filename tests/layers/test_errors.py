@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import pytest
 
 import mamba_eqx as mbx
@@ -48,6 +49,8 @@ def test_invalid_reset_and_length_raise(layer: mbx.Mamba1):
         layer(x, reset=jnp.zeros(3, bool))
     with pytest.raises(ValueError, match=r"`length`.*0\.\.4.*length=5"):
         layer(x, length=5)
+    with pytest.raises(ValueError, match=r"`length`.*0\.\.4.*length=-1"):
+        layer(x, length=np.int64(-1))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"`length`.*one integer.*float32"):
         layer(x, length=jnp.array(2.0))
     with pytest.raises(ValueError, match=r"`length`.*shape \(2,\).*jax.vmap"):
@@ -77,6 +80,17 @@ def test_invalid_tokens_raise(model: mbx.LanguageModel):
         model(jnp.zeros(3))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"one token, of shape \(\).*\(3,\)"):
         model.step(jnp.zeros(3, jnp.int32), model.init_state())
+    tokens, one = jnp.zeros((2, 3), jnp.int32), jnp.zeros(3, jnp.int32)
+    for verb in ("scan", "backbone", "hidden_states"):
+        with pytest.raises(ValueError, match=rf"`LanguageModel\.{verb}` takes one sequence"):
+            getattr(model, verb)(tokens)
+    for verb in ("step", "backbone_step"):
+        with pytest.raises(ValueError, match=rf"`LanguageModel\.{verb}` takes one token"):
+            getattr(model, verb)(one, model.init_state())
+    with pytest.raises(ValueError, match=r"`length` of `LanguageModel`.*length=4"):
+        model.hidden_states(one, length=4)
+    with pytest.raises(ValueError, match=r"`Unrolled\.hidden_states` takes one sequence"):
+        model.layers.hidden_states(jnp.zeros((2, 3, 6)))
 
 
 @pytest.mark.parametrize(
@@ -199,6 +213,18 @@ def test_wrong_arguments_of_mamba3_raise():
         layer.scan(jnp.zeros((2, 12)), wrong)
     with pytest.raises(ValueError, match=r"`Mamba3\.scan` takes one sequence.*\(2, 3, 12\)"):
         layer(jnp.zeros((2, 3, 12)))
+
+
+def test_options_that_are_no_bools_raise(layer: mbx.Mamba1):
+    wrong: Any = "yes"
+    for make in (
+        lambda: mbx.GatedMLP(6, 4, bias=wrong, key=key),
+        lambda: mbx.CausalConv1d(6, use_bias=wrong, key=key),
+        lambda: mbx.Block(layer, rms_norm=wrong),
+        lambda: mbx.layers.GatedRMSNorm(6, norm_before_gate=wrong),
+    ):
+        with pytest.raises(ValueError, match=r"must be True or False, but got .*='yes'"):
+            make()
 
 
 def test_invalid_models_and_stacks_raise(layer: mbx.Mamba1):

@@ -12,6 +12,10 @@ import pytest
 
 import mamba_eqx as mbx
 from mamba_eqx import training
+from tests.support.cases import scan, step
+
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 class Pair(NamedTuple):
@@ -69,6 +73,33 @@ def test_recurrences_are_found_below_any_node(name: str):
 
 def dtypes_after_cast(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.dtype, mbx.cast(tree, jnp.bfloat16))
+
+
+MIXERS = {
+    "Mamba1": mbx.Mamba1(4, d_state=2, conv_bias=False, key=jr.key(0)),
+    "Mamba2": mbx.Mamba2(4, d_state=2, headdim=1, conv_bias=False, key=jr.key(0)),
+    "Mamba3": mbx.Mamba3(4, d_state=4, headdim=1, key=jr.key(0)),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["Mamba1", *(pytest.param(n, marks=pytest.mark.slow) for n in ("Mamba2", "Mamba3"))]
+)
+def test_step_sizes_of_bfloat16_mixers_are_float32(name: str):
+    """With projections of zero, a mixer decays its state by `exp(-softplus(dt_bias))`, to the
+    precision of float32. (In bfloat16, the step sizes would have three digits.)"""
+    mixer = eqx.tree_at(lambda m: m.in_proj.weight, MIXERS[name], replace_fn=jnp.zeros_like)
+    if not isinstance(mixer, mbx.Mamba3):  # The rate of Mamba-3 is 1 for a projection of zero.
+        mixer = eqx.tree_at(lambda m: m.A_log, mixer, replace_fn=jnp.zeros_like)
+    mixer: Any = mbx.cast(mixer, jnp.bfloat16)
+    start = mixer.init_state()
+    start = eqx.tree_at(lambda state: state.ssm, start, replace_fn=jnp.ones_like)
+    shape = (-1, 1, 1) if name == "Mamba3" else (-1,) if name == "Mamba1" else (-1, 1)
+    kept = np.exp(-np.logaddexp(0, np.asarray(mixer.dt_bias, np.float64))).reshape(shape)
+    x = jnp.ones((1, 4), jnp.bfloat16)
+    for _, after in (scan(mixer, x, start), step(mixer, x[0], start)):
+        want = np.broadcast_to(kept, after.ssm.shape)
+        np.testing.assert_allclose(after.ssm, want, rtol=1e-6)
 
 
 def test_any_dataclass_may_declare_a_recurrence():

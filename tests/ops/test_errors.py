@@ -50,6 +50,17 @@ def test_chunks_without_tokens_raise(chunk_size: int):
         )
 
 
+def test_options_are_checked_without_tokens():
+    empty = [t[:0] for t in (HEADS, PER_HEAD, -PER_HEAD, B_PER_RANK, B_PER_RANK)]
+    tokens = {name: MAMBA3[name][:0] for name in ("trap", "angles")}
+    with pytest.raises(ValueError, match=r'`method` must be "chunked".*\'fast\''):
+        ops.mamba3(*empty, None, **(MAMBA3 | tokens | {"method": "fast"}))
+    with pytest.raises(ValueError, match=r"`chunk_size` must be at least 1"):
+        ops.mamba3(*empty, None, **(MAMBA3 | tokens | {"chunk_size": 0}))
+    with pytest.raises(ValueError, match=r"`block_size` must be at least 1"):
+        ops.attention(HEADS[:0], HEADS[:0], HEADS[:0], block_size=0)
+
+
 @pytest.mark.parametrize("block_size", [0, -1])
 def test_blocks_without_queries_raise(block_size: int):
     with pytest.raises(ValueError, match=rf"`block_size` must be .* got block_size={block_size}"):

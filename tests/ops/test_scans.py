@@ -3,8 +3,9 @@
 The methods of an op agree with each other and with the official reference.
 """
 
+import functools
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -125,23 +126,44 @@ def test_selective_scan_matches_official_softplus():
         np.testing.assert_allclose(got, golden[f"grad.{name}"], rtol=1e-8, atol=1e-30)
 
 
-def test_forward_mode_needs_sequential_method():
-    """`method="sequential"` supports forward mode, which agrees with the default's reverse mode."""
+def test_forward_mode_equals_that_of_sequential_method():
     inputs = scan_inputs(9)
     tangents = [jnp.sin(7 * a) for a in inputs]
+    reset = jnp.arange(9) == 5
 
-    def run(method: Method, *inputs: jax.Array) -> PyTree:
-        *arrays, state = inputs
-        return ops.selective_scan(*arrays, state=state, method=method)
+    @functools.partial(jax.jit, static_argnums=0)
+    def derivative(method: Method, inputs: list[jax.Array], tangents: list[jax.Array]) -> PyTree:
+        def run(*inputs: jax.Array) -> PyTree:
+            *arrays, state = inputs
+            options = {"state": state, "reset": reset, "chunk_size": 4}
+            return ops.selective_scan(*arrays, method=method, **options)
 
-    out, (y_dot, state_dot) = jax.jvp(lambda *a: run("sequential", *a), inputs, tangents)
-    _, transpose = jax.vjp(lambda *a: run("chunked", *a), *inputs)
-    cotangents = jax.tree.map(jnp.cos, out)
-    reverse = sum(jnp.vdot(a, b) for a, b in zip(transpose(cotangents), tangents, strict=True))
-    forward = jnp.vdot(cotangents[0], y_dot) + jnp.vdot(cotangents[1], state_dot)
-    np.testing.assert_allclose(forward, reverse, rtol=1e-12)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda *a: run("chunked", *a), inputs, tangents)
+        return jax.jvp(run, inputs, tangents)
+
+    want = derivative("sequential", inputs, tangents)
+    assert_close(derivative("chunked", inputs, tangents), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("inner", [jax.jacfwd, jax.jacrev])
+def test_second_derivatives_equal_those_of_sequential_method(inner: Any, outer: Any):
+    """All modes can be nested, for arguments that meet in products only, and under `vmap`."""
+    inputs = scan_inputs(5)
+
+    def second(method: Method, inputs: list[jax.Array]) -> PyTree:
+        def loss(*inputs: jax.Array) -> jax.Array:
+            *arrays, state = inputs
+            y, last = ops.selective_scan(*arrays, state=state, method=method, chunk_size=2)
+            return jnp.sum(y) + jnp.sum(jnp.sin(last))
+
+        return outer(inner(loss, argnums=(0, 1, 2)), argnums=(3, 4, 6))(*inputs)
+
+    batch = [jnp.stack([a, a / 2]) for a in inputs]
+    got = jax.vmap(functools.partial(second, "chunked"))(batch)
+    for i in range(2):
+        want = second("sequential", [a[i] for a in batch])
+        assert_close(jax.tree.map(lambda a: a[i], got), want)  # noqa: B023
 
 
 @pytest.mark.slow
@@ -207,6 +229,21 @@ def test_causal_convolution_matches_numpy():
         want = np.convolve(x[:, c], weight[::-1, c])[:9] + bias[c]
         np.testing.assert_allclose(y[:, c], want, rtol=1e-14)
     np.testing.assert_array_equal(state, x[-3:])
+
+
+def test_step_of_convolution_equals_scan_bit_for_bit_in_bfloat16():
+    """Both sum in float32. (In bfloat16 alone, half of the outputs would differ.)"""
+    rng = np.random.default_rng(0)
+    x, weight, bias = (
+        jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+        for shape in ((3, 200), (4, 200), (200,))
+    )
+    state = jnp.zeros((3, 200), jnp.bfloat16)
+    want, end = ops.causal_conv1d(x, weight, bias, state=state)
+    for t in range(3):
+        y, state = ops.causal_conv1d_step(x[t], weight, bias, state=state)
+        np.testing.assert_array_equal(y, want[t])
+    np.testing.assert_array_equal(state, end)
 
 
 def test_extreme_step_sizes_give_finite_results():

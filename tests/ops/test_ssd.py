@@ -218,6 +218,17 @@ def test_strong_decay_in_long_chunks_gives_finite_gradients():
     assert_close(got, value_and_gradients(arrays, method="sequential", **options), 1e-5)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_infinite_decay_forgets_everything(method: Method):
+    """`dt * A` may overflow to minus infinity, of which a difference would be NaN."""
+    x = jnp.ones((4, 1, 1))
+    dt = jnp.array([1.0, 1e200, 1.0, 1.0])[:, None]
+    B = jnp.array([2.0, 0.0, 0.0, 3.0])[:, None, None]
+    y, state = ops.ssd(x, dt, -jnp.full(1, 1e200), B, jnp.ones_like(B), None, method=method)
+    np.testing.assert_array_equal(y.ravel(), [2.0, 0.0, 0.0, 3.0])
+    np.testing.assert_array_equal(state.ravel(), [3.0])
+
+
 def test_strong_decay_keeps_later_decays_exact():
     """A difference of cumulative sums would lose a step of 0.1 after one of 1e9."""
     arrays = inputs(20, dtype="float32")
