@@ -20,11 +20,11 @@ class Pairs(list[list[object]]):
     __slots__ = ()
 
 
-RAW = (
+RAW = (  # noqa: SIM905  (The list would take forty lines.)
     "null true false 0 -0 -1 1 2 3 7 0.5 -2.5 1e999 -1e999 NaN Infinity 1e308 1e-400 1000000 "
     "1000000000 2147483647 2147483648 4294967296 4000000000 9223372036854775808 "
     "18446744073709551616 1e19 [] {} [[]] [0] [null] [-1,2] 00 1. .5 0x10 'a' undefined"
-).split()  # noqa: SIM905  (The list would take forty lines.)
+).split()
 RAW += [
     "9" * 5000,
     "[" * 3000 + "]" * 3000,
