@@ -5,6 +5,7 @@ A mutant is made from the name of its kind and its number, so `--mutants 7:8` ru
 
 import collections
 import functools
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -17,7 +18,10 @@ from tests.support.watched import SlowError, watched
 
 
 # Run-time type checks would raise errors that users do not see.
-pytestmark = pytest.mark.usefixtures("as_users_run")
+pytestmark = [
+    pytest.mark.usefixtures("as_users_run"),
+    pytest.mark.skipif(os.name == "nt", reason="needs named pipes and links"),
+]
 
 QUICK = 4
 SLOW = {"lora", "lora of a hybrid"}  # left to CI
@@ -128,7 +132,9 @@ def _parameters() -> list:
 
 def test_few_mutants(tmp_path):
     """Those of the first example of each kind, if they need not compile much."""
-    for kind in KINDS.keys() - WAITING.keys() - SLOW:
+    for kind in sorted(KINDS.keys() - WAITING.keys() - SLOW):
+        if not all(map(importlib.util.find_spec, KINDS[kind].needs)):
+            continue
         scratch = tmp_path / kind
         scratch.mkdir()
         step = len(KINDS[kind].examples)
@@ -138,4 +144,6 @@ def test_few_mutants(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", _parameters())
 def test_mutants(kind, tmp_path, pytestconfig):
+    for package in KINDS[kind].needs:
+        pytest.importorskip(package)
     _check(kind, _numbers(pytestconfig.getoption("--mutants"), 200), tmp_path)

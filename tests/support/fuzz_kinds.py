@@ -36,6 +36,7 @@ class Kind:
         itself, or where the folder is the user's own.
     - `may_write`: whether the reader may change the folder.
     - `names_file`: whether errors must name the folder or the file.
+    - `needs`: optional packages that the reader needs.
     """
 
     examples: Sequence[Write]
@@ -45,6 +46,7 @@ class Kind:
     nodes: Sequence[str] = (*NODES, *LINKS)
     may_write: bool = False
     names_file: bool = True
+    needs: Sequence[str] = ()
 
 
 # --- Checkpoints of models ---
@@ -323,7 +325,10 @@ KINDS: dict[str, Kind] = {
     ),
     "model config": Kind([_write_config], ["*"], _read_config, (ValueError,), (), names_file=False),
     "tokenizer": Kind(
-        _each(_save_tokenizer, ["byte_level", "sentencepiece"]), ["*.json"], _read_tokenizer
+        _each(_save_tokenizer, ["byte_level", "sentencepiece"]),
+        ["*.json"],
+        _read_tokenizer,
+        needs=["tokenizers"],
     ),
     "template": Kind(
         _each(_save_tokenizer, ["byte_level"]),
@@ -331,6 +336,7 @@ KINDS: dict[str, Kind] = {
         _read_template,
         (ValueError,),
         names_file=False,
+        needs=["tokenizers", "jinja2"],
     ),
     "state": Kind(
         _each(_save_state, list(_STATES)),

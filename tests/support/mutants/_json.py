@@ -85,8 +85,12 @@ def mutate_tree(tree: object, random: Random) -> object:
         return _value(tree, tree, random)
     parent, index = random.choice(places)
     is_pair = isinstance(parent, Pairs)
-    action = random.choice(("value", "value", "value", "delete", "duplicate", "rename", "swap"))
-    if action == "value" or (action == "rename" and not is_pair):
+    action = random.choice(
+        ("value", "value", "value", "everywhere", "delete", "duplicate", "rename", "swap")
+    )
+    if action == "everywhere":
+        _replace_everywhere(tree, parent[index][1] if is_pair else parent[index], random)
+    elif action == "value" or (action == "rename" and not is_pair):
         if is_pair:
             parent[index][1] = _value(parent[index][1], tree, random)
         else:
@@ -107,6 +111,16 @@ def mutate_tree(tree: object, random: Random) -> object:
         else:
             parent[index], parent[other] = parent[other], parent[index]
     return tree
+
+
+def _replace_everywhere(tree: object, old: object, random: Random) -> None:
+    """Replaces all values equal to one, so that they still agree, by another value."""
+    new = _value(old, tree, random)
+    for parent, index in _places(tree):
+        if isinstance(parent, Pairs) and parent[index][1] == old:
+            parent[index][1] = new
+        elif not isinstance(parent, Pairs) and parent[index] == old:
+            parent[index] = new
 
 
 def _places(tree: object) -> list[tuple[list, int]]:
