@@ -1,6 +1,7 @@
 """Saving and loading the state of a generation."""
 
 import os
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._trees import named_leaves
-from ..formats import CheckpointError, open_safetensors, write_safetensors
+from ..formats import CheckpointError, open_safetensors, quote, write_safetensors
 from ..layers import AbstractCache, KVCache
 from ..models import LanguageModel, fingerprint
 from ._state import DecodingState
@@ -66,9 +67,9 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> DecodingSt
     names = named_leaves(like)
     if stored.keys() != names.keys() or len(rows) > 1 or 0 in rows:
         raise CheckpointError(
-            f"{os.fspath(path)} does not contain the state of this model: missing "
-            f"{sorted(names.keys() - stored.keys())}, unexpected "
-            f"{sorted(stored.keys() - names.keys())}."
+            f"{os.fspath(path)} does not contain the state of this model: missing are "
+            f"{_few(names.keys() - stored.keys())}, unexpected are "
+            f"{_few(stored.keys() - names.keys())}."
         )
     leaves = []
     for (name, one), other in zip(names.items(), named_leaves(longer).values(), strict=True):
@@ -94,6 +95,12 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> DecodingSt
             "state again."
         ) from None
     return state
+
+
+def _few(names: Collection[str]) -> str:
+    """Lists the first names for a message, because a file can have any number of any length."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(quote(name) for name in sorted(names)[:5]) + more if names else "none"
 
 
 def _check_values(state: DecodingState, vocab_size: int) -> None:

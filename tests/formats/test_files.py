@@ -45,9 +45,10 @@ def test_pipe_that_takes_the_place_of_a_file_meanwhile_raises(tmp_path, monkeypa
     regular = os.stat(tmp_path / "file")
     assert stat.S_ISREG(regular.st_mode)
     pipe = irregular(tmp_path, "pipe")
-    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="not a regular"):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "stat", lambda path: regular)
-        open_regular(pipe)
+        with pytest.raises(CheckpointError, match="not a regular"):
+            open_regular(pipe)
 
 
 def test_larger_file_than_allowed_raises(tmp_path):

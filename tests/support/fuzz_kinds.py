@@ -36,6 +36,7 @@ class Kind:
         itself, or where the folder is the user's own.
     - `may_write`: whether the reader may change the folder.
     - `names_file`: whether errors must name the folder or the file.
+    - `needs`: optional packages that the reader needs.
     """
 
     examples: Sequence[Write]
@@ -45,6 +46,7 @@ class Kind:
     nodes: Sequence[str] = (*NODES, *LINKS)
     may_write: bool = False
     names_file: bool = True
+    needs: Sequence[str] = ()
 
 
 # --- Checkpoints of models ---
@@ -153,9 +155,24 @@ def _state_model(name: str) -> mbx.LanguageModel:
 
 
 def _save_state(name: str, folder: Path) -> None:
+    """Saves a state of random values, which takes less time than a prefill."""
     model = _state_model(name)
-    prompts = [[1, 2, 3], [4]] if name == "attention" else [*range(12)] * 8
-    state = mbx.prefill(model, prompts)
+    texts = [[1, 2, 3], [4]] if name == "attention" else [[*range(12)] * 8]
+    position = np.array([len(text) - 1 for text in texts], np.int32)
+    recent = np.full((len(texts), 64), -1, np.int32)
+    for row, text in zip(recent, texts, strict=True):
+        row[64 - min(len(text), 64) :] = text[-64:]
+    random = np.random.default_rng(0)
+
+    def filled(shape: jax.ShapeDtypeStruct) -> jax.Array:
+        if shape.dtype == jnp.int32:  # the length of a cache
+            return jnp.asarray(position)
+        return jnp.asarray(random.normal(size=(len(texts), *shape.shape)).astype(shape.dtype))
+
+    layers = jax.tree.map(filled, jax.eval_shape(lambda: model.init_state(max_len=16)))
+    state = mbx.generation.DecodingState(
+        layers, jnp.asarray(recent[:, -1]), jnp.asarray(position), jnp.asarray(recent)
+    )
     mbx.save_state(folder / f"{name}.safetensors", state, model)
 
 
@@ -308,7 +325,10 @@ KINDS: dict[str, Kind] = {
     ),
     "model config": Kind([_write_config], ["*"], _read_config, (ValueError,), (), names_file=False),
     "tokenizer": Kind(
-        _each(_save_tokenizer, ["byte_level", "sentencepiece"]), ["*.json"], _read_tokenizer
+        _each(_save_tokenizer, ["byte_level", "sentencepiece"]),
+        ["*.json"],
+        _read_tokenizer,
+        needs=["tokenizers"],
     ),
     "template": Kind(
         _each(_save_tokenizer, ["byte_level"]),
@@ -316,6 +336,7 @@ KINDS: dict[str, Kind] = {
         _read_template,
         (ValueError,),
         names_file=False,
+        needs=["tokenizers", "jinja2"],
     ),
     "state": Kind(
         _each(_save_state, list(_STATES)),
@@ -344,7 +365,7 @@ KINDS: dict[str, Kind] = {
         NODES,
         may_write=True,
     ),
-    "metrics": Kind([_save_metrics], ["*"], _read_metrics, (mbx.CheckpointError, OSError), _USERS),
+    "metrics": Kind([_save_metrics], ["*"], _read_metrics, (mbx.CheckpointError, OSError), NODES),
     "tokens": Kind(
         [_save_npy, _save_wide_npy, _save_xz, _save_raw],
         ["*"],

@@ -20,11 +20,11 @@ class Pairs(list[list[object]]):
     __slots__ = ()
 
 
-RAW = (
+RAW = (  # noqa: SIM905  (The list would take forty lines.)
     "null true false 0 -0 -1 1 2 3 7 0.5 -2.5 1e999 -1e999 NaN Infinity 1e308 1e-400 1000000 "
     "1000000000 2147483647 2147483648 4294967296 4000000000 9223372036854775808 "
     "18446744073709551616 1e19 [] {} [[]] [0] [null] [-1,2] 00 1. .5 0x10 'a' undefined"
-).split()  # noqa: SIM905  (The list would take forty lines.)
+).split()
 RAW += [
     "9" * 5000,
     "[" * 3000 + "]" * 3000,
@@ -85,8 +85,12 @@ def mutate_tree(tree: object, random: Random) -> object:
         return _value(tree, tree, random)
     parent, index = random.choice(places)
     is_pair = isinstance(parent, Pairs)
-    action = random.choice(("value", "value", "value", "delete", "duplicate", "rename", "swap"))
-    if action == "value" or (action == "rename" and not is_pair):
+    action = random.choice(
+        ("value", "value", "value", "everywhere", "delete", "duplicate", "rename", "swap")
+    )
+    if action == "everywhere":
+        _replace_everywhere(tree, parent[index][1] if is_pair else parent[index], random)
+    elif action == "value" or (action == "rename" and not is_pair):
         if is_pair:
             parent[index][1] = _value(parent[index][1], tree, random)
         else:
@@ -107,6 +111,16 @@ def mutate_tree(tree: object, random: Random) -> object:
         else:
             parent[index], parent[other] = parent[other], parent[index]
     return tree
+
+
+def _replace_everywhere(tree: object, old: object, random: Random) -> None:
+    """Replaces all values equal to one, so that they still agree, by another value."""
+    new = _value(old, tree, random)
+    for parent, index in _places(tree):
+        if isinstance(parent, Pairs) and parent[index][1] == old:
+            parent[index][1] = new
+        elif not isinstance(parent, Pairs) and parent[index] == old:
+            parent[index] = new
 
 
 def _places(tree: object) -> list[tuple[list, int]]:
