@@ -35,8 +35,21 @@ LEVELS = {
         "__init__",
     ],
     "text": [
-        "_bytes _chat_template _protocols",
+        "_bytes _protocols chat",
+        "_chat_template",
         "_stop_strings _text_tokenizer",
+        "__init__",
+    ],
+    "text/chat": [
+        "_limits",
+        "_written",
+        "_values",
+        "_attributes _formatting _json",
+        "_filters _operators",
+        "_environment",
+        "_expressions",
+        "_statements",
+        "_render",
         "__init__",
     ],
     "layers": [

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from ._chat_template import render
+from ._chat_template import chosen_template, named_templates, render
 
 
 _REPLACEMENT = "\ufffd"
@@ -28,8 +28,8 @@ class TextTokenizer:
         - `config`: the parsed content of `tokenizer_config.json`, which names the end-of-text token
             and holds the chat template. `None`, the default, is an empty config.
 
-        **Raises:** `ValueError` if `tokenizer` is not the content of a `tokenizer.json`;
-        `ImportError` if the package `tokenizers` is not installed.
+        **Raises:** `ValueError` if `tokenizer` is not the content of a `tokenizer.json`, or the
+        `chat_template` of `config` is malformed; `ImportError` if the package `tokenizers` is not installed.
         """
         try:
             from tokenizers import Tokenizer as Fast
@@ -44,6 +44,7 @@ class TextTokenizer:
             raise ValueError(f"This is not the content of a tokenizer.json: {error}.") from error
         self._fast.encode_special_tokens = True
         self._config = dict(config or {})
+        self._templates = named_templates(self._config.get("chat_template"))
         added = self._fast.get_added_tokens_decoder()
         self._added = {number: token.content for number, token in added.items()}
         self._special = {token.content: i for i, token in added.items() if token.special}
@@ -74,7 +75,7 @@ class TextTokenizer:
     @property
     def has_template(self) -> bool:
         """Whether the tokenizer has a chat template; see `encode_chat`."""
-        return self._template is not None
+        return chosen_template(self._templates, with_tools=False) is not None
 
     def to_json(self) -> str:
         """Returns the content of `tokenizer.json`."""
@@ -154,28 +155,43 @@ class TextTokenizer:
         return b"" if spelled is None else self._spelling.to_bytes(spelled)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        documents: Sequence[Mapping[str, object]] | None = None,
+        options: Mapping[str, object] | None = None,
     ) -> list[int]:
         """Encodes a conversation with the checkpoint's own chat template.
 
-        The template runs in a sandbox. Only the template can produce special tokens; the content of
-        a message never becomes one.
+        Only the template can produce special tokens; what stands in a message, in a tool or in a
+        document never becomes one. Templates cannot access anything but the arguments, and their
+        work and output are limited: a rendering takes at most 5 million steps (published templates
+        take 20 to 200 for a message), and makes no text of more than 10 million characters.
 
         **Arguments:**
 
-        - `messages`: the conversation; each message has a `role` (`"system"`, `"user"`,
-            `"assistant"`) and a `content`.
+        - `messages`: the conversation. Each message has a `role` (`"system"`, `"user"`,
+            `"assistant"`, `"tool"`) and a `content`: a text, or a list of parts such as
+            `{"type": "text", "text": ...}`. Messages with other fields, such as `tool_calls`, can
+            be without content. Fields that are `None` are ignored.
         - `add_generation_prompt`: whether to append the beginning of an assistant's message, which
             the model then continues.
+        - `tools`: JSON schemas of the functions that the model can call. If the tokenizer has
+            several templates, the one named `tool_use` is used.
+        - `documents`: documents that the model can cite.
+        - `options`: variables of the template, such as `{"enable_thinking": False}`.
 
         **Returns:**
 
         The token ids of the whole conversation.
 
-        **Raises:** `ValueError` if the tokenizer has no template, a message is malformed, or the
-        template rejects the conversation or fails; `ImportError` if `jinja2` is not installed.
+        **Raises:** `ValueError` if the tokenizer has no template, an argument is malformed, or the
+        template rejects the conversation, fails, or reaches a limit; `ImportError` if `jinja2` is
+        not installed.
         """
-        template = self._template
+        template = chosen_template(self._templates, with_tools=tools is not None)
         if template is None:
             raise ValueError(
                 "This tokenizer has no chat template. Its model was probably not trained on "
@@ -184,27 +200,23 @@ class TextTokenizer:
         variables = {
             name: _content(value)
             for name, value in self._config.items()
-            if name.endswith("_token") and _content(value) is not None
+            if name.endswith("_token") and isinstance(_content(value), str)
         }
         pieces = render(
             template,
             messages,
             variables,
             special=list(self._special),
+            ordinary=list(self._added.values()),
             add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            documents=documents,
+            options=options,
         )
         ids: list[int] = []
         for text, is_special in pieces:
             ids += [self._special[text]] if is_special else self.encode_piece(text)
         return ids
-
-    @property
-    def _template(self) -> str | None:
-        template = self._config.get("chat_template")
-        if isinstance(template, list):
-            named = {entry["name"]: entry["template"] for entry in template}
-            template = named.get("default")
-        return template if isinstance(template, str) else None
 
 
 class TextDecoder:

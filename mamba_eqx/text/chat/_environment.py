@@ -1,0 +1,154 @@
+"""The jinja environment: the filters, tests and globals of templates."""
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from types import GeneratorType
+from typing import NamedTuple
+
+from jinja2.environment import Environment
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Scope
+from jinja2.parser import Parser
+from jinja2.runtime import Context, EvalContext, Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Cycler, Joiner, generate_lorem_ipsum
+
+from ._attributes import Format, Method, attribute_of, item_of
+from ._filters import FILTERS
+from ._limits import check_length, spend, spend_on_all, spend_on_size
+from ._values import Namespace
+from ._written import Text
+
+
+# What these filters and tests do takes time in proportion to everything inside their arguments;
+# others visit at most the items.
+_DEEP = set("dictsort groupby max min pprint sort sum unique urlencode xmlattr".split())
+_DEEP |= set("!= < <= == > >= eq equalto ge greaterthan gt in le lessthan lt ne".split())
+_CONSTANT = set("boolean count d default defined length mapping none number string".split())
+
+
+class RefusedError(ValueError):
+    """The template has called `raise_exception`."""
+
+
+class Maker(NamedTuple):
+    """A global function that takes any named arguments."""
+
+    make: Callable[[Sequence[object], Mapping[str, object]], object]
+
+
+class _Generation(Extension):
+    """The tag `generation`, which marks what a model has written, for training."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> Scope:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return Scope(body, lineno=line)
+
+
+class TemplateEnvironment(ImmutableSandboxedEnvironment):
+    """An environment that parses templates as transformers does, and whose filters see values
+    through the attributes that are safe."""
+
+    def __init__(self):
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
+        self.filters = FILTERS
+        self.tests["callable"] = _is_callable
+        self.globals = {
+            "range": self.globals["range"],
+            "dict": Maker(_make_dict),
+            "namespace": Maker(_make_namespace),
+            "cycler": Cycler,
+            "joiner": Joiner,
+            "lipsum": _lipsum,
+            "raise_exception": _refuse,
+            "strftime_now": _strftime_now,
+        }
+
+    def getattr(self, obj: object, attribute: str) -> object:
+        """Looks up `obj.attribute`."""
+        spend(1)
+        return attribute_of(obj, attribute)
+
+    def getitem(self, obj: object, argument: object) -> object:
+        """Looks up `obj[argument]`."""
+        spend(1)
+        return item_of(obj, argument)
+
+    def call_filter(
+        self,
+        name: str,
+        value: object,
+        args: Sequence[object] | None = None,
+        kwargs: Mapping[str, object] | None = None,
+        context: Context | None = None,
+        eval_ctx: EvalContext | None = None,
+    ) -> object:
+        """Applies a filter."""
+        _spend_on_arguments(name, value, args, kwargs)
+        result = super().call_filter(name, value, args, kwargs, context, eval_ctx)
+        if isinstance(result, (GeneratorType, reversed)):
+            # Generators around generators would overflow the stack when they are freed.
+            items = list(result)
+            spend(len(items))
+            return iter(items)
+        return Text.of(result) if isinstance(result, str) else result
+
+    def call_test(
+        self,
+        name: str,
+        value: object,
+        args: Sequence[object] | None = None,
+        kwargs: Mapping[str, object] | None = None,
+        context: Context | None = None,
+        eval_ctx: EvalContext | None = None,
+    ) -> bool:
+        """Applies a test."""
+        _spend_on_arguments(name, value, args, kwargs)
+        return super().call_test(name, value, args, kwargs, context, eval_ctx)
+
+
+def _spend_on_arguments(
+    name: str,
+    value: object,
+    arguments: Sequence[object] | None,
+    named: Mapping[str, object] | None,
+) -> None:
+    spend(1)
+    if name in _CONSTANT:
+        return
+    visit = spend_on_all if name in _DEEP else spend_on_size
+    for argument in (value, *(arguments or ()), *(named or {}).values()):
+        visit(argument)
+
+
+def _is_callable(value: object) -> bool:
+    return callable(value) or isinstance(value, (Method, Format, Maker))
+
+
+def _make_dict(arguments: Sequence[object], named: Mapping[str, object]) -> dict[object, object]:
+    spend_on_all(arguments)
+    return dict(*arguments, **named)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def _make_namespace(arguments: Sequence[object], named: Mapping[str, object]) -> Namespace:
+    return Namespace(_make_dict(arguments, named))  # pyright: ignore[reportArgumentType]
+
+
+def _lipsum(n: int = 5, html: bool = True, min: int = 20, max: int = 100) -> Text:
+    check_length(16 * n * max)
+    spend(n * max)
+    return Text.of(generate_lorem_ipsum(n, html, min, max))
+
+
+def _refuse(message: object) -> None:
+    raise RefusedError(f"The chat template rejects the conversation: {message}")
+
+
+def _strftime_now(format: str) -> Text:
+    check_length(256 * len(format))
+    return Text(datetime.now().strftime(str.__str__(format)), Text.of(format).author())
