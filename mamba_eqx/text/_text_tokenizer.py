@@ -167,8 +167,9 @@ class TextTokenizer:
 
         Only the template can produce special tokens; what stands in a message, in a tool or in a
         document never becomes one. Templates cannot access anything but the arguments, and their
-        work and output are limited: a rendering takes at most 5 million steps (published templates
-        take 20 to 200 for a message), and makes no text of more than 10 million characters.
+        work and output are limited: a rendering takes at most a million steps and 2000 more for
+        each message (published templates take 20 to 200 for a message), and makes no text of more
+        than 10 million characters.
 
         **Arguments:**
 

@@ -287,3 +287,4 @@ CHATS = {
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " What is it? "}]}
     ],
 }
+VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -9,7 +9,7 @@ from jinja2.runtime import LoopContext, Macro, Undefined
 from jinja2.utils import Cycler
 
 from ._limits import spend, spend_on_all, spend_on_size
-from ._values import Group, Namespace
+from ._values import Group, Namespace, text_of
 from ._written import Text
 
 
@@ -47,7 +47,7 @@ def item_of(value: object, key: object) -> object:
 
 def only_attribute_of(value: object, name: object) -> object:
     """Returns what `value|attr(name)` is in a template."""
-    found, attribute = _attribute(value, str(name))
+    found, attribute = _attribute(value, text_of(name))
     return attribute if found else _undefined(value, name)
 
 
@@ -90,7 +90,8 @@ def _attribute(value: object, name: str) -> tuple[bool, object]:
 
 
 def _undefined(value: object, name: object) -> Undefined:
-    return Undefined(f"{_kind(value)} object has no attribute {name!r}")
+    shown = repr(name) if isinstance(name, (str, int)) else _kind(name)
+    return Undefined(f"{_kind(value)} object has no attribute {shown}")
 
 
 def _kind(value: object) -> str:
@@ -98,12 +99,12 @@ def _kind(value: object) -> str:
 
 
 def _list_index(items: list[object], *args: object) -> int:
-    spend_on_all(items)
+    spend_on_all([items, args])
     return items.index(*args)  # pyright: ignore[reportArgumentType]
 
 
 def _list_count(items: list[object], item: object) -> int:
-    spend_on_all(items)
+    spend_on_all([items, item])
     return items.count(item)
 
 

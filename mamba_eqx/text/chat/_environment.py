@@ -15,15 +15,19 @@ from jinja2.utils import Cycler, Joiner, generate_lorem_ipsum
 
 from ._attributes import Format, Method, attribute_of, item_of
 from ._filters import FILTERS
-from ._limits import check_length, spend, spend_on_all, spend_on_size
-from ._values import Namespace
+from ._limits import CHARACTERS_PER_STEP, check_length, spend, spend_on_all, spend_on_size
+from ._values import Namespace, text_of
 from ._written import Text
 
 
 # What these filters and tests do takes time in proportion to everything inside their arguments;
 # others visit at most the items.
-_DEEP = set("dictsort groupby max min pprint sort sum unique urlencode xmlattr".split())
+_DEEP = set("dictsort filter groupby max min pprint sort sum test unique urlencode xmlattr".split())
 _DEEP |= set("!= < <= == > >= eq equalto ge greaterthan gt in le lessthan lt ne".split())
+_MAX_REASON = 1_000  # characters
+_SQUARED = set("striptags urlize wordwrap".split())  # in the length of a text, at worst
+# These convert their value to a text, which has to know its limits.
+_OF_TEXT = set("lower striptags upper urlize wordcount wordwrap".split())
 _CONSTANT = set("boolean count d default defined length mapping none number string".split())
 
 
@@ -89,7 +93,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         eval_ctx: EvalContext | None = None,
     ) -> object:
         """Applies a filter."""
-        _spend_on_arguments(name, value, args, kwargs)
+        value = _prepared(name, value, args, kwargs)
         result = super().call_filter(name, value, args, kwargs, context, eval_ctx)
         if isinstance(result, (GeneratorType, reversed)):
             # Generators around generators would overflow the stack when they are freed.
@@ -108,22 +112,30 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         eval_ctx: EvalContext | None = None,
     ) -> bool:
         """Applies a test."""
-        _spend_on_arguments(name, value, args, kwargs)
+        value = _prepared(name, value, args, kwargs)
         return super().call_test(name, value, args, kwargs, context, eval_ctx)
 
 
-def _spend_on_arguments(
-    name: str,
+def _prepared(
+    name: object,
     value: object,
     arguments: Sequence[object] | None,
     named: Mapping[str, object] | None,
-) -> None:
+) -> object:
+    """Counts the steps of a filter or a test, and returns the value to apply it to."""
     spend(1)
+    if not isinstance(name, str):
+        raise TypeError("the name of a filter or a test must be a text")
     if name in _CONSTANT:
-        return
+        return value
+    if name in _OF_TEXT:
+        value = text_of(value)
+    if name in _SQUARED and isinstance(value, str):
+        spend(len(value) ** 2 // CHARACTERS_PER_STEP)
     visit = spend_on_all if name in _DEEP else spend_on_size
     for argument in (value, *(arguments or ()), *(named or {}).values()):
         visit(argument)
+    return value
 
 
 def _is_callable(value: object) -> bool:
@@ -146,7 +158,8 @@ def _lipsum(n: int = 5, html: bool = True, min: int = 20, max: int = 100) -> Tex
 
 
 def _refuse(message: object) -> None:
-    raise RefusedError(f"The chat template rejects the conversation: {message}")
+    reason = str.__str__(text_of(message))[:_MAX_REASON]
+    raise RefusedError(f"The chat template rejects the conversation: {reason}")
 
 
 def _strftime_now(format: str) -> Text:

@@ -12,7 +12,7 @@ from jinja2.runtime import Undefined
 from ._attributes import only_attribute_of
 from ._formatting import percent
 from ._json import to_json
-from ._limits import CHARACTERS_PER_STEP, check_number, spend, spend_on_all, spend_on_size
+from ._limits import check_number, spend, spend_on_all, spend_on_size
 from ._values import GivenInt, Group, text_of
 from ._written import TEMPLATE, USER, Text
 
@@ -191,22 +191,10 @@ def _format(value: object, *arguments: object, **named: object) -> Text:
     return percent(text_of(value), named or arguments)
 
 
-def _squared(name: str) -> Callable[..., object]:
-    """Returns a filter of jinja whose work may grow with the square of the text."""
-    function = filters.FILTERS[name]
-
-    def run(*arguments: object) -> object:
-        for argument in arguments:
-            if isinstance(argument, str):
-                spend(len(argument) ** 2 // CHARACTERS_PER_STEP)
-        return function(*arguments)
-
-    return run
-
-
 _AS_IN_JINJA = (
     "abs count d default dictsort filesizeformat first float items last length list map max min "
-    "pprint reject rejectattr reverse select selectattr sort unique urlencode wordcount xmlattr"
+    "pprint reject rejectattr reverse select selectattr sort striptags unique urlencode urlize "
+    "wordcount xmlattr"
 )
 FILTERS: dict[str, Callable[..., object]] = {
     **{name: filters.FILTERS[name] for name in _AS_IN_JINJA.split()},
@@ -229,13 +217,11 @@ FILTERS: dict[str, Callable[..., object]] = {
     "safe": text_of,
     "slice": _slice,
     "string": text_of,
-    "striptags": _squared("striptags"),
     "sum": _sum,
     "title": _title,
     "tojson": to_json,
     "trim": _trim,
     "truncate": _truncate,
     "upper": _upper,
-    "urlize": _squared("urlize"),
     "wordwrap": _wordwrap,
 }

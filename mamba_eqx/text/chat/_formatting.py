@@ -92,7 +92,7 @@ def format_text(
     - `named`: the named arguments.
     - `depth`: how deep fields may stand within the formats of fields.
     """
-    if depth == 0:
+    if depth < 0:
         raise ValueError("Max string recursion exceeded")
     author = Text.of(text).author()
     pieces: list[str] = []
@@ -122,8 +122,10 @@ def _formatted(value: object, specification: Text) -> Text:
         return Text(format(value, str.__str__(specification)), text_of(value).author())
     fill, align, width, precision = match.groups()
     text = Text.of(value)[: None if precision is None else int(precision)]
-    pad = {"<": text.ljust, ">": text.rjust, "^": text.center}[align or "<"]
-    return pad(int(width or 0), *(() if fill is None else (fill,)))
+    room = max(0, int(width or 0) - len(text))
+    # Unlike `str.center`, formats have the odd space on the right.
+    left = {"<": 0, ">": room, "^": room // 2}[align or "<"]
+    return text.pad(left, room - left, fill)
 
 
 def _ascii(value: object) -> Text:

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 
-# A published template takes 20 to 200 steps for a message, so these limits allow conversations of
-# tens of thousands of messages, or of millions of characters. A hostile template reaches them
-# within seconds.
-MAX_STEPS = 5_000_000
-MAX_CHARACTERS = 10_000_000  # of one text, and of a template's whole output
+# A published template takes 20 to 200 steps for a message, and reads its text a few times, so it
+# stays far below these limits. A hostile template reaches them within seconds.
+STEPS = 1_000_000
+STEPS_PER_MESSAGE = 2_000
+MAX_CHARACTERS = 10_000_000  # of one text, of the input, and of the output
 MAX_BITS = 4096  # of an integer
 MAX_DEPTH = 100  # of values within values
 CHARACTERS_PER_STEP = 32
@@ -24,15 +24,21 @@ class _Steps:
 
     def __init__(self, left: int):
         self.left = left
+        self.read = 0  # characters of the input
 
 
 _STEPS: ContextVar[_Steps] = ContextVar("steps of the rendering")
 
 
 @contextmanager
-def limited() -> Iterator[None]:
-    """Bounds the work of what runs inside."""
-    token = _STEPS.set(_Steps(MAX_STEPS))
+def limited(messages: int) -> Iterator[None]:
+    """Bounds the work of what runs inside.
+
+    **Arguments:**
+
+    - `messages`: the number of messages of the conversation.
+    """
+    token = _STEPS.set(_Steps(STEPS + STEPS_PER_MESSAGE * messages))
     try:
         yield
     finally:
@@ -44,7 +50,15 @@ def spend(steps: int) -> None:
     budget = _STEPS.get()
     budget.left -= steps
     if budget.left < 0:
-        raise TemplateLimitError(f"it takes more than {MAX_STEPS:,} steps")
+        raise TemplateLimitError("it takes too many steps")
+
+
+def allow_for_input(text: str) -> None:
+    """Adds steps for a text of the input."""
+    budget = _STEPS.get()
+    budget.read += len(text)
+    check_length(budget.read)
+    budget.left += len(text) // 2
 
 
 def spend_on_size(value: object) -> None:

@@ -1,18 +1,20 @@
 """Rendering of a conversation."""
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 
 from jinja2 import nodes
 
 from ._environment import RefusedError, TemplateEnvironment
-from ._limits import TemplateLimitError, limited
+from ._limits import limited
 from ._statements import Statements
-from ._values import given
+from ._values import InputError, given
 from ._written import LABEL, TEMPLATE, USER, Text
 
 
-_MAX_SOURCE = 1_000_000  # characters
+_MAX_SOURCE = 200_000  # characters
+_MAX_REASON = 1_000
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _ROLES = frozenset("assistant developer function model system tool user".split())
 # The names under which a message's reasoning is passed; templates read the first or the second.
@@ -47,60 +49,53 @@ def render_text(
             f"The chat template must have at most {_MAX_SOURCE:,} characters, but got "
             f"{len(template):,}. Use the template of the model's publisher."
         )
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
+        raise ValueError(f"`messages` must be a list of messages, but got "
+            f"{reprlib.repr(messages)}.")
     environment = TemplateEnvironment()
-    with limited():
+    with limited(len(messages)):
         try:
             program = environment.parse(template)
             names = {node.value for node in program.find_all(nodes.Const)}
             roles = _ROLES | {n for n in names if isinstance(n, str) and _NAME.fullmatch(n)}
-        except Exception as error:
-            raise _failure(error) from error
-        inputs: dict[str, object] = {
-            "messages": [_message(message, i, roles) for i, message in enumerate(messages)]
-        }
-        inputs |= {name: given(value, f"`{name}`") for name, value in variables.items()}
-        for name, value in written.items():
-            inputs[name] = Text(value, TEMPLATE) if isinstance(value, str) else value
-        try:
+            inputs: dict[str, object] = {
+                "messages": [_message(message, i, roles) for i, message in enumerate(messages)]
+            }
+            inputs |= {name: given(value, f"`{name}`") for name, value in variables.items()}
+            for name, value in written.items():
+                inputs[name] = Text(value, TEMPLATE) if isinstance(value, str) else value
             return Statements(environment).run(program, inputs)
-        except RefusedError:
+        except (InputError, RefusedError):
             raise
+        except RecursionError as error:
+            reason, cause = "it nests too deeply", error
+        except MemoryError as error:
+            reason, cause = "it needs too much memory", error
         except Exception as error:  # Templates are programs and can raise anything.
-            raise _failure(error) from error
-
-
-def _failure(error: Exception) -> ValueError:
-    if isinstance(error, TemplateLimitError):
-        reason = f"{error}, the limit of a rendering"
-    elif isinstance(error, RecursionError):
-        reason = "it nests too deeply"
-    elif isinstance(error, MemoryError):
-        reason = "it needs too much memory"
-    else:
-        reason = str(error) or type(error).__name__
-    return ValueError(f"The chat template failed: {reason}.")
+            reason, cause = str(error) or type(error).__name__, error
+    raise ValueError(f"The chat template failed: {reason[:_MAX_REASON]}.") from cause
 
 
 def _message(message: Mapping[str, object], i: int, roles: frozenset[str]) -> object:
     """Copies a message as transformers shows it to templates."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ValueError(f"messages[{i}] must have a `role`, a string, but got {message!r}.")
+        raise InputError(f"messages[{i}] must have a `role`, a string, but got {reprlib.repr(message)}.")
     content = message.get("content")
     parts = content if isinstance(content, (list, tuple)) else []
     if content is not None and not isinstance(content, (str, list, tuple)):
-        raise ValueError(
+        raise InputError(
             f"The `content` of messages[{i}] must be a string or a list of parts, but got "
-            f"{content!r}. Convert it to a string."
+            f"{reprlib.repr(content)}. Convert it to a string."
         )
     for part in parts:
         if not isinstance(part, (str, Mapping)):
-            raise ValueError(
+            raise InputError(
                 f"The parts of the `content` of messages[{i}] must be mappings such as "
-                f'{{"type": "text", "text": ...}}, but got {part!r}.'
+                f'{{"type": "text", "text": ...}}, but got {reprlib.repr(part)}.'
             )
     if content is None and message.keys() <= {"role", "content"}:
-        raise ValueError(
-            f"messages[{i}] must have a `content`, but got {message!r}. Only messages with other "
+        raise InputError(
+            f"messages[{i}] must have a `content`, but got {reprlib.repr(message)}. Only messages with other "
             "fields, such as `tool_calls`, can have none."
         )
     # Templates tell a missing field from an empty one, and would print None as a word.

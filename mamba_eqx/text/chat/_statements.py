@@ -170,16 +170,16 @@ class Statements:
             self._execute(node.else_, Scope(scope), pieces)
 
     def _break(self, node: nodes.Break, scope: Scope, pieces: list[str]) -> None:
-        raise _Break
+        raise _Break("`break` must stand in a loop")
 
     def _continue(self, node: nodes.Continue, scope: Scope, pieces: list[str]) -> None:
-        raise _Continue
+        raise _Continue("`continue` must stand in a loop")
 
     def _macro(self, node: nodes.Macro, scope: Scope, pieces: list[str]) -> None:
         scope.variables[node.name] = self._defined(node, node.name, scope)
 
     def _defined(self, node: nodes.Macro | nodes.CallBlock, name: str, scope: Scope) -> Macro:
-        names = [argument.name for argument in node.args]
+        names = tuple(argument.name for argument in node.args)
         extra = ("caller", "kwargs", "varargs")  # in the order in which jinja passes them
         if id(node) not in self._special:
             self._special[id(node)] = find_undeclared(node.body, extra)

@@ -6,8 +6,12 @@ from typing import NamedTuple
 from jinja2.exceptions import SecurityError
 from jinja2.runtime import Undefined
 
-from ._limits import MAX_DEPTH, spend, spend_on_all
+from ._limits import MAX_DEPTH, allow_for_input, spend, spend_on_all
 from ._written import LABEL, USER, Text
+
+
+class InputError(ValueError):
+    """An argument that is not as it must be."""
 
 
 class GivenInt(int):
@@ -45,14 +49,15 @@ def given(value: object, where: str, depth: int = 0) -> object:
     - `where`: its name, for messages.
     - `depth`: the number of values around it.
 
-    **Raises:** `ValueError` if it is not like JSON.
+    **Raises:** `InputError` if it is not like JSON.
     """
     spend(1)
     if depth > MAX_DEPTH:
-        raise ValueError(f"{where} must nest at most {MAX_DEPTH} levels. Flatten the data.")
+        raise InputError(f"{where} must nest at most {MAX_DEPTH} levels. Flatten the data.")
     if value is None or isinstance(value, (bool, float)):
         return value
     if isinstance(value, str):
+        allow_for_input(value)
         return Text(str.__str__(value))
     if isinstance(value, int):
         return GivenInt(value)
@@ -65,7 +70,7 @@ def given(value: object, where: str, depth: int = 0) -> object:
         return [given(item, where, depth + 1) for item in value]
     if isinstance(value, tuple):
         return tuple(given(item, where, depth + 1) for item in value)
-    raise ValueError(
+    raise InputError(
         f"{where} must consist of strings, numbers, booleans, None, lists and mappings, but got "
         f"a {type(value).__name__}. Convert the value."
     )
@@ -84,38 +89,43 @@ def text_of(value: object) -> Text:
 
 def repr_of(value: object) -> Text:
     """Returns `repr(value)`."""
-    return Text("").join(_spelled(value, 0))
+    pieces: list[str] = []
+    _spell(value, pieces, 0)
+    return Text("").join(pieces)
 
 
-def _spelled(value: object, depth: int) -> list[str]:
-    """Returns the parts of `repr(value)`."""
+def _spell(value: object, pieces: list[str], depth: int) -> None:
     spend(1)
-    if depth > MAX_DEPTH:
-        spend_on_all(value)  # This raises the error.
     if isinstance(value, str):
         text = Text.of(value)
-        return [Text(repr(str.__str__(text)), text.author() if text else USER)]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return [text_of(value)]
-    if value is None or isinstance(value, (bool, float, complex, range)):
-        return [repr(value)]
-    if isinstance(value, Undefined):
-        return [repr(value)]
-    if isinstance(value, Mapping):
-        items = [
-            [*_spelled(key, depth + 1), ": ", *_spelled(item, depth + 1)]
-            for key, item in value.items()
-        ]
-        return ["{", *_comma_separated(items), "}"]
-    if isinstance(value, (list, tuple)):
-        inside = _comma_separated([_spelled(item, depth + 1) for item in value])
-        if isinstance(value, list):
-            return ["[", *inside, "]"]
-        return ["(", *inside, ",)" if len(value) == 1 else ")"]
-    # Templates print no other objects, whose texts would have no limit.
-    return [f"<{type(value).__name__}>"]
+        pieces.append(Text(repr(str.__str__(text)), text.author() if text else USER))
+    elif isinstance(value, int) and not isinstance(value, bool):
+        pieces.append(text_of(value))
+    elif value is None or isinstance(value, (bool, float, complex, range, Undefined)):
+        pieces.append(repr(value))
+    elif isinstance(value, (Mapping, list, tuple)):
+        if depth == MAX_DEPTH:
+            spend_on_all(value)  # This raises the error.
+        _spell_items(value, pieces, depth)
+    else:
+        # Templates print no other objects, whose texts would have no limit.
+        pieces.append(f"<{type(value).__name__}>")
 
 
-def _comma_separated(items: list[list[str]]) -> list[str]:
-    parts = [part for item in items for part in (*item, ", ")]
-    return parts[:-1]
+def _spell_items(
+    value: Mapping[object, object] | list[object] | tuple[object, ...],
+    pieces: list[str],
+    depth: int,
+) -> None:
+    ends = "{}" if isinstance(value, Mapping) else "[]" if isinstance(value, list) else "()"
+    pieces.append(ends[0])
+    for i, item in enumerate(value):
+        if i > 0:
+            pieces.append(", ")
+        _spell(item, pieces, depth + 1)
+        if isinstance(value, Mapping):
+            pieces.append(": ")
+            _spell(value[item], pieces, depth + 1)
+    if isinstance(value, tuple) and len(value) == 1:
+        pieces.append(",")
+    pieces.append(ends[1])

@@ -85,6 +85,9 @@ class Text(str):
 
     __rmul__ = __mul__
 
+    def __mod__(self, arguments: object) -> str:
+        raise TypeError("texts are formatted elsewhere, within limits")
+
     def __getitem__(self, key: "SupportsIndex | slice") -> "Text":
         text = super().__getitem__(key)
         authors = self.authors[key]
@@ -147,15 +150,16 @@ class Text(str):
     def center(self, width: SupportsIndex, fillchar: str | None = None, /) -> "Text":
         room = max(0, width.__index__() - len(self))
         left = room // 2 + (room & width.__index__() & 1)
-        return self._pad(left, room - left, fillchar)
+        return self.pad(left, room - left, fillchar)
 
     def ljust(self, width: SupportsIndex, fillchar: str | None = None, /) -> "Text":
-        return self._pad(0, max(0, width.__index__() - len(self)), fillchar)
+        return self.pad(0, max(0, width.__index__() - len(self)), fillchar)
 
     def rjust(self, width: SupportsIndex, fillchar: str | None = None, /) -> "Text":
-        return self._pad(max(0, width.__index__() - len(self)), 0, fillchar)
+        return self.pad(max(0, width.__index__() - len(self)), 0, fillchar)
 
-    def _pad(self, left: int, right: int, fillchar: str | None) -> "Text":
+    def pad(self, left: int, right: int, fillchar: str | None) -> "Text":
+        """Returns the text with fill characters, spaces by default, around it."""
         fill = Text(" ", TEMPLATE) if fillchar is None else Text.of(fillchar)
         if len(fill) != 1:
             raise TypeError("The fill character must be exactly one character long")
