@@ -13,9 +13,9 @@ def attempt(template: str) -> None:
     render(template, CHATS["turns"], {}, special=["<s>"], add_generation_prompt=True)
 
 
-# A thousandth of the limits, which the quick tests use.
 @pytest.fixture
-def low_limits(monkeypatch: pytest.MonkeyPatch):
+def low_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousandth of the limits, which the quick tests use."""
     monkeypatch.setattr(_limits, "STEPS", 1000)
     monkeypatch.setattr(_limits, "STEPS_PER_MESSAGE", 0)
     monkeypatch.setattr(_limits, "MAX_CHARACTERS", 10_000)
@@ -36,9 +36,10 @@ def _is_refused(template: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("template", UNBOUNDED, ids=lambda template: template[:60])
+@pytest.mark.usefixtures("as_users_run")
+@pytest.mark.parametrize("template", UNBOUNDED[::5], ids=lambda text: text[:60])
 def test_hostile_templates_end_soon(template: str):
-    with bounded(60), pytest.raises(ValueError, match=r"chat template (failed|rejects|must have)"):
+    with bounded(60), pytest.raises(ValueError, match="chat template"):
         attempt(template)
 
 
@@ -56,6 +57,7 @@ def test_limits_are_far_above_published_templates(monkeypatch: pytest.MonkeyPatc
         render(template, chat, VARIABLES, special=["<s>"], add_generation_prompt=True)
 
 
+@pytest.mark.usefixtures("low_limits")
 def test_deep_and_endless_messages_raise():
     deep: object = "x"
     for _ in range(200):
@@ -67,5 +69,5 @@ def test_deep_and_endless_messages_raise():
         wide = [wide, wide]
     for field in (deep, endless, wide):
         chat = [{"role": "user", "content": "x", "field": field}]
-        with bounded(60), pytest.raises(ValueError, match="levels|characters|steps"):
+        with bounded(60), pytest.raises(ValueError, match="levels|steps"):
             render("", chat, {}, special=[], add_generation_prompt=True)

@@ -85,7 +85,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def call_filter(
         self,
-        name: str,
+        name: object,
         value: object,
         args: Sequence[object] | None = None,
         kwargs: Mapping[str, object] | None = None,
@@ -93,7 +93,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         eval_ctx: EvalContext | None = None,
     ) -> object:
         """Applies a filter."""
-        value = _prepared(name, value, args, kwargs)
+        name, value = _prepared(name, value, args, kwargs)
         result = super().call_filter(name, value, args, kwargs, context, eval_ctx)
         if isinstance(result, (GeneratorType, reversed)):
             # Generators around generators would overflow the stack when they are freed.
@@ -104,7 +104,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def call_test(
         self,
-        name: str,
+        name: object,
         value: object,
         args: Sequence[object] | None = None,
         kwargs: Mapping[str, object] | None = None,
@@ -112,7 +112,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         eval_ctx: EvalContext | None = None,
     ) -> bool:
         """Applies a test."""
-        value = _prepared(name, value, args, kwargs)
+        name, value = _prepared(name, value, args, kwargs)
         return super().call_test(name, value, args, kwargs, context, eval_ctx)
 
 
@@ -121,13 +121,13 @@ def _prepared(
     value: object,
     arguments: Sequence[object] | None,
     named: Mapping[str, object] | None,
-) -> object:
-    """Counts the steps of a filter or a test, and returns the value to apply it to."""
+) -> tuple[str, object]:
+    """Counts the steps of a filter or a test, and returns its name and the value to apply it to."""
     spend(1)
     if not isinstance(name, str):
         raise TypeError("the name of a filter or a test must be a text")
     if name in _CONSTANT:
-        return value
+        return name, value
     if name in _OF_TEXT:
         value = text_of(value)
     if name in _SQUARED and isinstance(value, str):
@@ -135,7 +135,7 @@ def _prepared(
     visit = spend_on_all if name in _DEEP else spend_on_size
     for argument in (value, *(arguments or ()), *(named or {}).values()):
         visit(argument)
-    return value
+    return name, value
 
 
 def _is_callable(value: object) -> bool:
