@@ -29,7 +29,8 @@ class TextTokenizer:
             and holds the chat template. `None`, the default, is an empty config.
 
         **Raises:** `ValueError` if `tokenizer` is not the content of a `tokenizer.json`, or the
-        `chat_template` of `config` is malformed; `ImportError` if the package `tokenizers` is not installed.
+        `chat_template` of `config` is malformed; `ImportError` if the package `tokenizers` is not
+        installed.
         """
         try:
             from tokenizers import Tokenizer as Fast

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Chat templates in the styles of published ones, conversations, and the fragments of random ones."""
 
 CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""

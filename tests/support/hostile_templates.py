@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Chat templates that would never end, need all memory, overflow the stack, or escape."""
 
 

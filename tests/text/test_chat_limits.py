@@ -9,6 +9,10 @@ from tests.support.chat_templates import CHATS, TEMPLATES, VARIABLES
 from tests.support.hostile_templates import ESCAPES, UNBOUNDED
 
 
+# The checks of types print whole values when they fail, which has no limit.
+pytestmark = pytest.mark.usefixtures("as_users_run")
+
+
 def attempt(template: str) -> None:
     render(template, CHATS["turns"], {}, special=["<s>"], add_generation_prompt=True)
 
@@ -22,9 +26,10 @@ def low_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("low_limits")
-def test_hostile_templates_reach_a_limit():
+@pytest.mark.parametrize("step", [10, pytest.param(1, marks=pytest.mark.slow)])
+def test_hostile_templates_reach_a_limit(step: int):
     with bounded(30):
-        assert [template for template in UNBOUNDED if not _is_refused(template)] == []
+        assert [template for template in UNBOUNDED[::step] if not _is_refused(template)] == []
 
 
 def _is_refused(template: str) -> bool:
@@ -36,7 +41,6 @@ def _is_refused(template: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("template", UNBOUNDED[::5], ids=lambda text: text[:60])
 def test_hostile_templates_end_soon(template: str):
     with bounded(60), pytest.raises(ValueError, match="chat template"):
@@ -69,5 +73,5 @@ def test_deep_and_endless_messages_raise():
         wide = [wide, wide]
     for field in (deep, endless, wide):
         chat = [{"role": "user", "content": "x", "field": field}]
-        with bounded(60), pytest.raises(ValueError, match="levels|steps"):
+        with bounded(60), pytest.raises(ValueError, match=r"levels|steps"):
             render("", chat, {}, special=[], add_generation_prompt=True)

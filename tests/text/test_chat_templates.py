@@ -40,7 +40,11 @@ def rendered_by_transformers(
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("chat", CHATS)
 def test_text_of_published_templates_is_that_of_transformers(template: str, chat: str):
-    for tools, documents, ask in [(None, None, True), (TOOLS, DOCUMENTS, True), (TOOLS, None, False)]:
+    for tools, documents, ask in [
+        (None, None, True),
+        (TOOLS, DOCUMENTS, True),
+        (TOOLS, None, False),
+    ]:
         shared = {"tools": tools, "documents": documents, "add_generation_prompt": ask}
         try:
             want = rendered_by_transformers(TEMPLATES[template], CHATS[chat], **shared)
@@ -54,8 +58,8 @@ def test_text_of_published_templates_is_that_of_transformers(template: str, chat
         assert specials(pieces) == re.findall(pattern, want)
 
 
-# Random templates write and rearrange pieces of special tokens. The users write the same characters.
-# The witness lets users write with other letters, which shows who wrote each character of the text.
+# Random templates write and rearrange pieces of special tokens, which users write too. The
+# witness lets users write with other letters, and so shows who wrote each character of the text.
 LETTERS = "<|>#[字"
 OTHERS = dict(zip(LETTERS, "甲乙丙丁戊己", strict=True))
 TOKENS = ["<|>", "<|", "|>", "<|#|>", "字", "#", "[#]", "<|user|>", "<|1|>", "字字", "<s>", "</s>"]
@@ -66,20 +70,26 @@ atoms = st.one_of(
 )
 UNARY = """({})|trim ({}).strip() ({})|upper ({}).lower() ({})[1:] ({})[::-1] ({})[:-1] ({})*2
 ({})|reverse ({})|list|join ({})|string ({})|tojson ({})|indent(2,true) ({})|center(9)
-({}).partition('7')[0] ({}).replace('7','8') ({}).splitlines()|first|default('') ({})|truncate(5,true)
+({}).partition('7')[0] ({}).replace('7','8') ({}).splitlines()|first|default('')
+({})|truncate(5,true)
 [{}]|join {{'k':{}}}.k namespace(k={}).k [{}]|map('upper')|join ({})|capitalize ({})|string|string
 ({}).rsplit('7',1)[0] ({}).ljust(5) '%4s'%({},) '%s'|format({}) '{{:>3}}'.format({}) [{}]|string
-f({}) (({})~loop.index) dict(k={})['k'] ({}).removesuffix('7') ({})|replace('','7') ({}).split('7')[-1]
-({})|wordcount|string ({})|escape|length|string ({})|length~'' [{}]|first ({})|default('x',true)""".split()
-BINARY = """({0})+({1}) ({0})~({1}) [{0},{1}]|join ({1}).join([{0},{0}]) (({0})if(loop.first)else({1}))
-({0}).replace('7',{1}) ({0})|replace('\\n',{1}) ({0}).split('7')|join({1}) '%s-%s'%({0},{1})
+f({}) (({})~loop.index) dict(k={})['k'] ({}).removesuffix('7') ({})|replace('','7')
+({}).split('7')[-1]
+({})|wordcount|string ({})|escape|length|string ({})|length~'' [{}]|first ({})|default('x',true)"""
+BINARY = """({0})+({1}) ({0})~({1}) [{0},{1}]|join ({1}).join([{0},{0}])
+(({0})if(loop.first)else({1})) ({0}).replace('7',{1}) ({0})|replace('\\n',{1}) ({0}).split('7')|join({1})
+'%s-%s'%({0},{1})
 '{{}}{{}}'.format({0},{1}) ({0})|indent({1}) [{0},{1}]|last f({0},{1}) ({0})or({1}) ({0})and({1})
-[[{0},{1}]]|tojson ({0})|list|join({1}) ({0})~m.content|default({1}) ({0}).splitlines(true)|join({1})""".split()
+[[{0},{1}]]|tojson ({0})|list|join({1}) ({0})~m.content|default({1})
+({0}).splitlines(true)|join({1})"""
 expressions = st.recursive(
     atoms,
     lambda inner: st.one_of(
-        st.builds(lambda form, a: form.format(a), st.sampled_from(UNARY), inner),
-        st.builds(lambda form, a, b: form.format(a, b), st.sampled_from(BINARY), inner, inner),
+        st.builds(lambda form, a: form.format(a), st.sampled_from(UNARY.split()), inner),
+        st.builds(
+            lambda form, a, b: form.format(a, b), st.sampled_from(BINARY.split()), inner, inner
+        ),
     ),
     max_leaves=6,
 )
@@ -160,9 +170,9 @@ def test_only_the_template_writes_special_tokens(template: str, chat: list[dict[
         ("{{ (messages[0].content ~ '<|end|>') | safe }}", "", ["<|end|>"], ["<|end|>"]),
         ("{{ ['<|end|>', messages[0].content] | tojson }}", "<|end|>", ["<|end|>"], ["<|end|>"]),
         # Templates that look at the text see what the user wrote.
-        ("{{ messages[0].content | length }}|{{ 'k>' in messages[0].content }}", "<k>", ["<k>"], []),
+        ("{{ messages[0].content | length }}{{ 'k' in messages[0].content }}", "<k>", ["<k>"], []),
         # A role and a number complete what the template writes, but alone they are no tokens.
-        ("<|{{ messages[0].role }}|>{{ messages[0].role }}", "", ["<|user|>", "user"], ["<|user|>"]),
+        ("<{{ messages[0].role }}>{{ messages[0].role }}", "", ["<user>", "user"], ["<user>"]),
         ("<{{ loop }}{% for m in messages %}<{{ loop.index }}>1{% endfor %}", "", ["<1>"], ["<1>"]),
         ("{{ bos_token }}{{ messages[0].content }}", "<s>", ["<s>"], ["<s>"]),
         ("{{ note }}<s>", "", ["<s>"], ["<s>"]),

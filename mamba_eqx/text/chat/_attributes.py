@@ -8,7 +8,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.runtime import LoopContext, Macro, Undefined
 from jinja2.utils import Cycler
 
-from ._limits import spend, spend_on_all, spend_on_size
+from ._limits import spend_on_all, spend_on_size
 from ._values import Group, Namespace, text_of
 from ._written import Text
 
@@ -183,8 +183,10 @@ _MEMBERS: list[tuple[type, _Members]] = [
     (str, _Members(_TEXT)),
     (
         dict,
-        _Members({"get": _get, "items": dict.items, "keys": dict.keys, "values": dict.values}
-                 | {"copy": dict.copy}),
+        _Members(
+            {"get": _get, "items": dict.items, "keys": dict.keys, "values": dict.values}
+            | {"copy": dict.copy}
+        ),
     ),
     (list, _Members(_SEQUENCE | {"copy": list.copy})),
     (Group, _Members(_SEQUENCE, ("grouper", "list"))),
@@ -192,7 +194,10 @@ _MEMBERS: list[tuple[type, _Members]] = [
     (range, _Members(fields=("start", "stop", "step"))),
     (float, _Members({"is_integer": float.is_integer}, ("real", "imag"))),
     (int, _Members({"bit_length": int.bit_length}, _NUMBER)),
-    (LoopContext, _Members({"cycle": LoopContext.cycle, "changed": _changed}, tuple(_LOOP.split()))),
+    (
+        LoopContext,
+        _Members({"cycle": LoopContext.cycle, "changed": _changed}, tuple(_LOOP.split())),
+    ),
     (Cycler, _Members({"next": Cycler.next, "reset": Cycler.reset}, ("current",))),
     (Macro, _Members(fields=("name", "arguments", "catch_kwargs", "catch_varargs", "caller"))),
 ]

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from types import GeneratorType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jinja2.environment import Environment
 from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Scope
+from jinja2.nodes import EvalContext, Scope
 from jinja2.parser import Parser
-from jinja2.runtime import Context, EvalContext, Macro
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, generate_lorem_ipsum
 
@@ -22,13 +21,18 @@ from ._written import Text
 
 # What these filters and tests do takes time in proportion to everything inside their arguments;
 # others visit at most the items.
-_DEEP = set("dictsort filter groupby max min pprint sort sum test unique urlencode xmlattr".split())
-_DEEP |= set("!= < <= == > >= eq equalto ge greaterthan gt in le lessthan lt ne".split())
-_MAX_REASON = 1_000  # characters
-_SQUARED = set("striptags urlize wordwrap".split())  # in the length of a text, at worst
+_DEEP = frozenset(
+    {"dictsort", "filter", "groupby", "max", "min", "pprint", "sort", "sum", "test", "unique"}
+    | {"urlencode", "xmlattr", "!=", "<", "<=", "==", ">", ">=", "eq", "equalto", "ge", "gt"}
+    | {"greaterthan", "in", "le", "lessthan", "lt", "ne"}
+)
+_SQUARED = frozenset({"striptags", "urlize", "wordwrap"})  # in the length of a text, at worst
 # These convert their value to a text, which has to know its limits.
-_OF_TEXT = set("lower striptags upper urlize wordcount wordwrap".split())
-_CONSTANT = set("boolean count d default defined length mapping none number string".split())
+_OF_TEXT = frozenset({"lower", "upper", "wordcount"} | _SQUARED)
+_CONSTANT = frozenset(
+    {"boolean", "count", "d", "default", "defined", "length", "mapping", "none", "number", "string"}
+)
+_MAX_REASON = 1_000  # characters
 
 
 class RefusedError(ValueError):
@@ -142,7 +146,7 @@ def _is_callable(value: object) -> bool:
     return callable(value) or isinstance(value, (Method, Format, Maker))
 
 
-def _make_dict(arguments: Sequence[object], named: Mapping[str, object]) -> dict[object, object]:
+def _make_dict(arguments: Sequence[object], named: Mapping[str, object]) -> dict[Any, Any]:
     spend_on_all(arguments)
     return dict(*arguments, **named)  # pyright: ignore[reportCallIssue, reportArgumentType]
 

@@ -1,6 +1,7 @@
 """The expressions of templates."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 from jinja2 import nodes
 from jinja2.runtime import Context, Macro, Undefined
@@ -117,10 +118,11 @@ class Expressions:
                 spend_on_size(argument)
             result = function.function(function.value, *arguments, **named)
         elif isinstance(function, Format):
+            fields: Any = named
             if function.takes_mapping:
-                (named,) = arguments
+                (fields,) = arguments
                 arguments = []
-            result = format_text(self._formatter, function.text, arguments, named)
+            result = format_text(self._formatter, function.text, arguments, fields)
         elif isinstance(function, Maker):
             result = function.make(arguments, named)
         elif callable(function):
@@ -134,7 +136,9 @@ class Expressions:
         self, node: nodes.Call | nodes.Filter | nodes.Test, scope: Scope
     ) -> tuple[list[object], dict[str, object]]:
         arguments = [self.evaluate(argument, scope) for argument in node.args]
-        named = {pair.key: self.evaluate(pair.value, scope) for pair in node.kwargs}
+        named: dict[str, object] = {
+            str(pair.key): self.evaluate(pair.value, scope) for pair in node.kwargs
+        }
         if node.dyn_args is not None:
             arguments += self.evaluate(node.dyn_args, scope)  # pyright: ignore
             spend(len(arguments))

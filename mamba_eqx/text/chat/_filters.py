@@ -63,12 +63,18 @@ def _indent(value: object, width: int | str = 4, first: bool = False, blank: boo
     if blank:
         indented = (newline + step).join(lines)
     else:
-        indented = newline.join([line if i == 0 or not line else step + line for i, line in enumerate(lines)])
+        indented = newline.join(
+            [line if i == 0 or not line else step + line for i, line in enumerate(lines)]
+        )
     return step + indented if first else indented
 
 
 def _truncate(
-    value: object, length: int = 255, killwords: bool = False, end: str = "...", leeway: int | None = None
+    value: object,
+    length: int = 255,
+    killwords: bool = False,
+    end: str = "...",
+    leeway: int | None = None,
 ) -> Text:
     text = text_of(value)
     end = Text("...", TEMPLATE) if end == "..." else Text.of(end)

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 from ._formatting import percent
 from ._limits import (
@@ -15,7 +16,7 @@ from ._limits import (
 from ._written import Text
 
 
-def _add(left: object, right: object) -> object:
+def _add(left: Any, right: Any) -> object:
     spend_on_size(left)
     spend_on_size(right)
     if isinstance(left, str) and isinstance(right, str):
@@ -23,7 +24,7 @@ def _add(left: object, right: object) -> object:
     return operator.add(left, right)
 
 
-def _multiply(left: object, right: object) -> object:
+def _multiply(left: Any, right: Any) -> object:
     for items, times in ((left, right), (right, left)):
         if isinstance(items, str) and isinstance(times, int):
             return Text.of(items) * times
@@ -32,11 +33,11 @@ def _multiply(left: object, right: object) -> object:
     return operator.mul(left, right)
 
 
-def _modulo(left: object, right: object) -> object:
+def _modulo(left: Any, right: Any) -> object:
     return percent(left, right) if isinstance(left, str) else operator.mod(left, right)
 
 
-def _power(left: object, right: object) -> object:
+def _power(left: Any, right: Any) -> object:
     if isinstance(left, int) and isinstance(right, int):
         bits = left.bit_length()
         if bits > 1 and bits * right > MAX_BITS:
@@ -44,7 +45,7 @@ def _power(left: object, right: object) -> object:
     return operator.pow(left, right)
 
 
-_BINARY: dict[str, Callable[[object, object], object]] = {
+_BINARY: dict[str, Callable[[Any, Any], object]] = {
     "+": _add,
     "-": operator.sub,
     "*": _multiply,
@@ -55,14 +56,14 @@ _BINARY: dict[str, Callable[[object, object], object]] = {
 }
 
 
-def binary(symbol: str, left: object, right: object) -> object:
+def binary(symbol: str, left: Any, right: Any) -> object:
     """Returns `left symbol right`."""
     result = _BINARY[symbol](left, right)
     check_number(result)
     return result
 
 
-def _contains(container: object, item: object) -> bool:
+def _contains(container: Any, item: object) -> bool:
     if isinstance(container, str):
         spend_on_size(container)
     elif isinstance(container, dict):
@@ -75,10 +76,10 @@ def _contains(container: object, item: object) -> bool:
         spend(len(container))
     elif not isinstance(container, range):
         spend_on_size(container)
-    return item in container  # pyright: ignore[reportOperatorIssue]
+    return item in container
 
 
-_ORDERED: dict[str, Callable[[object, object], bool]] = {
+_ORDERED: dict[str, Callable[[Any, Any], bool]] = {
     "eq": operator.eq,
     "ne": operator.ne,
     "gt": operator.gt,

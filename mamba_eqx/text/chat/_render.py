@@ -16,7 +16,7 @@ from ._written import LABEL, TEMPLATE, USER, Text
 _MAX_SOURCE = 200_000  # characters
 _MAX_REASON = 1_000
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-_ROLES = frozenset("assistant developer function model system tool user".split())
+_ROLES = frozenset({"assistant", "developer", "function", "model", "system", "tool", "user"})
 # The names under which a message's reasoning is passed; templates read the first or the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -50,8 +50,9 @@ def render_text(
             f"{len(template):,}. Use the template of the model's publisher."
         )
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
-        raise ValueError(f"`messages` must be a list of messages, but got "
-            f"{reprlib.repr(messages)}.")
+        raise ValueError(
+            f"`messages` must be a list of messages, but got {reprlib.repr(messages)}."
+        )
     environment = TemplateEnvironment()
     with limited(len(messages)):
         try:
@@ -79,7 +80,9 @@ def render_text(
 def _message(message: Mapping[str, object], i: int, roles: frozenset[str]) -> object:
     """Copies a message as transformers shows it to templates."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise InputError(f"messages[{i}] must have a `role`, a string, but got {reprlib.repr(message)}.")
+        raise InputError(
+            f"messages[{i}] must have a `role`, a string, but got {reprlib.repr(message)}."
+        )
     content = message.get("content")
     parts = content if isinstance(content, (list, tuple)) else []
     if content is not None and not isinstance(content, (str, list, tuple)):
@@ -95,8 +98,8 @@ def _message(message: Mapping[str, object], i: int, roles: frozenset[str]) -> ob
             )
     if content is None and message.keys() <= {"role", "content"}:
         raise InputError(
-            f"messages[{i}] must have a `content`, but got {reprlib.repr(message)}. Only messages with other "
-            "fields, such as `tool_calls`, can have none."
+            f"messages[{i}] must have a `content`, but got {reprlib.repr(message)}. Only "
+            "messages with other fields, such as `tool_calls`, can have none."
         )
     # Templates tell a missing field from an empty one, and would print None as a word.
     fields = {name: value for name, value in message.items() if value is not None}
@@ -107,6 +110,6 @@ def _message(message: Mapping[str, object], i: int, roles: frozenset[str]) -> ob
         Text.of(name): given(value, f"The field {name!r} of messages[{i}]")
         for name, value in fields.items()
     }
-    role = str.__str__(fields["role"])
+    role = str(fields["role"])
     copy[Text("role")] = Text(role, LABEL if role in roles else USER)
     return copy

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import Any
 
 from jinja2 import nodes
 from jinja2.compiler import find_undeclared
-from jinja2.runtime import LoopContext, Macro, Undefined, missing
+from jinja2.runtime import LoopContext, Macro, Undefined
+from jinja2.utils import missing
 
 from ._environment import TemplateEnvironment
 from ._expressions import Expressions, Scope
@@ -125,11 +127,13 @@ class Statements:
         if node.recursive:
             self._print(self._loop_text(node, scope, items, 0), pieces)
         else:
-            self._loop(node, scope, LoopContext(self._selected(node, scope, items), Undefined), pieces)
+            self._loop(
+                node, scope, LoopContext(self._selected(node, scope, items), Undefined), pieces
+            )
 
     def _loop_text(self, node: nodes.For, scope: Scope, items: object, depth: int) -> Text:
-        def recurse(inner: object, _: object, depth: int) -> Text:
-            return self._loop_text(node, scope, inner, depth)
+        def recurse(reciter: object, loop_render_func: object, depth: int = 0) -> Text:
+            return self._loop_text(node, scope, reciter, depth)
 
         pieces: list[str] = []
         selected = self._selected(node, scope, items)
@@ -198,7 +202,9 @@ class Statements:
             return self._text(node.body, inner)
 
         kwargs, varargs, caller = ("kwargs" in used, "varargs" in used, "caller" in used)
-        return Macro(self._environment, run, name, names, kwargs, varargs, caller)
+        # Templates can print the names, as a tuple.
+        arguments: Any = names
+        return Macro(self._environment, run, name, arguments, kwargs, varargs, caller)
 
     def _call_block(self, node: nodes.CallBlock, scope: Scope, pieces: list[str]) -> None:
         caller = self._defined(node, "caller", scope)

@@ -83,7 +83,8 @@ class Text(str):
         check_length(len(self) * max(0, times.__index__()))
         return Text(super().__mul__(times), self.authors * times)
 
-    __rmul__ = __mul__
+    def __rmul__(self, times: SupportsIndex) -> "Text":
+        return self * times
 
     def __mod__(self, arguments: object) -> str:
         raise TypeError("texts are formatted elsewhere, within limits")
@@ -113,12 +114,12 @@ class Text(str):
         return lines if keepends else [line[: len(str.splitlines(line)[0])] for line in lines]
 
     def partition(self, sep: str, /) -> tuple[str, str, str]:
-        before, middle, after = super().partition(sep)
+        before, middle, _ = super().partition(sep)
         start, stop = len(before), len(before) + len(middle)
         return self[:start], self[start:stop], self[stop:]
 
     def rpartition(self, sep: str, /) -> tuple[str, str, str]:
-        before, middle, after = super().rpartition(sep)
+        before, middle, _ = super().rpartition(sep)
         start, stop = len(before), len(before) + len(middle)
         return self[:start], self[start:stop], self[stop:]
 
