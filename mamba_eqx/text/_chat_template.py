@@ -1,15 +1,8 @@
 """Chat templates: jinja2 programs that lay out a conversation as text."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
-
-
-# A mark is inserted into the messages after the first character of everything that is spelled like
-# a special token. Special tokens in the rendered text were therefore written by the template and
-# not by a user. All marks are removed from the result.
-_MARK = "\ue0f5"
 
 
 class Piece(NamedTuple):
@@ -19,79 +12,137 @@ class Piece(NamedTuple):
     is_special: bool
 
 
+def named_templates(templates: object) -> dict[str, str]:
+    """Reads the `chat_template` of a tokenizer's config: one template, or several by name.
+
+    **Arguments:**
+
+    - `templates`: the source of a template; a list of objects that have a `name` and a `template`;
+        an object of templates by name; or `None`.
+
+    **Returns:**
+
+    The templates by name. A single template is named `"default"`.
+
+    **Raises:** `ValueError` if `templates` is anything else.
+    """
+    if templates is None:
+        return {}
+    if isinstance(templates, str):
+        return {"default": templates}
+    pairs: list[tuple[object, object]] = []
+    if isinstance(templates, Mapping):
+        pairs = list(templates.items())
+    elif isinstance(templates, list) and all(isinstance(entry, Mapping) for entry in templates):
+        pairs = [(entry.get("name"), entry.get("template")) for entry in templates]
+    named = {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, str)}
+    if not pairs or len(named) < len(pairs):
+        raise ValueError(
+            "`chat_template` must be a template, a list of objects with a `name` and a `template`, "
+            f"or an object of templates by name, but got {_shortened(templates)}. Correct the "
+            "tokenizer's config."
+        )
+    return named
+
+
+def chosen_template(templates: Mapping[str, str], *, with_tools: bool) -> str | None:
+    """Returns the template for a conversation: `"tool_use"` if there are tools, or `"default"`.
+
+    **Arguments:**
+
+    - `templates`: the templates by name.
+    - `with_tools`: whether tools are given.
+
+    **Returns:**
+
+    The source of the template, or `None` if there is none for such a conversation.
+    """
+    default = templates.get("default")
+    return templates.get("tool_use", default) if with_tools else default
+
+
 def render(
     template: str,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, object]],
     variables: Mapping[str, object],
     *,
     special: Sequence[str],
+    ordinary: Sequence[str] = (),
     add_generation_prompt: bool,
+    tools: Sequence[Mapping[str, object]] | None = None,
+    documents: Sequence[Mapping[str, object]] | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> list[Piece]:
     """Renders a conversation with a chat template.
 
     **Arguments:**
 
-    - `template`: the jinja2 source. It runs in a sandbox and can access only its arguments.
+    - `template`: the jinja2 source. An interpreter with limits of work and size runs it, and it can
+        access only its arguments.
     - `messages`: the conversation; each message has a `role` and a `content`.
-    - `variables`: further variables of the template, such as `bos_token`.
+    - `variables`: further variables of the template, such as `bos_token`. They count as written by
+        the template.
     - `special`: the spellings of the special tokens.
+    - `ordinary`: the spellings of other added tokens. A longer one takes precedence over a special
+        token at the same place.
     - `add_generation_prompt`: whether to append the beginning of an assistant's message.
+    - `tools`: descriptions of the tools that the model can call.
+    - `documents`: documents that the model can cite.
+    - `options`: variables of the template that the caller sets, such as `enable_thinking`.
 
     **Returns:**
 
-    The text in pieces. Only pieces that the template itself wrote can be special.
+    The text in pieces. A piece is special only if the template itself wrote it.
 
-    **Raises:** `ValueError` if a message is malformed, or the template rejects the conversation or
-    fails; `ImportError` if `jinja2` is not installed.
+    **Raises:** `ValueError` if an argument is malformed, or the template rejects the conversation,
+    fails, or reaches a limit; `ImportError` if `jinja2` is not installed.
     """
     try:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        import jinja2  # noqa: F401
     except ImportError as error:
         raise ImportError(
             'Chat templates require the package `jinja2`: pip install "mamba_eqx[text]".'
         ) from error
-    for i, message in enumerate(messages):
-        fits = isinstance(message, Mapping) and {"role", "content"} <= message.keys()
-        if not fits or not all(isinstance(value, str) for value in message.values()):
-            raise ValueError(
-                f"messages[{i}] must have a `role` and a `content`, both strings, but got "
-                f"{message!r}."
-            )
+    from .chat import render_text
 
-    def refuse(message: str) -> None:
-        raise _RefusedError(f"The chat template rejects the conversation: {message}")
+    given = {"tools": tools, "documents": documents, **(options or {})}
+    for name in {"messages", "add_generation_prompt"} & given.keys():
+        raise ValueError(f"`options` must not contain `{name}`. Use the argument of that name.")
+    written = {"add_generation_prompt": add_generation_prompt, **variables}
+    written = {name: value for name, value in written.items() if name not in (options or {})}
+    text = render_text(template, messages, written=written, variables=given)
+    return _pieces(str.__str__(text), text.authors, special, ordinary)
 
-    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
 
-    def mark(text: str) -> str:
-        return pattern.sub(lambda m: m[0][0] + _MARK + m[0][1:], text.replace(_MARK, ""))
+def _pieces(
+    text: str, authors: bytes, special: Sequence[str], ordinary: Sequence[str]
+) -> list[Piece]:
+    """Splits a rendered text at the special tokens that its template wrote.
 
-    marked = [{name: mark(value) for name, value in message.items()} for message in messages]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["tojson"] = _to_json
-    try:
-        text = environment.from_string(template).render(
-            messages=marked,
-            add_generation_prompt=add_generation_prompt,
-            raise_exception=refuse,
-            **variables,
-        )
-    except _RefusedError:
-        raise
-    except Exception as error:  # Templates are programs and can raise anything.
-        raise ValueError(f"The chat template failed: {error}.") from error
+    As in the tokenizer, the first token comes first, and the longest at its place.
+    """
+    from .chat import TEMPLATE, USER
+
+    tokens = sorted({*special, *ordinary} - {""}, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+    known = set(special)
     pieces: list[Piece] = []
-    start = 0
-    for match in pattern.finditer(text):
-        pieces += [Piece(text[start : match.start()], False), Piece(match[0], True)]
-        start = match.end()
+    start = 0  # of the text that is in no piece
+    for run in re.finditer(b"[^%c]+" % USER, authors):
+        position = run.start()
+        while (match := pattern.search(text, position, run.end())) is not None:
+            # A role or a number alone is no token, although the template printed it.
+            if TEMPLATE not in authors[match.start() : match.end()]:
+                position = match.start() + 1
+                continue
+            position = match.end()
+            if match[0] in known:
+                pieces += [Piece(text[start : match.start()], False), Piece(match[0], True)]
+                start = position
     pieces.append(Piece(text[start:], False))
-    return [Piece(text.replace(_MARK, ""), special) for text, special in pieces if text]
+    return [piece for piece in pieces if piece.text]
 
 
-class _RefusedError(ValueError):
-    """The template has called `raise_exception`."""
-
-
-def _to_json(value: object, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

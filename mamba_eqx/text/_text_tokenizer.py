@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from ._chat_template import Piece, render
+from ._chat_template import Piece, chosen_template, named_templates, render
 from ._encoding import encode_pieces
 from ._private_spelling import private_tokenizer
 from ._special_ids import SpecialIds
@@ -50,7 +50,7 @@ class TextTokenizer:
         """
         self._file = tokenizer
         self._config = dict(config or {})
-        self._template = _template(self._config.get("chat_template"))
+        self._templates = named_templates(self._config.get("chat_template"))
         self._private = private_tokenizer(tokenizer, self._config)
         fast = self._private.fast
         numbers = {name: fast.token_to_id(name) for name in self._private.private.values()}
@@ -115,7 +115,7 @@ class TextTokenizer:
     @property
     def has_template(self) -> bool:
         """Whether the tokenizer has a chat template; see `encode_chat`."""
-        return self._template is not None
+        return chosen_template(self._templates, with_tools=False) is not None
 
     def to_json(self) -> str:
         """Returns the content of `tokenizer.json`."""
@@ -207,38 +207,60 @@ class TextTokenizer:
         return self._spelling.bytes_of(token)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        documents: Sequence[Mapping[str, object]] | None = None,
+        options: Mapping[str, object] | None = None,
     ) -> list[int]:
         """Encodes a conversation with the checkpoint's own chat template.
 
-        The template runs in a sandbox. Only the template can produce special tokens; the content of
-        a message never becomes one.
+        Only the template can produce special tokens; what stands in a message, in a tool or in a
+        document never becomes one. Templates cannot access anything but the arguments, and their
+        work and output are limited: a rendering takes at most a million steps and 2000 more for
+        each message (published templates take 20 to 200 for a message), and makes no text of more
+        than 10 million characters.
 
         **Arguments:**
 
-        - `messages`: the conversation; each message has a `role` (`"system"`, `"user"`,
-            `"assistant"`) and a `content`.
+        - `messages`: the conversation. Each message has a `role` (`"system"`, `"user"`,
+            `"assistant"`, `"tool"`) and a `content`: a text, or a list of parts such as
+            `{"type": "text", "text": ...}`. Messages with other fields, such as `tool_calls`, can
+            be without content. Fields that are `None` are ignored.
         - `add_generation_prompt`: whether to append the beginning of an assistant's message, which
             the model then continues.
+        - `tools`: JSON schemas of the functions that the model can call. If the tokenizer has
+            several templates, the one named `tool_use` is used.
+        - `documents`: documents that the model can cite.
+        - `options`: variables of the template, such as `{"enable_thinking": False}`.
 
         **Returns:**
 
         The token ids of the whole conversation.
 
-        **Raises:** `ValueError` if the tokenizer has no template, a message is malformed, or the
-        template rejects the conversation or fails; `ImportError` if `jinja2` is not installed.
+        **Raises:** `ValueError` if the tokenizer has no template, an argument is malformed, or the
+        template rejects the conversation, fails, or reaches a limit; `ImportError` if `jinja2` is
+        not installed.
         """
-        if self._template is None:
+        template = chosen_template(self._templates, with_tools=tools is not None)
+        if template is None:
             raise ValueError(
                 "This tokenizer has no chat template. Its model was probably not trained on "
                 "conversations. Lay out the text yourself and use `encode`."
             )
+        added = self._private.fast.get_added_tokens_decoder().values()
         pieces = render(
-            self._template,
+            template,
             messages,
             self._private.declared.variables,
             special=list(self._special),
+            ordinary=[token.content for token in added if not token.special],
             add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            documents=documents,
+            options=options,
         )
         return self._encode(pieces, add_special_tokens=False)
 
@@ -249,20 +271,3 @@ class TextTokenizer:
         while any(private.nonce in piece.text for piece in pieces):
             private = private_tokenizer(self._file, self._config)
         return encode_pieces(private, pieces, add_special_tokens=add_special_tokens)
-
-
-def _template(value: object) -> str | None:
-    """Returns the default template among those of a config, which has one or several with names."""
-    entries = {"default": value}
-    if isinstance(value, Mapping):
-        entries = dict(value)
-    elif isinstance(value, list | tuple):
-        named = [entry if isinstance(entry, Mapping) else {} for entry in value]
-        entries = {str(entry.get("name")): entry.get("template", 0) for entry in named}
-    if not all(isinstance(entry, str | None) for entry in entries.values()):
-        raise ValueError(
-            "`chat_template` must be a text, or a list of objects with `name` and `template`, but "
-            f"got {value!r:.100}. Correct tokenizer_config.json."
-        )
-    default = entries.get("default")
-    return default if isinstance(default, str) else None
