@@ -8,6 +8,7 @@ from . import (
     text as text,
     training as training,
 )
+from ._version import __version__ as __version__
 from .generation import (
     DecodingState as DecodingState,
     Generation as Generation,
@@ -65,6 +66,3 @@ from .pretrained import (
 )
 from .shipped import SHIPPED as SHIPPED
 from .text import ByteTokenizer as ByteTokenizer, TextTokenizer as TextTokenizer
-
-
-__version__ = "0.1.0"

@@ -13,7 +13,7 @@ from ._hub import Hub as Hub
 from ._load import from_pretrained as from_pretrained, load as load
 from ._push import push_to_hub as push_to_hub
 from ._save import save_pretrained as save_pretrained
-from ._source import Source as Source, open_source as open_source
+from ._source import CONFIGS as CONFIGS, Source as Source, open_source as open_source
 from ._state_dict import (
     LAYOUTS as LAYOUTS,
     get_layout as get_layout,
@@ -21,6 +21,7 @@ from ._state_dict import (
     state_dict as state_dict,
 )
 from ._tokenizer import (
+    TOKENIZER as TOKENIZER,
     TOKENIZER_FILES as TOKENIZER_FILES,
     load_tokenizer as load_tokenizer,
     read_tokenizer as read_tokenizer,

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 import mamba_eqx as mbx
-from mamba_eqx import _cli
-from mamba_eqx._cli import _chat, _score as _cli_score
+from mamba_eqx._cli import _conversation, _score as _cli_score
 from mamba_eqx.pretrained import from_pretrained, save_pretrained
-from tests.support.commands import byte_model, spawn
+from tests.support.commands import byte_model, call, spawn
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -32,13 +31,13 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def run(capsys, monkeypatch):
-    def call(*args, typed=b""):
+    def run_command(*args, typed=b""):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
-        code = _cli.main([*map(str, args)])
+        code = call(*args)
         out, err = capsys.readouterr()
         return code, out, err
 
-    return call
+    return run_command
 
 
 # score
@@ -76,7 +75,7 @@ def test_score_matches_mbx_score(checkpoint, run, tmp_path, monkeypatch):
     ("args", "code", "message"),
     [
         ([], 2, "Give a TEXT"),
-        (["--file", "/no/such"], 1, "There is no file /no/such"),
+        (["--file", "/no/such"], 2, "There is no file /no/such"),
         (["x"], 2, "text is too short"),
         (["-"], 2, "standard input is not UTF-8"),
     ],
@@ -167,13 +166,13 @@ def chatty(tmp_path_factory):
 def test_template_chat_reads_nothing_twice(chatty, run, tmp_path, monkeypatch):
     model, tokenizer = from_pretrained(chatty, dtype=jnp.float32), mbx.load_tokenizer(chatty)
     assert isinstance(tokenizer, mbx.TextTokenizer)
-    read, prefill = [], _chat.prefill
+    read, prefill = [], _conversation.prefill
 
     def counting(model, ids, *, state, room):
         read.append(len(ids))
         return prefill(model, ids, state=state, room=room)
 
-    monkeypatch.setattr(_chat, "prefill", counting)
+    monkeypatch.setattr(_conversation, "prefill", counting)
     lines = ["To be?", "/save FILE", "Or not?", "/reset", "/load FILE", "Or not?"]
     typed = "\n".join(lines).replace("FILE", str(tmp_path / "state"))
     options = ("--model", chatty, "--max-new-tokens", "12", "--temperature", "0")
