@@ -35,8 +35,10 @@ LEVELS = {
         "__init__",
     ],
     "text": [
-        "_bytes _chat_template _protocols",
-        "_stop_strings _text_tokenizer",
+        "_chat_template _declared_tokens _protocols _rust _special_ids _unicode",
+        "_bytes _private_spelling _spelling _stop_strings _text_decoder",
+        "_encoding",
+        "_text_tokenizer",
         "__init__",
     ],
     "layers": [

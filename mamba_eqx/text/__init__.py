@@ -2,8 +2,10 @@
 
 from ._bytes import ByteDecoder as ByteDecoder, ByteTokenizer as ByteTokenizer
 from ._protocols import Decoder as Decoder, Tokenizer as Tokenizer
+from ._special_ids import SpecialIds as SpecialIds
 from ._stop_strings import stop_table as stop_table, text_until as text_until
-from ._text_tokenizer import TextDecoder as TextDecoder, TextTokenizer as TextTokenizer
+from ._text_decoder import TextDecoder as TextDecoder
+from ._text_tokenizer import TextTokenizer as TextTokenizer
 
 
 # The public names. Other folders of the package may import the other names too.
@@ -11,6 +13,7 @@ __all__ = [
     "ByteDecoder",
     "ByteTokenizer",
     "Decoder",
+    "SpecialIds",
     "TextDecoder",
     "TextTokenizer",
     "Tokenizer",

@@ -3,9 +3,30 @@
 import codecs
 from collections.abc import Sequence
 
+from ._special_ids import SpecialIds
+from ._unicode import check_text
+
 
 class ByteTokenizer:
     """A tokenizer for text in UTF-8 whose tokens are the 256 bytes, without special tokens."""
+
+    def __init__(self, *, ids: SpecialIds | None = None):
+        """**Arguments:**
+
+        - `ids`: the ids that the files of a checkpoint declare, for a model whose texts end with a
+            certain byte. `None`, the default, declares none.
+        """
+        self._ids = SpecialIds() if ids is None else ids
+
+    @property
+    def ids(self) -> SpecialIds:
+        """The ids of the tokens that begin, end and pad a text."""
+        return self._ids
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a generated text: `ids.eos`."""
+        return self._ids.eos
 
     @property
     def vocab_size(self) -> int:
@@ -25,7 +46,7 @@ class ByteTokenizer:
 
         **Raises:** `ValueError` if `text` contains a lone surrogate, which has no UTF-8 encoding.
         """
-        return list(text.encode("utf-8"))
+        return list(check_text(text).encode("utf-8"))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decodes bytes as UTF-8. Invalid sequences are replaced by U+FFFD.
@@ -43,17 +64,31 @@ class ByteTokenizer:
         """
         return _to_bytes(ids).decode("utf-8", errors="replace")
 
-    def decoder(self) -> "ByteDecoder":
+    def decoder(self, *, prompt: Sequence[int] = ()) -> "ByteDecoder":
         """Returns a new incremental decoder, for token ids that arrive one after another.
 
         ```python
-        decoder = tokenizer.decoder()
-        for token in mbx.stream(model, tokenizer.encode("ROMEO:"), 100):
+        prompt = tokenizer.encode("ROMEO:")
+        decoder = tokenizer.decoder(prompt=prompt)
+        for token in mbx.stream(model, prompt, 100):
             print(decoder.feed([token]), end="", flush=True)
         print(decoder.flush())
         ```
+
+        **Arguments:**
+
+        - `prompt`: the token ids that the arriving ones continue. If it ends within a character,
+            the first text completes this character.
+
+        **Returns:**
+
+        The decoder.
+
+        **Raises:** `ValueError` for an id outside the vocabulary.
         """
-        return ByteDecoder()
+        decoder = ByteDecoder()
+        decoder.feed(prompt)
+        return decoder
 
     def token_bytes(self, token: int) -> bytes:
         """Returns the byte that a token stands for.

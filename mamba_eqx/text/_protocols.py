@@ -46,7 +46,7 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """The number of tokens. Token ids are `0..vocab_size - 1`."""
+        """The largest token id plus 1. Token ids are within `0..vocab_size - 1`."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -76,8 +76,17 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def decoder(self) -> Decoder:
-        """Returns a new incremental decoder, for token ids that arrive one after another."""
+    def decoder(self, *, prompt: Sequence[int] = ()) -> Decoder:
+        """Returns a new incremental decoder, for token ids that arrive one after another.
+
+        **Arguments:**
+
+        - `prompt`: the token ids that the arriving ones continue.
+
+        **Returns:**
+
+        The decoder. Its text joins on to that of the prompt.
+        """
         ...
 
     def token_bytes(self, token: int) -> bytes:

@@ -1,58 +1,89 @@
 """Tokenizers of checkpoints, in the format of the `tokenizers` package."""
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 
-from ._chat_template import render
+from ._chat_template import Piece, render
+from ._encoding import encode_pieces
+from ._private_spelling import private_tokenizer
+from ._special_ids import SpecialIds
+from ._spelling import Spelling
+from ._text_decoder import TextDecoder
+from ._unicode import check_text
 
 
-_REPLACEMENT = "\ufffd"
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_MAX_CHARACTER_TOKENS = 16  # tokens that may together form one character
+_ROLES = ("bos", "eos", "pad")
+_MAX_ID = 2**32 - 1  # the largest id that `tokenizers` can represent
 
 
 class TextTokenizer:
     """The tokenizer of a checkpoint, read from its `tokenizer.json`.
 
-    Special tokens spelled out in text (`<|endoftext|>`) are encoded as plain characters, so that
-    a prompt can neither end the text nor impersonate another speaker.
+    Text has the token ids that transformers gives it, with one exception: special tokens spelled
+    out in text (`<|endoftext|>`) are encoded as plain characters, so that a prompt can neither end
+    the text nor impersonate another speaker. If the vocabulary has no other tokens for these
+    characters, they are encoded as characters that the tokenizer does not know.
+
+    The entries `truncation` and `padding` of `tokenizer.json` have no effect: all of a text is
+    encoded, and nothing else.
 
     Requires the package `tokenizers`: `pip install "mamba_eqx[text]"`.
     """
 
-    def __init__(self, tokenizer: str, config: Mapping[str, object] | None = None):
+    def __init__(
+        self,
+        tokenizer: str,
+        config: Mapping[str, object] | None = None,
+        *,
+        ids: SpecialIds | None = None,
+    ):
         """**Arguments:**
 
         - `tokenizer`: the content of `tokenizer.json`.
-        - `config`: the parsed content of `tokenizer_config.json`, which names the end-of-text token
+        - `config`: the parsed content of `tokenizer_config.json`, which names the special tokens
             and holds the chat template. `None`, the default, is an empty config.
+        - `ids`: the ids that other files of the checkpoint declare. `None`, the default, declares
+            none.
 
-        **Raises:** `ValueError` if `tokenizer` is not the content of a `tokenizer.json`;
-        `ImportError` if the package `tokenizers` is not installed.
+        **Raises:** `ValueError` if `tokenizer` is not the content of a `tokenizer.json`, or an
+        entry of `config` has a wrong type; `ImportError` if the package `tokenizers` is not
+        installed.
         """
-        try:
-            from tokenizers import Tokenizer as Fast
-        except ImportError as error:
-            raise ImportError(
-                "Tokenizers of checkpoints require the package `tokenizers`: "
-                'pip install "mamba_eqx[text]".'
-            ) from error
-        try:
-            self._fast = Fast.from_str(tokenizer)
-        except Exception as error:  # `tokenizers` raises a bare `Exception`.
-            raise ValueError(f"This is not the content of a tokenizer.json: {error}.") from error
-        self._fast.encode_special_tokens = True
+        self._file = tokenizer
         self._config = dict(config or {})
-        added = self._fast.get_added_tokens_decoder()
-        self._added = {number: token.content for number, token in added.items()}
-        self._special = {token.content: i for i, token in added.items() if token.special}
-        self._spelling = _Spelling(json.loads(self._fast.to_str()).get("decoder"))
+        self._template = _template(self._config.get("chat_template"))
+        self._private = private_tokenizer(tokenizer, self._config)
+        fast = self._private.fast
+        numbers = {name: fast.token_to_id(name) for name in self._private.private.values()}
+        self._special = {
+            content: number
+            for content, name in self._private.private.items()
+            if (number := numbers[name]) is not None
+        }
+        special_ids = frozenset(self._special.values())
+        self._spelling = Spelling(fast, self._private.decoder, special_ids)
+        named = self._private.declared.named
+        bos, eos, pad = (self._special.get(named.get(f"{role}_token", "")) for role in _ROLES)
+        self._eos = eos
+        given = SpecialIds() if ids is None else ids
+        self._ids = given.completed(bos, () if eos is None else (eos,), pad)
+
+    def __repr__(self) -> str:
+        template = ", with a chat template" if self.has_template else ""
+        return (
+            f"<TextTokenizer: {self._private.kind}, {len(self.token_ids)} tokens, "
+            f"{len(self._special)} of them special{template}>"
+        )
 
     @property
     def vocab_size(self) -> int:
-        """The number of tokens, including tokens added after training."""
-        return self._fast.get_vocab_size(with_added_tokens=True)
+        """The largest token id plus 1, including tokens added after training. Not every id below
+        needs to have a token; see `token_ids`."""
+        return max(self.token_ids, default=-1) + 1
+
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """The ids of all tokens."""
+        return self._spelling.ids
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -60,11 +91,21 @@ class TextTokenizer:
         return dict(self._special)
 
     @property
+    def ids(self) -> SpecialIds:
+        """The ids of the tokens that begin, end and pad a text: those given, completed by those
+        that the config names."""
+        return self._ids
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a generated text: `ids.eos`."""
+        return self._ids.eos
+
+    @property
     def eos_token_id(self) -> int | None:
-        """The id of the end-of-text token, or `None` if the config does not name a special token as
-        such."""
-        content = _content(self._config.get("eos_token"))
-        return self._special.get(content) if isinstance(content, str) else None
+        """The id of the end-of-text token that the config names, or else the first of
+        `stop_tokens`. `None` if there is none."""
+        return self._eos if self._eos is not None else next(iter(self._ids.eos), None)
 
     @property
     def config(self) -> dict[str, object]:
@@ -78,7 +119,7 @@ class TextTokenizer:
 
     def to_json(self) -> str:
         """Returns the content of `tokenizer.json`."""
-        return self._fast.to_str()
+        return self._file
 
     def encode(self, text: str) -> list[int]:
         """Encodes a complete text.
@@ -91,8 +132,11 @@ class TextTokenizer:
 
         The token ids, including those that the tokenizer adds to every text. Many
         tokenizers add none, some add one at the beginning.
+
+        **Raises:** `ValueError` if `text` contains a lone surrogate, or the tokenizer has no token
+        for one of its characters.
         """
-        return self._fast.encode(text).ids
+        return self._encode([Piece(text, False)], add_special_tokens=True)
 
     def encode_piece(self, text: str) -> list[int]:
         """Encodes a part of a text.
@@ -104,37 +148,50 @@ class TextTokenizer:
         **Returns:**
 
         The token ids of the characters alone; nothing is added at either end.
+
+        **Raises:** the same errors as `encode`.
         """
-        return self._fast.encode(text, add_special_tokens=False).ids
+        return self._encode([Piece(text, False)], add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decodes token ids. Special tokens are skipped.
+        """Decodes token ids. Special tokens are skipped, and so are ids that no token has, such as
+        those of a padded vocabulary.
 
         **Arguments:**
 
-        - `ids`: token ids within `0..vocab_size - 1`.
+        - `ids`: token ids.
 
         **Returns:**
 
         The text.
 
-        **Raises:** `ValueError` for an id outside the vocabulary.
+        **Raises:** `ValueError` for an id that is negative or does not fit into 32 bits.
         """
         ids = [int(i) for i in ids]
         for i in ids:
-            if i < 0 or self._fast.id_to_token(i) is None:
+            if not 0 <= i <= _MAX_ID:
                 raise ValueError(
-                    f"Token ids must be within 0..{self.vocab_size - 1}, but got {i}. Use the "
-                    "tokenizer that the model was trained with."
+                    f"Token ids must be within 0..{_MAX_ID}, but got {i}. Use the tokenizer that "
+                    "the model was trained with."
                 )
-        return self._fast.decode(ids, skip_special_tokens=True)
+        return self._spelling.text(ids)
 
-    def decoder(self) -> "TextDecoder":
-        """Returns a new incremental decoder, for token ids that arrive one after another."""
-        return TextDecoder(self)
+    def decoder(self, *, prompt: Sequence[int] = ()) -> TextDecoder:
+        """Returns a new incremental decoder, for token ids that arrive one after another.
+
+        **Arguments:**
+
+        - `prompt`: the token ids that the arriving ones continue. The text joins on to that of the
+            prompt, often with a space. By default, the tokens begin a text.
+
+        **Returns:**
+
+        The decoder.
+        """
+        return TextDecoder(self, prompt=prompt)
 
     def token_bytes(self, token: int) -> bytes:
-        """Returns the UTF-8 bytes that a token contributes to a text.
+        """Returns the UTF-8 bytes that a token contributes to a text that it continues.
 
         Some tokenizers drop a leading space at the very beginning of a text; the bytes include it.
 
@@ -145,13 +202,9 @@ class TextTokenizer:
         **Returns:**
 
         The bytes, which may be a part of a character; empty for special tokens and for
-        ids outside the vocabulary.
+        ids of no token.
         """
-        if token in self._added:
-            content = self._added[token]
-            return b"" if content in self._special else content.encode("utf-8")
-        spelled = self._fast.id_to_token(token)
-        return b"" if spelled is None else self._spelling.to_bytes(spelled)
+        return self._spelling.bytes_of(token)
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
@@ -175,131 +228,41 @@ class TextTokenizer:
         **Raises:** `ValueError` if the tokenizer has no template, a message is malformed, or the
         template rejects the conversation or fails; `ImportError` if `jinja2` is not installed.
         """
-        template = self._template
-        if template is None:
+        if self._template is None:
             raise ValueError(
                 "This tokenizer has no chat template. Its model was probably not trained on "
                 "conversations. Lay out the text yourself and use `encode`."
             )
-        variables = {
-            name: _content(value)
-            for name, value in self._config.items()
-            if name.endswith("_token") and _content(value) is not None
-        }
         pieces = render(
-            template,
+            self._template,
             messages,
-            variables,
+            self._private.declared.variables,
             special=list(self._special),
             add_generation_prompt=add_generation_prompt,
         )
-        ids: list[int] = []
-        for text, is_special in pieces:
-            ids += [self._special[text]] if is_special else self.encode_piece(text)
-        return ids
+        return self._encode(pieces, add_special_tokens=False)
 
-    @property
-    def _template(self) -> str | None:
-        template = self._config.get("chat_template")
-        if isinstance(template, list):
-            named = {entry["name"]: entry["template"] for entry in template}
-            template = named.get("default")
-        return template if isinstance(template, str) else None
+    def _encode(self, pieces: Sequence[Piece], *, add_special_tokens: bool) -> list[int]:
+        for piece in pieces:
+            check_text(piece.text)
+        private = self._private
+        while any(private.nonce in piece.text for piece in pieces):
+            private = private_tokenizer(self._file, self._config)
+        return encode_pieces(private, pieces, add_special_tokens=add_special_tokens)
 
 
-class TextDecoder:
-    """The incremental counterpart of `TextTokenizer.decode`.
-
-    The strings returned by `feed` and a final `flush`, joined, equal `decode` of all the tokens.
-    """
-
-    def __init__(self, tokenizer: TextTokenizer):
-        """**Arguments:**
-
-        - `tokenizer`: the tokenizer of the token ids.
-        """
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._emitted = 0  # number of leading `_ids` whose text has been returned
-
-    def feed(self, ids: Sequence[int]) -> str:
-        """Appends tokens to the sequence and returns the text that they complete.
-
-        **Arguments:**
-
-        - `ids`: the next token ids of the sequence.
-
-        **Returns:**
-
-        The new text, possibly empty. The bytes of an incomplete character are held
-        back.
-
-        **Raises:** `ValueError` for an id outside the vocabulary.
-        """
-        return "".join(self._decode_one(int(i)) for i in ids)
-
-    def flush(self) -> str:
-        """Ends the sequence and resets the decoder for another one.
-
-        **Returns:**
-
-        The text that was held back, in which an incomplete character is U+FFFD.
-        """
-        rest = self._pending_text()
-        self._ids, self._emitted = [], 0
-        return rest
-
-    def _decode_one(self, token: int) -> str:
-        self._ids.append(token)
-        text = self._pending_text()
-        pending = len(self._ids) - self._emitted
-        if text.endswith(_REPLACEMENT) and pending < _MAX_CHARACTER_TOKENS:
-            return ""
-        # The text of a token depends on the last few tokens before it at most, so older ones are
-        # dropped.
-        self._ids = self._ids[max(0, self._emitted - _MAX_CHARACTER_TOKENS) :]
-        self._emitted = len(self._ids)
-        return text
-
-    def _pending_text(self) -> str:
-        emitted = self._tokenizer.decode(self._ids[: self._emitted])
-        return self._tokenizer.decode(self._ids)[len(emitted) :]
-
-
-class _Spelling:
-    """The way in which a vocabulary spells bytes: in GPT-2's byte alphabet if the `decoder` of
-    `tokenizer.json` is byte-level, otherwise as SentencePiece does."""
-
-    def __init__(self, decoder: object):
-        self._alphabet = _gpt2_alphabet() if _is_byte_level(decoder) else None
-
-    def to_bytes(self, token: str) -> bytes:
-        """Converts the spelling of a token to UTF-8 bytes."""
-        if self._alphabet is not None:
-            return bytes(self._alphabet[char] for char in token if char in self._alphabet)
-        byte = _BYTE.fullmatch(token)
-        if byte is not None:
-            return bytes([int(byte.group(1), 16)])
-        return token.replace("\u2581", " ").encode("utf-8")
-
-
-def _is_byte_level(decoder: object) -> bool:
-    if not isinstance(decoder, dict):
-        return False
-    steps = decoder.get("decoders", [decoder])
-    return any(step.get("type") == "ByteLevel" for step in steps)
-
-
-def _gpt2_alphabet() -> dict[str, int]:
-    """Returns the byte that each character stands for: printable bytes stand for themselves, the
-    others are represented by the characters from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _content(token: object) -> object:
-    """Returns the spelling of a token from its entry in a config: a string, or an object with the
-    string as `content`."""
-    return token.get("content") if isinstance(token, dict) else token
+def _template(value: object) -> str | None:
+    """Returns the default template among those of a config, which has one or several with names."""
+    entries = {"default": value}
+    if isinstance(value, Mapping):
+        entries = dict(value)
+    elif isinstance(value, list | tuple):
+        named = [entry if isinstance(entry, Mapping) else {} for entry in value]
+        entries = {str(entry.get("name")): entry.get("template", 0) for entry in named}
+    if not all(isinstance(entry, str | None) for entry in entries.values()):
+        raise ValueError(
+            "`chat_template` must be a text, or a list of objects with `name` and `template`, but "
+            f"got {value!r:.100}. Correct tokenizer_config.json."
+        )
+    default = entries.get("default")
+    return default if isinstance(default, str) else None
