@@ -155,7 +155,8 @@ class HarnessModel(TemplateLM):
         # Only requests with equal options run together. Those of two tasks can differ.
         alike: dict[Options, dict[int, int]] = {}
         for i, request in enumerate(requests):
-            alike.setdefault(Options.read(request.args[1]), {})[i] = len(prompts[i])
+            arguments: tuple[Any, ...] = request.args
+            alike.setdefault(Options.read(arguments[1]), {})[i] = len(prompts[i])
         # The vocabulary of a model may be padded beyond its tokenizer. Padded ids are banned.
         vocab_size = self.model.vocab_size
         padding = range(self.tokenizer.vocab_size, vocab_size)

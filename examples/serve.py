@@ -187,7 +187,7 @@ class Server:
         self.requests += 1
         try:
             await self.stream(request, response, asked)
-        except (ValueError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        except (ValueError, ArithmeticError, MemoryError, jax.errors.JaxRuntimeError) as error:
             LOG.warning("A text ended early: %s", error)
             await self.send(request, response, {"error": f"The text ended early: {error}"})
         finally:

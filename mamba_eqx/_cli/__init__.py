@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         silence()
         return _BROKEN_PIPE
-    except (ValueError, OSError, ImportError, MemoryError) as error:
+    except (ValueError, ArithmeticError, OSError, ImportError, MemoryError) as error:
         print_error(error)
         flush()
         return _ERROR

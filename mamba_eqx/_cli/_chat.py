@@ -68,7 +68,7 @@ def _run(args: argparse.Namespace) -> None:
                 _answer(conversation, line)
         except BrokenPipeError:
             raise
-        except (ValueError, OSError) as error:  # A mistake must not end the chat.
+        except (ValueError, ArithmeticError, OSError) as error:  # A mistake must not end the chat.
             _print_mistake(error)
 
 

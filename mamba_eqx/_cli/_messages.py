@@ -10,8 +10,8 @@ _LONGEST = 1000
 # The library's messages name its Python arguments. Only names that no config or file format also
 # uses are listed here.
 _WORDS = {
-    "token=False` for none": "unset HF_TOKEN",
-    "`token=False`": "no token",
+    "or use `token=False` for none": "or unset HF_TOKEN",
+    "or `token=False` for none": "or unset HF_TOKEN",
     "pass a `token`": "set HF_TOKEN or give --token-file",
     "pass another `token`": "set HF_TOKEN or give --token-file with another token",
     "`token`": "the token (HF_TOKEN or --token-file)",

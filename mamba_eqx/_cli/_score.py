@@ -107,7 +107,7 @@ def _run(args: argparse.Namespace) -> None:
                 _report(args, opened, name, file.read)
         except BrokenPipeError:
             raise
-        except (ValueError, OSError) as error:
+        except (ValueError, ArithmeticError, OSError) as error:
             # The other texts are scored nevertheless.
             print_error(error)
             faults.append(error)
