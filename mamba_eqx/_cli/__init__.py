@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 
-from .._version import __version__
+from .._version import VERSION
 from ._arguments import Parser
 from ._chat import add_chat
 from ._convert import add_convert
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="mamba-eqx", description="The Mamba family of state-space models in JAX.")
-    parser.add_argument("--version", action="version", version=f"mamba-eqx {__version__}")
+    parser.add_argument("--version", action="version", version=f"mamba-eqx {VERSION}")
     parser.set_defaults(run=None, parser=parser)
     commands = parser.add_subparsers(metavar="COMMAND")
     for add in (add_generate, add_chat, add_score, add_inspect, add_convert):

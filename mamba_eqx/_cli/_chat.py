@@ -90,16 +90,16 @@ def _lines() -> Iterator[str]:
     while True:
         try:
             if _in_terminal():
-                line = utf8_text(input("> "))
+                data = input("> ").encode("utf-8", "surrogateescape")
             else:
                 data = sys.stdin.buffer.readline()
                 if not data:
                     return
-                line = decode("The line", data).rstrip("\r\n")
+            line = decode("The line", data).rstrip("\r\n")
         except EOFError:
             end_line()
             return
-        except (ValueError, argparse.ArgumentTypeError) as error:
+        except ValueError as error:
             _print_mistake(error)
             continue
         yield line

@@ -51,7 +51,7 @@ def ask(
     port: int, body: object, method: str = "POST", path: str = "/generate", **headers: str
 ) -> Answer:
     """Sends a request, whose body is bytes or a value for JSON."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     sent = {"Content-Type": "application/json"}
     sent |= {name.replace("_", "-"): value for name, value in headers.items()}
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
