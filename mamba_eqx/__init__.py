@@ -8,7 +8,7 @@ from . import (
     text as text,
     training as training,
 )
-from ._version import VERSION as __version__
+from ._version import VERSION as __version__  # noqa: F401 (public)
 from .generation import (
     DecodingState as DecodingState,
     Generation as Generation,

@@ -11,7 +11,7 @@ from ._arguments import utf8_text
 from ._opened import add_model, open_model
 from ._sampling_arguments import add_sampling, sampling_from_args
 from ._streaming import Reply, start_stream
-from ._terminal import Commands, read_text, write, write_json
+from ._terminal import Commands, end_line, read_text, write, write_json
 
 
 def add_generate(commands: Commands) -> None:
@@ -54,8 +54,12 @@ def _run(args: argparse.Namespace) -> None:
         _write_json(args, prompt, ids, reply, pieces, clock)
         return
     write(prompt)
-    for piece in pieces:
-        write(piece)
+    try:
+        for piece in pieces:
+            write(piece)
+    except Exception:
+        end_line()
+        raise
     write("\n")
     print(clock.report(), file=sys.stderr)
 
