@@ -16,22 +16,32 @@ line, naming the next speaker, and predicting the whole text.
 import argparse
 import json
 import lzma
+import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from datasets import Dataset
 from jax import Array, lax
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM, TemplateLM
+
+
+try:
+    from datasets import Dataset
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM, TemplateLM
+except ImportError:
+    print('This example requires lm_eval: pip install "mamba_eqx[eval]".', file=sys.stderr)
+    raise SystemExit(2) from None
 
 import mamba_eqx as mbx
 
 
 CORPUS = Path(__file__).parent / "data" / "shakespeare.txt.xz"
+PLAY = 1000  # Characters of the play that are scored for each example of the other tasks.
 SEPARATOR = 0  # The byte between documents in the training text of `train_lm.py`.
 
 
@@ -76,12 +86,13 @@ class HarnessModel(TemplateLM):
         if isinstance(self.tokenizer, mbx.ByteTokenizer):
             return SEPARATOR
         eos = self.tokenizer.eos_token_id
-        if eos is None:
+        ends = self.tokenizer.stop_tokens if eos is None else (eos,)
+        if not ends:
             raise ValueError(
                 "The tokenizer has no end-of-text token. Add `eos_token` to its "
                 "tokenizer_config.json."
             )
-        return eos
+        return ends[0]
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: object
@@ -90,12 +101,12 @@ class HarnessModel(TemplateLM):
             return self.tokenizer.encode_piece(string)
         return self.tokenizer.encode(string)
 
-    def batches(self, sizes: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yields the indices of requests in batches of similar sizes.
+    def batches(self, sizes: Mapping[int, int]) -> Iterator[list[int]]:
+        """Yields requests, given with their sizes, in batches of similar sizes.
 
         The longest requests come first, so that a lack of memory shows immediately.
         """
-        order = np.argsort([-size for size in sizes], kind="stable")
+        order = sorted(sizes, key=lambda i: -sizes[i])
         for start in range(0, len(order), self.batch):
             yield order[start : start + self.batch]
 
@@ -107,7 +118,7 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         rows = [context + continuation for _, context, continuation in requests]
         found = [(0.0, False)] * len(rows)
-        for group in self.batches([len(row) for row in rows]):
+        for group in self.batches({i: len(row) for i, row in enumerate(rows)}):
             longest = max(len(rows[i]) for i in group)
             size = max(16, 1 << (longest - 2).bit_length())
             tokens = np.zeros((self.batch, size + 1), np.int32)
@@ -140,33 +151,59 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         found = [""] * len(requests)
         prompts = [self.tok_encode(request.args[0]) for request in requests]
-        for group in self.batches([len(prompt) for prompt in prompts]):
-            options = requests[group[0]].args[1]  # All requests of a task have the same options.
-            stops = options.get("until", [])
-            stops = [stops] if isinstance(stops, str) else list(stops)
-            if options.get("do_sample") or options.get("temperature"):
-                raise ValueError(
-                    "Only greedy decoding is supported. Set `do_sample: false` in the task."
-                )
-            out = mbx.generate(
-                self.model,
-                [prompts[i] for i in group],
-                options.get("max_gen_toks", 256),
-                mbx.Sampling(
-                    stop_tokens=[self.eot_token_id], stop_strings=stops, tokenizer=self.tokenizer
-                ),
+        prompts = [prompt or [self.prefix_token_id] for prompt in prompts]
+        # Only requests with equal options run together. Those of two tasks can differ.
+        alike: dict[Options, dict[int, int]] = {}
+        for i, request in enumerate(requests):
+            arguments: tuple[Any, ...] = request.args
+            alike.setdefault(Options.read(arguments[1]), {})[i] = len(prompts[i])
+        # The vocabulary of a model may be padded beyond its tokenizer. Padded ids are banned.
+        vocab_size = self.model.vocab_size
+        padding = range(self.tokenizer.vocab_size, vocab_size)
+        ends = {*self.tokenizer.stop_tokens, self.eot_token_id}
+        for options, sizes in alike.items():
+            sampling = mbx.Sampling(
+                logit_bias=dict.fromkeys(padding, -math.inf) or None,
+                stop_tokens=sorted(token for token in ends if token < vocab_size),
+                stop_strings=options.stops,
+                tokenizer=self.tokenizer,
             )
-            for i, tokens, length in zip(group, out.tokens, out.length, strict=True):
-                text = self.tokenizer.decode(tokens[: int(length)].tolist())
-                ends = [text.find(stop) for stop in stops if stop in text]
-                found[i] = text[: min(ends, default=len(text))].replace("\0", "")
+            for group in self.batches(sizes):
+                rows = [prompts[i] for i in group]
+                out = mbx.generate(self.model, rows, options.length, sampling)
+                for i, tokens, length in zip(group, out.tokens, out.length, strict=True):
+                    text = self.tokenizer.decode(tokens[: int(length)].tolist())
+                    cuts = [text.find(stop) for stop in options.stops if stop in text]
+                    found[i] = text[: min(cuts, default=len(text))].replace("\0", "")
         return found
+
+
+class Options(NamedTuple):
+    """The options of a request to generate text: texts to stop at, and the maximum length."""
+
+    stops: tuple[str, ...]
+    length: int
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any]) -> "Options":
+        if options.get("do_sample") or options.get("temperature"):
+            raise ValueError(
+                "Only greedy decoding is supported. Set `do_sample: false` in the task."
+            )
+        stops = options.get("until") or []
+        stops = (stops,) if isinstance(stops, str) else tuple(stop for stop in stops if stop)
+        return cls(stops, options.get("max_gen_toks", 256))
+
+
+def held_out_play() -> str:
+    """Returns the text of the play that the bundled model has not seen."""
+    documents = lzma.decompress(CORPUS.read_bytes()).decode("utf-8").split("\0")
+    return next(text for text in documents if text.startswith("TWELFTH NIGHT"))
 
 
 def local_tasks(count: int) -> list[dict[str, object]]:
     """Returns three tasks on the held-out play, with about `count` examples each."""
-    documents = lzma.decompress(CORPUS.read_bytes()).decode("utf-8").split("\0")
-    play = next(text for text in documents if text.startswith("TWELFTH NIGHT"))
+    play = held_out_play()
     speeches = [s for s in play.split("\n\n") if s.count("\n") > 1 and ":\n" in s][5:]
     lines: list[dict[str, object]] = []
     speakers: list[dict[str, object]] = []
@@ -195,7 +232,7 @@ def local_tasks(count: int) -> list[dict[str, object]]:
     choice = {"doc_to_choice": "{{choices}}", "doc_to_target": "{{right}}", "target_delimiter": ""}
     text = {"doc_to_text": "", "doc_to_target": "{{text}}"}
     named = {"doc_to_target": "{{right}}", "generation_kwargs": generation}
-    plays: list[dict[str, object]] = [{"text": play[: 1000 * count]}]
+    plays: list[dict[str, object]] = [{"text": play[: PLAY * count]}]
     return [
         task("next_line", lines, "multiple_choice", "acc", choice),
         task("next_speaker", speakers, "generate_until", "exact_match", named),
@@ -219,6 +256,19 @@ def evaluate(
     }
 
 
+def positive(text: str) -> int:
+    """The type of the options that are counts."""
+    if not (text.isascii() and text.isdigit() and 0 < len(text) < 10 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a positive integer, but got {text}")
+    return int(text)
+
+
+def fail(option: str, error: Exception) -> NoReturn:
+    """Ends the process with one line about an option that cannot be used."""
+    print(f"evaluate.py: error: {option}: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
@@ -229,21 +279,36 @@ def main() -> None:
     parser.add_argument(
         "--tasks", nargs="*", help="tasks of the harness (default: those of this file)"
     )
-    parser.add_argument("--limit", type=int, help="maximum number of examples per task")
+    parser.add_argument("--limit", type=positive, help="maximum number of examples per task")
     parser.add_argument(
         "--count",
-        type=int,
+        type=positive,
         default=100,
-        help="number of examples in the tasks of this file (default: %(default)s)",
+        help="number of examples in the tasks of this file, which score 1000 characters of the "
+        "play for each of them (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch", type=int, default=8, help="number of requests per batch (default: %(default)s)"
+        "--batch",
+        type=positive,
+        default=8,
+        help="number of requests per batch (default: %(default)s)",
     )
     args = parser.parse_args()
-    model = mbx.from_pretrained(args.model, dtype=jnp.float32)
-    lm = HarnessModel(model, mbx.load_tokenizer(args.model), args.batch)
-    found = evaluate(lm, args.tasks or local_tasks(args.count), args.limit)
+    try:
+        model = mbx.from_pretrained(args.model, dtype=jnp.float32)
+        tokenizer = mbx.load_tokenizer(args.model)
+    except (ValueError, OSError, ImportError) as error:
+        fail("--model", error)
+    tasks = args.tasks or local_tasks(args.count)
+    try:
+        found = evaluate(HarnessModel(model, tokenizer, args.batch), tasks, args.limit)
+    except (ValueError, OSError, KeyError) as error:
+        fail("--tasks", error)
     print(json.dumps(found, indent=2))
+    if not args.tasks:
+        whole = len(held_out_play())
+        scored = min(whole, PLAY * args.count)
+        print(f"the_play: {scored:,} of {whole:,} characters were scored (--count)")
 
 
 if __name__ == "__main__":

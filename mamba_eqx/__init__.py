@@ -8,6 +8,7 @@ from . import (
     text as text,
     training as training,
 )
+from ._version import VERSION as __version__  # noqa: F401 (public)
 from .generation import (
     DecodingState as DecodingState,
     Generation as Generation,
@@ -68,6 +69,3 @@ from .pretrained import (
 )
 from .shipped import SHIPPED as SHIPPED
 from .text import ByteTokenizer as ByteTokenizer, TextTokenizer as TextTokenizer
-
-
-__version__ = "0.1.0"

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "mamba_eqx"
 # folder. CONTRIBUTING.md contains the same list.
 LEVELS = {
     "": [
-        "_atomic _checks _dtypes _trees shipped",
+        "_atomic _checks _dtypes _trees _version shipped",
         "formats ops text",
         "layers",
         "models",
@@ -130,10 +130,13 @@ LEVELS = {
         "__init__",
     ],
     "_cli": [
+        "_messages",
+        "_arguments",
         "_hub_arguments _terminal",
         "_convert _inspect _opened",
         "_sampling_arguments _score _streaming",
-        "_chat _generate",
+        "_conversation _generate",
+        "_chat",
         "__init__",
     ],
 }

@@ -1,20 +1,21 @@
 """The command `mamba-eqx`, also `python -m mamba_eqx`. Each subcommand has a file."""
 
-import argparse
-import sys
 from collections.abc import Sequence
 
-from ..formats import CheckpointError
+import jax
+
+from .._version import VERSION
+from ._arguments import Parser
 from ._chat import add_chat
 from ._convert import add_convert
 from ._generate import add_generate
 from ._inspect import add_inspect
+from ._messages import print_error
 from ._score import add_score
-from ._terminal import end_line, silence
+from ._terminal import end_line, flush, silence
 
 
-_FAILURE = 1
-_USAGE_ERROR = 2  # the exit code of argparse
+_ERROR = 2  # the exit code of argparse
 _INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
 _BROKEN_PIPE = 141  # 128 + SIGPIPE
 
@@ -28,42 +29,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     **Returns:**
 
-    The exit code: 0 for success, 1 for a failure (a missing or damaged checkpoint, a
-    full disk), 2 for invalid arguments, 130 if interrupted, 141 if the reader of the output is
-    gone.
+    The exit code: 0 for success, 2 if the command cannot be carried out (an invalid argument, a
+    missing or damaged checkpoint, a full disk), which one line on standard error explains, 130 if
+    interrupted, 141 if the reader of the output is gone.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        args.parser.refuse(unknown)
+    if args.run is None:
+        parser.print_help()
+        return 0
     try:
         args.run(args)
-        sys.stdout.flush()
+        flush()
     except KeyboardInterrupt:
         end_line()
         return _INTERRUPTED
     except BrokenPipeError:
         silence()
         return _BROKEN_PIPE
-    except (CheckpointError, OSError, ImportError) as error:
-        _print_error(error)
-        return _FAILURE
-    except ValueError as error:
-        _print_error(error)
-        return _USAGE_ERROR
+    except (ValueError, ArithmeticError, OSError, ImportError, MemoryError) as error:
+        print_error(error)
+        flush()
+        return _ERROR
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print_error(error)
+        return _ERROR
     return 0
 
 
-def _print_error(error: Exception) -> None:
-    message = " ".join(str(error).split())
-    print(f"mamba-eqx: error: {message}", file=sys.stderr)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mamba-eqx", description="The Mamba family of state-space models in JAX."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_generate(commands)
-    add_chat(commands)
-    add_score(commands)
-    add_inspect(commands)
-    add_convert(commands)
+def _parser() -> Parser:
+    parser = Parser(prog="mamba-eqx", description="The Mamba family of state-space models in JAX.")
+    parser.add_argument("--version", action="version", version=f"mamba-eqx {VERSION}")
+    parser.set_defaults(run=None, parser=parser)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for add in (add_generate, add_chat, add_score, add_inspect, add_convert):
+        add(commands)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser

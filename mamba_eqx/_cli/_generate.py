@@ -1,18 +1,17 @@
 """`mamba-eqx generate`."""
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..generation import FinishReason, Stream
-from ..text import text_until
-from ._opened import Opened, add_model, open_model
-from ._sampling_arguments import add_sampling, check_sampling, sampling_from_args
-from ._streaming import decode_stream, start_stream
-from ._terminal import Commands, read_text, write
+from ..generation import Stream
+from ._arguments import utf8_text
+from ._opened import add_model, open_model
+from ._sampling_arguments import add_sampling, sampling_from_args
+from ._streaming import Reply, start_stream
+from ._terminal import Commands, end_line, read_text, write, write_json
 
 
 def add_generate(commands: Commands) -> None:
@@ -24,18 +23,15 @@ def add_generate(commands: Commands) -> None:
         "output, timings to standard error.",
     )
     generate.add_argument(
-        "prompt", metavar="PROMPT", nargs="?", help="text to continue; - reads standard input"
+        "prompt",
+        metavar="PROMPT",
+        nargs="?",
+        type=utf8_text,
+        help="text to continue; - reads standard input",
     )
     generate.add_argument("--file", metavar="FILE", type=Path, help="read the prompt from FILE")
     add_model(generate)
-    add_sampling(generate, max_new_tokens=400)
-    generate.add_argument(
-        "--stop",
-        metavar="TEXT",
-        action="append",
-        default=[],
-        help="stop before this text; may be repeated",
-    )
+    add_sampling(generate, max_new_tokens=400, stop="end the text before TEXT", stop_default="none")
     generate.add_argument("--json", action="store_true", help="print one JSON object at the end")
     generate.set_defaults(run=_run)
 
@@ -44,56 +40,56 @@ def _run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     if (args.prompt is None) == (args.file is None):
         raise ValueError("Give either a PROMPT (- reads standard input) or --file.")
-    check_sampling(args)
     prompt = args.prompt
     if prompt is None or prompt == "-":
         prompt = read_text(args.file)
     if not prompt:
         raise ValueError("The prompt is empty. Give at least one character to start from.")
     opened = open_model(args)
-    ids = opened.tokenizer.encode(prompt)
-    # `--stop` is matched on the printed text. Stop strings of the sampling options are matched on
-    # the bytes of tokens, which can differ from the printed text: SentencePiece drops the space
-    # before the first token.
-    tokens = start_stream(opened, ids, args, sampling_from_args(args, opened))
-    clock = _Clock(tokens, start)
+    ids = opened.encode(prompt)
+    clock = _Clock(start_stream(opened, ids, args, sampling_from_args(args, opened)), start)
+    reply = Reply(clock.tokens)
+    pieces = reply.pieces(opened, args.stop, prompt=ids, tokens=clock)
     if args.json:
-        _write_json(args, opened, prompt, ids, clock)
+        _write_json(args, prompt, ids, reply, pieces, clock)
         return
     write(prompt)
-    for piece in text_until(args.stop, decode_stream(opened, clock)):
-        write(piece)
+    try:
+        for piece in pieces:
+            write(piece)
+    except Exception:
+        end_line()
+        raise
     write("\n")
     print(clock.report(), file=sys.stderr)
 
 
 def _write_json(
     args: argparse.Namespace,
-    opened: Opened,
     prompt: str,
     ids: Sequence[int],
+    reply: Reply,
+    pieces: Iterator[str],
     clock: "_Clock",
 ) -> None:
-    text, interrupted = "", False
+    interrupted = False
     try:
-        for piece in text_until(args.stop, decode_stream(opened, clock)):
-            text += piece
+        for _ in pieces:
+            pass
     except KeyboardInterrupt:
         interrupted = True
-    # Only a `--stop` text ends the output while the stream could still continue.
-    finish = clock.tokens.finish
-    reason = FinishReason.STOP_STRING if finish is None else finish
+    finish = reply.finish
     found = {
         "prompt": prompt,
-        "text": text,
+        "text": reply.text,
         "prompt_tokens": len(ids),
         "new_tokens": clock.count,
-        "finish": "interrupted" if interrupted else reason.name.lower(),
+        "finish": "interrupted" if finish is None else finish.name.lower(),
         "seed": args.seed,
         "seconds_to_first_token": round(clock.latency, 4) if clock.count else None,
         "tokens_per_second": None if clock.rate is None else round(clock.rate, 2),
     }
-    write(json.dumps(found, ensure_ascii=False) + "\n")
+    write_json(found)
     if interrupted:
         raise KeyboardInterrupt
 

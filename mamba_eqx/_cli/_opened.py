@@ -1,15 +1,29 @@
 """The model and the tokenizer that a command runs."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax.numpy as jnp
 
+from ..formats import CheckpointError
 from ..models import LanguageModel
-from ..pretrained import load, load_tokenizer, open_source, read_checkpoint, read_tokenizer
+from ..pretrained import (
+    CONFIGS,
+    LAYOUTS,
+    TOKENIZER,
+    Checkpoint,
+    Hub,
+    Source,
+    load,
+    open_source,
+    read_checkpoint,
+    read_tokenizer,
+)
 from ..shipped import SHIPPED
 from ..text import ByteTokenizer, TextTokenizer
+from ..training import load_lora
+from ._arguments import utf8_text
 from ._hub_arguments import SOURCE_HELP, add_hub, hub_from_args
 
 
@@ -23,6 +37,16 @@ class Opened:
     model: LanguageModel
     tokenizer: TextTokenizer | ByteTokenizer
 
+    def encode(self, text: str) -> list[int]:
+        """Encodes a complete text.
+
+        **Raises:** `ValueError` if the text has no tokens.
+        """
+        ids = self.tokenizer.encode(text)
+        if not ids:
+            raise ValueError("The tokenizer finds no tokens in the text. Give a longer text.")
+        return ids
+
     def encode_piece(self, text: str) -> list[int]:
         """Encodes part of a text, without the tokens that the tokenizer adds to complete texts."""
         if isinstance(self.tokenizer, TextTokenizer):
@@ -35,11 +59,19 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="SOURCE",
+        type=utf8_text,
         help=f"{SOURCE_HELP} (default: the bundled Shakespeare model)",
+    )
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        type=Path,
+        help="folder of a LoRA for the model, as `mamba_eqx.training.save_lora` and PEFT write it",
     )
     parser.add_argument(
         "--tokenizer",
         metavar="SOURCE",
+        type=utf8_text,
         help=f"folder or repository of the tokenizer, or `{_BYTES}` (default: the checkpoint's)",
     )
     parser.add_argument(
@@ -54,30 +86,66 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def open_model(args: argparse.Namespace) -> Opened:
     """Loads the model and the tokenizer that the options of `add_model` name.
 
-    **Raises:** `ValueError` if the tokenizer has more tokens than the vocabulary of the model.
+    **Raises:** `ValueError` if the tokenizer has tokens that the model lacks, or the adapter does
+    not fit; otherwise the errors of `from_pretrained` and `load_tokenizer`.
     """
+    if args.adapter is not None and not args.adapter.is_dir():
+        raise ValueError(f"--adapter must name the folder of a LoRA, but {args.adapter} is none.")
     hub = hub_from_args(args)
     source = open_source(_shipped_model() if args.model is None else args.model, hub)
-    if args.tokenizer is None:
-        tokenizer = read_tokenizer(source, hub)
-    elif args.tokenizer == _BYTES:
-        tokenizer = ByteTokenizer()
-    else:
-        tokenizer = load_tokenizer(
-            args.tokenizer,
-            cache_dir=args.cache_dir,
-            local_files_only=args.local_files_only,
-            endpoint=args.endpoint,
-        )
-    dtype = None if args.dtype == "stored" else jnp.dtype(args.dtype)
-    model = load(read_checkpoint(source), dtype)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens, but the model at {source.where} "
-            f"has a vocabulary of {model.vocab_size}. Use --tokenizer to name the tokenizer that "
-            "it was trained with."
-        )
+    # The tokenizer is read first, because it is smaller than the weights. Without a config there
+    # is no checkpoint at all, which `read_checkpoint` reports.
+    has_config = any(source.find(name) is not None for name in CONFIGS)
+    tokenizer = _tokenizer(args.tokenizer, source, hub) if has_config else ByteTokenizer()
+    checkpoint = _with_tokens(read_checkpoint(source), tokenizer)
+    model = load(checkpoint, None if args.dtype == "stored" else jnp.dtype(args.dtype))
+    if args.adapter is not None:
+        model = _adapted(model, args.adapter, checkpoint.layout.name)
     return Opened(model, tokenizer)
+
+
+def _tokenizer(name: str | None, source: Source, hub: Hub) -> TextTokenizer | ByteTokenizer:
+    """Loads the tokenizer that `--tokenizer` names, or that of the checkpoint."""
+    if name == _BYTES:
+        return ByteTokenizer()
+    if name is None:
+        return read_tokenizer(source, hub)
+    other = replace(hub, revision=None)
+    return read_tokenizer(open_source(name, other, entry_files=(*CONFIGS, TOKENIZER)), other)
+
+
+def _with_tokens(checkpoint: Checkpoint, tokenizer: TextTokenizer | ByteTokenizer) -> Checkpoint:
+    """Returns the checkpoint with a vocabulary that has every token of the tokenizer.
+
+    Tokens may have been added in the padding of the embedding, which has more rows than the config
+    has tokens.
+    """
+    config = checkpoint.config
+    count, rows = tokenizer.vocab_size, config.padded_vocab_size
+    if count > rows:
+        raise ValueError(
+            f"The tokenizer has token ids up to {count - 1}, but the model at {checkpoint.where} "
+            f"has a vocabulary of {rows}. Use --tokenizer to name the tokenizer that it was "
+            "trained with."
+        )
+    more = max(count, config.vocab_size)
+    return replace(checkpoint, config=replace(config, vocab_size=more))
+
+
+def _adapted(model: LanguageModel, path: Path, layout: str) -> LanguageModel:
+    """Returns the model with a LoRA merged into its weights.
+
+    A LoRA's files do not name the layout whose names they use. That of the checkpoint is tried
+    first, and its error is reported if no layout fits.
+    """
+    first: CheckpointError | None = None
+    for name in sorted(LAYOUTS, key=lambda name: name != layout):
+        try:
+            return load_lora(path, model, layout=name).merge(model)
+        except CheckpointError as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 def _shipped_model() -> Path:

@@ -2,49 +2,99 @@
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+
+import numpy as np
 
 from ..generation import Sampling, sampling
-from ..text import TextTokenizer
+from ._arguments import integer, number, stop_text
 from ._opened import Opened
 
 
-def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    """Adds the options for sampling tokens. `max_new_tokens` is the default of that option."""
+_FLOAT32 = np.finfo(np.float32)
+_TINY, _HUGE = float(_FLOAT32.tiny), float(_FLOAT32.max)
+_INT32 = 2**31 - 1
+# Penalties are added up over the window, and the sum has to stay finite in float32.
+_MAX_PENALTY = 1e30
+_MAX_WINDOW = 2**20
+_TEMPERATURE = number(
+    f"0 or a number within {_TINY:.2g}..{_HUGE:.2g}", lambda x: x == 0 or _TINY <= x <= _HUGE
+)
+_MASS = number("a number above 0 and at most 1", lambda x: 0 < x <= 1)
+_SHARE = number("a number within 0..1", lambda x: 0 <= x <= 1)
+_FACTOR = number(
+    f"a number within {1 / _MAX_PENALTY:g}..{_MAX_PENALTY:g}",
+    lambda x: 1 / _MAX_PENALTY <= x <= _MAX_PENALTY,
+)
+_TERM = number(
+    f"a number within {-_MAX_PENALTY:g}..{_MAX_PENALTY:g}", lambda x: abs(x) <= _MAX_PENALTY
+)
 
-    def add(name: str, metavar: str, kind: type, text: str, default: int | float | None) -> None:
+
+def add_sampling(
+    parser: argparse.ArgumentParser, *, max_new_tokens: int, stop: str, stop_default: str
+) -> None:
+    """Adds the options for sampling tokens and for ending a text.
+
+    **Arguments:**
+
+    - `parser`: the parser of a command.
+    - `max_new_tokens`: the default of that option.
+    - `stop`, `stop_default`: the help of the option `--stop`, and its default in words.
+    """
+
+    def add(
+        name: str,
+        metavar: str,
+        kind: Callable[[str], int | float],
+        text: str,
+        default: int | float | None,
+    ) -> None:
         shown = "off" if default is None else default
         text = f"{text} (default: {shown})"
         parser.add_argument(name, metavar=metavar, type=kind, help=text, default=default)
 
-    add("--max-new-tokens", "N", int, "maximum number of tokens to generate", max_new_tokens)
-    add("--temperature", "T", float, "sampling temperature; 0 takes the most likely token", 0.8)
-    add("--top-k", "K", int, "sample from the K most likely tokens", None)
-    add("--top-p", "P", float, "sample from the most likely tokens with total probability P", None)
-    add("--min-p", "P", float, "sample from tokens at least P times as likely as the best", None)
-    add("--typical-p", "P", float, "sample from typical tokens with total probability P", None)
-    add("--repetition-penalty", "X", float, "divide the logits of recent tokens by X", 1.0)
-    add("--presence-penalty", "X", float, "subtract X from the logits of recent tokens", 0.0)
-    add("--frequency-penalty", "X", float, "subtract X for each recent occurrence of a token", 0.0)
-    add("--penalty-window", "N", int, "number of recent tokens that penalties consider", 64)
-    add("--seed", "SEED", int, "seed of the random numbers", 0)
+    count = integer(1, _INT32)
+    add("--max-new-tokens", "N", count, "maximum number of tokens to generate", max_new_tokens)
+    add(
+        "--temperature",
+        "T",
+        _TEMPERATURE,
+        "sampling temperature; 0 takes the most likely token",
+        0.8,
+    )
+    add("--top-k", "K", count, "sample from the K most likely tokens", None)
+    add("--top-p", "P", _MASS, "sample from the most likely tokens with total probability P", None)
+    add(
+        "--min-p",
+        "P",
+        _SHARE,
+        "sample from the tokens whose probability is at least P times the highest one",
+        None,
+    )
+    add("--typical-p", "P", _MASS, "sample from typical tokens with total probability P", None)
+    add("--repetition-penalty", "X", _FACTOR, "divide the logits of recent tokens by X", 1.0)
+    add("--presence-penalty", "X", _TERM, "subtract X from the logits of recent tokens", 0.0)
+    add("--frequency-penalty", "X", _TERM, "subtract X for each recent occurrence of a token", 0.0)
+    window = integer(1, _MAX_WINDOW)
+    add("--penalty-window", "N", window, "number of recent tokens that penalties consider", 64)
+    add("--seed", "SEED", integer(0, 2**32 - 1), "seed of the random numbers", 0)
+    parser.add_argument(
+        "--stop",
+        metavar="TEXT",
+        type=stop_text,
+        action="append",
+        default=[],
+        help=f"{stop}; may be repeated (default: {stop_default})",
+    )
 
 
-def check_sampling(args: argparse.Namespace) -> None:
-    """Validates the options that can be validated before a model is loaded.
+def sampling_from_args(args: argparse.Namespace, opened: Opened) -> Sampling:
+    """Returns the sampling options for a model, as the options of `add_sampling` describe them.
 
-    **Raises:** `ValueError` for an option that is out of range.
+    `--stop` is not among them. It is matched on the text that is printed, not on the bytes of
+    tokens, because the two can differ: SentencePiece drops the space before the first token.
     """
-    if not 0 <= args.seed < 2**32:
-        raise ValueError(f"--seed must be within 0..{2**32 - 1}, but got {args.seed}.")
-    if "" in args.stop:
-        raise ValueError("--stop must not be empty. Give at least one character, or omit --stop.")
-
-
-def sampling_from_args(
-    args: argparse.Namespace, opened: Opened, *, stop_strings: Sequence[str] = ()
-) -> Sampling:
-    """Returns the sampling options for a model, as the options of `add_sampling` describe them."""
     model, tokenizer = opened.model, opened.tokenizer
     penalties = sampling.Penalties(
         repetition=args.repetition_penalty,
@@ -53,7 +103,6 @@ def sampling_from_args(
         window=args.penalty_window,
     )
     neutral = sampling.Penalties(window=args.penalty_window)
-    eos = tokenizer.eos_token_id if isinstance(tokenizer, TextTokenizer) else None
     # The vocabulary of a model may be padded beyond its tokenizer. Padded ids are banned.
     padding = range(tokenizer.vocab_size, model.vocab_size)
     return Sampling(
@@ -64,7 +113,5 @@ def sampling_from_args(
         typical_p=args.typical_p,
         penalties=None if penalties == neutral else penalties,
         logit_bias=dict.fromkeys(padding, -math.inf) or None,
-        stop_tokens=[] if eos is None else [eos],
-        stop_strings=stop_strings,
-        tokenizer=tokenizer,
+        stop_tokens=[token for token in tokenizer.stop_tokens if token < model.vocab_size],
     )

@@ -3,17 +3,18 @@
 import argparse
 import codecs
 import io
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, TypeAlias
 
 from ..generation import DecodingState, score
+from ._arguments import utf8_text
+from ._messages import print_error
 from ._opened import Opened, add_model, open_model
-from ._terminal import Commands, write
+from ._terminal import Commands, not_utf8, write, write_json
 
 
 _READ = 2**16  # bytes of a file that are tokenized at a time
@@ -32,7 +33,11 @@ def add_score(commands: Commands) -> None:
         "between lines, every 64 KB, before it is tokenized.",
     )
     score.add_argument(
-        "text", metavar="TEXT", nargs="?", help="text to score; - reads standard input"
+        "text",
+        metavar="TEXT",
+        nargs="?",
+        type=utf8_text,
+        help="text to score; - reads standard input",
     )
     score.add_argument(
         "--file",
@@ -67,7 +72,7 @@ class _Totals:
     @property
     def perplexity(self) -> float:
         nats = -self.log_prob / self.tokens
-        return math.exp(nats) if nats < 700 else math.inf
+        return math.inf if nats > 700 else math.exp(nats)
 
     def to_json(self, name: str) -> dict[str, str | int | float | None]:
         return {
@@ -87,30 +92,48 @@ def _round(value: float) -> float | None:
 def _run(args: argparse.Namespace) -> None:
     if args.text is None and not args.file:
         raise ValueError("Give a TEXT (- reads standard input) or --file.")
-    missing = next((path for path in args.file if not path.is_file()), None)
-    if missing is not None:
-        raise FileNotFoundError(f"There is no file {missing}.")
+    for path in args.file:
+        if not path.exists():
+            raise ValueError(f"There is no file {path}.")
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder. Give the files in it.")
     opened = open_model(args)
     if not args.json:
         write(f"{'tokens':>10} {'log prob':>14} {'bits/byte':>10} {'perplexity':>11}  source\n")
+    faults: list[Exception] = []
+    for name, open_text in _texts(args):
+        try:
+            with open_text() as file:
+                _report(args, opened, name, file.read)
+        except BrokenPipeError:
+            raise
+        except (ValueError, ArithmeticError, OSError) as error:
+            # The other texts are scored nevertheless.
+            print_error(error)
+            faults.append(error)
+    if faults:
+        raise SystemExit(2)
+
+
+def _texts(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
+    """Yields the name of each text, and a function that opens it."""
     if args.text == "-":
-        _report(args, opened, "standard input", sys.stdin.buffer.read)
+        yield "standard input", lambda: io.BytesIO() if sys.stdin is None else sys.stdin.buffer
     elif args.text is not None:
-        _report(args, opened, "text", io.BytesIO(args.text.encode("utf-8")).read)
+        yield "text", lambda: io.BytesIO(args.text.encode("utf-8"))
     for path in args.file:
-        with open(path, "rb") as file:
-            _report(args, opened, str(path), file.read)
+        yield str(path), lambda: open(path, "rb")  # noqa: B023, SIM115
 
 
 def _report(args: argparse.Namespace, opened: Opened, name: str, read: _Read) -> None:
     total = _Totals()
     for _ in _scored(opened, _tokens(opened, _lines(name, read)), total):
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             print(f"\r{total.tokens:,} tokens", end="\r", file=sys.stderr, flush=True)
     if total.tokens == 0:
         raise ValueError(f"{name} is too short: scoring needs at least two tokens.")
     if args.json:
-        write(json.dumps(total.to_json(name), ensure_ascii=False) + "\n")
+        write_json(total.to_json(name))
         return
     values = f"{total.log_prob:14.2f} {total.bits_per_byte:10.4f} {total.perplexity:11.4f}"
     write(f"{total.tokens:10} {values}  {name}\n")
@@ -119,16 +142,18 @@ def _report(args: argparse.Namespace, opened: Opened, name: str, read: _Read) ->
 def _lines(name: str, read: _Read) -> Iterator[str]:
     """Yields a text in pieces that end at the end of a line, unless a line is very long.
 
+    A byte order mark at the beginning is not part of the text.
+
     **Raises:** `ValueError` if the text is not UTF-8.
     """
-    decoder, held = codecs.getincrementaldecoder("utf-8")(), ""
+    decoder, held = codecs.getincrementaldecoder("utf-8-sig")(), ""
     data = b"."
     while data:
         data = read(_READ)
         try:
             held += decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{name} is not UTF-8 text: {error}.") from error
+            raise not_utf8(name) from error
         end = held.rfind("\n") + 1 if len(held) < 4 * _READ else len(held)
         if not data:
             end = len(held)

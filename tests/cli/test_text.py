@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 import mamba_eqx as mbx
-from mamba_eqx import _cli
-from mamba_eqx._cli import _chat, _score as _cli_score
+from mamba_eqx._cli import _conversation, _score as _cli_score
 from mamba_eqx.pretrained import from_pretrained, save_pretrained
-from tests.support.commands import byte_model, spawn
+from tests.support.commands import byte_model, call, spawn
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -32,13 +31,13 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def run(capsys, monkeypatch):
-    def call(*args, typed=b""):
+    def run_command(*args, typed=b""):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
-        code = _cli.main([*map(str, args)])
+        code = call(*args)
         out, err = capsys.readouterr()
         return code, out, err
 
-    return call
+    return run_command
 
 
 # score
@@ -76,7 +75,7 @@ def test_score_matches_mbx_score(checkpoint, run, tmp_path, monkeypatch):
     ("args", "code", "message"),
     [
         ([], 2, "Give a TEXT"),
-        (["--file", "/no/such"], 1, "There is no file /no/such"),
+        (["--file", "/no/such"], 2, "There is no file /no/such"),
         (["x"], 2, "text is too short"),
         (["-"], 2, "standard input is not UTF-8"),
     ],
@@ -87,6 +86,50 @@ def test_texts_that_cannot_be_scored_are_refused(args, code, message, checkpoint
     assert got == code
     assert err.count("\n") == 1
     assert message in err
+
+
+def test_texts_that_cannot_be_scored_do_not_end_the_command(checkpoint, run, tmp_path):
+    for name, data in {"a": b"To be", "empty": b"", "noise": b"ab\xff", "b": b"To be"}.items():
+        (tmp_path / name).write_bytes(data)
+    files = [x for name in ("a", "empty", "noise", "b") for x in ("--file", tmp_path / name)]
+    code, out, err = run("score", *files, "--json", "--model", checkpoint)
+    assert code == 2
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [one["source"] for one in found] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert found[0]["log_prob"] == found[1]["log_prob"]
+    first, second = err.splitlines()
+    assert "empty is too short" in first
+    assert "noise is not UTF-8" in second
+
+
+@pytest.mark.slow
+def test_byte_order_marks_are_no_text(checkpoint, run, tmp_path):
+    outs = []
+    for name, data in {"plain": b"To be", "marked": b"\xef\xbb\xbfTo be"}.items():
+        (tmp_path / name).write_bytes(data)
+        options = ("--model", checkpoint, "--json")
+        text = ("--file", tmp_path / name)
+        _, scored, _ = run("score", *text, *options)
+        _, made, _ = run("generate", *text, *options, "--max-new-tokens", 3)
+        _, said, _ = run("chat", *options[:2], "--max-new-tokens", 3, typed=data)
+        one, other = json.loads(scored), json.loads(made)
+        outs.append((one["tokens"], one["log_prob"], other["prompt"], other["text"], said))
+    assert outs[0] == outs[1]
+
+
+@pytest.mark.parametrize("encoding", [pytest.param("ascii", marks=pytest.mark.slow), "cp1252"])
+def test_output_in_other_encodings(checkpoint, monkeypatch, encoding):
+    """What an encoding lacks becomes a question mark, and the text goes on."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    options = ("--model", checkpoint, "--max-new-tokens", 40, "--temperature", 3)
+    for extra in ((), ("--json",)):
+        assert call("generate", "漢 é", *options, *extra) == 0
+    assert call("score", "漢字", "--model", checkpoint) == 0
+    text = written.getvalue().decode(encoding)
+    plain, found = text.splitlines()[0], [x for x in text.splitlines() if x.startswith("{")]
+    assert plain.startswith("? é" if encoding == "cp1252" else "? ?")
+    assert json.loads(found[0])["prompt"] == "漢 é"
 
 
 # chat
@@ -167,13 +210,13 @@ def chatty(tmp_path_factory):
 def test_template_chat_reads_nothing_twice(chatty, run, tmp_path, monkeypatch):
     model, tokenizer = from_pretrained(chatty, dtype=jnp.float32), mbx.load_tokenizer(chatty)
     assert isinstance(tokenizer, mbx.TextTokenizer)
-    read, prefill = [], _chat.prefill
+    read, prefill = [], _conversation.prefill
 
     def counting(model, ids, *, state, room):
         read.append(len(ids))
         return prefill(model, ids, state=state, room=room)
 
-    monkeypatch.setattr(_chat, "prefill", counting)
+    monkeypatch.setattr(_conversation, "prefill", counting)
     lines = ["To be?", "/save FILE", "Or not?", "/reset", "/load FILE", "Or not?"]
     typed = "\n".join(lines).replace("FILE", str(tmp_path / "state"))
     options = ("--model", chatty, "--max-new-tokens", "12", "--temperature", "0")
@@ -199,6 +242,67 @@ def test_template_chat_reads_nothing_twice(chatty, run, tmp_path, monkeypatch):
     _, out, err = run("chat", *options, "--plain", typed=f"/load {tmp_path / 'state'}\nx".encode())
     assert err == ""
     assert out
+
+
+HISTORY = {"messages": [{"role": "user", "content": "x"}], "tokens": [5]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": ["a"]},
+        {"tokens": [10**6]},
+        {"tokens": [-1]},
+        {"tokens": [True]},
+        {"tokens": [[1]]},
+        {"tokens": {}},
+        {"messages": [None]},
+        {"messages": ["x"]},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": 1, "content": "x"}]},
+        {"messages": [{"role": "user", "content": ["x"]}]},
+        {"messages": [{"role": "robot", "content": "x"}]},
+        {"more": 1},
+        {"shifted": True},
+    ],
+    ids=str,
+)
+def test_histories_that_are_none_are_refused(change, chatty, run, tmp_path):
+    """The chat goes on as if nothing had been loaded."""
+    options = ("--model", chatty, "--max-new-tokens", "3", "--temperature", "0")
+    state = tmp_path / "state"
+    _, want, _ = run("chat", *options, typed=f"x\n/save {state}\nso?".encode())
+    history = json.loads((tmp_path / "state.json").read_text())
+    if change.pop("shifted", False):
+        change = {"tokens": [(token + 1) % 256 for token in history["tokens"]]}
+    elif "tokens" in change and isinstance(change["tokens"], list):
+        change = {"tokens": change["tokens"] * len(history["tokens"])}
+    (tmp_path / "state.json").write_text(json.dumps(history | change))
+    code, out, err = run("chat", *options, typed=f"x\n/load {state}\nso?".encode())
+    assert (code, out) == (0, want)
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_template_that_refuses_a_turn_does_not_end_the_chat(chatty, run, tmp_path):
+    from tests.support.tokenizers import CONFIG, FILES
+
+    template = (
+        "{% if messages[-1]['content'] == 'no' %}{{ raise_exception('not this') }}{% endif %}"
+    )
+    config = CONFIG | {"chat_template": template + str(CONFIG["chat_template"])}
+    save_pretrained(from_pretrained(chatty), tmp_path)
+    mbx.save_tokenizer(mbx.TextTokenizer(FILES["byte_level"], config), tmp_path)
+    options = ("--model", tmp_path, "--max-new-tokens", "3", "--temperature", "0")
+    code, want, err = run("chat", *options, typed=b"x\nso?")
+    assert (code, err) == (0, "")
+    code, out, err = run("chat", *options, typed=b"x\nno\n\xff\nso?")
+    assert (code, out) == (0, want)
+    refused, garbled = err.splitlines()
+    assert "not this" in refused
+    assert "not UTF-8" in garbled
 
 
 def test_generate_stops_at_end_of_text_and_bans_padding(chatty, run):

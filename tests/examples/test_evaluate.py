@@ -1,8 +1,6 @@
 """`examples/evaluate.py`: the harness finds in our model what it finds in transformers' own."""
 
 import importlib
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,20 +11,11 @@ for package in ("lm_eval", "accelerate", "tokenizers", "torch", "transformers"):
 
 import mamba_eqx as mbx  # noqa: E402
 from tests.support.commands import byte_model  # noqa: E402
+from tests.support.examples import load  # noqa: E402
 from tests.support.tokenizers import CONFIG, FILES  # noqa: E402
 
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
-
-
-def example() -> Any:
-    path = Path(__file__).parents[2] / "examples" / "evaluate.py"
-    spec = importlib.util.spec_from_file_location("evaluate_example", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.slow
@@ -36,7 +25,7 @@ def test_the_numbers_are_those_of_transformers(tmp_path, monkeypatch, as_users_r
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     HFLM = importlib.import_module("lm_eval.models.huggingface").HFLM
-    module = example()
+    module = load("evaluate", monkeypatch)
     tokenizer = mbx.TextTokenizer(FILES["byte_level"], CONFIG)
     model = byte_model(tokenizer.vocab_size)
     mbx.save_pretrained(model, tmp_path)
@@ -67,3 +56,12 @@ def test_the_numbers_are_those_of_transformers(tmp_path, monkeypatch, as_users_r
         assert one[1] == other[1]
     until = [Request(text, {"until": ["a", "zq"], "max_gen_toks": 12}) for text in ("To", "be, or")]
     assert ours.generate_until(until) == theirs.generate_until(until)
+    # Each request has its own options.
+    asked = [
+        ("To", {"until": ["a"], "max_gen_toks": 12}),
+        ("be", {"until": "zq", "max_gen_toks": 5}),
+    ]
+    asked.append(("or", {"max_gen_toks": 9}))
+    alone = [ours.generate_until([Request(*one)])[0] for one in asked]
+    assert ours.generate_until([Request(*one) for one in asked]) == alone
+    assert len({len(text) for text in alone}) > 1

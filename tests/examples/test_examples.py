@@ -1,10 +1,7 @@
 """The examples run with small sizes, and their claims of equality hold."""
 
-import importlib.util
 import re
 import sys
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,27 +9,16 @@ import numpy as np
 import pytest
 
 import mamba_eqx as mbx
+from tests.support.examples import load
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast", "as_users_run", "promoting")
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture
 def promoting():
     with jax.numpy_dtype_promotion("standard"):  # as users run
         yield
-
-
-def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax.random as jr
 
 import mamba_eqx as mbx
+from mamba_eqx import _cli
 
 
 def byte_model(vocab_size=256):
@@ -16,6 +17,14 @@ def byte_model(vocab_size=256):
     # Most generated text is printable, since the logits of lowercase letters are raised.
     weight = model.embedding.weight.at[97:123].multiply(30)
     return eqx.tree_at(lambda model: model.embedding.weight, model, weight)
+
+
+def call(*args: object) -> int:
+    """Runs the command in this process, and returns its exit code."""
+    try:
+        return _cli.main([*map(str, args)])
+    except SystemExit as exit:
+        return -1 if exit.code is None or isinstance(exit.code, str) else exit.code
 
 
 def spawn(*args: object) -> subprocess.Popen[bytes]:
