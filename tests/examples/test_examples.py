@@ -162,7 +162,7 @@ def test_finished_run_is_extended(run, tmp_path, capsys):
     assert metrics["held_out_bits_per_byte"][0].tolist() == [3, 4, 6, 8]
     # The learning rate is that of the longer schedule, whose end is a hundredth of its peak.
     rates = metrics["learning_rate"][1]
-    assert rates[4] > 10 * rates[3]
+    assert rates[4] > 2 * rates[3]
     about = json.loads((tmp_path / "run" / "training.json").read_text())
     assert about["steps"] == 8
 
@@ -228,3 +228,21 @@ def test_finetune(run, tmp_path, method):
         for (path, old), new in pairs:
             trained = any(part in jax.tree_util.keystr(path) for part in ("conv1d", "A_log"))
             assert bool(jnp.array_equal(old, new)) is not trained
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "nowhere"], "argument --model: "),
+        (["--text", "nowhere"], "argument --text: "),
+        (["--length", "10000000"], "argument --text: must have more than 100000000 bytes"),
+        (["--rank", "0"], "argument --rank: must be at least 1, but got 0"),
+        (["--method", "freeze", "--train", "nothing"], "argument --train: must name parameters"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_options_of_finetuning_are_one_sentence(run, tmp_path, capsys, args, message):
+    with pytest.raises(SystemExit) as stopped:
+        run("finetune", "--out", str(tmp_path / "run"), *args)
+    assert stopped.value.code == 2
+    assert f"finetune: error: {message}" in capsys.readouterr().err.splitlines()[-1]
