@@ -93,7 +93,16 @@ def test_weights_and_ignored_targets_match_torch():
     np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int32"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        *(
+            pytest.param(d, marks=pytest.mark.slow)
+            for d in ("float16", "bfloat16", "int8", "int32")
+        ),
+    ],
+)
 def test_weighted_mean(dtype):
     """The reference is in float64."""
     batch = batch_of(4)
@@ -132,6 +141,7 @@ def test_invalid_targets_give_nan(target):
     assert jnp.isfinite(training.cross_entropy(model(), features, targets, counts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32"])
 def test_targets_of_any_integer_dtype(dtype):
     features = jr.normal(jr.key(1), (SEQ, 8))

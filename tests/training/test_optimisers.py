@@ -143,7 +143,7 @@ def test_optimisers_that_hold_the_parameters(name):
     compare(HOLDING[name])
 
 
-@pytest.mark.parametrize("name", some(EXTRA, "reduce_on_plateau", "polyak_sgd"))
+@pytest.mark.parametrize("name", some(EXTRA, "reduce_on_plateau"))
 @pytest.mark.parametrize("accumulate", some([1, 2], 1))
 def test_optimisers_with_extra_arguments(name, accumulate):
     taken = {"opaque sam": ["grad_fn"], "sophia": ["obj_fn"], "injected": []}

@@ -158,6 +158,7 @@ def test_loss_scale_follows_torch():
     assert len(set(want)) > 3
 
 
+@pytest.mark.slow
 def test_overflow_in_float16_is_skipped_and_halves_the_scale():
     def loss(model, batch, carry, key):
         value, aux = training.next_token_loss(model, batch, carry)
@@ -167,10 +168,12 @@ def test_overflow_in_float16_is_skipped_and_halves_the_scale():
     state, metrics = after(step, batch_of(0))
     assert (int(state.skipped), float(metrics["loss_scale"])) == (1, 2.0**16)
     assert eqx.tree_equal(state.model, model())
+    assert state.loss_scale is not None
     assert state.loss_scale.scale == 2.0**15
     assert after(training.TrainStep(SGD), batch_of(0))[0].loss_scale is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32"])
 def test_batches_of_any_integer_dtype(dtype):
     batch = batch_of(0)
@@ -192,6 +195,7 @@ def test_batches_of_empty_sequences():
         assert eqx.tree_equal(state.model, of())
 
 
+@pytest.mark.slow
 def test_state_with_a_shared_array():
     """An array in two places of the state is donated once."""
     step = training.TrainStep(SGD, average_decay=0.5)
