@@ -106,10 +106,32 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help="peak learning rate (default: by method)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-
-    model = mbx.from_pretrained(args.model, dtype=jnp.float32)
-    train, held_out = read(args.text or sorted((ROOT / "docs").rglob("*.md")))
+    for name in ("rank", "steps", "batch", "length"):
+        if getattr(args, name) < 1:
+            parser.error(f"argument --{name}: must be at least 1, but got {getattr(args, name)}")
+    try:
+        model = mbx.from_pretrained(args.model, dtype=jnp.float32)
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --model: {error}")
+    if model.vocab_size != TOKENIZER.vocab_size:
+        parser.error(
+            f"argument --model: must be a byte-level model of {TOKENIZER.vocab_size} tokens, but "
+            f"{args.model} has {model.vocab_size}"
+        )
+    try:
+        train, held_out = read(args.text or sorted((ROOT / "docs").rglob("*.md")))
+    except OSError as error:
+        parser.error(f"argument --text: {error}")
+    if len(held_out) <= args.length:
+        parser.error(
+            f"argument --text: must have more than {10 * args.length} bytes with --length "
+            f"{args.length}, but has {len(train) + len(held_out)}"
+        )
     part, rest = split(args.method, model, args)
+    if not jax.tree.leaves(part):
+        parser.error(
+            f"argument --train: must name parameters of the model, but got {' '.join(args.train)}"
+        )
     lr = args.lr or {"lora": 5e-3, "state": 5e-2, "freeze": 1e-2}[args.method]
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(lr, args.steps))

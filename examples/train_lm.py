@@ -4,17 +4,26 @@
     python examples/train_lm.py --text book.txt --preset small --out runs/book
     python -m mamba_eqx generate --model runs/book "It was "
 
-After Ctrl-C, a kill or a crash, run the same command again and it resumes where it left off. Each
-row of the batch reads a stretch of the text, `--length` bytes per step, and carries its state from
-step to step (truncated backpropagation through time). At the end of a stretch it starts another one
-with an empty state. A zero byte in the text separates documents, and resets the state. The result
-is a checkpoint in the layout of transformers (for Mamba-3, which transformers lacks, in the layout
-of the official code) with its tokenizer, plots of the metrics, and a record of the settings.
+After Ctrl-C, a kill or a crash, run the same command again and it resumes where it left off. With
+more `--steps`, a finished run is extended; its learning rate continues at the same step of the
+longer schedule. The run records digests of its text, tokenizer and model, and does not resume with
+others.
+
+Each row of the batch reads a stretch of the text, `--length` bytes per step, and carries its state
+from step to step (truncated backpropagation through time). At the end of a stretch it starts
+another one with an empty state. A zero byte in the text separates documents, and resets the state.
+The result is a checkpoint in the layout of transformers (for Mamba-3, which transformers lacks, in
+the layout of the official code) with its tokenizer, curves of the metrics, and a record of the
+settings. All losses are in bits per byte.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import json
+import math
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -80,6 +89,22 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return training.hold_out_end(tokens, 0.05)
 
 
+def digest(*parts: bytes | memoryview) -> str:
+    """Returns the beginning of a checksum, which tells texts and settings apart."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return f"sha256 {found.hexdigest()[:16]}"
+
+
+def digest_of_tokenizer(tokenizer: mbx.ByteTokenizer) -> str:
+    """Returns a digest of the files of a tokenizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        mbx.save_tokenizer(tokenizer, folder)
+        files = sorted(Path(folder).iterdir())
+        return digest(*(part for file in files for part in (file.name.encode(), file.read_bytes())))
+
+
 score = jax.jit(training.next_token_loss)
 
 
@@ -95,52 +120,105 @@ def bits_per_byte(model: mbx.LanguageModel, text: np.ndarray, rows: int, piece: 
         batch = training.Batch(tokens, targets, tokens == 0, np.ones_like(tokens, np.bool_))
         loss, (weight, carry) = score(model, batch, carry)
         total += float(loss) * int(weight)
-    return total / (rows * length) / np.log(2)
+    return total / (rows * length) / math.log(2)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def number(kind: type[int] | type[float], least: float) -> Callable[[str], int | float]:
+    """Returns the type of an option that is a number of at least `least`."""
+
+    def parse(text: str) -> int | float:
+        value = kind(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, but got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # for the message about a text that is no number
+    return parse
+
+
+def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Settings]:
+    """Returns the options, and the settings of the run."""
     parser.add_argument("--text", type=Path, default=CORPUS, help="text file, plain or .xz")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--preset", choices=PRESETS, default="shipped")
     parser.add_argument("--prompt", default="ROMEO:", help="prompt of the sample")
-    parser.add_argument("--every", type=int, default=500, help="steps between checkpoints")
+    parser.add_argument(
+        "--every", type=number(int, 1), default=500, help="steps between checkpoints"
+    )
     for field in dataclasses.fields(Settings):
-        name, kind = field.name.replace("_", "-"), type(field.default)
-        choices = D_STATE if field.name == "mixer" else None
-        parser.add_argument(f"--{name}", type=kind, choices=choices, help=HELP.get(field.name))
+        name, default = field.name.replace("_", "-"), field.default
+        if isinstance(default, str):
+            parser.add_argument(f"--{name}", choices=D_STATE)
+            continue
+        least = {"d_state": 0, "seed": 0, "lr": 1e-12}.get(field.name, 1)
+        kind = number(int if isinstance(default, int) else float, least)
+        parser.add_argument(f"--{name}", type=kind, help=HELP.get(field.name))
     args = parser.parse_args()
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)}
     s = dataclasses.replace(
         PRESETS[args.preset], **{name: value for name, value in given.items() if value is not None}
     )
-    s = s if s.d_state else dataclasses.replace(s, d_state=D_STATE[s.mixer])
-    record = {"text": args.text.name} | dataclasses.asdict(s)
+    return args, s if s.d_state else dataclasses.replace(s, d_state=D_STATE[s.mixer])
 
-    train, held_out = read(args.text)
-    data = training.Streams(
-        train, batch=s.batch, length=s.length, stretch=s.stretch, separator=0, seed=s.seed
-    )
-    model = make_config(s).build(key=jr.key(s.seed))
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    args, s = parsed(parser)
+    tokenizer = mbx.ByteTokenizer()
+    if not args.prompt:
+        parser.error("argument --prompt: must not be empty")
+    try:
+        train, held_out = read(args.text)
+        data = training.Streams(
+            train, batch=s.batch, length=s.length, stretch=s.stretch, separator=0, seed=s.seed
+        )
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --text: {error}")
+    try:
+        config = make_config(s)
+    except ValueError as error:
+        parser.error(f"the sizes of the model do not fit: {error}")
+    # A run resumes only if all of these are the same. The number of steps may grow.
+    record = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(s).items()}
+    del record["--steps"]
+    record |= {
+        "--text": digest(train.data, held_out.data),
+        "tokenizer": digest_of_tokenizer(tokenizer),
+        "model": digest(config.to_json().encode()),
+    }
+    model = config.build(key=jr.key(s.seed))
     size = sum(leaf.size for leaf in jax.tree.leaves(model))
     print(f"{size:,} parameters, {len(train):,} bytes to train on, {len(held_out):,} held out")
-    earlier = training.Checkpoints(args.out / "checkpoints").steps
-    print(f"resuming from step {earlier[-1]}" if earlier else "starting a new run")
     optimiser = training.recipe(
         model, learning_rate=s.lr, steps=s.steps, warmup=s.steps // 30, final=s.lr / 100
     )
     train_step = training.TrainStep(optimiser)
-    fitted = training.fit(
-        train_step,
-        train_step.init(model, rows=s.batch, key=jr.key(s.seed + 1)),
-        data,
-        steps=s.steps,
-        folder=args.out,
-        config=record,
-        checkpoint_every=args.every,
-        evaluate_every=args.every,
-        evaluate=lambda state: {"held_out_bits": bits_per_byte(state.model, held_out, rows=16)},
-    )
+
+    def step(
+        state: training.TrainState, batch: training.Batch
+    ) -> tuple[training.TrainState, dict[str, jax.Array]]:
+        state, metrics = train_step(state, batch)
+        return state, {"bits_per_byte": metrics.pop("loss") / math.log(2)} | metrics
+
+    def evaluate(state: training.TrainState) -> dict[str, float]:
+        return {"held_out_bits_per_byte": bits_per_byte(state.model, held_out, rows=16)}
+
+    try:
+        earlier = training.Checkpoints(args.out / "checkpoints").steps
+        print(f"resuming from step {earlier[-1]}" if earlier else "starting a new run")
+        fitted = training.fit(
+            step,
+            train_step.init(model, rows=s.batch, key=jr.key(s.seed + 1)),
+            data,
+            steps=s.steps,
+            folder=args.out,
+            config=record,
+            checkpoint_every=args.every,
+            evaluate_every=args.every,
+            evaluate=evaluate,
+        )
+    except (ValueError, training.CheckpointWriteError) as error:
+        parser.error(f"argument --out: {error}")
     if fitted.interrupted:
         print(f"stopped after step {fitted.step}; run the same command again to resume")
         return
@@ -148,13 +226,14 @@ def main() -> None:
     shipped = mbx.cast(fitted.state.model, jnp.bfloat16)
     layout = "state-spaces" if s.mixer == "mamba3" else "transformers"
     mbx.save_pretrained(shipped, args.out, layout=layout)
-    mbx.save_tokenizer(mbx.ByteTokenizer(), args.out)
+    mbx.save_tokenizer(tokenizer, args.out)
     model = mbx.cast(shipped, jnp.float32)
     bits = bits_per_byte(model, held_out, rows=1)
     print(f"held out: {bits:.4f} bits per byte, as saved in bfloat16")
-    record |= {"parameters": size, "held_out_bits_per_byte": round(bits, 4)}
-    (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    tokenizer = mbx.ByteTokenizer()
+    about = {"text": args.text.name} | dataclasses.asdict(s)
+    about |= {"steps": fitted.step, "text_digest": record["--text"]}
+    about |= {"parameters": size, "held_out_bits_per_byte": round(bits, 4)}
+    (args.out / "training.json").write_text(json.dumps(about, indent=2) + "\n")
     sample = mbx.generate(
         model,
         tokenizer.encode(args.prompt),

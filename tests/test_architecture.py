@@ -104,8 +104,9 @@ LEVELS = {
         "__init__",
     ],
     "training": [
-        "_checkpoints _metrics _recipe data finetuning",
-        "_interruption _loss _plots _progress",
+        "_checkpoint_record _loss_scale _recipe _write_error data finetuning",
+        "_checkpoint_arrays _interruption _loss _metrics",
+        "_checkpoints _gradients _plots _progress",
         "_fit _step",
         "__init__",
     ],

@@ -7,8 +7,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from .._dtypes import at_least_float32
+from .._trees import cut_into_chunks
 from ._arguments import check_kv_heads, size_or_default
-from ._chunks import cut_into_chunks
 from ._masks import append_axes, document_starts, fill_padding, real_tokens
 
 

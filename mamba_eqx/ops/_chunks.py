@@ -1,35 +1,8 @@
 """Helpers for ops that run one chunk of tokens after another."""
 
-from typing import TypeVar
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
-
-
-Tokens = TypeVar("Tokens")
-
-
-def cut_into_chunks(chunk_size: int, tokens: Tokens) -> Tokens:
-    """Splits the time axis of every array into chunks.
-
-    **Arguments:**
-
-    - `chunk_size`: tokens per chunk, at least 1. A shorter sequence becomes one shorter chunk.
-    - `tokens`: a pytree of arrays of shape `(seq, ...)`.
-
-    **Returns:**
-
-    The same pytree, with arrays of shape `(chunks, chunk, ...)`. Zeros fill up the last chunk.
-    """
-
-    def cut(t: Array) -> Array:
-        size = max(1, min(chunk_size, t.shape[0]))
-        t = jnp.pad(t, ((0, -t.shape[0] % size),) + ((0, 0),) * (t.ndim - 1))
-        return t.reshape((-1, size, *t.shape[1:]))
-
-    return jax.tree.map(cut, tokens)
 
 
 def visibility(

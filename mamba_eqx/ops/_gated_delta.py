@@ -8,8 +8,9 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Integer
 
 from .._dtypes import at_least_float32
+from .._trees import cut_into_chunks
 from ._arguments import check_groups, size_or_default
-from ._chunks import cut_into_chunks, decays_between, keep_where, visibility
+from ._chunks import decays_between, keep_where, visibility
 from ._masks import append_axes, fill_padding, mask_resets, real_tokens
 
 

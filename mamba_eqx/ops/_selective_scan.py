@@ -8,8 +8,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from .._dtypes import at_least_float32
+from .._trees import cut_into_chunks
 from ._arguments import size_or_default
-from ._chunks import cut_into_chunks
 from ._linear_map import linear_map
 from ._masks import fill_padding, mask_resets, real_tokens
 from ._recurrence import linear_recurrence

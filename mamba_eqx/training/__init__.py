@@ -1,6 +1,6 @@
 """Training: data, losses, the papers' recipe, steps, checkpoints, metrics and fine-tuning."""
 
-from ._checkpoints import Checkpoints as Checkpoints, CheckpointWriteError as CheckpointWriteError
+from ._checkpoints import Checkpoints as Checkpoints
 from ._fit import Data as Data, Fit as Fit, fit as fit
 from ._loss import (
     LossAux as LossAux,
@@ -8,10 +8,12 @@ from ._loss import (
     empty_carry as empty_carry,
     next_token_loss as next_token_loss,
 )
+from ._loss_scale import LossScale as LossScale
 from ._metrics import read_metrics as read_metrics
 from ._plots import plot_metrics as plot_metrics
 from ._recipe import decay_mask as decay_mask, recipe as recipe
 from ._step import Loss as Loss, TrainState as TrainState, TrainStep as TrainStep
+from ._write_error import CheckpointWriteError as CheckpointWriteError
 from .data import (
     Batch as Batch,
     Packed as Packed,

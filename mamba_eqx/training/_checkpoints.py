@@ -1,58 +1,40 @@
 """Checkpoints of a training run: written atomically, restored bit for bit."""
 
-import dataclasses
 import errno
-import functools
-import json
+import math
 import os
 import re
 import secrets
 import shutil
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
-import jax
-import jax.numpy as jnp
-import jax.random as jr
-import numpy as np
 from jaxtyping import PyTree
 from safetensors import SafetensorError
 
 from .._atomic import atomic_folder, leftover_of, remove_folder
-from .._trees import named_leaves
-from ..formats import (
-    CheckpointError,
-    StoredTensor,
-    join_keys,
-    open_safetensors,
-    read_config,
-    write_safetensors,
+from ..formats import CheckpointError, StoredTensor, open_safetensors, write_safetensors
+from ._checkpoint_arrays import fill, split
+from ._checkpoint_record import (
+    Record,
+    check_config,
+    normalised_config,
+    read_record,
+    sha256_of,
+    versions,
 )
+from ._write_error import write_error
 
 
 State = TypeVar("State")
-_Array = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 _STATE = "state.safetensors"
 _RECORD = "checkpoint.json"
-_NAME = re.compile(r"step-(\d{9,})")
-_PACKAGES = ("mamba_eqx", "jax", "equinox", "numpy", "optax")
-
-
-class CheckpointWriteError(OSError):
-    """An error in writing a checkpoint. Existing checkpoints are untouched.
-
-    If [`mamba_eqx.training.fit`][] cannot write the last checkpoint, the error contains the state
-    of the run, so nothing is lost while the process lives.
-    """
-
-    state: PyTree = None
-    """The state of the run, if `fit` could not write the last checkpoint."""
-
-    step: int | None = None
-    """The number of completed steps, if `fit` could not write the last checkpoint."""
+_NAME = re.compile(r"step-([0-9]{9,})")
+# The errors of a file that is missing, is a folder (or the reverse) or is on a failing disk. Other
+# errors of the system, such as too many open files, say nothing about the checkpoint.
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
 
 
 class Checkpoints:
@@ -61,7 +43,8 @@ class Checkpoints:
     A checkpoint is a folder with the arrays of a state (`state.safetensors`, PRNG keys and bfloat16
     included) and a record of the run (`checkpoint.json`). The folder is written under another name,
     forced to disk and renamed, so it appears complete or not at all. If writing fails, earlier
-    checkpoints are untouched.
+    checkpoints are untouched. The record contains the SHA-256 checksum of the arrays and of itself,
+    so that a file that changes later is noticed.
     """
 
     def __init__(
@@ -78,17 +61,14 @@ class Checkpoints:
             compared when one is restored.
         - `keep`: the number of newest checkpoints to keep, at least 1. The best one is kept too.
 
-        **Raises:** `ValueError` if `keep` is below 1 or `config` is not JSON;
-        [`mamba_eqx.training.CheckpointWriteError`][] if the folder cannot be created.
+        **Raises:** `ValueError` if `keep` is below 1, or `config` is not JSON or has more than
+        4 MiB; [`mamba_eqx.training.CheckpointWriteError`][] if the folder cannot be created.
         """
         if keep < 1:
             raise ValueError(f"`keep` must be at least 1, but got {keep}.")
         self.folder = Path(folder)
         self._keep = keep
-        try:
-            self._config = json.loads(json.dumps(dict(config or {}), allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"`config` must be JSON, but got {config!r} ({error}).") from None
+        self._config = normalised_config(config or {})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -97,9 +77,10 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, in increasing order."""
-        names = os.listdir(self.folder) if self.folder.is_dir() else []
-        found = (_NAME.fullmatch(name) for name in names)
-        return sorted(int(match[1]) for match in found if match)
+        found = (_NAME.fullmatch(name) for name in self._names())
+        return sorted(
+            int(match[1]) for match in found if match and self.path(int(match[1])).name == match[0]
+        )
 
     @property
     def scores(self) -> dict[int, float]:
@@ -130,20 +111,33 @@ class Checkpoints:
         - `step`: the number of completed steps.
         - `state`: any pytree of arrays. Other leaves (numbers, functions) are not stored, but
             numbers are compared when the checkpoint is restored.
-        - `score`: the score of the state. The checkpoint with the lowest score is the best one.
+        - `score`: the score of the state, a finite number. The checkpoint with the lowest score is
+            the best one.
 
         **Raises:** [`mamba_eqx.training.CheckpointWriteError`][] if the checkpoint cannot be
-        written; `ValueError` if two leaves of `state` have the same name.
+        written; `ValueError` if two leaves of `state` have the same name, or `score` is not finite.
         """
-        parts = _split(state)
-        record = _Record(step, score, self._config, _versions(), parts.keys, parts.constants)
-        text = json.dumps(dataclasses.asdict(record), indent=2, allow_nan=False) + "\n"
+        if score is not None and not math.isfinite(score):
+            raise ValueError(
+                f"`score` must be finite, but got {score}. Save the checkpoint without a score."
+            )
+        score = None if score is None else float(score)
+        parts = split(state)
         try:
             with atomic_folder(self.path(step), sync=True) as temporary:
                 write_safetensors(
                     temporary / _STATE, parts.tensors, {"format": "mamba_eqx.training"}
                 )
-                (temporary / _RECORD).write_text(text, "utf-8")
+                record = Record(
+                    step=step,
+                    score=score,
+                    config=self._config,
+                    versions=versions(),
+                    keys=parts.keys,
+                    constants=parts.constants,
+                    state_sha256=sha256_of(temporary / _STATE),
+                )
+                (temporary / _RECORD).write_text(record.to_json(), "utf-8")
             for old in set(self.steps[: -self._keep]) - {self.best}:
                 remove_folder(self.path(old))
         except (OSError, SafetensorError) as error:
@@ -157,7 +151,10 @@ class Checkpoints:
     def restore(self, like: State, *, step: int | None = None) -> tuple[State, int] | None:
         """Restores the newest complete checkpoint, and removes unfinished ones of a killed process.
 
-        A damaged checkpoint is renamed, with a warning, and the one before it is restored.
+        A checkpoint is damaged if its files are missing, incomplete or unreadable, or do not have
+        the checksums that they were written with. A damaged checkpoint is renamed, with a warning,
+        and the one before it is restored. Checkpoints of earlier versions have no checksums, and
+        only the structure of their files is checked.
 
         **Arguments:**
 
@@ -170,218 +167,89 @@ class Checkpoints:
         The state and its step, or `None` if there is no checkpoint.
 
         **Raises:** [`mamba_eqx.CheckpointError`][] if the checkpoint has another config or another
-        structure, or if every checkpoint is damaged; `FileNotFoundError` if `step` has no
-        checkpoint.
+        structure, or if every checkpoint (or that of `step`) is damaged; `FileNotFoundError` if
+        `step` has no checkpoint; another `OSError` if the system cannot read the files, for example
+        because they belong to another user.
         """
-        for name in os.listdir(self.folder):
-            if _NAME.fullmatch(leftover_of(name) or ""):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
+        self._remove_leftovers()
+        if step is not None and not os.path.lexists(self.path(step)):
+            raise FileNotFoundError(
+                errno.ENOENT, f"There is no checkpoint of step {step}", str(self.path(step))
+            )
         steps = self.steps if step is None else [step]
+        damaged: list[tuple[Path, CheckpointError]] = []
         for number in reversed(steps):
             path = self.path(number)
             try:
-                record = _read_record(path)
-                stored = open_safetensors(path / _STATE)
-            except (CheckpointError, FileNotFoundError) as fault:
-                if step is not None:
-                    raise
-                aside = path.with_name(f"damaged-{path.name}-{secrets.token_hex(4)}")
-                os.rename(path, aside)
+                record, stored = _open(path, number)
+            except CheckpointError as fault:
+                damaged.append((path, fault))
+                continue
+            for other, fault in damaged:
                 warnings.warn(
-                    f"The checkpoint {path} is damaged ({fault}). It was renamed to {aside.name}, "
-                    "and the checkpoint before it is restored.",
+                    f"The checkpoint {other} is damaged ({fault}). {_set_aside(other)}, and the "
+                    "checkpoint before it is restored.",
                     stacklevel=2,
                 )
-                continue
-            _check_config(path, record.config, self._config)
-            return _fill(path, like, stored, record), number
-        if steps:
+            check_config(path, record.config, self._config)
+            return fill(path, like, stored, record), number
+        if step is not None:
+            raise damaged[0][1]
+        if damaged:
+            # The checkpoints keep their names, because the next start would otherwise find none and
+            # begin a new run.
             raise CheckpointError(
-                f"All {len(steps)} checkpoints in {self.folder} are damaged. Remove the folder to "
-                "train from the beginning."
+                f"All {len(damaged)} checkpoints in {self.folder} are damaged "
+                f"({damaged[0][1]}). Put an intact copy in the place of one, or remove the folder "
+                "to train from the beginning."
             )
         return None
 
+    def _names(self) -> list[str]:
+        return os.listdir(self.folder) if self.folder.is_dir() else []
+
+    def _remove_leftovers(self) -> None:
+        for name in self._names():
+            if _NAME.fullmatch(leftover_of(name) or ""):
+                leftover = self.folder / name
+                if leftover.is_dir() and not leftover.is_symlink():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
+
     def _score(self, step: int) -> float | None:
         try:
-            return _read_record(self.path(step)).score
-        except (CheckpointError, FileNotFoundError):
+            return read_record(self.path(step) / _RECORD).score
+        except (CheckpointError, OSError):
             return None
 
 
-def write_error(error: Exception, what: str) -> CheckpointWriteError:
-    """Returns the error for a failed write, with the error number of the operating system."""
-    if isinstance(error, OSError):
-        code = error.errno
-    else:  # Errors of the safetensors package contain the number only in their text.
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else None
-    return CheckpointWriteError(
-        code or errno.EIO,
-        f"{what} ({error}). Check that the disk is not full and that the folder is writable.",
-    )
+def _open(path: Path, step: int) -> tuple[Record, dict[str, StoredTensor]]:
+    """Opens a checkpoint.
 
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # The package runs from a checkout that is not installed.
-            found[name] = "unknown"
-    return found
-
-
-@dataclasses.dataclass(frozen=True)
-class _Record:
-    """The content of `checkpoint.json`."""
-
-    step: int
-    score: float | None
-    config: object
-    versions: dict[str, str]
-    keys: dict[str, str]
-    """The implementation of each PRNG key."""
-
-    constants: dict[str, str]
-    """The `repr` of each leaf that is a number or a string."""
-
-
-def _read_record(path: Path) -> _Record:
-    values = read_config(path / _RECORD, 2**24)
-    names = {field.name for field in dataclasses.fields(_Record)}
-    if not isinstance(values, dict) or values.keys() != names:
-        raise CheckpointError(f"{path / _RECORD} is not the record of a checkpoint.")
-    return _Record(**values)
-
-
-def _check_config(path: Path, stored: object, given: object, name: str = "") -> None:
-    """Compares two configs.
-
-    **Raises:** `CheckpointError`, which names the first entry that differs.
+    **Raises:** `CheckpointError` if the checkpoint is damaged; `OSError` if the system cannot read
+    its files.
     """
-    if isinstance(stored, dict) and isinstance(given, dict):
-        for key in [*stored, *(key for key in given if key not in stored)]:
-            _check_config(path, stored.get(key), given.get(key), join_keys(name, key))
-    elif stored != given:
-        raise CheckpointError(
-            f"{path} was written by a run with {name}={stored!r}, but this run has "
-            f"{name}={given!r}. Choose another folder, or resume with the same config."
-        )
-
-
-class _Parts(NamedTuple):
-    """The leaves of a state by name, as a checkpoint stores them."""
-
-    tensors: dict[str, np.ndarray]
-    keys: dict[str, str]
-    constants: dict[str, str]
-
-
-def _split(state: PyTree) -> _Parts:
-    """Divides the leaves of a state by kind, and copies the arrays to the host.
-
-    **Raises:** `ValueError` if two leaves have the same name.
-    """
-    leaves = named_leaves(state)
-    if len(leaves) != len(jax.tree.leaves(state)):
-        raise ValueError(
-            "The leaves of the state must have different names, but two have the same. Rename a "
-            "key that contains a dot."
-        )
-    arrays = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, _Array)}
-    prng_keys = {
-        name: leaf for name, leaf in arrays.items() if isinstance(leaf, jax.Array) and _is_key(leaf)
-    }
-    data = arrays | {name: jr.key_data(key) for name, key in prng_keys.items()}
-    # `device_get` of the whole dictionary starts every transfer before it waits for the first.
-    tensors = {name: np.asarray(leaf) for name, leaf in jax.device_get(data).items()}
-    constants = {
-        name: repr(leaf)
-        for name, leaf in leaves.items()
-        if name not in arrays and isinstance(leaf, bool | int | float | str)
-    }
-    keys = {name: str(jr.key_impl(key)) for name, key in prng_keys.items()}
-    return _Parts(tensors, keys, constants)
-
-
-def _fill(path: Path, like: State, stored: dict[str, StoredTensor], record: _Record) -> State:
-    """Returns `like` with the stored arrays in place of its own.
-
-    **Raises:** `CheckpointError` if the stored state has another structure.
-    """
-    leaves = named_leaves(like)
-    arrays = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, _Array)}
-    missing, extra = sorted(arrays.keys() - stored.keys()), sorted(stored.keys() - arrays.keys())
-    if missing or extra:
-        raise CheckpointError(
-            f"{path} contains a state of another structure: missing are {_abbreviated(missing)}, "
-            f"unexpected are {_abbreviated(extra)}. Resume with the model and the optimiser that "
-            "the checkpoint was written with."
-        )
-    for name, constant in record.constants.items():
-        if constant != repr(leaves.get(name)):
+    try:
+        record = read_record(path / _RECORD)
+        if record.step != step:
             raise CheckpointError(
-                f"{name} is {constant} in {path}, but {leaves.get(name)!r} in this state. Only "
-                "arrays are restored, so give a state with the same numbers."
+                f"{path / _RECORD} is the record of step {record.step}, not of step {step}."
             )
-    new = {
-        name: _restored(path, name, leaf, stored[name], record.keys.get(name))
-        if name in arrays
-        else leaf
-        for name, leaf in leaves.items()
-    }
-    return jax.tree.unflatten(jax.tree.structure(like), new.values())
+        stored = open_safetensors(path / _STATE)
+        record.check_state(path / _STATE)
+    except OSError as error:
+        if error.errno not in _DAMAGE:
+            raise
+        raise CheckpointError(f"{error.filename or path}: {error.strerror}.") from None
+    return record, stored
 
 
-def _restored(
-    path: Path, name: str, like: _Array, stored: StoredTensor, impl: str | None
-) -> jax.Array | np.ndarray | np.generic:
-    """Reads a stored array.
-
-    **Arguments:**
-
-    - `path`, `name`: the checkpoint and the leaf, for messages.
-    - `like`: an array of the same shape, dtype and kind (JAX, NumPy, PRNG key), and placement.
-    - `stored`: the stored array.
-    - `impl`: the implementation of a PRNG key; `None` for other arrays.
-
-    **Raises:** `CheckpointError` if `stored` does not match `like`.
-    """
-    if (impl is not None) != _is_key(like):
-        raise CheckpointError(f"{name} is a PRNG key in only one of {path} and this state.")
-    want = like
-    if impl is not None:
-        dtype = jr.key(0, impl=impl).dtype
-        if dtype != like.dtype:
-            raise CheckpointError(
-                f"{name} is a {dtype} in {path}, but a {like.dtype} in this state. Use the same "
-                "PRNG implementation."
-            )
-        want = jax.eval_shape(jr.key_data, like)
-    if stored.shape != want.shape or stored.dtype != want.dtype:
-        raise CheckpointError(
-            f"{name} is {stored.dtype} of shape {stored.shape} in {path}, but {want.dtype} of "
-            f"shape {want.shape} in this state. Resume with the model that the checkpoint was "
-            "written with."
-        )
-    # The array is copied, because it must outlive the file.
-    value = np.array(stored.read())
-    if isinstance(like, np.ndarray | np.generic):
-        return value if isinstance(like, np.ndarray) else value[()]
-    array = jnp.asarray(value)
-    if impl is not None:
-        array = jr.wrap_key_data(array, impl=impl)
-    if isinstance(like, jax.Array) and like.committed:
-        return jax.device_put(array, like.sharding)
-    return array
-
-
-def _is_key(leaf: _Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _abbreviated(names: list[str]) -> str:
-    shown = ", ".join(names[:5]) or "none"
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+def _set_aside(path: Path) -> str:
+    """Renames a damaged checkpoint, if possible, and returns a clause that says what was done."""
+    aside = path.with_name(f"damaged-{path.name}-{secrets.token_hex(4)}")
+    try:
+        os.rename(path, aside)
+    except OSError as error:
+        return f"It could not be renamed ({error.strerror})"
+    return f"It was renamed to {aside.name}"

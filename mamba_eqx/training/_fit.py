@@ -12,10 +12,11 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 import jax
 from jaxtyping import PyTree
 
-from ._checkpoints import Checkpoints, CheckpointWriteError
+from ._checkpoints import Checkpoints
 from ._interruption import exclusive, stop_on_signal
 from ._metrics import MetricsFile, Scalar
 from ._progress import ProgressBar
+from ._write_error import CheckpointWriteError
 
 
 State = TypeVar("State")
@@ -89,7 +90,12 @@ def fit(
     The folder contains `checkpoints/` ([`mamba_eqx.training.Checkpoints`][]) and `metrics.jsonl`,
     with one line for each step and one for each evaluation. Ctrl-C and SIGTERM finish the current
     step and save a checkpoint; a second signal interrupts immediately. If a checkpoint cannot be
-    written, `fit` warns and continues.
+    written, `fit` warns and continues. If a checkpoint or a part of `metrics.jsonl` is damaged,
+    `fit` warns, keeps the damaged file under another name, and resumes from what is intact.
+
+    A finished run is extended by a larger number of `steps`. `fit` knows nothing of learning-rate
+    schedules: one that depends on the total number of steps, as that of
+    [`mamba_eqx.training.recipe`][], continues at the same step of the new, longer schedule.
 
     **Arguments:**
 
@@ -101,7 +107,7 @@ def fit(
     - `steps`: the total number of steps, those of earlier runs included.
     - `folder`: the folder of the run. It is created if it does not exist.
     - `config`: the settings that distinguish this run from others, as JSON. Resuming with other
-        settings is an error.
+        settings is an error. Leave out what may change between runs, such as `steps`.
     - `checkpoint_every`: the number of steps between checkpoints.
     - `keep`: the number of newest checkpoints to keep, at least 1.
     - `evaluate`: a function from a state to a dictionary of scalar metrics.
@@ -111,7 +117,7 @@ def fit(
     - `log_every`: the number of steps after which metrics are fetched from the device. In between
         the device is not synchronised.
     - `progress`: whether to show a progress bar on stderr, with tokens per second and the time
-        left.
+        left, and the metrics of each evaluation.
 
     **Returns:**
 
@@ -120,7 +126,8 @@ def fit(
     **Raises:** `ValueError` for an argument out of range, metrics that are not scalars or that
     `step` and `evaluate` both return, and a folder in which another process is training;
     [`mamba_eqx.CheckpointError`][] if the checkpoints belong to a run with another `config` or
-    another structure of `state`; [`mamba_eqx.training.CheckpointWriteError`][] if the folder cannot
+    another structure of `state`, or all are damaged;
+    [`mamba_eqx.training.CheckpointWriteError`][] if the folder cannot
     be written to. If the last checkpoint cannot be written, the error carries the state.
     """
     for name, value in [
@@ -141,7 +148,8 @@ def fit(
     with exclusive(folder), stop_on_signal() as stop:
         state, done = checkpoints.restore(state) or (state, 0)
         bar = ProgressBar(steps) if progress else None
-        run = _Run(step, data, state, done, checkpoints, MetricsFile(folder, done), bar)
+        metrics = MetricsFile(folder, done, repeated=checkpoint_every)
+        run = _Run(step, data, state, done, checkpoints, metrics, bar)
         try:
             while run.done < steps and not stop.requested:
                 run.advance()
@@ -229,6 +237,8 @@ class _Run(Generic[State]):
                 f"{sorted(results)}."
             )
         self._metrics.add(self.done, results)
+        if self._bar is not None:
+            self._bar.write(self.done, results)
         if best is None or not math.isfinite(results[best]):
             return False
         self._score = float(results[best])

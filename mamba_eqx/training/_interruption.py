@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from ._checkpoints import write_error
+from ._write_error import write_error
 
 
 _Handler = Callable[[int, FrameType | None], object] | int | None

@@ -7,20 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, Integer, Num, PyTree
 
 from .._checks import check_positive
-from .._trees import repeated
+from .._dtypes import at_least_float32
+from .._trees import cut_into_chunks, repeated
 from ..models import LanguageModel
 from .data import Batch
+
+
+_IGNORED = -100
 
 
 class LossAux(NamedTuple):
     """The second result of a loss."""
 
     weight: Float[Array, ""] | Int[Array, ""]
-    """The number of targets that the loss is a mean over. Groups of rows are averaged with these
-    weights."""
+    """The number of targets that the loss is a mean over, or the sum of their weights. Groups of
+    rows are averaged with these weights."""
 
     carry: PyTree
     """The state after the batch, with a first axis of rows."""
@@ -35,7 +39,8 @@ def next_token_loss(
     z_loss: float = 0.0,
     chunk: int = 256,
 ) -> tuple[Float[Array, ""], LossAux]:
-    r"""Computes the mean cross-entropy of the next token, in nats, over the targets that count:
+    r"""Computes the mean cross-entropy of the next token, in nats, over the targets that count,
+    weighted by the mask $m$:
 
     $$\frac{1}{\sum_i m_i} \sum_i m_i \left[ (1 - \epsilon)\, (-\log p_i) - \frac{\epsilon}{V}
       \sum_{v < V} \log p_{iv} + \zeta \log^2 Z_i \right],
@@ -57,10 +62,12 @@ def next_token_loss(
     The loss, a scalar that is 0 if no target counts, and a
     [`mamba_eqx.training.LossAux`][].
 
-    **Raises:** `ValueError` for an option out of range.
+    **Raises:** `ValueError` for an option out of range, or a batch whose targets and mask have
+    different shapes.
     """
 
     tokens, targets, reset, mask = (jnp.asarray(array) for array in batch)
+    tokens = tokens.astype(jnp.int32)  # Layers take signed integers.
 
     def row(tokens: Array, reset: Array, carry: PyTree) -> tuple[Array, PyTree]:
         return model.backbone(tokens, carry, reset=reset)
@@ -71,6 +78,7 @@ def next_token_loss(
         features, carry = jax.tree.map(lambda leaf: leaf[None], row(*first))
     else:
         features, carry = jax.vmap(row)(tokens, reset, carry)
+    mask = _without_ignored(mask, targets)
     loss = cross_entropy(
         model,
         features,
@@ -80,20 +88,25 @@ def next_token_loss(
         z_loss=z_loss,
         chunk=chunk,
     )
-    return loss, LossAux(jnp.sum(mask), carry)
+    return loss, LossAux(_total(mask), carry)
 
 
 def cross_entropy(
     model: LanguageModel,
     features: Float[Array, "*batch d_model"],
-    targets: Int[Array | np.ndarray, "*batch"],
-    mask: Bool[Array | np.ndarray, "*batch"],
+    targets: Integer[Array | np.ndarray, "*batch"],
+    mask: Bool[Array | np.ndarray, "*batch"] | Num[Array | np.ndarray, "*batch"],
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     chunk: int = 256,
 ) -> Float[Array, ""]:
     r"""Computes the mean cross-entropy of targets under the head of a model, in chunks of tokens.
+
+    With weights in place of a mask of bools, the mean is weighted:
+    $\sum_i m_i \ell_i / \sum_i m_i$. A target of -100 never counts, as with torch's
+    `cross_entropy` and in transformers. Every other target that is no token id, such as -1 or one
+    beyond the logits, makes the loss NaN where it counts, and is not taken for another token.
 
     The logits of a long batch would be the largest array of a training step. In chunks, only the
     logits of `chunk` tokens exist at a time, also in the reverse pass, which recomputes them.
@@ -108,8 +121,9 @@ def cross_entropy(
 
     - `model`: the model whose `logits` are the head.
     - `features`: the result of [`mamba_eqx.LanguageModel.backbone`][].
-    - `targets`: the tokens to predict. Targets are arbitrary where `mask` is false.
-    - `mask`: true where the target counts.
+    - `targets`: the tokens to predict, of any integer dtype. Targets are arbitrary where `mask` is
+        false or 0.
+    - `mask`: true where the target counts; or the weight of each target, at least 0.
     - `label_smoothing`: $\epsilon$, within `0 <= epsilon < 1`: the probability that is spread over
         the `vocab_size` tokens. The same as `label_smoothing` of torch's `cross_entropy`; Szegedy
         et al., *Rethinking the Inception Architecture* (2016), section 7.
@@ -122,7 +136,8 @@ def cross_entropy(
     The mean over the targets that count, a scalar in float32 or wider; 0 if there are
     none.
 
-    **Raises:** `ValueError` for an option out of range.
+    **Raises:** `ValueError` for an option out of range, or if the shapes of `targets` and `mask`
+    are not that of `features` without its last axis.
     """
     if not 0 <= label_smoothing < 1:
         raise ValueError(
@@ -133,35 +148,68 @@ def cross_entropy(
         raise ValueError(f"`z_loss` must be finite and at least 0, but got z_loss={z_loss}.")
     check_positive("chunk", chunk)
 
-    def piece_loss(features: Array, targets: Array, mask: Array) -> Array:
+    targets, mask = jnp.asarray(targets), jnp.asarray(mask)
+    weights = _without_ignored(mask, targets)
+    if features.shape[:-1] != targets.shape:
+        raise ValueError(
+            "`targets` must have the shape of `features` without its last axis, but got "
+            f"{targets.shape} for features of shape {features.shape}. Broadcast the targets."
+        )
+
+    def piece_loss(features: Array, targets: Array, weights: Array) -> Array:
+        counts = weights.astype(jnp.bool_)
+        # Zero times NaN is NaN, so NaN in the features of padding would reach the gradient.
+        features = jnp.where(counts[:, None], features, jnp.zeros_like(features))
         logits = model.logits(features)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         right = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        # `take_along_axis` counts negative indices from the end, whatever its mode.
+        right = jnp.where(targets < 0, jnp.full_like(right, jnp.nan), right)
         loss = log_z - (1 - label_smoothing) * right
         if label_smoothing:
             loss = loss - label_smoothing * jnp.mean(logits[..., : model.vocab_size], axis=-1)
         if z_loss:
             loss = loss + z_loss * log_z**2
-        return jnp.sum(jnp.where(mask, loss, jnp.zeros_like(loss)))
+        return jnp.sum(jnp.where(counts, weights.astype(loss.dtype) * loss, jnp.zeros_like(loss)))
 
-    rows = features.reshape(-1, features.shape[-1])
-    # A target that does not count may be an invalid token id.
-    targets, mask = jnp.where(mask, targets, 0).reshape(-1), mask.reshape(-1)
-    size = min(chunk, len(rows))
-    missing = -len(rows) % size
-    pieces = jax.tree.map(
-        lambda leaf: jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1)).reshape(
-            -1, size, *leaf.shape[1:]
-        ),
-        (rows, targets, mask),
+    # A target that does not count may be an invalid token id. int32 holds every token id, and
+    # dtypes such as uint8 do not hold the number of tokens.
+    targets = jnp.where(weights.astype(jnp.bool_), targets, jnp.zeros_like(targets)).astype(
+        jnp.int32
     )
+    rows = features.reshape(-1, features.shape[-1])
+    pieces = cut_into_chunks(chunk, (rows, targets.reshape(-1), weights.reshape(-1)))
 
     def body(total: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
         return total + jax.checkpoint(piece_loss)(*piece), None
 
-    dtype = jax.eval_shape(piece_loss, *jax.tree.map(lambda leaf: leaf[0], pieces)).dtype
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), pieces)
+    dtype = jax.eval_shape(piece_loss, *shapes).dtype
     total, _ = lax.scan(body, jnp.zeros((), dtype), pieces)
-    return total / jnp.maximum(jnp.sum(mask), 1).astype(dtype)
+    weight = _total(weights).astype(dtype)
+    return total / jnp.where(weight == 0, jnp.ones_like(weight), weight)
+
+
+def _without_ignored(mask: Array, targets: Array) -> Array:
+    """Returns the mask, or the weights, with zeros for the targets that are ignored.
+
+    **Raises:** `ValueError` if the shapes differ.
+    """
+    if mask.shape != targets.shape:
+        raise ValueError(
+            f"`mask` must have the shape of `targets`, but got {mask.shape} and {targets.shape}. "
+            "Broadcast the mask."
+        )
+    if jnp.iinfo(targets.dtype).min > _IGNORED:
+        return mask  # The dtype does not hold the ignored id.
+    return jnp.where(targets == _IGNORED, jnp.zeros_like(mask), mask)
+
+
+def _total(weights: Array) -> Array:
+    """Returns the number of targets that count, or the sum of their weights."""
+    if jnp.issubdtype(weights.dtype, jnp.floating):
+        weights = weights.astype(at_least_float32(weights))
+    return jnp.sum(weights)
 
 
 @runtime_checkable

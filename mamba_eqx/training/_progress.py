@@ -51,6 +51,12 @@ class ProgressBar:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(steps * self._unit)
 
+    def write(self, step: int, values: Mapping[str, Scalar]) -> None:
+        """Writes the metrics of an evaluation on a line of their own, above the bar."""
+        if self._bar is not None:
+            shown = ", ".join(f"{name}={float(value):.4g}" for name, value in values.items())
+            self._bar.write(f"step {step}: {shown}", file=sys.stderr)
+
     def close(self) -> None:
         """Closes the bar, which stays visible."""
         if self._bar is not None:

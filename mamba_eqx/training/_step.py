@@ -1,6 +1,8 @@
 """The training step: gradients, updates, and the complete state of a run."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+import inspect
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -13,7 +15,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from .._checks import check_positive
 from ..layers import cast
+from ._gradients import Gradient, Groups, mean_loss, scaled_gradient
 from ._loss import LossAux, empty_carry, next_token_loss
+from ._loss_scale import LossScale
 
 
 @runtime_checkable
@@ -71,6 +75,9 @@ class TrainState(eqx.Module):
     key: PRNGKeyArray
     """The key for losses that draw random numbers: each step gets `fold_in(key, step)`."""
 
+    loss_scale: LossScale | None = None
+    """The factor of the loss if the model is computed in float16, or `None`."""
+
 
 class TrainStep:
     r"""A compiled training step: `state, metrics = train_step(state, batch)`.
@@ -80,7 +87,9 @@ class TrainStep:
       batch: groups are weighted by the number of targets that count in them.
     - *Mixed precision*: the step runs a copy of the model in `compute_dtype`, made by
       [`mamba_eqx.cast`][], which keeps the recurrences in float32. Gradients, moments and updates
-      have the dtype of the model.
+      have the dtype of the model. In float16 the loss is scaled, so that small gradients are not
+      lost ([`mamba_eqx.training.LossScale`][]), which skips some of the first steps. bfloat16 needs
+      no scaling.
     - *Truncated backpropagation through time*: with a `carry`, each row of a batch continues where
       the same row of the previous batch ended. Gradients stop at the start of the batch.
       `batch.reset` marks where a row starts something new instead.
@@ -89,6 +98,10 @@ class TrainStep:
     - *Non-finite steps*: if the loss or the norm of the gradient is infinite or NaN, the model, the
       optimiser's state, the average and the carry keep their values, and the step counts as
       `skipped`.
+    - *Extra arguments of optimisers*: `update` is given the loss as `value`, the gradient as `grad`
+      and the loss as a function of the parameters as `value_fn`, if the optimiser takes them, as
+      `optax.contrib.reduce_on_plateau`, `optax.polyak_sgd` and `optax.lbfgs` do. SAM is given its
+      `grad_fn` and Sophia its `obj_fn`, of the same batch.
 
     The step donates the state passed to it: do not use that state again.
     """
@@ -104,7 +117,9 @@ class TrainStep:
     ):
         r"""**Arguments:**
 
-        - `optimiser`: an optax optimiser, for instance [`mamba_eqx.training.recipe`][].
+        - `optimiser`: an optax optimiser, for instance [`mamba_eqx.training.recipe`][]. It must
+            transform the gradient of the whole batch; optimisers of gradients per example, such as
+            `optax.contrib.dpsgd`, are not supported.
         - `loss`: a [`mamba_eqx.training.Loss`][], called as `loss(model, batch, carry, key)`. By
             default [`mamba_eqx.training.next_token_loss`][], which ignores the key.
         - `accumulate`: the number of groups that the rows of a batch are split into. It must divide
@@ -140,7 +155,16 @@ class TrainStep:
         **Returns:**
 
         A [`mamba_eqx.training.TrainState`][].
+
+        **Raises:** `ValueError` if a parameter of the model is float16, in which small updates are
+        lost.
         """
+        if any(eqx.is_array(leaf) and leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(model)):
+            raise ValueError(
+                "`model` must not have float16 parameters, because small gradients and updates are "
+                "zero in float16. Optimise the model in float32, `cast(model, jnp.float32)`, and "
+                "compute in float16 by `compute_dtype=jnp.float16`."
+            )
         copy = lambda leaf: jnp.copy(leaf) if eqx.is_array(leaf) else leaf
         model = jax.tree.map(copy, model)
         with jax.numpy_dtype_promotion("standard"):  # optax relies on promotion.
@@ -153,6 +177,7 @@ class TrainStep:
             step=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
             key=jnp.copy(key),
+            loss_scale=LossScale.init() if self.compute_dtype == jnp.float16 else None,
         )
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
@@ -169,7 +194,8 @@ class TrainStep:
         The new state, and the metrics, all scalars: `loss`, `gradient_norm` (before clipping),
         `weight` (the number of targets that counted) and `skipped` (the number of steps skipped so
         far). `learning_rate` is added if the optimiser's state contains it, as with
-        [`mamba_eqx.training.recipe`][] and any optimiser made by `optax.inject_hyperparams`.
+        [`mamba_eqx.training.recipe`][] and any optimiser made by `optax.inject_hyperparams`, and
+        `loss_scale` in float16.
 
         **Raises:** `ValueError` if `accumulate` does not divide the number of rows of the batch.
         """
@@ -179,7 +205,7 @@ class TrainStep:
                 f"`accumulate` must divide the rows of a batch, but got accumulate="
                 f"{self.accumulate} and {rows} rows."
             )
-        return self._run(batch, state)
+        return self._run(batch, _without_shared_buffers(state))
 
     def _computing(self, model: PyTree) -> PyTree:
         """Returns the model in the dtype to compute in."""
@@ -187,12 +213,29 @@ class TrainStep:
 
     def _step(self, batch: PyTree, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
         params, static = eqx.partition(state.model, eqx.is_inexact_array)
-        key = jr.fold_in(state.key, state.step)
-        found = self._gradient(params, static, batch, state.carry, key)
+
+        def loss_of(
+            params: PyTree, batch: PyTree, carry: PyTree | None, key: PRNGKeyArray
+        ) -> tuple[Array, LossAux]:
+            return self.loss(self._computing(eqx.combine(params, static)), batch, carry, key)
+
+        inputs = Groups(batch, state.carry, jr.fold_in(state.key, state.step))
+        found = scaled_gradient(loss_of, params, inputs, self.accumulate, state.loss_scale)
         norm = optax.tree.norm(found.grads)
+
+        def value_fn(params: PyTree, *, obj_fn: object = None, grad_fn: object = None) -> Array:
+            # Line searches refuse arguments that neither they nor this function take.
+            return mean_loss(loss_of, params, inputs, self.accumulate)
+
         with jax.numpy_dtype_promotion("standard"):  # optax relies on promotion.
-            updates, opt_state = self.optimiser.update(found.grads, state.opt_state, params)
-        model = eqx.combine(optax.apply_updates(params, updates), static)
+            updates, opt_state = self.optimiser.update(
+                found.grads,
+                state.opt_state,
+                params,
+                **self._extra_arguments(found, value_fn),
+            )
+            params = optax.apply_updates(params, updates)
+        model = eqx.combine(params, static)
         average = state.average
         if average is not None and self.average_decay is not None:
             new, old = eqx.filter((model, average), eqx.is_inexact_array)
@@ -205,88 +248,65 @@ class TrainStep:
             (state.model, state.opt_state, state.average, state.carry),
         )
         skipped = state.skipped + (~finite).astype(jnp.int32)
-        new_state = TrainState(model, opt_state, carry, average, state.step + 1, skipped, state.key)
+        new_state = TrainState(
+            model=model,
+            opt_state=opt_state,
+            carry=carry,
+            average=average,
+            step=state.step + 1,
+            skipped=skipped,
+            key=state.key,
+            loss_scale=None if state.loss_scale is None else state.loss_scale.next(finite),
+        )
         metrics = {
             "loss": found.loss,
             "gradient_norm": norm,
             "weight": found.weight,
             "skipped": skipped,
         }
+        if state.loss_scale is not None:
+            metrics["loss_scale"] = state.loss_scale.scale
         rates = optax.tree.get_all_with_path(opt_state, "learning_rate", _is_hyperparameter)
         if len(rates) == 1:
             metrics["learning_rate"] = rates[0][1]
         return new_state, metrics
 
-    def _gradient(
-        self,
-        params: PyTree,
-        static: PyTree,
-        batch: PyTree,
-        carry: PyTree | None,
-        key: PRNGKeyArray,
-    ) -> "_Gradient":
-        """Returns the loss and the gradient of the whole batch, accumulated over groups of rows."""
-
-        def loss_of(
-            params: PyTree, batch: PyTree, carry: PyTree | None, key: PRNGKeyArray
-        ) -> tuple[Array, LossAux]:
-            return self.loss(self._computing(eqx.combine(params, static)), batch, carry, key)
-
-        value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-        if self.accumulate == 1:
-            (loss, aux), grads = value_and_grad(params, batch, carry, key)
-            return _Gradient(loss, grads, *aux)
-
-        def split(leaf: Array) -> Array:
-            return jnp.reshape(leaf, (self.accumulate, -1, *leaf.shape[1:]))
-
-        def add(total: _Total, group: _Group) -> tuple[_Total, PyTree]:
-            (loss, aux), grads = value_and_grad(params, *group)
-            weight, carry = aux
-            loss, grads = jax.tree.map(lambda leaf: leaf * weight.astype(leaf.dtype), (loss, grads))
-            return jax.tree.map(jnp.add, total, _Total(loss, grads, weight)), carry
-
-        batch, carry = jax.tree.map(split, (batch, carry))
-        groups = _Group(batch, carry, jr.split(key, self.accumulate))
-        first = jax.tree.map(lambda leaf: leaf[0], groups)
-        (loss, aux), _ = jax.eval_shape(value_and_grad, params, *first)
-        zero = jax.tree.map(jnp.zeros_like, _Total(loss, params, aux[0]))
-        total, carry = jax.lax.scan(add, zero, groups)
-        weight = jnp.where(total.weight == 0, jnp.ones_like(total.weight), total.weight)
-        loss, grads = jax.tree.map(
-            lambda leaf: leaf / weight.astype(leaf.dtype), (total.loss, total.grads)
-        )
-        join = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])
-        return _Gradient(loss, grads, total.weight, jax.tree.map(join, carry))
+    def _extra_arguments(
+        self, found: Gradient, value_fn: Callable[..., Array]
+    ) -> dict[str, object]:
+        """Returns the arguments of `update` that the optimiser takes beside the usual ones."""
+        extra = {
+            "value": found.loss,
+            "grad": found.grads,
+            "value_fn": value_fn,  # of line searches
+            "obj_fn": value_fn,  # of Sophia
+            "grad_fn": lambda params, i: jax.grad(value_fn)(params),  # of SAM
+        }
+        if not isinstance(self.optimiser, optax.GradientTransformationExtraArgs):
+            return {}
+        taken = inspect.signature(self.optimiser.update).parameters
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+            return extra
+        return {name: value for name, value in extra.items() if name in taken}
 
 
-class _Gradient(NamedTuple):
-    """The gradient of a loss over a batch, and the results of the loss."""
+def _without_shared_buffers(state: TrainState) -> TrainState:
+    """Returns the state with copies in place of arrays that occur in more than one place.
 
-    loss: Float[Array, ""]
-    grads: PyTree
-    weight: Float[Array, ""] | Int[Array, ""]
-    carry: PyTree | None
+    A buffer can be donated once only. States of optimisers such as `optax.contrib.prodigy` contain
+    the initial parameters themselves.
+    """
+    seen: set[int] = set()
 
+    def distinct(leaf: PyTree) -> PyTree:
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        if id(leaf) in seen:
+            return jnp.copy(leaf)
+        seen.add(id(leaf))
+        return leaf
 
-class _Group(NamedTuple):
-    """The input of one group of rows."""
-
-    batch: PyTree
-    carry: PyTree | None
-    key: PRNGKeyArray
-
-
-class _Total(NamedTuple):
-    """Sums over the groups so far."""
-
-    loss: Float[Array, ""]
-    """The sum of the losses times their weights."""
-
-    grads: PyTree
-    """The sum of the gradients times their weights."""
-
-    weight: Float[Array, ""] | Int[Array, ""]
+    return jax.tree.map(distinct, state)
 
 
 def _select(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:

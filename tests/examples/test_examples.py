@@ -1,5 +1,6 @@
 """The examples run with small sizes, and their claims of equality hold."""
 
+import json
 import re
 import sys
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import mamba_eqx as mbx
+from mamba_eqx import training
 from tests.support.examples import load
 
 
@@ -133,6 +135,62 @@ def test_corridor_rewards(monkeypatch):
 
 
 @pytest.mark.slow
+def test_finished_run_is_extended(run, tmp_path, capsys):
+    """More steps continue it; another text, or other settings, do not."""
+    text = tmp_path / "text"
+    text.write_bytes(bytes(range(32, 127)) * 20)
+    args = ["--out", str(tmp_path / "run"), "--d-model", "8", "--layers", "1", "--batch", "2",
+            "--length", "16", "--stretch", "2", "--every", "3", "--text", str(text)]  # fmt: skip
+    assert "starting a new run" in run("train_lm", *args, "--steps", "4")
+    assert "resuming from step 4" in run("train_lm", *args, "--steps", "8")
+    metrics = training.read_metrics(tmp_path / "run")
+    assert metrics["bits_per_byte"][0].tolist() == list(range(1, 9))
+    assert metrics["held_out_bits_per_byte"][0].tolist() == [3, 4, 6, 8]
+    # The learning rate is that of the longer schedule, whose end is a hundredth of its peak.
+    rates = metrics["learning_rate"][1]
+    assert rates[4] > 2 * rates[3]
+    about = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert about["steps"] == 8
+
+    def refused(*more):
+        with pytest.raises(SystemExit) as stopped:
+            run("train_lm", *args, *more)
+        assert stopped.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "was written by a run with --lr=0.003, but this run has --lr=0.5" in refused(
+        "--lr", "0.5"
+    )
+    copy = text.rename(tmp_path / "copy")
+    assert "resuming from step 8" in run("train_lm", *args, "--text", str(copy), "--steps", "8")
+    text.write_bytes(bytes(range(33, 127)) * 20)
+    assert "argument --out: " in (message := refused())
+    assert "was written by a run with --text='sha256 " in message
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--text", "nowhere"], "argument --text: "),
+        (["--text", "."], "argument --text: "),
+        (["--text", __file__, "--length", "10000000"], "argument --text: The text must be at"),
+        (["--steps", "0"], "argument --steps: must be at least 1, but got 0"),
+        (["--lr", "nan"], "argument --lr: must be at least"),
+        (["--mixer", "mamba2", "--d-model", "100"], "the sizes of the model do not fit: "),
+        (["--prompt", ""], "argument --prompt: must not be empty"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_options_of_training_are_one_sentence(run, tmp_path, capsys, args, message):
+    args = ["--text", __file__, "--length", "8", "--out", str(tmp_path / "run"), *args]
+    with pytest.raises(SystemExit) as stopped:
+        run("train_lm", *args)
+    assert stopped.value.code == 2
+    assert f"train_lm: error: {message}" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "state", "freeze"])
 def test_finetune(run, tmp_path, method):
     block = mbx.BlockConfig(mbx.Mamba1Config(8, d_state=4))
@@ -156,3 +214,21 @@ def test_finetune(run, tmp_path, method):
         for (path, old), new in pairs:
             trained = any(part in jax.tree_util.keystr(path) for part in ("conv1d", "A_log"))
             assert bool(jnp.array_equal(old, new)) is not trained
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "nowhere"], "argument --model: "),
+        (["--text", "nowhere"], "argument --text: "),
+        (["--length", "10000000"], "argument --text: must have more than 100000000 bytes"),
+        (["--rank", "0"], "argument --rank: must be at least 1, but got 0"),
+        (["--method", "freeze", "--train", "nothing"], "argument --train: must name parameters"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_options_of_finetuning_are_one_sentence(run, tmp_path, capsys, args, message):
+    with pytest.raises(SystemExit) as stopped:
+        run("finetune", "--out", str(tmp_path / "run"), *args)
+    assert stopped.value.code == 2
+    assert f"finetune: error: {message}" in capsys.readouterr().err.splitlines()[-1]

@@ -278,6 +278,12 @@ def test_invalid_arguments_raise(tmp_path):
         r"none of 1 documents starts with b'X'": lambda: training.hold_out_documents(
             PLACES, [b"X"], separator=0
         ),
+        r"none of 1 documents starts with b'Y'": lambda: training.hold_out_documents(
+            np.zeros(0, np.uint8), [b"Y"], separator=0
+        ),
+        r"`separator` must .*, but got 300 and uint8": lambda: training.hold_out_documents(
+            PLACES.astype(np.uint8), [b"X"], separator=300
+        ),
         r"all 1 documents are held out": lambda: training.hold_out_documents(
             PLACES, [[1, 2]], separator=0
         ),

@@ -3,7 +3,6 @@
 import errno
 import os
 import signal
-import sys
 import threading
 import warnings
 from typing import Any
@@ -295,22 +294,6 @@ def test_progress_bar_counts_tokens(tmp_path, capfd):
     assert "loss=0.25" in err
     run(tmp_path / "plain", progress=True)
     assert "20.0/20.0" in capfd.readouterr().err
-
-
-@pytest.mark.slow
-def test_plots_metrics(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    run(tmp_path, steps=5, evaluate=lambda _: {"score": float("inf")})
-    assert training.plot_metrics(tmp_path).read_bytes().startswith(b"\x89PNG")
-    lines = "".join(f'{{"step": {i}, "x": {i / 7}}}\n' for i in range(1, 502))
-    (tmp_path / "metrics.jsonl").write_text(lines)
-    assert training.plot_metrics(tmp_path) == tmp_path / "metrics.png"
-    (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match="There are no metrics to plot in"):
-        training.plot_metrics(tmp_path)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'mamba_eqx\[plot\]'"):
-        training.plot_metrics(tmp_path)
 
 
 def test_invalid_arguments_raise(tmp_path):

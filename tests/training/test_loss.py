@@ -70,6 +70,108 @@ def test_cross_entropy_matches_torch(columns, smoothing):
     np.testing.assert_allclose(got, want.item(), rtol=1e-6)
 
 
+@pytest.mark.parity
+def test_weights_and_ignored_targets_match_torch():
+    """torch weights a target by its class, and ignores -100."""
+    torch = pytest.importorskip("torch")
+    head = model(rows=VOCAB)
+    features = jr.normal(jr.key(1), (SEQ, 8))
+    targets = np.asarray(jr.randint(jr.key(2), (SEQ,), 0, VOCAB))
+    targets = np.where(np.arange(SEQ) % 4 == 1, -100, targets)
+    weights = np.linspace(0.0, 2.0, VOCAB, dtype=np.float32)
+    want = torch.nn.functional.cross_entropy(
+        torch.from_numpy(np.array(head.logits(features))),
+        torch.tensor(targets.tolist()),
+        torch.from_numpy(weights),
+    )
+    mask = np.where(targets == -100, np.float32(7), weights[np.maximum(targets, 0)])
+    got = training.cross_entropy(head, features, targets, mask, chunk=3)
+    np.testing.assert_allclose(got, want.item(), rtol=1e-6)
+    got = training.cross_entropy(head, features, targets, np.ones(SEQ, np.bool_))
+    kept = targets != -100
+    want = training.cross_entropy(head, features, np.where(kept, targets, 0), kept)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        *(
+            pytest.param(d, marks=pytest.mark.slow)
+            for d in ("float16", "bfloat16", "int8", "int32")
+        ),
+    ],
+)
+def test_weighted_mean(dtype):
+    """The reference is in float64."""
+    batch = batch_of(4)
+    weights = (np.arange(ROWS * SEQ).reshape(ROWS, SEQ) % 4).astype(jnp.dtype(dtype))
+    weights = weights if "int" in dtype else weights * jnp.dtype(dtype).type(0.25)
+    loss, aux = quick(training.next_token_loss)(model(), batch._replace(mask=weights))
+    rows = zip(batch.tokens, batch.reset, strict=True)
+    logits = np.stack([model().scan(row, reset=reset)[0] for row, reset in rows]).astype(np.float64)
+    log_z = np.log(np.exp(logits).sum(-1))
+    losses = log_z - np.take_along_axis(logits, np.asarray(batch.targets)[..., None], -1)[..., 0]
+    exact = weights.astype(np.float64)
+    np.testing.assert_allclose(loss, np.sum(exact * losses) / exact.sum(), rtol=1e-5)
+    np.testing.assert_allclose(aux.weight, exact.sum())
+
+
+def test_ignored_targets_do_not_count():
+    """They count neither in the loss nor in the weight of the batch."""
+    batch = batch_of(5)
+    ignored = np.arange(SEQ) % 3 == 0
+    run = quick(training.next_token_loss)
+    got = run(model(), batch._replace(targets=jnp.where(ignored, -100, batch.targets)))
+    want = run(model(), batch._replace(mask=np.asarray(batch.mask) & ~ignored))
+    close(got, want, 1e-6)
+    assert int(got[1].weight) == int(want[1].weight)
+
+
+@pytest.mark.parametrize("target", [-1, -VOCAB, -99, VOCAB + 2, 2**20])
+def test_invalid_targets_give_nan(target):
+    """They are not taken for other tokens."""
+    features = jnp.ones((SEQ, 8))
+    targets = np.zeros(SEQ, np.int32)
+    targets[3] = target
+    counts = np.ones(SEQ, np.bool_)
+    assert jnp.isnan(training.cross_entropy(model(), features, targets, counts))
+    counts[3] = False
+    assert jnp.isfinite(training.cross_entropy(model(), features, targets, counts))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32"])
+def test_targets_of_any_integer_dtype(dtype):
+    features = jr.normal(jr.key(1), (SEQ, 8))
+    targets, mask = np.arange(SEQ) % VOCAB, np.arange(SEQ) % 4 > 0
+    got, want = (
+        training.cross_entropy(model(), features, targets.astype(kind), mask)
+        for kind in (dtype, "int32")
+    )
+    np.testing.assert_array_equal(got, want)
+
+
+def test_nan_in_masked_features_reaches_no_gradient():
+    features = jr.normal(jr.key(1), (SEQ, 8))
+    targets, mask = np.arange(SEQ) % VOCAB, np.arange(SEQ) % 2 > 0
+    run = quick(jax.value_and_grad(training.cross_entropy, argnums=(0, 1)))
+    got = run(model(), jnp.where(mask[:, None], features, jnp.nan), targets, mask)
+    close(got, run(model(), jnp.where(mask[:, None], features, 0.0), targets, mask), 1e-6)
+
+
+def test_loss_of_empty_sequences_is_zero():
+    none = np.zeros((ROWS, 0), np.int32)
+    loss = training.cross_entropy(model(), jnp.ones((ROWS, 0, 8)), none, none == 0)
+    assert loss == 0
+
+
+def test_shapes_that_differ_raise():
+    with pytest.raises(ValueError, match=r"`mask` must .*, but got \(10,\) and \(3, 10\)"):
+        training.next_token_loss(model(), batch_of(0)._replace(mask=np.ones(SEQ, np.bool_)))
+
+
 def test_full_logits_are_never_materialised():
     """Neither the forward nor the reverse pass contains an array of them."""
     rows, seq, chunk = 4, 32, 16

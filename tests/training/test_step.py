@@ -18,6 +18,7 @@ from tests.support.training import ROWS, SEQ, VOCAB, batch_of, close, model as m
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
+F16 = jnp.float16
 SGD = optax.sgd(1.0)  # The new parameters are the old ones minus the gradient.
 
 
@@ -103,6 +104,105 @@ def test_computes_in_bfloat16_and_updates_in_float32():
     assert 1e-4 < error / optax.tree.norm(wanted) < 0.05
     empty = training.empty_carry(mbx.cast(mamba(), jnp.bfloat16), ROWS)
     assert jax.tree.map(lambda a: a.dtype, state.carry) == jax.tree.map(lambda a: a.dtype, empty)
+
+
+def tiny_gradients(model, batch, carry, key):
+    """A loss whose gradients are smaller than any number of float16."""
+    loss, aux = training.next_token_loss(model, batch, carry)
+    return loss * 1e-6, aux
+
+
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_float16_regains_small_gradients_by_scaling(accumulate):
+    batch = batch_of(3, rows=2)
+    step = training.TrainStep(SGD, tiny_gradients, compute_dtype=jnp.float16, accumulate=accumulate)
+    state, metrics = after(step, batch)
+    assert int(state.skipped) == 0
+    assert float(metrics["loss_scale"]) == 2.0**16
+    grads = eqx.filter_grad(lambda model: tiny_gradients(model, batch, None, None)[0])(model())
+    norm = optax.tree.norm(grads)
+    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=0.01)
+    # Without scaling most of them are lost.
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), model())
+    unscaled = eqx.filter_grad(lambda half: tiny_gradients(half, batch, None, None)[0])(half)
+    lost = [np.mean(leaf == 0) for leaf in jax.tree.leaves(unscaled)]
+    assert np.mean(lost) > 0.5 > np.mean([np.mean(leaf == 0) for leaf in jax.tree.leaves(grads)])
+
+
+def test_loss_scale_follows_torch():
+    """The scale is halved after an overflow, and doubled after 2000 steps without one."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    overflows = set(rng.integers(0, 9000, 4).tolist()) | {0, 1, 2}
+    theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scale, tracker = torch.full((), 2.0**16), torch.zeros((), dtype=torch.int32)
+
+    def run(scale, finite):
+        scale = scale.next(finite)
+        return scale, scale.scale
+
+    finite = jnp.asarray([i not in overflows for i in range(9000)])
+    _, ours = jax.lax.scan(run, training.LossScale.init(), finite)
+    want = []
+    for ok in np.asarray(finite):
+        torch._amp_update_scale_(
+            scale,
+            tracker,
+            torch.full((), float(not ok)),
+            theirs.get_growth_factor(),
+            theirs.get_backoff_factor(),
+            theirs.get_growth_interval(),
+        )
+        want.append(float(scale))
+    np.testing.assert_array_equal(ours, want)
+    assert len(set(want)) > 3
+
+
+@pytest.mark.slow
+def test_overflow_in_float16_is_skipped_and_halves_the_scale():
+    def loss(model, batch, carry, key):
+        value, aux = training.next_token_loss(model, batch, carry)
+        return value * 1e6, aux
+
+    step = training.TrainStep(SGD, loss, compute_dtype=jnp.float16)
+    state, metrics = after(step, batch_of(0))
+    assert (int(state.skipped), float(metrics["loss_scale"])) == (1, 2.0**16)
+    assert eqx.tree_equal(state.model, model())
+    assert state.loss_scale is not None
+    assert state.loss_scale.scale == 2.0**15
+    assert after(training.TrainStep(SGD), batch_of(0))[0].loss_scale is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32"])
+def test_batches_of_any_integer_dtype(dtype):
+    batch = batch_of(0)
+    other = batch._replace(
+        tokens=batch.tokens.astype(dtype), targets=np.asarray(batch.targets).astype(dtype)
+    )
+    step = training.TrainStep(SGD)
+    got, want = (after(step, b)[0].model for b in (other, batch))
+    assert eqx.tree_equal(got, want)
+
+
+@pytest.mark.slow
+def test_batches_of_empty_sequences():
+    """A step without tokens changes nothing and is finite."""
+    for of in (model, mamba):
+        state, metrics = after(training.TrainStep(SGD), batch_of(0, seq=0), rows=ROWS, of=of)
+        assert (float(metrics["loss"]), int(metrics["weight"])) == (0, 0)
+        assert int(state.skipped) == 0
+        assert eqx.tree_equal(state.model, of())
+
+
+@pytest.mark.slow
+def test_state_with_a_shared_array():
+    """An array in two places of the state is donated once."""
+    step = training.TrainStep(SGD, average_decay=0.5)
+    state = step.init(model(), key=jr.key(0))
+    state = eqx.tree_at(lambda s: s.average, state, state.model)
+    state, _ = step(state, batch_of(0))
+    assert int(state.step) == 1
 
 
 def test_average_is_exponential_moving_average():
@@ -269,9 +369,15 @@ def test_metrics_contain_learning_rate_if_injected():
         (lambda: training.recipe(model(), learning_rate=1e-6, steps=5), "`final` must"),
         (lambda: training.TrainStep(SGD, accumulate=0), "`accumulate` must be an integer"),
         (lambda: training.TrainStep(SGD, average_decay=1.0), "`average_decay` must"),
+        (
+            lambda: after(
+                training.TrainStep(SGD), of=lambda: eqx.nn.Linear(2, 2, dtype=F16, key=jr.key(0))
+            ),
+            "`model` must not have float16 parameters",
+        ),
         (lambda: after(training.TrainStep(SGD, accumulate=2), batch_of(0)), "got accumulate=2 and"),
     ],
-    ids=["warmup", "final", "accumulate", "average", "rows"],
+    ids=["warmup", "final", "accumulate", "average", "float16", "rows"],
 )
 def test_invalid_options_raise(make, message):
     with pytest.raises(ValueError, match=message):

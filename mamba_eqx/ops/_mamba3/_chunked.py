@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from .._chunks import cut_into_chunks, decays_between, keep_where, visibility
+from ..._trees import cut_into_chunks
+from .._chunks import decays_between, keep_where, visibility
 from .._rotary import cos_sin, rotate, wrap
 from ._step import per_rank, rotate_per_head
 from ._types import Parameters, State, Tokens

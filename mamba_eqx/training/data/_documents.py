@@ -83,10 +83,16 @@ def hold_out_documents(
     The tokens to train on, and the held-out tokens. Both are copies, with a separator
     before each document.
 
-    **Raises:** `ValueError` if no document starts with one of the names, or if every document is
-    held out.
+    **Raises:** `ValueError` if no document starts with one of the names, if every document is held
+    out, or if `tokens` cannot contain `separator`.
     """
-    if tokens[0] != separator:
+    limits = np.iinfo(tokens.dtype)
+    if not limits.min <= separator <= limits.max:
+        raise ValueError(
+            f"`separator` must be a token id of the dtype of `tokens`, but got {separator} and "
+            f"{tokens.dtype}. Use the separator that the tokens were written with."
+        )
+    if len(tokens) == 0 or tokens[0] != separator:
         tokens = np.concatenate([np.array([separator], tokens.dtype), tokens])
     starts = document_starts(tokens, separator)
     held_out = np.zeros(len(starts), np.bool_)
