@@ -10,7 +10,7 @@ from ._rust import checked
 
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
+    from tokenizers import Encoding, Tokenizer as Fast
 
 
 def encode_pieces(
@@ -38,7 +38,7 @@ def encode_pieces(
         spelled = [private.private[text] if special else text for text, special in pieces]
         text = "".join(spelled)
         encoding = checked(functools.partial(encode, text), "This text cannot be encoded")
-        missed = _missed(pieces, spelled, encoding)
+        missed = _missed(pieces, spelled, encoding, private.fast)
         if not missed:
             return encoding.ids
         pieces = [
@@ -47,8 +47,10 @@ def encode_pieces(
         ]
 
 
-def _missed(pieces: Sequence[Piece], spelled: Sequence[str], encoding: "Encoding") -> set[int]:
-    """Returns the numbers of the special pieces that are not covered by a single token.
+def _missed(
+    pieces: Sequence[Piece], spelled: Sequence[str], encoding: "Encoding", fast: "Fast"
+) -> set[int]:
+    """Returns the numbers of the special pieces that are not covered by their token.
 
     The first and the last character of a piece do not count: they may be spaces, which some
     tokenizers do not count as parts of tokens.
@@ -56,8 +58,8 @@ def _missed(pieces: Sequence[Piece], spelled: Sequence[str], encoding: "Encoding
     missed = set[int]()
     if not any(piece.is_special for piece in pieces):
         return missed
-    tokens = iter(encoding.offsets)
-    first, last = 0, 0
+    tokens = iter(zip(encoding.ids, encoding.offsets, strict=True))
+    number, first, last = -1, 0, 0
     end = 0
     for i, part in enumerate(spelled):
         start, end = end, end + len(part)
@@ -67,7 +69,8 @@ def _missed(pieces: Sequence[Piece], spelled: Sequence[str], encoding: "Encoding
             token = next(tokens, None)
             if token is None:
                 break
-            first, last = token
-        if first > start + 1 or last < end - 1:
+            number, (first, last) = token
+        covered = first <= start + 1 and last >= end - 1
+        if not covered or number != fast.token_to_id(part):
             missed.add(i)
     return missed

@@ -88,7 +88,7 @@ def test_chats_have_the_ids_of_transformers(data: st.DataObject):
 
 
 @pytest.mark.slow
-@settings(max_examples=400)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_chats_have_the_ids_of_transformers_for_many_tokenizers(data: st.DataObject):
     drawn = data.draw(random_tokenizers())
