@@ -149,8 +149,8 @@ class Server:
 
     def __init__(self, model: mbx.LanguageModel, tokenizer: mbx.TextTokenizer | mbx.ByteTokenizer):
         self.model, self.tokenizer = model, tokenizer
-        # The vocabulary of a model may be padded beyond its tokenizer. Padded ids are banned.
-        padding = range(tokenizer.vocab_size, model.vocab_size)
+        # The vocabulary of a model may have ids of no token, in gaps and as padding. They are banned.
+        padding = [i for i in range(model.vocab_size) if i not in tokenizer.token_ids]
         self.sampling = mbx.Sampling(
             logit_bias=dict.fromkeys(padding, -math.inf) or None,
             stop_tokens=[token for token in tokenizer.stop_tokens if token < model.vocab_size],

@@ -118,17 +118,21 @@ def _with_tokens(checkpoint: Checkpoint, tokenizer: TextTokenizer | ByteTokenize
     """Returns the checkpoint with a vocabulary that has every token of the tokenizer.
 
     Tokens may have been added in the padding of the embedding, which has more rows than the config
-    has tokens.
+    has tokens. As in transformers, a config can name a special token that has no row at all, and
+    that texts then do without.
     """
     config = checkpoint.config
-    count, rows = tokenizer.vocab_size, config.padded_vocab_size
-    if count > rows:
+    rows, ids = config.padded_vocab_size, tokenizer.token_ids
+    if isinstance(tokenizer, TextTokenizer):
+        ids -= set(tokenizer.special_tokens.values())
+    largest = max(ids, default=0)
+    if largest >= rows:
         raise ValueError(
-            f"The tokenizer has token ids up to {count - 1}, but the model at {checkpoint.where} "
+            f"The tokenizer has token ids up to {largest}, but the model at {checkpoint.where} "
             f"has a vocabulary of {rows}. Use --tokenizer to name the tokenizer that it was "
             "trained with."
         )
-    more = max(count, config.vocab_size)
+    more = max(min(tokenizer.vocab_size, rows), config.vocab_size)
     return replace(checkpoint, config=replace(config, vocab_size=more))
 
 

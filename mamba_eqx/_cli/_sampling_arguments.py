@@ -103,8 +103,8 @@ def sampling_from_args(args: argparse.Namespace, opened: Opened) -> Sampling:
         window=args.penalty_window,
     )
     neutral = sampling.Penalties(window=args.penalty_window)
-    # The vocabulary of a model may be padded beyond its tokenizer. Padded ids are banned.
-    padding = range(tokenizer.vocab_size, model.vocab_size)
+    # The vocabulary of a model may have ids of no token, in gaps and as padding. They are banned.
+    padding = [i for i in range(model.vocab_size) if i not in tokenizer.token_ids]
     return Sampling(
         temperature=args.temperature,
         top_k=args.top_k,
