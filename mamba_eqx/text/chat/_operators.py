@@ -76,7 +76,7 @@ def _contains(container: Any, item: Any) -> bool:
         spend(len(container))
     elif not isinstance(container, range):
         spend_on_size(container)
-    return item in container
+    return item in container  # pyright: ignore[reportOperatorIssue]
 
 
 _ORDERED: dict[str, Callable[[Any, Any], bool]] = {
