@@ -157,7 +157,7 @@ class HarnessModel(TemplateLM):
         for i, request in enumerate(requests):
             arguments: tuple[Any, ...] = request.args
             alike.setdefault(Options.read(arguments[1]), {})[i] = len(prompts[i])
-        # The vocabulary of a model may have ids of no token, in gaps and as padding. They are banned.
+        # Ids of no token, which a vocabulary may have in gaps and as padding, are banned.
         vocab_size = self.model.vocab_size
         padding = [i for i in range(vocab_size) if i not in self.tokenizer.token_ids]
         ends = {*self.tokenizer.stop_tokens, self.eot_token_id}

@@ -149,7 +149,7 @@ class Server:
 
     def __init__(self, model: mbx.LanguageModel, tokenizer: mbx.TextTokenizer | mbx.ByteTokenizer):
         self.model, self.tokenizer = model, tokenizer
-        # The vocabulary of a model may have ids of no token, in gaps and as padding. They are banned.
+        # Ids of no token, which a vocabulary may have in gaps and as padding, are banned.
         padding = [i for i in range(model.vocab_size) if i not in tokenizer.token_ids]
         self.sampling = mbx.Sampling(
             logit_bias=dict.fromkeys(padding, -math.inf) or None,

@@ -79,7 +79,8 @@ f({}) (({})~loop.index) dict(k={})['k'] ({}).removesuffix('7') ({})|replace('','
 ({})|wordcount|string ({})|escape|length|string ({})|length~'' [{}]|first ({})|default('x',true)"""
 BINARY = """({0})+({1}) ({0})~({1}) [{0},{1}]|join ({1}).join([{0},{0}])
 (({0})if(loop.first)else({1})) ({0}).replace('7',{1}) ({0})|replace('\\n',{1})
-({0}).split('7')|join({1}) '%s-%s'%({0},{1})
+({0}).split('7')|join({1})
+'%s-%s'%({0},{1})
 '{{}}{{}}'.format({0},{1}) ({0})|indent({1}) [{0},{1}]|last f({0},{1}) ({0})or({1}) ({0})and({1})
 [[{0},{1}]]|tojson ({0})|list|join({1}) ({0})~m.content|default({1})
 ({0}).splitlines(true)|join({1})"""

@@ -63,7 +63,7 @@ def binary(symbol: str, left: Any, right: Any) -> object:
     return result
 
 
-def _contains(container: Any, item: object) -> bool:
+def _contains(container: Any, item: Any) -> bool:
     if isinstance(container, str):
         spend_on_size(container)
     elif isinstance(container, dict):
@@ -76,7 +76,7 @@ def _contains(container: Any, item: object) -> bool:
         spend(len(container))
     elif not isinstance(container, range):
         spend_on_size(container)
-    return item in container
+    return item in container  # pyright: ignore[reportOperatorIssue]
 
 
 _ORDERED: dict[str, Callable[[Any, Any], bool]] = {
