@@ -52,14 +52,14 @@ class Generation(eqx.Module):
 
 
 def check_finite(
-    finish: Int[Array, "*batch"], position: Int[Array, "*batch"], rows_are: str = "row"
+    finish: Int[Array, "..."], position: Int[Array, "..."], rows_are: str = "row"
 ) -> None:
     """Raises if logits were not finite.
 
     **Arguments:**
 
     - `finish`: the `FinishReason` of each row. A traced value is not checked.
-    - `position`: the number of tokens before the logits, for each row.
+    - `position`: the number of tokens before the logits, for each row or for all.
     - `rows_are`: what messages call a row.
 
     **Raises:** `ValueError` for the first row whose logits are not finite.
