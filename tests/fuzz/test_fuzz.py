@@ -28,6 +28,7 @@ SLOW = {"lora", "lora of a hybrid"}  # left to CI
 
 # Kinds whose readers do not hold this yet, with the reason.
 WAITING: dict[str, str] = {
+    "index": "waits for the refusal of file names of any length",
     "tokenizer": "waits for the tokenizers' own checks",
     "template": "waits for bounds on templates",
     "lora": "waits for the refusal of links out of the folder",
