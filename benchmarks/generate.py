@@ -45,7 +45,7 @@ class Numbers:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(f" {i}" for i in ids)
 
-    def decoder(self) -> mbx.text.Decoder:
+    def decoder(self, *, prompt: Sequence[int] = ()) -> mbx.text.Decoder:
         raise NotImplementedError
 
     def token_bytes(self, token: int) -> bytes:

@@ -2,12 +2,11 @@
 tokens."""
 
 import json
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..formats import CheckpointError
+from ..formats import CheckpointError, read_bytes
 from ..text import ByteTokenizer, SpecialIds, TextTokenizer
 from ._source import Source
 from ._token_ids import GENERATION_CONFIG, config_ids, declared_ids, ids_to_json
@@ -96,7 +95,7 @@ def read_companions(source: Source, *, ids_in_config: bool) -> Companions:
     **Raises:** `CheckpointError` if a file cannot be read, or the ids are not valid.
     """
     files = {
-        name: read_bytes(path, _MAX_BYTES)
+        name: _read(path, _MAX_BYTES)
         for name in (*TOKENIZER_FILES, GENERATION_CONFIG)
         if (path := source.find(name)) is not None
     }
@@ -112,30 +111,20 @@ def read_companions(source: Source, *, ids_in_config: bool) -> Companions:
     return Companions(ids, files, frozenset(replaces))
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """Reads a regular file of at most `limit` bytes.
-
-    **Raises:** `CheckpointError` for a larger file, and for what is not a regular file.
-    """
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        # Reading a named pipe would wait for a writer, and a device might never end.
-        raise CheckpointError(f"{path}: it is not a regular file: replace it by a regular file.")
-    if status.st_size > limit:
-        raise CheckpointError(
-            f"{path}: it must have at most {limit} bytes, but has {status.st_size}. Download it "
-            "again."
-        )
-    return path.read_bytes()
+def _read(path: Path, limit: int) -> bytes:
+    try:
+        return read_bytes(path, limit)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def read_text(path: Path, limit: int) -> str:
     """Reads a regular file of at most `limit` bytes as UTF-8.
 
-    **Raises:** `CheckpointError` as `read_bytes` does, and for what is not UTF-8.
+    **Raises:** `CheckpointError` for a larger file, and for what is not a regular file or not UTF-8.
     """
     try:
-        return read_bytes(path, limit).decode("utf-8")
+        return _read(path, limit).decode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(
             f"{path}: it is not UTF-8 text: {error}. Download or save it again."

@@ -26,17 +26,6 @@ pytestmark = [
 QUICK = 4
 SLOW = {"lora", "lora of a hybrid"}  # left to CI
 
-# Kinds whose readers do not hold this yet, with the reason.
-WAITING: dict[str, str] = {
-    "index": "waits for the refusal of file names of any length",
-    "tokenizer": "waits for the tokenizers' own checks",
-    "template": "waits for bounds on templates",
-    "lora": "waits for the refusal of links out of the folder",
-    "lora of a hybrid": "waits for the refusal of links out of the folder",
-    "training run": "waits for checksums",
-    "metrics": "waits for the reader of damaged lines",
-}
-
 _SECRET = "the secret of another folder"
 
 
@@ -124,16 +113,9 @@ def _check(kind: str, numbers: range, scratch: Path) -> None:
     assert not faults, f"{len(faults)} faults:\n" + "\n".join(faults[:40])
 
 
-def _parameters() -> list:
-    return [
-        pytest.param(kind, marks=pytest.mark.skip(reason=WAITING[kind]) if kind in WAITING else ())
-        for kind in KINDS
-    ]
-
-
 def test_few_mutants(tmp_path):
     """Those of the first example of each kind, if they need not compile much."""
-    for kind in sorted(KINDS.keys() - WAITING.keys() - SLOW):
+    for kind in sorted(KINDS.keys() - SLOW):
         if not all(map(importlib.util.find_spec, KINDS[kind].needs)):
             continue
         scratch = tmp_path / kind
@@ -143,7 +125,7 @@ def test_few_mutants(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", _parameters())
+@pytest.mark.parametrize("kind", KINDS)
 def test_mutants(kind, tmp_path, pytestconfig):
     for package in KINDS[kind].needs:
         pytest.importorskip(package)

@@ -166,7 +166,7 @@ class Letters:
     def decode(self, ids: Any) -> str:
         raise NotImplementedError
 
-    def decoder(self) -> Any:
+    def decoder(self, *, prompt: Any = ()) -> Any:
         raise NotImplementedError
 
 
