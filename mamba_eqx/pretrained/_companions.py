@@ -121,7 +121,8 @@ def _read(path: Path, limit: int) -> bytes:
 def read_text(path: Path, limit: int) -> str:
     """Reads a regular file of at most `limit` bytes as UTF-8.
 
-    **Raises:** `CheckpointError` for a larger file, and for what is not a regular file or not UTF-8.
+    **Raises:** `CheckpointError` for a larger file, for what is not a regular file, and for what is
+    not UTF-8.
     """
     try:
         return _read(path, limit).decode("utf-8")
