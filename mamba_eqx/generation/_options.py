@@ -161,7 +161,7 @@ def _per_row(
     name: str,
     value: PerRow | PerRowInt,
     dtype: npt.DTypeLike,
-    most: float = LARGEST,
+    most: float | int = LARGEST,
 ) -> np.ndarray:
     """Returns an option, clipped to `most`, as an array: one number for each row, or a scalar
     without a batch."""
@@ -177,7 +177,7 @@ def _optional(
     rows: int | None,
     name: str,
     value: PerRow | PerRowInt | None,
-    most: float = LARGEST,
+    most: float | int = LARGEST,
 ) -> Array | None:
     return None if value is None else jnp.asarray(_per_row(rows, name, value, np.float32, most))
 

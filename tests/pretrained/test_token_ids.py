@@ -273,7 +273,7 @@ def test_files_that_are_not_regular_are_refused(tmp_path, capsys):
     mbx.save_pretrained(MODEL, tmp_path / "source")
     for name in ("tokenizer.json", "chat_template.jinja", "merges.txt", "generation_config.json"):
         os.mkfifo(tmp_path / "source" / name)
-        assert _cli.main(["convert", str(tmp_path / "source"), str(tmp_path / "dest")]) == 1
+        assert _cli.main(["convert", str(tmp_path / "source"), str(tmp_path / "dest")]) == 2
         assert f"{name}: it is not a regular file" in capsys.readouterr().err
         assert not (tmp_path / "dest").exists()
         (tmp_path / "source" / name).unlink()

@@ -2,6 +2,9 @@
 
 import pytest
 
+
+pytest.importorskip("jinja2")
+
 from mamba_eqx.text._chat_template import render
 from mamba_eqx.text.chat import _limits
 from tests.support.bounded import bounded

@@ -6,9 +6,20 @@ from collections.abc import Mapping, Sequence
 import pytest
 from hypothesis import given, strategies as st
 
+
+pytest.importorskip("jinja2")
+pytest.importorskip("tokenizers")
+
 import mamba_eqx as mbx
 from mamba_eqx.text._chat_template import Piece, render
-from tests.support.chat_templates import CHATS, DOCUMENTS, SPECIAL, TEMPLATES, TOOLS, VARIABLES
+from tests.support.chat_templates import (
+    CHATS,
+    DOCUMENTS,
+    SPECIAL,
+    TEMPLATES,
+    TOOLS,
+    VARIABLES,
+)
 from tests.support.tokenizers import CHAT, CONFIG, FILES
 
 
