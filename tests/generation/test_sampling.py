@@ -247,6 +247,7 @@ def filtered(logits, **options):
     return logits
 
 
+@pytest.mark.slow
 @given(LOGITS | MANY, st.sampled_from([*SINGLE, FILTERS[-1]]), st.integers(0, 2**31 - 1))
 def test_sample_draws_only_kept_tokens(logits, options, seed):
     kept = np.isfinite(filtered(logits, **options))

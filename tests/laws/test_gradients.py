@@ -49,7 +49,7 @@ def gradients(run: Any, *arguments: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "s", "seq"),
     [(name, SIZES[0], 40) for name in EVERYTHING]
-    + [(name, s, 3) for name in MIXERS for s in SIZES[1:]],
+    + [pytest.param(name, s, 3, marks=pytest.mark.slow) for name in MIXERS for s in SIZES[1:]],
 )
 def test_gradients(name: str, s: Sizes, seq: int):
     """The gradients of `scan` equal the gradients of `step` folded: for inputs, parameters and
@@ -65,7 +65,10 @@ def test_gradients(name: str, s: Sizes, seq: int):
         assert_close(got, want, "float64")
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name != "mamba3" else pytest.param(name, marks=pytest.mark.slow) for name in MIXERS],
+)
 def test_gradients_equal_finite_differences(name: str):
     """The gradients of `scan` equal finite differences."""
     with jax.enable_x64(True):
@@ -123,7 +126,7 @@ def test_length_in_gradients(name: str):
         assert_close(gradients(padded, *arguments), gradients(alone, *arguments), "float64")
 
 
-@all_layers_quickly("conv", "mamba2")
+@all_layers_quickly("conv")
 def test_empty_in_gradients(name: str):
     """Without tokens, the gradients are zero, except that the final state is the initial state.
     XLA aborts on some programs without elements, which `jit` removes before it compiles."""

@@ -54,7 +54,8 @@ def in_float64() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("method", ["chunked", pytest.param("associative", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["chunked", "associative"])
 @given(
     seq=st.sampled_from([0, 1, 9, 10]),
     chunk_size=st.sampled_from([1, 4, 5, 64]),

@@ -109,6 +109,7 @@ def test_matches_official_reference(method: Method, chunk_size: int | None):
     assert_close(grads, tuple(golden[f"grad.{name}"] for name in names), 1e-13)
 
 
+@pytest.mark.slow
 @given(
     seq=st.sampled_from([0, 1, 9, 10]),
     chunk_size=st.sampled_from([1, 4, 5, 64, None]),
@@ -193,7 +194,9 @@ def value_and_gradients(arrays: Sequence[jax.Array], **options: Any) -> PyTree:
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("rate", [1e-30, 1e3, 1e30])
+@pytest.mark.parametrize(
+    "rate", [1e30, *(pytest.param(rate, marks=pytest.mark.slow) for rate in (1e-30, 1e3))]
+)
 def test_extreme_rates_give_finite_gradients(rate: float, dtype: str):
     """Rates are so large that every decay underflows, or so small that nothing decays."""
     arrays = inputs(70, dtype=dtype)

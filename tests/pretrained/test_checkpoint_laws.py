@@ -92,6 +92,7 @@ def test_loading_inverts_saving(stored, dtype, tmp_path):
     assert_same(from_pretrained(tmp_path / "new", dtype=other), mbx.cast(model, other))
 
 
+@pytest.mark.slow
 @cases(has_shards)
 def test_loads_from_shards(stored, tmp_path):
     model = make(stored.config, "bfloat16")
@@ -114,6 +115,7 @@ def test_state_dict_has_the_names_and_values_of_the_file(stored, stacked, tmp_pa
         assert np.array_equal(file[key], tensor)
 
 
+@pytest.mark.slow
 @cases_with_stacks()
 def test_load_state_dict_inverts_state_dict(stored, stacked):
     model, layout = make(stored.config, stacked=stacked), stored.layout
@@ -146,6 +148,7 @@ def test_part_of_a_model_has_part_of_the_names(stored, stacked):
     assert_same(load_state_dict(part, named, layout=layout), part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 @cases(lambda stored: stored.stackable)
 def test_stacked_is_saved_like_unrolled(stored, remat, tmp_path):

@@ -42,8 +42,8 @@ def large(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("as_users_run")
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("dtype", [None, pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["safetensors", pytest.param("bin", marks=pytest.mark.slow)])
 def test_at_most_one_tensor_is_in_memory_besides_the_model(kind, dtype, large):
     from_pretrained(large / kind, dtype=dtype)  # Memory that is allocated only once does not count.
     tracemalloc.start()

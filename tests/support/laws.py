@@ -17,10 +17,18 @@ def all_layers_quickly(*quick: str) -> pytest.MarkDecorator:
 
 
 all_layers = pytest.mark.parametrize("name", EVERYTHING)
+# The quick run checks the wider dtype of these mixers only, which compile fastest.
+_QUICK_IN_FLOAT64 = {"conv", "mamba1", "mamba2"}
 mixers_in_all_dtypes = pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        pytest.param(name, dtype, marks=[pytest.mark.slow] if dtype == "bfloat16" else [])
+        pytest.param(
+            name,
+            dtype,
+            marks=[pytest.mark.slow]
+            if dtype == "bfloat16" or (dtype == "float64" and name not in _QUICK_IN_FLOAT64)
+            else [],
+        )
         for name in EVERYTHING
         for dtype in DTYPES
         if name in MIXERS or dtype == "float32"

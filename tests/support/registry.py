@@ -270,6 +270,7 @@ VARIANTS = {
     "unrolled_remat",
     "stacked",
     "stacked_attention",
+    "stacked_remat",
     "hybrid",
     "language_model_untied",
 }

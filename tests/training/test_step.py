@@ -112,7 +112,8 @@ def tiny_gradients(model, batch, carry, key):
     return loss * 1e-6, aux
 
 
-@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
 def test_float16_regains_small_gradients_by_scaling(accumulate):
     batch = batch_of(3, rows=2)
     step = training.TrainStep(SGD, tiny_gradients, compute_dtype=jnp.float16, accumulate=accumulate)
