@@ -218,6 +218,13 @@ def _chunk(
     that the corrections solve a system of equations whose matrix is triangular.
     """
     q, k, v, log_decay, beta, reset = tokens
+    if reset is None:
+        lost = None
+    else:
+        # The system mixes the corrections of all tokens, and its solution would spread NaN to those
+        # that do not see `S`. A column of `S` influences no other column.
+        lost = ~jnp.all(jnp.isfinite(S), axis=-2, keepdims=True)
+        S = keep_where(~lost, S)
     visible, sees_start = visibility(reset, v.shape[0])
     decay = decays_between(jnp.moveaxis(log_decay, 0, -1), visible)  # (ngroups, heads, l, s)
     since_start = keep_where(
@@ -240,4 +247,8 @@ def _chunk(
     y = from_start(q) + jnp.einsum("grls,grsp->lgrp", between(q), u)
 
     kept = keep_where(sees_start[-1], since_start[-1][..., None, None] * S)
-    return y, kept + jnp.einsum("sgn,grs,grsp->grnp", k, decay[:, :, -1], u)
+    end = kept + jnp.einsum("sgn,grs,grsp->grnp", k, decay[:, :, -1], u)
+    if lost is not None:
+        y = jnp.where(append_axes(sees_start, y) & lost[..., 0, :], jnp.nan, y)
+        end = jnp.where(sees_start[-1] & lost, jnp.nan, end)
+    return y, end

@@ -118,6 +118,38 @@ def test_methods_agree(
 
 
 @pytest.mark.slow
+def test_reset_forgets_non_finite_state():
+    """Outputs after the reset, the final state and the gradients of later inputs are finite. Before
+    the reset, only the columns of the state that are not finite spoil outputs."""
+    *arrays, state = inputs(8)
+    spoiled = state.at[1, 2, 3].set(jnp.nan).at[4].set(jnp.inf)
+
+    @jax.jit
+    def run(arrays: list[jax.Array], state: jax.Array, at: jax.Array) -> PyTree:
+        reset = jnp.arange(8) == at
+
+        def loss(arrays: list[jax.Array]) -> tuple[jax.Array, PyTree]:
+            y, end = ops.gated_delta(*arrays, state=state, reset=reset, chunk_size=4)
+            later = (jnp.arange(8) >= at)[:, None, None]
+            return jnp.sum(jnp.where(later, jnp.cos(y), 0)) + jnp.sum(jnp.sin(end)), (y, end)
+
+        (_, out), grads = jax.value_and_grad(loss, has_aux=True)(arrays)
+        return out, grads
+
+    lost = np.zeros((6, 4), bool)
+    lost[1, 3] = lost[4] = True
+    for at in (0, 3, 4, 6):
+        ((y, end), grads), ((want_y, want_end), want_grads) = (
+            run(arrays, start, jnp.asarray(at)) for start in (spoiled, state)
+        )
+        got = (y[at:], end, [grad[at:] for grad in grads])
+        assert_finite(got)
+        assert_close(got, (want_y[at:], want_end, [grad[at:] for grad in want_grads]))
+        assert not np.isfinite(y[:at, lost]).any()
+        assert_close(y[:at, ~lost], want_y[:at, ~lost])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_derivatives_match_finite_differences(method: Method):
     """Forward and reverse mode."""
