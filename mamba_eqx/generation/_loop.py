@@ -77,9 +77,11 @@ def decode(
         logits, layers = model.step(state.token, state.layers)
         logits = logits[: model.vocab_size]
         token = options.choose(logits, state.recent, state.position)
-        log_prob = logits[token] - jax.nn.logsumexp(logits)
-        # One logit that is NaN or infinite makes the sum, and so every log-probability, NaN.
-        is_finite = ~jnp.isnan(log_prob)
+        log_z = jax.nn.logsumexp(logits)
+        log_prob = logits[token] - log_z
+        # One logit that is NaN or infinite makes the sum so; minus infinity is the logit of a token
+        # that the model excludes.
+        is_finite = jnp.isfinite(log_z)
         stop_state, finish = options.stopping.advance(now.stop_state, token)
         finish = jnp.where(is_finite, finish, jnp.asarray(FinishReason.NOT_FINITE, jnp.int32))
         recent = jnp.concatenate([state.recent[1:], token[None]])

@@ -69,6 +69,17 @@ def test_rows_whose_logits_are_not_finite_raise(sampling):
         generate(NAN, [[1], [2, 3]], 4, sampling, key=KEY)
 
 
+def test_one_infinite_logit_raises():
+    """Sampling can choose a token with a finite logit, whose log-probability is not NaN."""
+    last = MODEL.backbone(jnp.asarray(PROMPT))[0][-1]
+    where = lambda model: model.lm_head.weight
+    model = eqx.tree_at(
+        where, MODEL, replace_fn=lambda weight: weight.at[4].set(3e38 * jnp.sign(last))
+    )
+    with pytest.raises(ValueError, match=r"^The logits must be finite, but those after 3 tok"):
+        generate(model, PROMPT, 12, Sampling(temperature=1.0), key=KEY)
+
+
 def test_logits_that_become_infinite_raise():
     after = len(PROMPT) + LATE + 1
     with pytest.raises(ValueError, match=f"those after {after} tokens"):
