@@ -100,9 +100,10 @@ def replaced_files(
     **Raises:** `FileExistsError` if `path` is a file.
     """
     # Links to the folder are followed, because files are moved within one file system only.
-    folder = Path(path).resolve()
+    # (`Path.resolve` raises a `RuntimeError` for a link to itself.)
+    folder = Path(os.path.realpath(path))
     exists = folder.is_dir()
-    if folder.exists() and not exists:
+    if os.path.lexists(folder) and not exists:
         raise FileExistsError(f"{path} is a file: give the path of a folder, existing or not.")
     # The folder around an existing one may be on another file system, or not writable.
     with temporary_folder(folder / "new" if exists else folder) as temporary:

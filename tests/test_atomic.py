@@ -96,8 +96,10 @@ def test_files_are_replaced_together(tmp_path):
     assert outside.read_text() == "outside"
     assert not (folder / "b").is_symlink()
     assert names(tmp_path / "some") == ["folder"]
-    with pytest.raises(FileExistsError, match="is a file"), replaced_files(outside):
-        pass
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (outside, tmp_path / "loop"):
+        with pytest.raises(FileExistsError, match="is a file"), replaced_files(path):
+            pass
 
 
 def test_files_stay_if_the_block_raises(tmp_path):

@@ -4,11 +4,14 @@ import errno
 import mmap
 import os
 import stat
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import BinaryIO
 
 from ._tensors import CheckpointError
 
 
+# The limit of common file systems in bytes, beyond which the system raises an error of its own.
+_LONGEST_NAME = 255
 _NONBLOCKING = 0 if os.name == "nt" else os.O_NONBLOCK
 
 
@@ -67,6 +70,21 @@ def read_bytes(path: str | os.PathLike[str], max_size: int) -> bytes:
             "file. Download it again."
         )
     return content
+
+
+def is_plain_name(name: str) -> bool:
+    """Returns whether a name can be that of a file, and contains no path, by the rules of both
+    POSIX and Windows.
+
+    Both sets of rules apply on every system, so that a checkpoint is valid everywhere or nowhere.
+    """
+    return (
+        name not in ("", ".", "..")
+        and PurePosixPath(name).name == name
+        and PureWindowsPath(name).name == name
+        and "\0" not in name
+        and len(name.encode("utf-8", "surrogatepass")) <= _LONGEST_NAME
+    )
 
 
 def map_file(path: str | os.PathLike[str]) -> mmap.mmap:

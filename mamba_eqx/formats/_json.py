@@ -35,6 +35,20 @@ def read_config(path: Path, max_size: int = _MAX_CONFIG) -> object:
         raise CheckpointError(f"{path}: {error}") from None
 
 
+def read_object(path: Path, max_size: int) -> dict[str, object]:
+    """Reads a config file that holds a JSON object. For the arguments see `read_config`.
+
+    **Raises:** `CheckpointError` as `read_config` does, and for anything but an object.
+    """
+    values = read_config(path, max_size)
+    if not isinstance(values, dict):
+        raise CheckpointError(
+            f"{path}: it must be a JSON object, but is {quote_value(values)}. Download or save it "
+            "again."
+        )
+    return values
+
+
 def read_json(path: Path, max_size: int) -> object:
     """Reads a JSON file. For the arguments see `read_config`.
 

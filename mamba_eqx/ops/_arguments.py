@@ -26,8 +26,8 @@ def check_groups(nheads: int, ngroups: int) -> None:
     """
     if nheads % ngroups:
         raise ValueError(
-            "The number of groups (`ngroups` in the shapes of the arguments) must divide the number "
-            f"of heads (`nheads`), but got ngroups={ngroups} and nheads={nheads}."
+            f"The number of groups must divide the number of heads, but got ngroups={ngroups} and "
+            f"nheads={nheads}. Check the shapes of the arguments."
         )
 
 

@@ -6,9 +6,9 @@ local checkpoints do not need it.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 
-from ..formats import CheckpointError, quote
+from ..formats import CheckpointError, is_plain_name, quote
 from ._hub_cache import Cache
 from ._hub_errors import (
     BadAnswer,
@@ -24,7 +24,6 @@ from ._hub_requests import Answer, ask, fetch, fetch_beginning
 
 
 _FIRST_READ = 2**17
-_LONGEST_NAME = 255  # In bytes, the limit of common file systems.
 _LARGEST_HEADER = 2**23  # Twice the largest header that `open_safetensors` accepts.
 
 
@@ -52,7 +51,7 @@ def open_repository(
 
     **Raises:** `CheckpointError` if the repository has none of `entry_files` or cannot be read.
     """
-    place = Place(repository, hub.revision, hub.shown_endpoint)
+    place = Place(repository, hub.revision, hub.shown_endpoint, secrets=hub.secrets)
     try:
         cache = Cache(hub.cache, _folder_name(repository))
         commit = cache.commit(hub.revision or "main")
@@ -121,8 +120,7 @@ class _Repository:
         return self.found[name]
 
     def _find(self, name: str) -> Path | None:
-        is_plain = PurePath(name).name == name and name not in ("", "..") and "\0" not in name
-        if not is_plain or len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME:
+        if not is_plain_name(name):
             raise BadAnswer(f"{quote(name)} is not the plain name of a file.")
         cached = None if self.known is None else self.cache.find(self.known, name)
         if self.hub.offline or self.unreachable is not None:

@@ -21,12 +21,11 @@ from pathlib import Path
 
 from ..formats import quote
 from ._hub_errors import BadAnswer
-from ._hub_requests import Answer
+from ._hub_requests import IDENTIFIER, Answer
 
 
 _GIT_CHECKSUM = re.compile("[0-9a-f]{40}")
 _SHA256 = re.compile("[0-9a-f]{64}")
-_COMMIT = re.compile("[0-9A-Za-z_-][0-9A-Za-z._-]*")
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
 _LOCK_TIME = 600  # In seconds.
 
@@ -50,7 +49,7 @@ class Cache:
         if not path.is_file() or path.stat().st_size > 200:
             return None
         commit = path.read_text("utf-8", "replace").strip()
-        return commit if _COMMIT.fullmatch(commit) else None
+        return commit if IDENTIFIER.fullmatch(commit) else None
 
     def find(self, commit: str, name: str) -> Path | None:
         """Returns the path of a file of a commit, or `None` if it is not in the cache."""

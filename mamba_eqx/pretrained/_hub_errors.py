@@ -1,7 +1,8 @@
 """Error messages for failures at the Hub."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from ..formats import CheckpointError, quote
 
@@ -19,19 +20,25 @@ class BadAnswer(Exception):
     """An answer of a Hub that cannot be right. The message is a sentence."""
 
 
-def hide_secrets(text: str) -> str:
-    """Replaces tokens, and names and passwords in addresses, by stars."""
+def hide_secrets(text: str, secrets: Sequence[str] = ()) -> str:
+    """Replaces tokens, names and passwords in addresses, and the given secrets by stars."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
     return _SECRETS.sub("***", text)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A revision of a repository, as messages refer to it."""
+    """A revision of a repository, as messages refer to it.
+
+    - `secrets`: what no message may show, even if a server sends it back.
+    """
 
     repository: str
     revision: str | None
     endpoint: str | None
     commit: str | None = None
+    secrets: Sequence[str] = field(default=(), repr=False)
 
     def __str__(self) -> str:
         text = f"The repository {quote(self.repository)}"
@@ -136,8 +143,8 @@ def failure(place: Place, error: Exception, *, writing: bool = False) -> Checkpo
                 f"{could_not}: {_sentence(cause)} Check the network and the disk, try "
                 f"again{instead}."
             )
-    made = CheckpointError(hide_secrets(f"{place} {what}"))
-    made.__cause__ = None if _has_secrets(error) else error
+    made = CheckpointError(hide_secrets(f"{place} {what}", place.secrets))
+    made.__cause__ = None if _has_secrets(error, place.secrets) else error
     made.__suppress_context__ = True
     return made
 
@@ -169,10 +176,11 @@ def _sentence(error: BaseException) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
-def _has_secrets(error: BaseException | None) -> bool:
+def _has_secrets(error: BaseException | None, secrets: Sequence[str]) -> bool:
     """Returns whether an error or one of those that led to it shows a secret in its message."""
     while error is not None:
-        if _SECRETS.search(f"{error} {error!r}"):
+        text = f"{error} {error!r}"
+        if hide_secrets(text, secrets) != text:
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -13,6 +13,8 @@ from ._hub_errors import hide_secrets
 
 # The characters of a token in an HTTP header, as RFC 6750 defines them and a few more.
 _TOKEN = re.compile(r"[!-~]+")
+# Shorter ones are no secrets, and would be found in the words of a message.
+_SHORTEST_SECRET = 8
 _NO_REVISION = re.compile(r"[\0-\x1f\x7f\\]")
 
 
@@ -67,6 +69,13 @@ class Hub:
     def shown_endpoint(self) -> str | None:
         """The address of the Hub for messages, or `None` for the usual one."""
         return None if self.endpoint is None else self.address
+
+    @property
+    def secrets(self) -> list[str]:
+        """The given token, and the password of the endpoint as it is sent, for messages to hide."""
+        password = [value.removeprefix("Basic ") for value in self.password_header().values()]
+        given = [self.token, *password] if isinstance(self.token, str) else password
+        return [secret for secret in given if len(secret) >= _SHORTEST_SECRET]
 
     def headers(self) -> dict[str, str]:
         """Returns the headers of a request, with the token or the password."""

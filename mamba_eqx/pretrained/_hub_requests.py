@@ -29,7 +29,7 @@ _MAX_WEIGHTS = 2**40
 _MAX_OTHERS = 2**28
 # A commit and a checksum become names of files in the cache. The first character is none that hides
 # a file, and no name has a path in it.
-_PLAIN = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z._-]{0,127}")
+IDENTIFIER = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z._-]{0,127}")
 
 _T = TypeVar("_T")
 
@@ -156,7 +156,7 @@ def _checked(url: str, commit: str | None, etag: str | None, size: int | None) -
         header = "X-Repo-Commit" if commit is None else "ETag"
         raise BadAnswer(f"the answer for {_name(url)} has no {header}, so it is not from a Hub.")
     for value, header in ((commit, "X-Repo-Commit"), (etag, "ETag")):
-        if not _PLAIN.fullmatch(value):
+        if not IDENTIFIER.fullmatch(value):
             raise BadAnswer(
                 f"the {header} of {_name(url)} must be an identifier, but is {quote(value)}."
             )

@@ -89,6 +89,6 @@ def push_to_hub(
                 create_pr=create_pr,
             )
         except Exception as error:  # Of any type; see `failure`.
-            place = Place(repo_id, revision, hub.shown_endpoint)
+            place = Place(repo_id, revision, hub.shown_endpoint, secrets=hub.secrets)
             failed = failure(place, error, writing=True)
             raise failed from failed.__cause__

@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from ..formats import CheckpointError, quote_value, read_config
+from ..formats import CheckpointError, quote_value, read_object
 from ..text import SpecialIds
 from ._source import CONFIGS, Source
 
@@ -69,23 +69,13 @@ def read_generation_config(source: Source) -> dict[str, object]:
     **Raises:** `CheckpointError` if the file is damaged.
     """
     path = source.find(GENERATION_CONFIG)
-    return {} if path is None else _read(path)
-
-
-def _read(path: Path) -> dict[str, object]:
-    values = read_config(path, _MAX_BYTES)
-    if not isinstance(values, dict):
-        raise CheckpointError(
-            f"{path}: it must be a JSON object, but is {quote_value(values)}. Download or save it "
-            "again."
-        )
-    return values
+    return {} if path is None else read_object(path, _MAX_BYTES)
 
 
 def _ids_of(source: Source, name: str) -> SpecialIds | None:
     """Reads the ids in a file; `None` if there is no such file, or a config without the fields."""
     path = source.find(name)
-    values = {} if path is None else _read(path)
+    values = {} if path is None else read_object(path, _MAX_BYTES)
     if path is None or (name != GENERATION_CONFIG and not any(key in values for key in _FIELDS)):
         return None
     bos, eos, pad = (_ids(path, key, values.get(key)) for key in _FIELDS)
@@ -109,7 +99,7 @@ def _ids(path: Path, key: str, value: object) -> tuple[int, ...]:
 def _vocabulary(source: Source) -> int:
     """Returns the number of rows of the model's vocabulary, or a bound if no config states it."""
     path = next(filter(None, map(source.find, CONFIGS)), None)
-    values = {} if path is None else _read(path)
+    values = {} if path is None else read_object(path, _MAX_BYTES)
     size, multiple = values.get("vocab_size"), values.get("pad_vocab_size_multiple", 8)
     if type(size) is not int or size < 1:
         return 2**31

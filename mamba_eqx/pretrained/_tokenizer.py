@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .._atomic import replaced_files
-from ..formats import CheckpointError, quote_value, read_config
+from ..formats import CheckpointError, read_config, read_object
 from ..text import ByteTokenizer, SpecialIds, TextTokenizer
 from ._companions import (
     ADDED_TOKENS,
@@ -204,15 +204,7 @@ def _added_tokens(
 def _read_object(source: Source, name: str) -> dict[str, object] | None:
     """Reads a JSON object, or returns `None` if there is no such file."""
     path = source.find(name)
-    if path is None:
-        return None
-    values = read_config(path, _MAX_CONFIG)
-    if not isinstance(values, dict):
-        raise CheckpointError(
-            f"{path}: it must be a JSON object, but is {quote_value(values)}. Download or save it "
-            "again."
-        )
-    return values
+    return None if path is None else read_object(path, _MAX_CONFIG)
 
 
 def _text_tokenizer(

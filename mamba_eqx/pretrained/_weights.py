@@ -1,10 +1,18 @@
 """The weights of a checkpoint, in one file or in several with an index."""
 
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from ..formats import CheckpointError, StoredTensor, open_safetensors, open_torch, quote, read_json
+from ..formats import (
+    CheckpointError,
+    StoredTensor,
+    is_plain_name,
+    open_safetensors,
+    open_torch,
+    quote,
+    read_json,
+)
 from ._source import Source
 from .layouts import listing
 
@@ -26,7 +34,6 @@ _FORMATS = (
 )
 _MAX_INDEX = 2**21
 _MAX_SHARDS = 2**12
-_MAX_NAME = 255  # In bytes.
 
 
 def open_weights(source: Source, name: str = SAFETENSORS) -> dict[str, StoredTensor]:
@@ -75,7 +82,7 @@ def _open_shards(index: Path, source: Source, format: _Format) -> dict[str, Stor
     if not isinstance(weight_map, dict) or not weight_map:
         refuse("it has no `weight_map` from tensor names to file names.")
     for file in weight_map.values():
-        if not isinstance(file, str) or not _is_plain(file):
+        if not isinstance(file, str) or not is_plain_name(file):
             refuse(f"it refers to {quote(str(file))}, which is not the plain name of a file.")
     files = sorted(set(weight_map.values()))
     if len(files) > _MAX_SHARDS:
@@ -94,19 +101,3 @@ def _open_shards(index: Path, source: Source, format: _Format) -> dict[str, Stor
             refuse(f"it disagrees with {quote(file)}, which {text}.")
         tensors |= shard
     return tensors
-
-
-def _is_plain(name: str) -> bool:
-    """Returns whether a name can be that of a file, and contains no path, by the rules of both
-    POSIX and Windows.
-
-    Both sets of rules apply on every system, so that a checkpoint is valid everywhere or nowhere.
-    """
-    return (
-        name not in ("", ".", "..")
-        and PurePosixPath(name).name == name
-        and PureWindowsPath(name).name == name
-        and "\0" not in name
-        # The limit of common file systems, beyond which the system raises an error of its own.
-        and len(name.encode("utf-8", "surrogatepass")) <= _MAX_NAME
-    )

@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 from safetensors import SafetensorError
 
 from .._atomic import atomic_folder, leftover_of, remove_folder
+from .._checks import check_count
 from ..formats import CheckpointError, StoredTensor, open_safetensors, write_safetensors
 from ._checkpoint_arrays import fill, split
 from ._checkpoint_record import (
@@ -108,15 +109,18 @@ class Checkpoints:
 
         **Arguments:**
 
-        - `step`: the number of completed steps.
+        - `step`: the number of completed steps, at least 0.
         - `state`: any pytree of arrays. Other leaves (numbers, functions) are not stored, but
             numbers are compared when the checkpoint is restored.
         - `score`: the score of the state, a finite number. The checkpoint with the lowest score is
             the best one.
 
         **Raises:** [`mamba_eqx.training.CheckpointWriteError`][] if the checkpoint cannot be
-        written; `ValueError` if two leaves of `state` have the same name, or `score` is not finite.
+        written; `ValueError` if two leaves of `state` have the same name, `score` is not finite, or
+        `step` is negative or no integer.
         """
+        check_count("step", step, least=0)
+        step = int(step)
         if score is not None and not math.isfinite(score):
             raise ValueError(
                 f"`score` must be finite, but got {score}. Save the checkpoint without a score."

@@ -257,5 +257,8 @@ def test_invalid_arguments_raise(tmp_path):
             Checkpoints(tmp_path, config=config)
     with pytest.raises(ValueError, match="but two have the same"):
         Checkpoints(tmp_path).save(1, {"a.b": jnp.zeros(2), "a": {"b": jnp.zeros(2)}})
+    for step in (-1, True):
+        with pytest.raises(ValueError, match="`step` must be an integer of at least 0"):
+            Checkpoints(tmp_path).save(step, jnp.zeros(2))
     with pytest.raises(FileNotFoundError):
         Checkpoints(tmp_path).restore(jnp.zeros(2), step=3)
