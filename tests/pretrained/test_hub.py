@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+import traceback
 from pathlib import Path
 
 import equinox as eqx
@@ -347,6 +348,18 @@ def test_token_is_sent_to_the_hub_only(hub, load):
     load(token="hf_good")
     seen = {r.server: r.headers.get("authorization") for r in hub.requests}
     assert seen == {"hub": "Bearer hf_good", "storage": None}
+
+
+@pytest.mark.parametrize("header", ["ETag", "X-Repo-Commit"])
+def test_token_that_a_hub_sends_back_is_not_shown(header, hub, load):
+    """Tokens of other hubs do not begin with `hf_`."""
+    token = "of-another-hub-123"
+    hub.valid_tokens.add(token)
+    hub.add(NAME, files())
+    hub.faults.append(Fault("HEAD .*config.json", 99, headers={header: f'"/{token}"'}))
+    with pytest.raises(CheckpointError, match=r"an identifier, but is .*/\*\*\*") as error:
+        load(token=token)
+    assert token not in "".join(traceback.format_exception(error.value))
 
 
 def test_cache_may_be_in_any_folder(hub, tmp_path, monkeypatch):
