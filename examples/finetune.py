@@ -174,8 +174,7 @@ def main() -> None:
     elif args.method == "state":
         mbx.save_state(args.out / "prefix.safetensors", prefix, model)
     else:
-        mbx.save_pretrained(tuned, args.out)
-        mbx.save_tokenizer(TOKENIZER, args.out)
+        mbx.save_pretrained(tuned, args.out, tokenizer=TOKENIZER)
     print(f"saved in {args.out}")
 
 
