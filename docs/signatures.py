@@ -16,14 +16,20 @@ import griffe
 # The names that are replaced by their values.
 _REPLACED = {
     "COMPUTED",
+    "Cache",
     "Length",
     "Mask",
     "PerRow",
     "PerRowInt",
     "Prompt",
     "Prompts",
+    "Remat",
     "Reset",
+    "StateTuple",
+    "TokenMap",
     "_EPS",
+    "_Ids",
+    "_ROTARY_EMB_BASE",
     "_Shardings",
 }
 
@@ -85,7 +91,9 @@ def _default(value: Any) -> Any:
 
 def _replace(expression: Any, scope: griffe.Object) -> Any:
     if isinstance(expression, griffe.ExprName) and expression.name in _REPLACED:
-        return _replace(_value(expression, scope), scope)
+        found = _find(expression, scope)
+        # A class may have the name of an alias elsewhere.
+        return _replace(found.value, scope) if isinstance(found, griffe.Attribute) else expression
     if isinstance(expression, griffe.Expr):
         changes = {
             field.name: _replace(value, scope)
@@ -98,6 +106,6 @@ def _replace(expression: Any, scope: griffe.Object) -> Any:
     return expression
 
 
-def _value(name: griffe.ExprName, scope: griffe.Object) -> Any:
+def _find(name: griffe.ExprName, scope: griffe.Object) -> Any:
     found = scope.modules_collection[name.canonical_path]
-    return (found.final_target if found.is_alias else found).value
+    return found.final_target if found.is_alias else found

@@ -9,6 +9,7 @@ By default the text is the documentation of this package.
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -106,9 +107,12 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help="peak learning rate (default: by method)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for name in ("rank", "steps", "batch", "length"):
-        if getattr(args, name) < 1:
-            parser.error(f"argument --{name}: must be at least 1, but got {getattr(args, name)}")
+    for name, least in (("rank", 1), ("steps", 1), ("batch", 1), ("length", 1), ("seed", 0)):
+        value = getattr(args, name)
+        if value < least:
+            parser.error(f"argument --{name}: must be at least {least}, but got {value}")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        parser.error(f"argument --lr: must be a positive number, but got {args.lr:g}")
     try:
         model = mbx.from_pretrained(args.model, dtype=jnp.float32)
     except (OSError, ValueError) as error:
@@ -132,6 +136,10 @@ def main() -> None:
         parser.error(
             f"argument --train: must name parameters of the model, but got {' '.join(args.train)}"
         )
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)  # before the training, whose result it holds
+    except OSError as error:
+        parser.error(f"argument --out: {error}")
     lr = args.lr or {"lora": 5e-3, "state": 5e-2, "freeze": 1e-2}[args.method]
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(lr, args.steps))
@@ -167,15 +175,16 @@ def main() -> None:
     )
     print(repr("The " + TOKENIZER.decode(out.tokens.tolist())))
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.method == "lora":
-        save_lora(part, model, args.out, base_model=str(args.model))
-        assert eqx.tree_equal(load_lora(args.out, model), part)
-    elif args.method == "state":
-        mbx.save_state(args.out / "prefix.safetensors", prefix, model)
-    else:
-        mbx.save_pretrained(tuned, args.out)
-        mbx.save_tokenizer(TOKENIZER, args.out)
+    try:
+        if args.method == "lora":
+            save_lora(part, model, args.out, base_model=str(args.model))
+            assert eqx.tree_equal(load_lora(args.out, model), part)
+        elif args.method == "state":
+            mbx.save_state(args.out / "prefix.safetensors", prefix, model)
+        else:
+            mbx.save_pretrained(tuned, args.out, tokenizer=TOKENIZER)
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --out: {error}")
     print(f"saved in {args.out}")
 
 

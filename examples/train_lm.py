@@ -225,8 +225,7 @@ def main() -> None:
 
     shipped = mbx.cast(fitted.state.model, jnp.bfloat16)
     layout = "state-spaces" if s.mixer == "mamba3" else "transformers"
-    mbx.save_pretrained(shipped, args.out, layout=layout)
-    mbx.save_tokenizer(tokenizer, args.out)
+    mbx.save_pretrained(shipped, args.out, layout=layout, tokenizer=tokenizer)
     model = mbx.cast(shipped, jnp.float32)
     bits = bits_per_byte(model, held_out, rows=1)
     print(f"held out: {bits:.4f} bits per byte, as saved in bfloat16")

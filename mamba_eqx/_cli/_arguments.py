@@ -21,11 +21,12 @@ class Parser(argparse.ArgumentParser):
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
         """Reports arguments that the parser does not know, with the option closest to the first."""
         name = unknown[0].partition("=")[0]
+        if not name.startswith("-"):
+            self.error(f"unknown argument {name}. Put a text of several words into quotes.")
         options = [option for action in self._actions for option in action.option_strings]
         close = difflib.get_close_matches(name, options, 1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        kind = "option" if name.startswith("-") else "argument"
-        self.error(f"unknown {kind} {name}.{hint}")
+        self.error(f"unknown option {name}.{hint}")
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:

@@ -18,7 +18,7 @@ _INT32 = 2**31 - 1
 _MAX_PENALTY = 1e30
 _MAX_WINDOW = 2**20
 _TEMPERATURE = number(
-    f"0 or a number within {_TINY:.2g}..{_HUGE:.2g}", lambda x: x == 0 or _TINY <= x <= _HUGE
+    f"0, or a number within {_TINY:.2g}..{_HUGE:.2g}", lambda x: x == 0 or _TINY <= x <= _HUGE
 )
 _MASS = number("a number above 0 and at most 1", lambda x: 0 < x <= 1)
 _SHARE = number("a number within 0..1", lambda x: 0 <= x <= 1)
@@ -63,7 +63,8 @@ def add_sampling(
         "sampling temperature; 0 takes the most likely token",
         0.8,
     )
-    add("--top-k", "K", count, "sample from the K most likely tokens", None)
+    top_k = integer(0, _INT32)
+    add("--top-k", "K", top_k, "sample from the K most likely tokens; 0 keeps all", None)
     add("--top-p", "P", _MASS, "sample from the most likely tokens with total probability P", None)
     add(
         "--min-p",

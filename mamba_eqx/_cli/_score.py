@@ -14,7 +14,7 @@ from ..generation import DecodingState, score
 from ._arguments import utf8_text
 from ._messages import print_error
 from ._opened import Opened, add_model, open_model
-from ._terminal import Commands, not_utf8, write, write_json
+from ._terminal import Commands, check_file, not_utf8, write, write_json
 
 
 _READ = 2**16  # bytes of a file that are tokenized at a time
@@ -93,10 +93,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.text is None and not args.file:
         raise ValueError("Give a TEXT (- reads standard input) or --file.")
     for path in args.file:
-        if not path.exists():
-            raise ValueError(f"There is no file {path}.")
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder. Give the files in it.")
+        check_file(path)
     opened = open_model(args)
     if not args.json:
         write(f"{'tokens':>10} {'log prob':>14} {'bits/byte':>10} {'perplexity':>11}  source\n")

@@ -58,17 +58,30 @@ def silence() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def check_file(path: Path) -> None:
+    """Checks the path of a text.
+
+    **Raises:** `ValueError` if there is no file, or a folder.
+    """
+    if not path.exists():
+        raise ValueError(f"There is no file {path}.")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder. Give a file in it.")
+
+
 def read_text(path: Path | None) -> str:
     """Reads the whole text of a file, or of standard input if `path` is `None`.
 
     A byte order mark at the beginning is not part of the text.
 
-    **Raises:** `ValueError` if the text is not UTF-8, or too long to be held in memory.
+    **Raises:** `ValueError` if there is no file, or its text is not UTF-8, or too long to be held
+    in memory.
     """
     name = "Standard input" if path is None else str(path)
     if path is None:
         data = b"" if sys.stdin is None else sys.stdin.buffer.read(_MAX_TEXT + 1)
     else:
+        check_file(path)
         with open(path, "rb") as file:
             data = file.read(_MAX_TEXT + 1)
     if len(data) > _MAX_TEXT:

@@ -87,7 +87,7 @@ def others(tmp_path_factory):
         (["x", "--stop", ""], "--stop must not be empty"),
         ([], "Give either a PROMPT"),
         (["x", "--file", "y"], "Give either a PROMPT"),
-        (["--file", "/no/such/model"], "No such file .*/no/such/model"),
+        (["--file", "/no/such/model"], "There is no file /no/such/model"),
         (["x", "--model", "/no/such/model"], "There is no folder '/no/such/model'"),
         (["x", "--model", "OTHER"], r"has no tokenizer\.json"),
         (["x", "--model", "SMALL"], "token ids up to 255, but .* a vocabulary of 200. Use --token"),
@@ -99,13 +99,14 @@ def others(tmp_path_factory):
         (["x", "--presence-penalty", "inf"], "--presence-penalty must be a number within"),
         (["x", "--frequency-penalty", "nan"], "--frequency-penalty must be a number within"),
         (["x", "--penalty-window", "0"], "--penalty-window must be an integer within 1.."),
-        (["x", "--temperature", "-1"], "--temperature must be 0 or a number within .*got -1"),
-        (["x", "--temperature", "1e-38"], "--temperature must be 0 or a number within 1.2e-38"),
-        (["x", "--top-k", "0"], "--top-k must be an integer within 1.*, but got 0"),
+        (["x", "--temperature", "-1"], "--temperature must be 0, or a number within .*got -1"),
+        (["x", "--temperature", "1e-38"], "--temperature must be 0, or a number within 1.2e-38"),
+        (["x", "--top-k", "-1"], "--top-k must be an integer within 0.*, but got -1"),
         (["x", "--top-p", "a" * 5000], "--top-p must be a number"),
         (["x", "--max-new-tokens", "0"], "--max-new-tokens must be an integer within 1.*got 0"),
         (["x", "--seed", str(2**70)], "--seed must be an integer within 0..4294967295"),
         (["x", "--min-p", "2"], "--min-p must be a number within 0..1, but got 2"),
+        (["to", "be", "or"], r"unknown argument be\. Put a text of several words into quotes"),
         (["x", "--tpo-k", "2"], r"unknown option --tpo-k\. Did you mean --top-k\?"),
         (["x", "--local-files-only", "--force-download"], "not allowed with .*--local-files-only"),
         (["x", "--token-file", "/no/such/model"], "No such file .*/no/such/model"),
@@ -127,6 +128,14 @@ def test_errors_are_one_line_in_the_words_of_the_options(args, message, checkpoi
     assert len(err) < 1100
     # Python's names do not appear.
     assert not re.search("top_|min_p|typical_p|max_new|local_files|Penalties|window=", err)
+
+
+def test_top_k_of_0_keeps_all_tokens(checkpoint, capsys):
+    options = ["x", "--max-new-tokens", "8", "--model", str(checkpoint)]
+    assert call("generate", *options, "--top-k", "0") == 0
+    text = capsys.readouterr().out
+    assert call("generate", *options) == 0
+    assert capsys.readouterr().out == text
 
 
 def test_a_command_is_asked_for(capsys):
