@@ -164,7 +164,7 @@ class Server:
 
     def app(self) -> web.Application:
         """Returns the application with its routes."""
-        app = web.Application(middlewares=[self.local.guard], client_max_size=8 * MAX_PROMPT)
+        app = web.Application(middlewares=[self.local.guard], client_max_size=16 * MAX_PROMPT)
         app.add_routes([web.get("/", self.page), web.post("/generate", self.generate)])
         return app
 

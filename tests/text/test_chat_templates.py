@@ -220,6 +220,22 @@ def test_unknown_roles_are_texts_of_the_user(role: str):
     assert specials(render(template, chat, {}, special=special, add_generation_prompt=True)) == []
 
 
+@pytest.mark.parametrize(
+    "number",
+    "n,n + 0,0 + n,n // 1,+n,-(-n),n | abs,n | int,n | round | int,[n] | sum,[n] | max,n.real,"
+    "n.numerator,s | int,s | float | int,f | int".split(","),
+)
+def test_numbers_of_users_complete_no_special_token(number: str):
+    chat = [{"role": "user", "content": "", "n": 7, "s": "7", "f": 7.0}]
+    template = (
+        "{% set m = messages[0] %}{% set n, s, f = m.n, m.s, m.f %}<|{{ NUMBER }}|><|{{ 7 }}|>"
+    )
+    pieces = render(
+        template.replace("NUMBER", number), chat, {}, special=["<|7|>"], add_generation_prompt=True
+    )
+    assert pieces == [Piece("<|7|>", False), Piece("<|7|>", True)]
+
+
 def test_ids_of_users_texts_are_ordinary():
     tokenizer = mbx.TextTokenizer(FILES["byte_level"], CONFIG)
     special = set(tokenizer.special_tokens.values())
