@@ -222,8 +222,11 @@ def test_unknown_roles_are_texts_of_the_user(role: str):
 
 @pytest.mark.parametrize(
     "number",
-    "n,n + 0,0 + n,n // 1,+n,-(-n),n | abs,n | int,n | round | int,[n] | sum,[n] | max,n.real,"
-    "n.numerator,s | int,s | float | int,f | int".split(","),
+    [
+        *("n", "n + 0", "0 + n", "n // 1", "+n", "-(-n)", "n | abs", "n | int", "n | round | int"),
+        *("[n] | sum", "[n] | max", "n.real", "n.numerator", "s | int", "s | float | int"),
+        "f | int",
+    ],
 )
 def test_numbers_of_users_complete_no_special_token(number: str):
     chat = [{"role": "user", "content": "", "n": 7, "s": "7", "f": 7.0}]
