@@ -188,6 +188,9 @@ def test_only_the_template_writes_special_tokens(template: str, chat: list[dict[
         ("<{{ loop }}{% for m in messages %}<{{ loop.index }}>1{% endfor %}", "", ["<1>"], ["<1>"]),
         ("{{ bos_token }}{{ messages[0].content }}", "<s>", ["<s>"], ["<s>"]),
         ("{{ note }}<s>", "", ["<s>"], ["<s>"]),
+        ("{{ messages[0].content | indent }}", "a\nb", ["\n"], []),
+        ("{{ messages[0].content | wordwrap(3) }}", "a\nb", ["\n"], []),
+        ("{{ 'a\nb' | indent }}", "", ["\n"], ["\n"]),
     ],
 )
 def test_texts_of_users_are_never_special(

@@ -57,8 +57,9 @@ def _center(value: object, width: int = 80) -> Text:
 
 def _indent(value: object, width: int | str = 4, first: bool = False, blank: bool = False) -> Text:
     step = Text.of(width) if isinstance(width, str) else Text(" ", TEMPLATE) * width
-    newline = Text("\n", TEMPLATE)
-    text = text_of(value) + newline
+    text = text_of(value)
+    newline = Text("\n", text.author())  # the newlines of the text, or new ones
+    text += newline
     lines = text.splitlines()
     if blank:
         indented = (newline + step).join(lines)
@@ -102,7 +103,7 @@ def _wordwrap(
         break_on_hyphens=break_on_hyphens,
     )
     text = text_of(value)
-    between = Text("\n", TEMPLATE) if wrapstring is None else Text.of(wrapstring)
+    between = Text("\n", text.author()) if wrapstring is None else Text.of(wrapstring)
     lines: list[str] = []
     for line in text.splitlines():
         wrapped = wrapper.wrap(str.__str__(line))
