@@ -157,10 +157,11 @@ class HarnessModel(TemplateLM):
         for i, request in enumerate(requests):
             arguments: tuple[Any, ...] = request.args
             alike.setdefault(Options.read(arguments[1]), {})[i] = len(prompts[i])
-        # Ids of no token, which a vocabulary may have in gaps and as padding, are banned.
         vocab_size = self.model.vocab_size
-        padding = [i for i in range(vocab_size) if i not in self.tokenizer.token_ids]
         ends = {*self.tokenizer.stop_tokens, self.eot_token_id}
+        # Ids of no token, which a vocabulary may have in gaps and as padding, are banned, except
+        # for those that end a text.
+        padding = [i for i in range(vocab_size) if i not in self.tokenizer.token_ids | ends]
         for options, sizes in alike.items():
             sampling = mbx.Sampling(
                 logit_bias=dict.fromkeys(padding, -math.inf) or None,

@@ -149,8 +149,10 @@ class Server:
 
     def __init__(self, model: mbx.LanguageModel, tokenizer: mbx.TextTokenizer | mbx.ByteTokenizer):
         self.model, self.tokenizer = model, tokenizer
-        # Ids of no token, which a vocabulary may have in gaps and as padding, are banned.
-        padding = [i for i in range(model.vocab_size) if i not in tokenizer.token_ids]
+        # Ids of no token, which a vocabulary may have in gaps and as padding, are banned, except
+        # for those that end a text.
+        known = tokenizer.token_ids | set(tokenizer.stop_tokens)
+        padding = [i for i in range(model.vocab_size) if i not in known]
         self.sampling = mbx.Sampling(
             logit_bias=dict.fromkeys(padding, -math.inf) or None,
             stop_tokens=[token for token in tokenizer.stop_tokens if token < model.vocab_size],
@@ -162,7 +164,7 @@ class Server:
 
     def app(self) -> web.Application:
         """Returns the application with its routes."""
-        app = web.Application(middlewares=[self.local.guard], client_max_size=8 * MAX_PROMPT)
+        app = web.Application(middlewares=[self.local.guard], client_max_size=16 * MAX_PROMPT)
         app.add_routes([web.get("/", self.page), web.post("/generate", self.generate)])
         return app
 

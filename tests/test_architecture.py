@@ -37,6 +37,7 @@ LEVELS = {
     ],
     "text": [
         "_declared_tokens _protocols _rust _special_ids _unicode chat",
+        "_steps",
         "_bytes _chat_template _private_spelling _spelling _stop_strings _text_decoder",
         "_encoding",
         "_text_tokenizer",

@@ -104,8 +104,10 @@ def sampling_from_args(args: argparse.Namespace, opened: Opened) -> Sampling:
         window=args.penalty_window,
     )
     neutral = sampling.Penalties(window=args.penalty_window)
-    # The vocabulary of a model may have ids of no token, in gaps and as padding. They are banned.
-    padding = [i for i in range(model.vocab_size) if i not in tokenizer.token_ids]
+    # The vocabulary of a model may have ids of no token, in gaps and as padding. They are banned,
+    # except for those that end a text.
+    known = tokenizer.token_ids | set(tokenizer.stop_tokens)
+    padding = [i for i in range(model.vocab_size) if i not in known]
     return Sampling(
         temperature=args.temperature,
         top_k=args.top_k,

@@ -1,25 +1,31 @@
 """The tokenizer of byte-level models."""
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from ._special_ids import SpecialIds
 from ._unicode import check_text
 
 
 class ByteTokenizer:
-    """A tokenizer for text in UTF-8 whose tokens are the 256 bytes, without special tokens."""
+    """A tokenizer for text in UTF-8 whose tokens are the 256 bytes.
+
+    It has no special tokens, except for those above 255 that `ids` declares. They have no text.
+    """
 
     def __init__(self, *, ids: SpecialIds | None = None):
         """**Arguments:**
 
         - `ids`: the ids that the files of a checkpoint declare, for a model whose texts end with a
-            certain byte. `None`, the default, declares none.
+            certain byte, or with a token of its own such as 256. `None`, the default, declares
+            none.
         """
         self._ids = SpecialIds() if ids is None else ids
+        declared = (self._ids.bos, *self._ids.eos, self._ids.pad)
+        self._special = frozenset(i for i in declared if i is not None and i > 255)
 
     def __repr__(self) -> str:
-        return f"<ByteTokenizer: {self.vocab_size} tokens>"
+        return f"<ByteTokenizer: {len(self.token_ids)} tokens>"
 
     @property
     def ids(self) -> SpecialIds:
@@ -33,13 +39,13 @@ class ByteTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The number of tokens: 256."""
-        return 256
+        """The largest token id plus 1: 256, unless `ids` declares a larger one."""
+        return max(self.token_ids) + 1
 
     @property
     def token_ids(self) -> frozenset[int]:
-        """The ids of all tokens: 0 to 255."""
-        return frozenset(range(self.vocab_size))
+        """The ids of all tokens: 0 to 255, and those that `ids` declares."""
+        return self._special.union(range(256))
 
     def encode(self, text: str) -> list[int]:
         """Encodes a text as its UTF-8 bytes.
@@ -57,12 +63,12 @@ class ByteTokenizer:
         return list(check_text(text).encode("utf-8"))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decodes bytes as UTF-8. Invalid sequences are replaced by U+FFFD.
+        """Decodes bytes as UTF-8. Invalid sequences are replaced by U+FFFD, and special tokens are
+        skipped.
 
         **Arguments:**
 
-        - `ids`: integers within `0..255`. Remove the padding of a generation first:
-            `tokens[:length]`.
+        - `ids`: token ids. Remove the padding of a generation first: `tokens[:length]`.
 
         **Returns:**
 
@@ -70,7 +76,7 @@ class ByteTokenizer:
 
         **Raises:** `ValueError` for an id outside the vocabulary.
         """
-        return _to_bytes(ids).decode("utf-8", errors="replace")
+        return _to_bytes(ids, self._special).decode("utf-8", errors="replace")
 
     def decoder(self, *, prompt: Sequence[int] = ()) -> "ByteDecoder":
         """Returns a new incremental decoder, for token ids that arrive one after another.
@@ -94,7 +100,7 @@ class ByteTokenizer:
 
         **Raises:** `ValueError` for an id outside the vocabulary.
         """
-        decoder = ByteDecoder()
+        decoder = ByteDecoder(special=self._special)
         decoder.feed(prompt)
         return decoder
 
@@ -103,15 +109,15 @@ class ByteTokenizer:
 
         **Arguments:**
 
-        - `token`: an integer within `0..255`.
+        - `token`: a token id.
 
         **Returns:**
 
-        A single byte.
+        A single byte; nothing for a special token.
 
         **Raises:** `ValueError` for an id outside the vocabulary.
         """
-        return _to_bytes([token])
+        return _to_bytes([token], self._special)
 
 
 class ByteDecoder:
@@ -120,7 +126,12 @@ class ByteDecoder:
     The strings returned by `feed` and a final `flush`, joined, equal `decode` of all the tokens.
     """
 
-    def __init__(self):
+    def __init__(self, *, special: Set[int] = frozenset()):
+        """**Arguments:**
+
+        - `special`: the ids of tokens without text. By default, there are none.
+        """
+        self._special = special
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, ids: Sequence[int]) -> str:
@@ -128,7 +139,7 @@ class ByteDecoder:
 
         **Arguments:**
 
-        - `ids`: integers within `0..255`.
+        - `ids`: the next token ids.
 
         **Returns:**
 
@@ -137,7 +148,7 @@ class ByteDecoder:
 
         **Raises:** `ValueError` for an id outside the vocabulary.
         """
-        return self._decoder.decode(_to_bytes(ids))
+        return self._decoder.decode(_to_bytes(ids, self._special))
 
     def flush(self) -> str:
         """Ends the sequence and resets the decoder for another one.
@@ -149,8 +160,8 @@ class ByteDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-def _to_bytes(ids: Sequence[int]) -> bytes:
-    ids = [int(i) for i in ids]
+def _to_bytes(ids: Sequence[int], special: Set[int]) -> bytes:
+    ids = [i for i in map(int, ids) if i not in special]
     for i in ids:
         if not 0 <= i <= 255:
             raise ValueError(

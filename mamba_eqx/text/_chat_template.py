@@ -1,7 +1,7 @@
 """Chat templates: jinja2 programs that lay out a conversation as text."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 
@@ -123,24 +123,46 @@ def _pieces(
     """
     from .chat import TEMPLATE, USER
 
-    tokens = sorted({*special, *ordinary} - {""}, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+    find = _finder({*special, *ordinary} - {""})
     known = set(special)
     pieces: list[Piece] = []
     start = 0  # of the text that is in no piece
     for run in re.finditer(b"[^%c]+" % USER, authors):
         position = run.start()
-        while (match := pattern.search(text, position, run.end())) is not None:
+        while (found := find(text, position, run.end())) is not None:
+            first, last = found
             # A role or a number alone is no token, although the template printed it.
-            if TEMPLATE not in authors[match.start() : match.end()]:
-                position = match.start() + 1
+            if TEMPLATE not in authors[first:last]:
+                position = first + 1
                 continue
-            position = match.end()
-            if match[0] in known:
-                pieces += [Piece(text[start : match.start()], False), Piece(match[0], True)]
+            position = last
+            if text[first:last] in known:
+                pieces += [Piece(text[start:first], False), Piece(text[first:last], True)]
                 start = position
     pieces.append(Piece(text[start:], False))
     return [piece for piece in pieces if piece.text]
+
+
+def _finder(tokens: Set[str]) -> Callable[[str, int, int], tuple[int, int] | None]:
+    """Returns a function that finds the first token in a part of a text, and the longest there.
+
+    A regular expression of all tokens would try each of them at each place.
+    """
+    lengths: dict[str, set[int]] = {}
+    for token in tokens:
+        lengths.setdefault(token[0], set()).add(len(token))
+    longest_first = {char: sorted(found, reverse=True) for char, found in lengths.items()}
+    begins = re.compile(f"[{re.escape(''.join(lengths))}]" if lengths else "(?!)")
+
+    def find(text: str, start: int, stop: int) -> tuple[int, int] | None:
+        for match in begins.finditer(text, start, stop):
+            first = match.start()
+            for length in longest_first[match[0]]:
+                if first + length <= stop and text[first : first + length] in tokens:
+                    return first, first + length
+        return None
+
+    return find
 
 
 def _shortened(value: object) -> str:

@@ -7,6 +7,7 @@ a special token is written by its private spelling.
 """
 
 import dataclasses
+import functools
 import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ._declared_tokens import DeclaredTokens, declared_tokens
 from ._rust import checked
+from ._steps import check_growth
 
 
 if TYPE_CHECKING:
@@ -74,6 +76,8 @@ def private_tokenizer(file: str, config: Mapping[str, object]) -> PrivateTokeniz
             'pip install "mamba_eqx[text]".'
         ) from error
     values, model, entries = _parse(file)
+    for name in ("normalizer", "pre_tokenizer", "decoder"):
+        checked(functools.partial(check_growth, name, values.get(name)), _FAILED)
     padding = values.get("padding")
     if isinstance(padding, dict) and isinstance(padding.get("pad_token"), str):
         # transformers gives the padding token of the file this role.

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence, Set
 from typing import TYPE_CHECKING
 
 from ._rust import checked
+from ._steps import steps_of
 
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Spelling:
         - `special`: the ids of the special tokens, which have no text.
         """
         vocab = fast.get_vocab(with_added_tokens=True)
-        steps = [step.get("type") for step in _steps(decoder)]
+        steps = [step.get("type") for step in steps_of(decoder)]
         self._fast = fast
         self._ids = frozenset(vocab.values())
         self._shown = self._ids - special
@@ -119,18 +120,6 @@ def _is_text(data: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _steps(decoder: object) -> Iterator[dict[str, object]]:
-    """Yields the decoders of which a decoder consists."""
-    if not isinstance(decoder, dict):
-        return
-    steps = decoder.get("decoders")
-    if isinstance(steps, list):
-        for step in steps:
-            yield from _steps(step)
-    else:
-        yield decoder
 
 
 def _gpt2_alphabet() -> dict[str, int]:

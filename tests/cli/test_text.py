@@ -320,3 +320,19 @@ def test_convert_copies_the_tokenizer(chatty, run, tmp_path):
     assert mbx.load_tokenizer(tmp_path / "new").encode(text) == mbx.load_tokenizer(chatty).encode(
         text
     )
+
+
+@pytest.mark.parametrize("kind", ["bytes", "text"])
+def test_generate_stops_at_a_declared_end_that_the_tokenizer_lacks(kind, chatty, run, tmp_path):
+    model = byte_model(300) if kind == "bytes" else from_pretrained(chatty)
+    tokenizer = mbx.ByteTokenizer() if kind == "bytes" else mbx.load_tokenizer(chatty)
+    end = model.vocab_size - 1
+    assert end not in tokenizer.token_ids
+    save_pretrained(model, tmp_path)
+    mbx.save_tokenizer(tokenizer, tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    # At this temperature, all tokens are about equally likely.
+    options = ("--model", tmp_path, "--temperature", "1e6", "--max-new-tokens", "5000")
+    code, out, err = run("generate", "To", *options, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["finish"] == "stop_token"

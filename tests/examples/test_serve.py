@@ -95,7 +95,9 @@ def test_other_hosts_origins_and_formats_are_refused(port: int):
         kind = f"application/json; charset={charset}"
         assert ask(port, ASK, Content_Type=kind)[0] in (200, 400)
     assert ask(port, ASK, Content_Encoding="gzip")[0] == 400
-    assert ask(port, b"x" * 2**16)[0] == 413
+    assert ask(port, b"x" * 2**17)[0] == 413
+    # The longest prompt fits, even if JSON spells each of its characters as two surrogates.
+    assert ask(port, ASK | {"prompt": "\U0001f642" * 4096, "seed": -1})[0] == 400
     assert ask(port, ASK, Origin=f"http://localhost:{port}", Host=f"localhost:{port}")[0] == 200
 
 

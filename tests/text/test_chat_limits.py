@@ -35,6 +35,16 @@ def test_hostile_templates_reach_a_limit(step: int):
         assert [template for template in UNBOUNDED[::step] if not _is_refused(template)] == []
 
 
+def test_many_special_tokens_are_found_fast():
+    special = [f"<|{i}|>" for i in range(20_000)]
+    chat = [{"role": "user", "content": ""}]
+    with bounded(5):
+        pieces = render(
+            "{{ '<|' * 200000 }}7|>", chat, {}, special=special, add_generation_prompt=True
+        )
+    assert pieces[1:] == [("<|7|>", True)]
+
+
 def _is_refused(template: str) -> bool:
     try:
         attempt(template)

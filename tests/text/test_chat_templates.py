@@ -188,6 +188,9 @@ def test_only_the_template_writes_special_tokens(template: str, chat: list[dict[
         ("<{{ loop }}{% for m in messages %}<{{ loop.index }}>1{% endfor %}", "", ["<1>"], ["<1>"]),
         ("{{ bos_token }}{{ messages[0].content }}", "<s>", ["<s>"], ["<s>"]),
         ("{{ note }}<s>", "", ["<s>"], ["<s>"]),
+        ("{{ messages[0].content | indent }}", "a\nb", ["\n"], []),
+        ("{{ messages[0].content | wordwrap(3) }}", "a\nb", ["\n"], []),
+        ("{{ 'a\nb' | indent }}", "", ["\n"], ["\n"]),
     ],
 )
 def test_texts_of_users_are_never_special(
@@ -218,6 +221,25 @@ def test_unknown_roles_are_texts_of_the_user(role: str):
     template = "<|{{ messages[0].role }}|>"
     special = ["<|im_end|>", "<s>", "<|end|>"]
     assert specials(render(template, chat, {}, special=special, add_generation_prompt=True)) == []
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        *("n", "n + 0", "0 + n", "n // 1", "+n", "-(-n)", "n | abs", "n | int", "n | round | int"),
+        *("[n] | sum", "[n] | max", "n.real", "n.numerator", "s | int", "s | float | int"),
+        "f | int",
+    ],
+)
+def test_numbers_of_users_complete_no_special_token(number: str):
+    chat = [{"role": "user", "content": "", "n": 7, "s": "7", "f": 7.0}]
+    template = (
+        "{% set m = messages[0] %}{% set n, s, f = m.n, m.s, m.f %}<|{{ NUMBER }}|><|{{ 7 }}|>"
+    )
+    pieces = render(
+        template.replace("NUMBER", number), chat, {}, special=["<|7|>"], add_generation_prompt=True
+    )
+    assert pieces == [Piece("<|7|>", False), Piece("<|7|>", True)]
 
 
 def test_ids_of_users_texts_are_ordinary():

@@ -115,6 +115,52 @@ def test_ids_are_bounded(number: int):
     assert mbx.TextTokenizer(_word_level({"a": 0, "b": 2**20 - 1})).vocab_size == 2**20
 
 
+def _replace(old: str, new: str, kind: str = "String") -> dict[str, object]:
+    return {"type": "Replace", "pattern": {kind: old}, "content": new}
+
+
+_BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": False,
+    "use_regex": False,
+}
+
+
+# There are few steps, so that the growth would take no memory if it were not noticed.
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("normalizer", [_replace("a", "aa")] * 16),
+        ("normalizer", [_replace("a", "bb"), _replace("b", "aa")] * 8),
+        ("normalizer", [_replace("a", "AA"), {"type": "Lowercase"}] * 16),
+        ("normalizer", [_replace("", "a")] * 16),
+        ("normalizer", [_replace("(?=.)", "a", "Regex")] * 16),
+        ("normalizer", [_replace("a*", "a", "Regex")] * 16),
+        ("normalizer", [{"type": "ByteLevel"}] * 16),
+        ("pre_tokenizer", [{"type": "Sequence", "pretokenizers": [_BYTE_LEVEL] * 8}] * 2),
+        ("decoder", [_replace("a", "aa")] * 16),
+        (
+            "decoder",
+            [{"type": "CTC", "pad_token": "p", "word_delimiter_token": "", "cleanup": True}] * 16,
+        ),
+    ],
+)
+def test_the_growth_of_texts_is_bounded(name: str, steps: list[object]):
+    inside = {"pre_tokenizer": "pretokenizers"}.get(name, f"{name}s")
+    entry = {"type": "Sequence", inside: steps}
+    with pytest.raises(ValueError, match=f"its `{name}` must not make a text more than 10,000"):
+        mbx.TextTokenizer(_word_level({"a": 0}, **{name: entry}))
+
+
+def test_many_replacements_of_different_texts_are_allowed():
+    letters = [_replace(char, "oe") for char in "äöüéèêâîôûàùçñ"]
+    spaces = [_replace(r"\s+", " ", "Regex"), _replace("[\u201c\u201d]", '"', "Regex")] * 20
+    steps = [{"type": "NFKC"}, *letters, *spaces, _replace("a", "b" * 50)]
+    file = _word_level({"oe": 0}, normalizer={"type": "Sequence", "normalizers": steps})
+    assert mbx.TextTokenizer(file).encode("ö") == [0]
+
+
 @pytest.mark.parametrize(
     "file",
     [

@@ -172,3 +172,16 @@ def test_invalid_arguments_raise():
         chatty.encode_chat([{"role": "judge", "content": ""}])
     with pytest.raises(ValueError, match=r"messages\[0\] must have a `role`"):
         chatty.encode_chat([{"content": "x"}])
+
+
+def test_declared_tokens_of_a_byte_tokenizer_have_no_text():
+    ids = mbx.text.SpecialIds(bos=65, eos=(10, 256), pad=300)
+    tokenizer = mbx.ByteTokenizer(ids=ids)
+    assert tokenizer.token_ids == {*range(256), 256, 300}
+    assert tokenizer.vocab_size == 301
+    assert tokenizer.decode([65, 0xC3, 300, 0xBC, 10, 256]) == "Aü\n"
+    assert [tokenizer.token_bytes(token) for token in (10, 256, 300)] == [b"\n", b"", b""]
+    decoder = tokenizer.decoder(prompt=[256, 0xC3])
+    assert decoder.feed([256, 0xBC, 300]) == "ü"
+    with pytest.raises(ValueError, match="257"):
+        tokenizer.decode([257])

@@ -9,7 +9,7 @@ from jinja2.runtime import LoopContext, Macro, Undefined
 from jinja2.utils import Cycler
 
 from ._limits import spend_on_all, spend_on_size
-from ._values import Group, Namespace, text_of
+from ._values import Group, Namespace, number_from, text_of
 from ._written import Text
 
 
@@ -80,7 +80,7 @@ def _attribute(value: object, name: str) -> tuple[bool, object]:
             if name in members.methods:
                 return True, Method(members.methods[name], value)
             if name in members.fields:
-                return True, attrgetter(name)(value)
+                return True, number_from(attrgetter(name)(value), value)
             if name in dir(kind):
                 return True, Undefined(
                     f"access to attribute {name!r} of {_kind(value)!r} is unsafe",

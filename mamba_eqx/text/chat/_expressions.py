@@ -12,7 +12,7 @@ from ._environment import Maker, TemplateEnvironment
 from ._formatting import format_text
 from ._limits import check_number, spend, spend_on_all, spend_on_size
 from ._operators import binary, compare
-from ._values import text_of
+from ._values import number_from, text_of
 from ._written import TEMPLATE, Text
 
 
@@ -216,10 +216,12 @@ class Expressions:
         return not self.evaluate(node.node, scope)
 
     def _negative(self, node: nodes.Neg, scope: Scope) -> object:
-        return -self.evaluate(node.node, scope)  # pyright: ignore[reportOperatorIssue]
+        value = self.evaluate(node.node, scope)
+        return number_from(-value, value)  # pyright: ignore[reportOperatorIssue]
 
     def _positive(self, node: nodes.Pos, scope: Scope) -> object:
-        return +self.evaluate(node.node, scope)  # pyright: ignore[reportOperatorIssue]
+        value = self.evaluate(node.node, scope)
+        return number_from(+value, value)  # pyright: ignore[reportOperatorIssue]
 
     def _binary(self, node: nodes.BinExpr, scope: Scope) -> object:
         left, right = self.evaluate(node.left, scope), self.evaluate(node.right, scope)

@@ -13,7 +13,7 @@ from ._attributes import only_attribute_of
 from ._formatting import percent
 from ._json import to_json
 from ._limits import check_number, spend, spend_on_all, spend_on_size
-from ._values import GivenInt, Group, text_of
+from ._values import GivenInt, Group, number_from, text_of
 from ._written import TEMPLATE, USER, Text
 
 
@@ -57,8 +57,9 @@ def _center(value: object, width: int = 80) -> Text:
 
 def _indent(value: object, width: int | str = 4, first: bool = False, blank: bool = False) -> Text:
     step = Text.of(width) if isinstance(width, str) else Text(" ", TEMPLATE) * width
-    newline = Text("\n", TEMPLATE)
-    text = text_of(value) + newline
+    text = text_of(value)
+    newline = Text("\n", text.author())  # the newlines of the text, or new ones
+    text += newline
     lines = text.splitlines()
     if blank:
         indented = (newline + step).join(lines)
@@ -102,7 +103,7 @@ def _wordwrap(
         break_on_hyphens=break_on_hyphens,
     )
     text = text_of(value)
-    between = Text("\n", TEMPLATE) if wrapstring is None else Text.of(wrapstring)
+    between = Text("\n", text.author()) if wrapstring is None else Text.of(wrapstring)
     lines: list[str] = []
     for line in text.splitlines():
         wrapped = wrapper.wrap(str.__str__(line))
@@ -136,24 +137,29 @@ def _sum(
     if isinstance(start, str):
         raise TypeError("sum() can't sum strings [use ''.join(seq) instead]")
     for item in items:
-        start = start + item  # pyright: ignore
+        start = number_from(start + item, start, item)  # pyright: ignore
         spend_on_size(start)
         check_number(start)
     return start
 
 
-def _round(value: float, precision: int = 0, method: str = "common") -> float:
+def _abs(value: int | float) -> object:
+    return number_from(abs(value), value)
+
+
+def _round(value: int | float, precision: int = 0, method: str = "common") -> object:
     if abs(precision) > _FEW:
         raise ValueError(f"round takes a precision within {_FEW} digits")
-    return filters.do_round(value, precision, method)  # pyright: ignore[reportArgumentType]
+    rounded = filters.do_round(value, precision, method)  # pyright: ignore[reportArgumentType]
+    return number_from(rounded, value)
 
 
 def _int(value: object, default: int = 0, base: int = 10) -> int:
     plain = str.__str__(value) if isinstance(value, str) else value
     number = filters.do_int(plain, default, base)
-    # The digits of the text remain the user's.
-    is_given = isinstance(value, str) and Text.of(value).author() == USER
-    return GivenInt(number) if is_given or isinstance(value, GivenInt) else number
+    # The digits of the text remain the user's. Other numbers do not know whose they are.
+    is_given = Text.of(value).author() == USER if isinstance(value, str) else type(value) is not int
+    return GivenInt(number) if is_given else number
 
 
 def _batch(value: Iterable[object], linecount: int, fill_with: object = None) -> Iterable[object]:
@@ -198,12 +204,13 @@ def _format(value: object, *arguments: object, **named: object) -> Text:
 
 
 _AS_IN_JINJA = (
-    "abs count d default dictsort filesizeformat first float items last length list map max min "
+    "count d default dictsort filesizeformat first float items last length list map max min "
     "pprint reject rejectattr reverse select selectattr sort striptags unique urlencode urlize "
     "wordcount xmlattr"
 )
 FILTERS: dict[str, Callable[..., object]] = {
     **{name: filters.FILTERS[name] for name in _AS_IN_JINJA.split()},
+    "abs": _abs,
     "attr": only_attribute_of,
     "batch": _batch,
     "capitalize": _capitalize,

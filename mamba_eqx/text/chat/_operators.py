@@ -13,6 +13,7 @@ from ._limits import (
     spend_on_all,
     spend_on_size,
 )
+from ._values import number_from
 from ._written import Text
 
 
@@ -60,7 +61,7 @@ def binary(symbol: str, left: Any, right: Any) -> object:
     """Returns `left symbol right`."""
     result = _BINARY[symbol](left, right)
     check_number(result)
-    return result
+    return number_from(result, left, right)
 
 
 def _contains(container: Any, item: Any) -> bool:

@@ -15,7 +15,14 @@ class InputError(ValueError):
 
 
 class GivenInt(int):
-    """An integer of the input, whose digits are therefore the user's."""
+    """An integer of the input, or made of one, whose digits are therefore the user's."""
+
+
+def number_from(result: object, *sources: object) -> object:
+    """Returns the result of an operation on numbers, which is the user's if one of them is."""
+    if type(result) is int and any(isinstance(source, GivenInt) for source in sources):
+        return GivenInt(result)
+    return result
 
 
 class Namespace:
