@@ -95,8 +95,10 @@ def decoding_state(
     Reference: Galim et al., *Parameter-Efficient Fine-Tuning of State Space Models* (2024).
     """
     try:
-        shape, dtype = np.shape(token), jnp.asarray(token).dtype
-    except (TypeError, ValueError, OverflowError):  # A text, or lists of different lengths.
+        # JAX would take a text for the name of a dtype.
+        given = token if isinstance(token, Array) else np.asarray(token)
+        shape, dtype = given.shape, given.dtype
+    except (TypeError, ValueError, OverflowError):  # Lists of different lengths.
         shape, dtype = None, np.dtype(object)
     if shape != () or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
