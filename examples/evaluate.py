@@ -161,7 +161,8 @@ class HarnessModel(TemplateLM):
         ends = {*self.tokenizer.stop_tokens, self.eot_token_id}
         # Ids of no token, which a vocabulary may have in gaps and as padding, are banned, except
         # for those that end a text.
-        padding = [i for i in range(vocab_size) if i not in self.tokenizer.token_ids | ends]
+        known = self.tokenizer.token_ids | ends
+        padding = [i for i in range(vocab_size) if i not in known]
         for options, sizes in alike.items():
             sampling = mbx.Sampling(
                 logit_bias=dict.fromkeys(padding, -math.inf) or None,

@@ -78,7 +78,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16", "stored"),
         default="float32",
-        help="dtype of the parameters; float32 is the fastest on a CPU (default: %(default)s)",
+        help="dtype of the parameters; float32 is the fastest on CPUs without instructions for "
+        "bfloat16 products (default: %(default)s)",
     )
     add_hub(parser)
 

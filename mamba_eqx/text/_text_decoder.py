@@ -20,7 +20,7 @@ class TextDecoder:
 
     The strings returned by `feed` and a final `flush`, joined, equal `decode` of all the tokens. If
     the tokens continue a prompt, `decode(prompt)` and these strings, joined, equal `decode` of the
-    prompt and the tokens.
+    prompt and the tokens, unless the prompt ends within a character.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, prompt: Sequence[int] = ()):
