@@ -1,13 +1,14 @@
 import abc
-from typing import Any, Generic, TypeAlias
+from typing import Generic, TypeAlias
 
 import equinox as eqx
-from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray, PyTree
 from typing_extensions import TypeVar
 
 
-# With a default, `mbx.Block` without a type argument is complete for type checkers.
-State = TypeVar("State", default=Any)
+# With a default, `mbx.Block` without a type argument is complete for type checkers. From Python 3.13
+# on, beartype checks the default, and cannot decorate `State | None` if that is `Any`.
+State = TypeVar("State", default=PyTree)
 
 # jaxtyping binds the axes of an alias anew at every call, as if the alias were written out.
 Reset: TypeAlias = Bool[Array, " seq"] | None
