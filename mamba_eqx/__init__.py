@@ -27,6 +27,7 @@ from .generation import (
     stream as stream,
 )
 from .layers import (
+    MLP as MLP,
     AbstractSequenceLayer as AbstractSequenceLayer,
     Attention as Attention,
     Bidirectional as Bidirectional,

@@ -56,10 +56,10 @@ LEVELS = {
         "__init__",
     ],
     "layers": [
-        "_protocol _recurrence_parameters _initialisers",
+        "_protocol _recurrence_parameters _initialisers _scaled",
         "_arguments _cache",
         "_linear",
-        "_conv _mlp _norm",
+        "_conv _norm mlps",
         "mixers",
         "_block _bidirectional",
         "_stack",

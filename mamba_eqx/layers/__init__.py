@@ -10,7 +10,6 @@ from ._block import Block as Block
 from ._cache import AbstractCache as AbstractCache, with_room as with_room
 from ._conv import CausalConv1d as CausalConv1d
 from ._linear import Linear as Linear, product as product
-from ._mlp import GatedMLP as GatedMLP
 from ._norm import GatedRMSNorm as GatedRMSNorm, Norm as Norm, make_norm as make_norm
 from ._protocol import (
     AbstractSequenceLayer as AbstractSequenceLayer,
@@ -22,6 +21,7 @@ from ._recurrence_parameters import (
     cast as cast,
     recurrence_mask as recurrence_mask,
 )
+from ._scaled import scaled as scaled
 from ._stack import (
     AbstractStack as AbstractStack,
     Remat as Remat,
@@ -45,12 +45,15 @@ from .mixers import (
     check_mamba2 as check_mamba2,
     check_mamba3 as check_mamba3,
 )
+from .mlps import MLP as MLP, AbstractMLP as AbstractMLP, GatedMLP as GatedMLP
 
 
 # The public names. Other folders of the package may import the other names too.
 __all__ = [
+    "MLP",
     "RECURRENCE",
     "AbstractCache",
+    "AbstractMLP",
     "AbstractSequenceLayer",
     "AbstractStack",
     "Attention",

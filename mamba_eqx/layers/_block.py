@@ -1,13 +1,17 @@
 from collections.abc import Callable
 from typing import TypeAlias
 
+import equinox as eqx
 import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from .._checks import check_positive_number, to_python
 from ._arguments import check_token, checked_sequence
 from ._norm import Norm, make_norm
 from ._protocol import AbstractSequenceLayer, Length, Reset, State
+from ._scaled import scaled
+from .mlps import AbstractMLP
 
 
 TokenMap: TypeAlias = Callable[[Float[Array, " d_model"]], Float[Array, " d_model"]]
@@ -16,10 +20,10 @@ TokenMap: TypeAlias = Callable[[Float[Array, " d_model"]], Float[Array, " d_mode
 class Block(AbstractSequenceLayer[State]):
     r"""A mixer, and optionally an MLP on every token, in a pre-norm residual stream,
 
-    $$x \leftarrow x + \mathrm{mixer}(\mathrm{norm}(x)), \qquad
-      x \leftarrow x + \mathrm{mlp}(\mathrm{norm2}(x)).$$
+    $$x \leftarrow x + \rho\, \mathrm{mixer}(\mathrm{norm}(x)), \qquad
+      x \leftarrow x + \rho\, \mathrm{mlp}(\mathrm{norm2}(x)),$$
 
-    The sum keeps the dtype of the residual stream. The official models keep the stream in float32
+    where $\rho$ is the number `residual_multiplier`, 1 except in models like Granite 4. The sum keeps the dtype of the residual stream. The official models keep the stream in float32
     even if everything else is bfloat16 (`residual_in_fp32`), and so does
     [`mamba_eqx.LanguageModel`][]. The norms read the stream at full precision, as the official
     fused kernel does. The state of a block is the state of its mixer.
@@ -30,13 +34,15 @@ class Block(AbstractSequenceLayer[State]):
     norm: Norm
     mixer: AbstractSequenceLayer[State]
     norm2: Norm | None
-    mlp: TokenMap | None
+    mlp: AbstractMLP | TokenMap | None
+    residual_multiplier: float = eqx.field(static=True)
 
     def __init__(
         self,
         mixer: AbstractSequenceLayer[State],
         *,
-        mlp: TokenMap | None = None,
+        mlp: AbstractMLP | TokenMap | None = None,
+        residual_multiplier: float = 1.0,
         rms_norm: bool = True,
         norm_eps: float = 1e-5,
         dtype: DTypeLike | None = None,
@@ -44,16 +50,28 @@ class Block(AbstractSequenceLayer[State]):
         """**Arguments:**
 
         - `mixer`: any sequence layer.
-        - `mlp`: any module that maps one token of shape `(d_model,)` to another, for instance
-            [`mamba_eqx.GatedMLP`][]; `None` for a block without an MLP.
+        - `mlp`: a [`mamba_eqx.layers.AbstractMLP`][] such as [`mamba_eqx.GatedMLP`][], or any
+            module that maps one token of shape `(d_model,)` to another; `None` for a block without
+            an MLP.
+        - `residual_multiplier`: a positive number that multiplies the outputs of the mixer and of
+            the MLP before they are added to the residual stream.
         - `rms_norm`: whether the norms are RMSNorm, rather than LayerNorm.
         - `norm_eps`: a number between 0 and 1 that the norms add to the mean square (or to the
             variance).
         - `dtype`: the dtype of the norms' parameters; float32 by default (float64 in JAX's 64-bit
             mode).
 
-        **Raises:** `ValueError` if `norm_eps` is not between 0 and 1, or `rms_norm` is not a bool.
+        **Raises:** `ValueError` if `norm_eps` is not between 0 and 1, `rms_norm` is not a bool,
+        `residual_multiplier` is not a positive number, or the mixer and an MLP of this library
+        differ in `d_model`.
         """
+        residual_multiplier = to_python(residual_multiplier)
+        check_positive_number("residual_multiplier", residual_multiplier)
+        if isinstance(mlp, AbstractMLP) and mlp.d_model != mixer.d_model:
+            raise ValueError(
+                "The mixer and the MLP of `Block` must share `d_model`, but got "
+                f"d_model={mixer.d_model} and d_model={mlp.d_model}."
+            )
         self.norm = make_norm(mixer.d_model, rms_norm=rms_norm, eps=norm_eps, dtype=dtype)
         self.mixer = mixer
         if mlp is None:
@@ -61,6 +79,7 @@ class Block(AbstractSequenceLayer[State]):
         else:
             self.norm2 = make_norm(mixer.d_model, rms_norm=rms_norm, eps=norm_eps, dtype=dtype)
         self.mlp = mlp
+        self.residual_multiplier = float(residual_multiplier)
 
     @property
     def d_model(self) -> int:
@@ -83,7 +102,12 @@ class Block(AbstractSequenceLayer[State]):
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
         x = checked_sequence("Block", self.d_model, x, reset, length)
         y, state = self.mixer.scan(jax.vmap(self.norm)(x), state, reset=reset, length=length)
-        return jax.vmap(self._apply_mlp)(x + y), state
+        x += scaled(y, self.residual_multiplier)
+        if self.mlp is None or self.norm2 is None:
+            return x, state
+        # Any other module is a map of one token.
+        mlp = self.mlp if isinstance(self.mlp, AbstractMLP) else jax.vmap(self.mlp)
+        return x + scaled(mlp(jax.vmap(self.norm2)(x)), self.residual_multiplier), state
 
     @jax.named_scope("mamba_eqx.Block.step")
     def step(
@@ -92,9 +116,7 @@ class Block(AbstractSequenceLayer[State]):
         """See [`mamba_eqx.AbstractSequenceLayer.step`][]."""
         check_token("Block", self.d_model, x)
         y, state = self.mixer.step(self.norm(x), state)
-        return self._apply_mlp(x + y), state
-
-    def _apply_mlp(self, x: Float[Array, " {self.d_model}"]) -> Float[Array, " {self.d_model}"]:
+        x += scaled(y, self.residual_multiplier)
         if self.mlp is None or self.norm2 is None:
-            return x
-        return x + self.mlp(self.norm2(x))
+            return x, state
+        return x + scaled(self.mlp(self.norm2(x)), self.residual_multiplier), state
