@@ -24,6 +24,9 @@ from mamba_eqx.pretrained import (
 from tests.support.checkpoints import BOTH, MAMBA1 as MODELS, assert_same, config, make
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
 @pytest.mark.parametrize("stacked", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_state_dict_of_gradients_and_moments(stacked):
     model = make(BOTH["tied"], stacked=stacked)
