@@ -1,5 +1,6 @@
 """Agreement with golden files, which other implementations have computed in float64."""
 
+import os
 from typing import Any
 
 import equinox as eqx
@@ -12,6 +13,10 @@ from safetensors.numpy import load_file
 import mamba_eqx as mbx
 from mamba_eqx.pretrained import from_pretrained, state_dict
 from tests.support.parity import GOLDEN, GOLDEN_LAYOUTS, difference, named_state, run
+
+
+# `XLA_FLAGS= pytest` compiles as users do, and the newest Python is tested with nothing else.
+pytestmark = [pytest.mark.usefixtures("compile_fast")] if os.environ.get("XLA_FLAGS") else []
 
 
 # The quick run omits these cases, because similar cases cover most of their code.

@@ -22,6 +22,9 @@ from mamba_eqx.pretrained.layouts import LAYOUTS
 from tests.support.checkpoints import FAMILIES, STORED, Stored, assert_same, edit_config, make
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
 # Compile more than the others, which stand for them in a quick run.
 SLOW = ("mamba2", "hybrid")
 

@@ -22,6 +22,9 @@ from tests.support.checkpoints import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
 DELTA = mbx.GatedDeltaNetConfig(d_model=6, headdim=4)
 
 # Models that a layout cannot store: the layout, the model, what the error says, and the layout that
