@@ -102,7 +102,7 @@ LEVELS = {
         "_hybrid _hybrid_names",
         "_mamba",
         "_mamba2",
-        "_bamba _jamba",
+        "_bamba _jamba _nemotron_h",
         "_registry",
         "__init__",
     ],

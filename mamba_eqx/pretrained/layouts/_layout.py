@@ -108,7 +108,10 @@ class Layout:
     - `table`: returns the slots of a model, for a config that `check` accepts.
     - `embedding`: returns the name of the embedding's weight, for a config that `check` accepts.
     - `keeps_tied_head`: whether files of a model with tied embeddings store the head as well.
-    - `renames`: maps older tensor names, which files may have, to the names in the table.
+    - `renames`: returns the beginnings of older tensor names, which files may have, and those in
+        the table that they stand for, for a config that `check` accepts.
+    - `ignored`: returns the beginnings of the names of tensors that files may have and that are not
+        a part of the model, for a config that `check` accepts.
     - `head`: the name of the head's weight.
     - `config_file`, `weights_file`: the names of the files.
     - `declares_ids`: whether the config declares the ids of special tokens, in the fields of
@@ -122,7 +125,8 @@ class Layout:
     table: Callable[[LanguageModelConfig], list[Slot]]
     embedding: Callable[[LanguageModelConfig], str]
     keeps_tied_head: bool
-    renames: Mapping[str, str]
+    renames: Callable[[LanguageModelConfig], Mapping[str, str]] = lambda _: {}
+    ignored: Callable[[LanguageModelConfig], tuple[str, ...]] = lambda _: ()
     head: str = "lm_head.weight"
     config_file: str = "config.json"
     weights_file: str = "model.safetensors"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ....models import AttentionConfig, GatedMLPConfig
+from ....models import AttentionConfig, GatedMLPConfig, MLPConfig
 from .._layout import Slot
 from ._family import Names
 
@@ -29,6 +29,15 @@ def gated_mlp(config: GatedMLPConfig) -> list[Slot]:
     return [
         *split(fc1, "weight", "fc1.weight"),
         Slot("down_proj.weight", "fc2.weight"),
+    ]
+
+
+def mlp(config: MLPConfig) -> list[Slot]:
+    """Returns the slots of an MLP without a gate."""
+    return [
+        Slot(f"{name}.{kind}", f"{path}.{kind}")
+        for kind in ("weight", "bias")[: 1 + config.bias]
+        for name, path in {"up_proj": "fc1", "down_proj": "fc2"}.items()
     ]
 
 
