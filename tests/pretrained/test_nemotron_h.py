@@ -102,5 +102,7 @@ def test_limits_of_dt_come_from_the_config(tmp_path):
     edit_config(tmp_path, {"time_step_min": 0.001, "time_step_max": 0.1, "time_step_floor": 1e-4})
     assert_same(from_pretrained(tmp_path), make(DENSE))
     edit_config(tmp_path, {"time_step_limit": DROPPED})
-    mixer = from_pretrained(tmp_path).layers.unstack()[0].mixer
-    assert mixer.dt_limit == (0.0, float("inf"))
+    block = from_pretrained(tmp_path).layers.unstack()[0]
+    assert isinstance(block, mbx.Block)
+    assert isinstance(block.mixer, mbx.Mamba2)
+    assert block.mixer.dt_limit == (0.0, float("inf"))

@@ -63,12 +63,15 @@ class Slot:
     - `transform`: maps the leaf, or the rows of it, to the tensor.
     - `rows`: the first row of the leaf in the tensor, and the row after the last; all rows if
         `None`.
+    - `row_axes`: the number of axes of the leaf, first axis first, that the rows are counted over. A
+        leaf of experts, `(n_experts, features, ...)`, has two.
     """
 
     name: str
     path: str
     transform: Transform = IDENTITY
     rows: tuple[int, int] | None = None
+    row_axes: int = 1
 
     def within(self, name: str, path: str) -> "Slot":
         """Returns the slot with `name` and `path` as prefixes of its own."""
@@ -76,7 +79,9 @@ class Slot:
 
     def to_file(self, leaf: AnyArray) -> AnyArray:
         """Returns the part of a leaf that this tensor stores."""
-        return self.transform.to_file(leaf if self.rows is None else leaf[slice(*self.rows)])
+        if self.rows is not None:
+            leaf = leaf.reshape(-1, *leaf.shape[self.row_axes :])[slice(*self.rows)]
+        return self.transform.to_file(leaf)
 
     def from_file(self, tensor: AnyArray) -> AnyArray:
         """Returns the part of the leaf that a tensor stores: the inverse of `to_file`."""
