@@ -12,16 +12,24 @@ from .mixer_configs import (
     Mamba2Config as Mamba2Config,
     Mamba3Config as Mamba3Config,
 )
+from .mlp_configs import (
+    AbstractMLPConfig as AbstractMLPConfig,
+    GatedMLPConfig as GatedMLPConfig,
+    MLPConfig as MLPConfig,
+)
 
 
 # The public names. Other folders of the package may import the other names too.
 __all__ = [
+    "AbstractMLPConfig",
     "AbstractMixerConfig",
     "AttentionConfig",
     "BlockConfig",
     "GatedDeltaNetConfig",
+    "GatedMLPConfig",
     "LanguageModel",
     "LanguageModelConfig",
+    "MLPConfig",
     "Mamba1Config",
     "Mamba2Config",
     "Mamba3Config",

@@ -4,16 +4,11 @@ from typing import Any
 
 from ...layers import Attention, GatedDeltaNet, Mamba1, Mamba2, Mamba3
 from ._attention import AttentionConfig as AttentionConfig
-from ._base import (
-    COMPUTED as COMPUTED,
-    AbstractMixerConfig as AbstractMixerConfig,
-    set_fields as set_fields,
-)
+from ._base import AbstractMixerConfig as AbstractMixerConfig
 from ._gated_delta_net import GatedDeltaNetConfig as GatedDeltaNetConfig
 from ._mamba1 import Mamba1Config as Mamba1Config
 from ._mamba2 import Mamba2Config as Mamba2Config
 from ._mamba3 import Mamba3Config as Mamba3Config
-from ._round_trip import ARRAYS as ARRAYS, checked_config as checked_config
 
 
 # One entry for each mixer.
