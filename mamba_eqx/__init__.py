@@ -43,6 +43,7 @@ from .layers import (
     Mamba2State as Mamba2State,
     Mamba3 as Mamba3,
     Mamba3State as Mamba3State,
+    MixtureOfExperts as MixtureOfExperts,
     Stacked as Stacked,
     Unrolled as Unrolled,
     cast as cast,

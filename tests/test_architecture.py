@@ -24,7 +24,7 @@ LEVELS = {
     ],
     "ops": [
         "_arguments _chunks _linear_map _masks _norm _rotary",
-        "_attention _conv _gated_delta _mamba3 _recurrence _ssd",
+        "_attention _conv _gated_delta _grouped_product _mamba3 _recurrence _ssd",
         "_selective_scan",
         "__init__",
     ],
@@ -102,7 +102,7 @@ LEVELS = {
         "_hybrid _hybrid_names",
         "_mamba",
         "_mamba2",
-        "_bamba _jamba",
+        "_bamba _jamba _nemotron_h",
         "_registry",
         "__init__",
     ],

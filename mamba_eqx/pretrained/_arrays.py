@@ -1,5 +1,7 @@
 """Converting the arrays of a checkpoint to JAX arrays."""
 
+import bisect
+import itertools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -37,6 +39,7 @@ def check_dtype(name: str, dtype: DTypeLike) -> np.dtype:
 def to_jax(
     name: str,
     parts: Sequence[np.ndarray],
+    shape: tuple[int, ...],
     dtype: np.dtype,
     sharding: Sharding | None = None,
 ) -> Array:
@@ -47,6 +50,8 @@ def to_jax(
     - `name`: how messages refer to the arrays.
     - `parts`: one or more arrays, which may be views of files. A device that holds a part of the
         result reads only that part.
+    - `shape`: the shape of the result. The first axis of the joined arrays may be divided into
+        several axes.
     - `dtype`: the dtype of the result.
     - `sharding`: the sharding of the result; JAX's default device if `None`.
 
@@ -59,34 +64,46 @@ def to_jax(
     """
     check_dtype(name, dtype)
     if sharding is None:
-        return jnp.asarray(_copy(name, parts, dtype))
-    shape = parts[0].shape
-    if len(parts) > 1:
-        shape = (sum(map(len, parts)), *shape[1:])
-    return jax.make_array_from_callback(
-        shape,
-        sharding,
-        lambda index: _copy(name, _cut(parts, index), dtype),
-    )
+        return jnp.asarray(_copy(name, parts, shape, dtype))
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        slices = [slice(None)] * len(shape) if index is None else index
+        ranges = [range(*one.indices(size)) for one, size in zip(slices, shape, strict=True)]
+        return _copy(name, _cut(parts, shape, ranges), tuple(map(len, ranges)), dtype)
+
+    return jax.make_array_from_callback(shape, sharding, read)
 
 
-def _cut(parts: Sequence[np.ndarray], index: tuple[slice, ...] | None) -> list[np.ndarray]:
-    """Returns the pieces of `parts` that an index into the joined array selects."""
-    if index is None:
-        return [*parts]
-    if len(parts) == 1:
-        return [parts[0][index]]
-    rows, *others = index
-    start, stop, _ = rows.indices(sum(map(len, parts)))
-    cut, at = [], 0
-    for part in parts:
-        within = slice(max(start - at, 0), max(stop - at, 0))
-        cut.append(part[(within, *others)])
-        at += len(part)
-    return cut
+def _cut(
+    parts: Sequence[np.ndarray], shape: tuple[int, ...], ranges: Sequence[range]
+) -> list[np.ndarray]:
+    """Returns the pieces of `parts` that a range along each axis of the result selects, in order.
+
+    `ranges` have no steps. `shape` is that of the result, as in `to_jax`.
+    """
+    slices = [slice(one.start, one.stop) for one in ranges]
+    if parts[0].shape == shape:
+        return [parts[0][tuple(slices)]]
+    # The axes that the first axis of the parts is divided into.
+    n_axes = len(shape) - parts[0].ndim + 1
+    others = slices[n_axes:]
+    *outer, rows = ranges[:n_axes]
+    starts = [0, *itertools.accumulate(map(len, parts))]
+    pieces: list[np.ndarray] = []
+    for indices in itertools.product(*outer):
+        first = int(np.ravel_multi_index((*indices, 0), shape[:n_axes]))
+        start, stop = first + rows.start, first + rows.stop
+        i = bisect.bisect_right(starts, start) - 1
+        while i < len(parts) and starts[i] < stop:
+            within = slice(max(start - starts[i], 0), stop - starts[i])
+            pieces.append(parts[i][(within, *others)])
+            i += 1
+    return pieces
 
 
-def _copy(name: str, parts: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
+def _copy(
+    name: str, parts: Sequence[np.ndarray], shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
     if dtype == np.float16:
         # NumPy's own casts report an overflow, but the cast of bfloat16 does not. The additional
         # cast to float32 is exact.
@@ -96,8 +113,8 @@ def _copy(name: str, parts: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray
         with np.errstate(over="raise", invalid="ignore"):
             # JAX may keep the memory of its argument, which here is a mapped file, so always copy.
             if len(parts) == 1:
-                return np.array(parts[0], dtype=dtype, order="C")
-            return np.concatenate(parts, dtype=dtype, casting="unsafe")
+                return np.array(parts[0], dtype=dtype, order="C").reshape(shape)
+            return np.concatenate(parts, dtype=dtype, casting="unsafe").reshape(shape)
     except FloatingPointError:
         raise CheckpointError(
             f"{name} has values too large for {dtype}: choose another `dtype`, such as bfloat16."

@@ -150,6 +150,6 @@ def _target(
 def _read(assignment: Assignment[StoredTensor], target: jax.ShapeDtypeStruct) -> jax.Array:
     arrays = [slot.from_file(tensor.read()) for slot, tensor in assignment.parts]
     names = ", ".join(tensor.name for _, tensor in assignment.parts)
-    leaf = to_jax(names, arrays, target.dtype, target.sharding)
+    leaf = to_jax(names, arrays, target.shape, target.dtype, target.sharding)
     # Without waiting, transfers to a device would pile up in memory.
     return jax.block_until_ready(leaf)

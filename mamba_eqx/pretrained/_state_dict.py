@@ -106,12 +106,15 @@ def load_state_dict(
 def _join(assignment: Assignment[Array | np.ndarray]) -> Array:
     common_dtype({slot.name: tensor.dtype for slot, tensor in assignment.parts})
     arrays = [_to_jax_array(slot.name, slot.from_file(tensor)) for slot, tensor in assignment.parts]
-    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
+    joined = arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
+    return joined.reshape(assignment.leaf.shape)
 
 
 def _to_jax_array(name: str, value: object) -> Array:
     array = _check_array(name, value)
-    return array if isinstance(array, jax.Array) else to_jax(name, [array], array.dtype)
+    return (
+        array if isinstance(array, jax.Array) else to_jax(name, [array], array.shape, array.dtype)
+    )
 
 
 def _check_array(name: str, value: object) -> Array | np.ndarray:

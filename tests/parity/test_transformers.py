@@ -29,6 +29,7 @@ ARCHITECTURES = {
     "mamba2": "Mamba2ForCausalLM",
     "bamba": "BambaForCausalLM",
     "jamba": "JambaForCausalLM",
+    "nemotron_h": "NemotronHForCausalLM",
 }
 # Longer than a chunk of Mamba-2.
 SEQ = {"mamba2": 45}
@@ -39,7 +40,10 @@ CHANGED = {
     "mamba2": {"chunk_size", "initializer_range"},
     "bamba": set(),
     "jamba": set(),
+    "nemotron_h": {"chunk_size", "time_step_min"},
 }
+# Compile more than the others.
+SLOW = ("bamba", "jamba", "nemotron_h")
 # The largest numbers of bytes in one file.
 OUR_SHARDS = {"mamba": [None, 2000], "bamba": [1000], "jamba": [1000]}
 THEIR_SHARDS = {"mamba": ["1GB", "3KB"]}
@@ -54,7 +58,7 @@ def cases(models: dict[str, dict[str, Any]], shards: dict[str, list[Any]], defau
                 kind,
                 name,
                 size,
-                marks=[pytest.mark.slow] if kind in ("bamba", "jamba") else [],
+                marks=[pytest.mark.slow] if kind in SLOW else [],
                 id=f"{kind}-{name}-{size}",
             )
             for kind, named in models.items()
@@ -82,7 +86,7 @@ def test_ours_loads_transformers(model_type, name, max_shard_size, torch, tmp_pa
         seq=SEQ.get(model_type, 25),
         max_shard_size=max_shard_size,
     )
-    if model_type == "mamba2":
+    if "chunk_size" in CHANGED[model_type]:
         assert difference(again, want) < 1e-5  # The sizes of chunks differ.
     else:
         assert np.array_equal(again, want)

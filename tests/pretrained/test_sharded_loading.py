@@ -66,14 +66,31 @@ class File(np.ndarray):
 parts = []
 stored = np.arange(64, dtype=np.float32).reshape(8, 8).view(File)
 dtype, half = np.dtype(ml_dtypes.bfloat16), NamedSharding(mesh, P("model"))
-array = to_jax("x", [stored], dtype, NamedSharding(mesh, P(None, "model")))
+array = to_jax("x", [stored], (8, 8), dtype, NamedSharding(mesh, P(None, "model")))
 assert parts == [64] * 4
 np.testing.assert_array_equal(np.asarray(array, np.float32), stored)
 # One array of several tensors, whose boundaries differ from those of the devices.
 for place in (half, NamedSharding(mesh, P(None, "model")), NamedSharding(mesh, P())):
-    array = to_jax("x", [stored[:3], stored[3:5], stored[5:]], dtype, place)
+    array = to_jax("x", [stored[:3], stored[3:5], stored[5:]], (8, 8), dtype, place)
     assert array.sharding == place
     np.testing.assert_array_equal(np.asarray(array, np.float32), stored)
+
+# An array of experts, with one or two tensors for each of them.
+stored = np.arange(4 * 8 * 3, dtype=np.float32).reshape(4, 8, 3)
+rows = stored.reshape(32, 3).view(File)
+for sizes in ([8] * 4, [5, 3] * 4):
+    ends = np.cumsum([0, *sizes])
+    tensors = [rows[a:b] for a, b in zip(ends, ends[1:])]
+    for axes in (P("model"), P(None, "model"), P()):
+        place = NamedSharding(mesh, axes)
+        parts.clear()
+        array = to_jax("x", tensors, stored.shape, np.dtype(np.float32), place)
+        assert array.sharding == place
+        np.testing.assert_array_equal(np.asarray(array), stored)
+        assert sum(parts) == stored.nbytes
+square = NamedSharding(Mesh(np.array(devices).reshape(2, 2), ("a", "b")), P("a", "b"))
+array = to_jax("x", tensors, stored.shape, np.dtype(np.float32), square)
+np.testing.assert_array_equal(np.asarray(array), stored)
 
 # Nothing is loaded if one of the shardings does not fit.
 try:

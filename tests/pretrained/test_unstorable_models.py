@@ -1,5 +1,7 @@
 """Models that a layout cannot store, and what the errors say."""
 
+import dataclasses
+
 import equinox as eqx
 import pytest
 
@@ -19,6 +21,7 @@ from tests.support.checkpoints import (
     make,
     mamba2,
     mamba3,
+    nemotron_h,
 )
 
 
@@ -137,6 +140,17 @@ UNSTORABLE = [
         None,
     ),
     ("transformers", hybrid(mbx.Mamba1Config(6)), "MLPs or attention beside Mamba-1", None),
+    ("transformers", nemotron_h((ROTARY, 9)), "attention with a rotary embedding", None),
+    ("transformers", nemotron_h((attention(window=4), 9)), "attention with a window", None),
+    ("transformers", nemotron_h((attention(out_proj_bias=True), 9)), "with biases", None),
+    ("transformers", nemotron_h((mamba2(), 9), (mamba2(), 5)), "within one kind of MLP", None),
+    (
+        "transformers",
+        dataclasses.replace(nemotron_h((mamba2(), 9)), tie_embeddings=True),
+        "models of Nemotron-H with tied embeddings",
+        None,
+    ),
+    ("state-spaces", nemotron_h((mamba2(), 128)), "MLPs of the kind MLP", "transformers"),
     (
         "state-spaces",
         hybrid(mamba2(), attention(window=4), d_intermediate=None),

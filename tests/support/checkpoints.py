@@ -65,6 +65,26 @@ def hybrid(
     return mbx.LanguageModelConfig(13, tuple(blocks), **fields)
 
 
+def nemotron_h(
+    *layers: tuple[mbx.models.AbstractMixerConfig, int | None],
+    bias: bool = False,
+    norm_eps: float = 1e-5,
+    **fields: Any,
+) -> mbx.LanguageModelConfig:
+    """Returns the config of a model, given the mixer of each layer and the width of its MLP."""
+    blocks = [
+        mbx.BlockConfig(
+            mixer, mlp=None if width is None else mbx.MLPConfig(width, bias), norm_eps=norm_eps
+        )
+        for mixer, width in layers
+    ]
+    return mbx.LanguageModelConfig(
+        13, tuple(blocks), tie_embeddings=False, norm_eps=norm_eps, **fields
+    )
+
+
+# Mamba-2 whose width is no multiple of that of the model.
+NEMOTRON_MAMBA2 = mamba2(d_inner=15, ngroups=5, dt_limit=(0.05, 0.6))
 # Mamba-1 as Jamba has it, with normalised dt, B and C.
 NORMALISED = mbx.Mamba1Config(
     6, d_state=3, d_conv=3, dt_rank=2, select_norm="weighted", select_norm_eps=1e-5
@@ -152,6 +172,21 @@ HYBRIDS: Models = {
             NORMALISED, attention(nheads=3, nheads_kv=3, headdim=2), NORMALISED, NORMALISED
         ),
         "jamba_untied": hybrid(*[NORMALISED, NORMALISED, attention()] * 2, tie_embeddings=False),
+        "nemotron_h": nemotron_h(
+            (NEMOTRON_MAMBA2, 9),
+            (NEMOTRON_MAMBA2, None),
+            (attention(), 9),
+            (NEMOTRON_MAMBA2, None),
+            (attention(), None),
+            padded_vocab_size=16,
+        ),
+        "nemotron_h_bias": nemotron_h(
+            (mamba2(d_inner=15, ngroups=5, bias=True, conv_bias=False, norm_eps=3e-4), 5),
+            (attention(nheads=3, nheads_kv=1), 5),
+            bias=True,
+            norm_eps=3e-4,
+            residual_in_fp32=False,
+        ),
     },
     "state-spaces": {
         "mamba2": hybrid(mamba2(), OFFICIAL, mamba2(), d_intermediate=None, padded_vocab_size=16),

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
+from safetensors.numpy import load_file
 
 import mamba_eqx as mbx
 from mamba_eqx.pretrained import from_pretrained, save_pretrained, state_dict
-from tests.support.checkpoints import BIASED, HYBRIDS, ODD, config
+from tests.support.checkpoints import BIASED, HYBRIDS, ODD, assert_same, config
 
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -142,6 +143,9 @@ OURS: dict[str, dict[str, mbx.LanguageModelConfig]] = {
     },
     "bamba": {name: HYBRIDS["transformers"][name] for name in ("bamba", "bamba_bias")},
     "jamba": {name: HYBRIDS["transformers"][name] for name in ("jamba", "jamba_untied")},
+    "nemotron_h": {
+        name: HYBRIDS["transformers"][name] for name in ("nemotron_h", "nemotron_h_bias")
+    },
 }
 
 # Configs of models that transformers saves and we load, by model type and name.
@@ -258,7 +262,42 @@ THEIRS: dict[str, dict[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         }
     },
+    "nemotron_h": {
+        "dense": {
+            "vocab_size": 31,
+            "hidden_size": 12,
+            "hybrid_override_pattern": "MM-*M-*-",
+            "intermediate_size": 7,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "head_dim": 4,
+            "ssm_state_size": 5,
+            "mamba_num_heads": 6,
+            "mamba_head_dim": 5,
+            "n_groups": 3,
+            "conv_kernel": 3,
+            "chunk_size": 11,
+            "use_bias": True,
+            "use_conv_bias": False,
+            "mlp_bias": True,
+            "layer_norm_epsilon": 2e-3,
+            "residual_in_fp32": True,
+            "time_step_limit": [0.005, 0.1],
+        },
+    },
 }
+
+
+def use_time_step_limit(model: Any) -> Any:
+    """Makes Nemotron-H of transformers use the limits of `dt` in its config, and returns it.
+
+    transformers takes `time_step_min`, which is meant for the initialisation, for the lower limit,
+    and ignores `time_step_limit` (transformers issue 48989).
+    """
+    for module in model.modules():
+        if type(module).__name__ == "NemotronHMamba2Mixer":
+            module.time_step_limit = tuple(model.config.time_step_limit)
+    return model
 
 
 def their_model(torch: Any, fields: dict[str, Any], model_type: str = "mamba") -> Any:
@@ -267,7 +306,7 @@ def their_model(torch: Any, fields: dict[str, Any], model_type: str = "mamba") -
 
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(model_type, **fields)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = use_time_step_limit(transformers.AutoModelForCausalLM.from_config(config).eval())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -290,7 +329,7 @@ def load_theirs(folder: Path | str, architecture: str = "MambaForCausalLM") -> A
     load = getattr(transformers, architecture).from_pretrained
     model, info = load(folder, output_loading_info=True)
     assert not any(info.values()), info
-    return model.eval()
+    return use_time_step_limit(model.eval())
 
 
 def check_they_load(
@@ -309,8 +348,8 @@ def check_they_load(
     tokens = np.arange(seq) * 7 % 13
     logits = eqx.filter_jit(model)(jnp.asarray(tokens))
     assert difference(logits, their_logits(torch, theirs, tokens)) < 1e-5
-    for key, tensor in state_dict(model).items():
-        assert np.array_equal(theirs.state_dict()[key].numpy(), tensor)
+    theirs.save_pretrained(folder / "again")
+    assert_same(load_file(folder / "again" / "model.safetensors"), state_dict(model))
 
 
 # Fields of a transformers config that we do not keep: how texts end, and the model's origin.

@@ -1,7 +1,7 @@
 """Reading the fields of a config file, each of them explicitly."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 from ...formats import CheckpointError, quote_value
@@ -106,6 +106,26 @@ class Fields:
         ):
             raise self.error(key, f"must be a list of different integers from 0 to {count - 1}")
         return frozenset(value)
+
+    def series(self, key: str, known: Mapping[str, _Value]) -> list[_Value] | None:
+        """Reads a list of names, or a text of one letter each; `None` if the field is missing.
+
+        **Arguments:**
+
+        - `key`: the name of the field.
+        - `known`: the values that the names stand for.
+        """
+        value = self.get(key, None)
+        if value is None:
+            return None
+        if (
+            not isinstance(value, str | list)
+            or not 1 <= len(value) <= _MAX_LAYERS
+            or any(not isinstance(name, str) or name not in known for name in value)
+        ):
+            options = ", ".join(map(quote_value, known))
+            raise self.error(key, f"must be 1 to {_MAX_LAYERS} of {options}")
+        return [known[name] for name in value]
 
     def flag(self, key: str, default: bool) -> bool:
         """Reads a boolean."""

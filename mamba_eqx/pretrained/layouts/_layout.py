@@ -63,12 +63,15 @@ class Slot:
     - `transform`: maps the leaf, or the rows of it, to the tensor.
     - `rows`: the first row of the leaf in the tensor, and the row after the last; all rows if
         `None`.
+    - `row_axes`: the number of axes of the leaf, first axis first, that the rows are counted over. A
+        leaf of experts, `(n_experts, features, ...)`, has two.
     """
 
     name: str
     path: str
     transform: Transform = IDENTITY
     rows: tuple[int, int] | None = None
+    row_axes: int = 1
 
     def within(self, name: str, path: str) -> "Slot":
         """Returns the slot with `name` and `path` as prefixes of its own."""
@@ -76,7 +79,9 @@ class Slot:
 
     def to_file(self, leaf: AnyArray) -> AnyArray:
         """Returns the part of a leaf that this tensor stores."""
-        return self.transform.to_file(leaf if self.rows is None else leaf[slice(*self.rows)])
+        if self.rows is not None:
+            leaf = leaf.reshape(-1, *leaf.shape[self.row_axes :])[slice(*self.rows)]
+        return self.transform.to_file(leaf)
 
     def from_file(self, tensor: AnyArray) -> AnyArray:
         """Returns the part of the leaf that a tensor stores: the inverse of `to_file`."""
@@ -108,7 +113,10 @@ class Layout:
     - `table`: returns the slots of a model, for a config that `check` accepts.
     - `embedding`: returns the name of the embedding's weight, for a config that `check` accepts.
     - `keeps_tied_head`: whether files of a model with tied embeddings store the head as well.
-    - `renames`: maps older tensor names, which files may have, to the names in the table.
+    - `renames`: returns the beginnings of older tensor names, which files may have, and those in
+        the table that they stand for, for a config that `check` accepts.
+    - `ignored`: returns the beginnings of the names of tensors that files may have and that are not
+        a part of the model, for a config that `check` accepts.
     - `head`: the name of the head's weight.
     - `config_file`, `weights_file`: the names of the files.
     - `declares_ids`: whether the config declares the ids of special tokens, in the fields of
@@ -122,7 +130,8 @@ class Layout:
     table: Callable[[LanguageModelConfig], list[Slot]]
     embedding: Callable[[LanguageModelConfig], str]
     keeps_tied_head: bool
-    renames: Mapping[str, str]
+    renames: Callable[[LanguageModelConfig], Mapping[str, str]] = lambda _: {}
+    ignored: Callable[[LanguageModelConfig], tuple[str, ...]] = lambda _: ()
     head: str = "lm_head.weight"
     config_file: str = "config.json"
     weights_file: str = "model.safetensors"

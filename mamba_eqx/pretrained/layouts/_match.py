@@ -47,30 +47,36 @@ def slots(layout: Layout, config: LanguageModelConfig, tree: PyTree) -> list[Slo
 def renamed(
     layout: Layout, config: LanguageModelConfig, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Returns the tensors under the names in the layout's table.
+    """Returns the tensors of the model under the names in the layout's table.
 
-    Files may have names of older versions. They may also hold the model without its head, as
-    transformers' `MambaModel` saves it: every name then lacks the first part, `backbone.`.
+    Files may have names of older versions, and tensors that are not a part of the model. They may
+    also hold the model without its head, as transformers' `MambaModel` saves it: every name then
+    lacks the first part, `backbone.`.
 
     **Arguments:**
 
     - `layout`, `config`: the layout, and the config of the model.
     - `tensors`: the tensors by name.
     """
+    ignored, renames = layout.ignored(config), layout.renames(config)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(ignored)}
     prefix = layout.embedding(config).split(".")[0] + "."
     if not any(name.startswith(prefix) or name == layout.head for name in tensors):
-        whole = _current(layout, {prefix + name: tensor for name, tensor in tensors.items()})
+        whole = _current(renames, {prefix + name: tensor for name, tensor in tensors.items()})
         if layout.embedding(config) in whole:
             return whole
-    return _current(layout, tensors)
+    return _current(renames, tensors)
 
 
-def _current(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _current(renames: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     current: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        new_name = layout.renames.get(name)
+        new_name = name
+        for old, new in renames.items():
+            if name.startswith(old):
+                new_name = new + name.removeprefix(old)
         # If both names are present, the older one is kept, to be reported as unexpected.
-        current[name if new_name is None or new_name in tensors else new_name] = tensor
+        current[name if new_name in tensors else new_name] = tensor
     return current
 
 

@@ -97,7 +97,6 @@ MISTRAL = Layout(
     table=_name_mistral,
     embedding=lambda config: f"model.{STATE_SPACES.embedding(config)}",
     keeps_tied_head=True,
-    renames=MappingProxyType({}),
     head=f"model.{STATE_SPACES.head}",
     config_file="params.json",
     weights_file="consolidated.safetensors",

@@ -1,7 +1,5 @@
 """The layout of the official repository (`state-spaces/mamba`): configs without `model_type`."""
 
-from types import MappingProxyType
-
 import numpy as np
 
 from ...models import BlockConfig, GatedMLPConfig, LanguageModelConfig
@@ -149,5 +147,4 @@ STATE_SPACES = Layout(
     embedding=lambda _: _EMBEDDING,
     # The official loader requires the head of a tied model.
     keeps_tied_head=True,
-    renames=MappingProxyType({}),
 )

@@ -26,22 +26,27 @@ MAMBA_IGNORED = frozenset(
 )
 
 
-def model_rows(
-    *, vocab_size: int, tie_embeddings: bool, residual_in_fp32: bool
-) -> tuple[Row[LanguageModelConfig], ...]:
-    """Returns the rows of fields of the whole model, given their defaults in transformers."""
+def vocabulary(default: int) -> Row[LanguageModelConfig]:
+    """Returns the row of the size of the vocabulary, given its default in transformers."""
 
-    def read_vocabulary(given: RowInput) -> Arguments:
-        padded = given.fields.size("vocab_size", vocab_size)
+    def read(given: RowInput) -> Arguments:
+        padded = given.fields.size("vocab_size", default)
         return {"vocab_size": given.fields.size(_UNPADDED, padded), "padded_vocab_size": padded}
 
-    def write_vocabulary(config: LanguageModelConfig) -> JSON:
+    def write(config: LanguageModelConfig) -> JSON:
         padded = config.padded_vocab_size
         unpadded = {} if config.vocab_size == padded else {_UNPADDED: config.vocab_size}
         return {"vocab_size": padded, **unpadded}
 
+    return Row(read, write)
+
+
+def model_rows(
+    *, vocab_size: int, tie_embeddings: bool, residual_in_fp32: bool
+) -> tuple[Row[LanguageModelConfig], ...]:
+    """Returns the rows of fields of the whole model, given their defaults in transformers."""
     return (
-        Row(read_vocabulary, write_vocabulary),
+        vocabulary(vocab_size),
         flag("tie_word_embeddings", "tie_embeddings", tie_embeddings),
         flag("residual_in_fp32", "residual_in_fp32", residual_in_fp32),
         constant("hidden_act", "silu", written=True),
@@ -120,6 +125,8 @@ class Names:
     - `layers`: the list of the layers.
     - `norm`, `norm2`: the norms of a layer: that of the mixer, and that of the MLP.
     - `places`: returns the index in `layers` of the mixer and of the MLP of each layer.
+    - `older`: the beginnings of names that files may have, and those that they stand for.
+    - `ignored`: the beginnings of the names of tensors that are not a part of the model.
     """
 
     embedding: str
@@ -130,6 +137,8 @@ class Names:
     places: Callable[[Kinds], list[tuple[int, int]]] = lambda kinds: [
         (i, i) for i in range(len(kinds))
     ]
+    older: Mapping[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
 
 class _Found(NamedTuple):

@@ -24,8 +24,13 @@ def _check_scale(config: AttentionConfig, _: Shared) -> None:
         )
 
 
-def heads(*, nheads: int, nheads_kv: int) -> tuple[Row[AttentionConfig], ...]:
-    """Returns the rows of attention that all hybrids share, given the defaults of the file."""
+def heads(
+    *, nheads: int, nheads_kv: int, headdim: int | None = None
+) -> tuple[Row[AttentionConfig], ...]:
+    """Returns the rows of attention that all hybrids share, given the defaults of the file.
+
+    The default of `headdim` is the width of the model divided by the number of heads if `None`.
+    """
 
     def read(given: RowInput) -> Arguments:
         fields, d_model = given.fields, given.shared.d_model
@@ -35,17 +40,17 @@ def heads(*, nheads: int, nheads_kv: int) -> tuple[Row[AttentionConfig], ...]:
             if fields.get("num_key_value_heads", nheads_kv) is None
             else fields.size("num_key_value_heads", nheads_kv)
         )
-        if "head_dim" not in fields and d_model % found:
+        if headdim is None and "head_dim" not in fields and d_model % found:
             raise fields.error("num_attention_heads", f"must divide hidden_size={d_model}")
-        headdim = fields.optional_size("head_dim", max(1, d_model // found))
-        return {"nheads": found, "nheads_kv": found_kv, "headdim": headdim}
+        found_dim = fields.optional_size("head_dim", headdim or max(1, d_model // found))
+        return {"nheads": found, "nheads_kv": found_kv, "headdim": found_dim}
 
     def write(config: AttentionConfig) -> JSON:
         fields: JSON = {
             "num_attention_heads": config.nheads,
             "num_key_value_heads": config.nheads_kv,
         }
-        if config.headdim * config.nheads != config.d_model:
+        if headdim is not None or config.headdim * config.nheads != config.d_model:
             fields["head_dim"] = config.headdim
         return fields
 

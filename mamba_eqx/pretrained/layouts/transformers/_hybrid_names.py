@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ....models import AttentionConfig, GatedMLPConfig
+from ....models import AttentionConfig, GatedMLPConfig, MLPConfig
 from .._layout import Slot
 from ._family import Names
 
@@ -32,6 +32,15 @@ def gated_mlp(config: GatedMLPConfig) -> list[Slot]:
     ]
 
 
+def mlp(config: MLPConfig) -> list[Slot]:
+    """Returns the slots of an MLP without a gate."""
+    return [
+        Slot(f"{name}.{kind}", f"{path}.{kind}")
+        for kind in ("weight", "bias")[: 1 + config.bias]
+        for name, path in {"up_proj": "fc1", "down_proj": "fc2"}.items()
+    ]
+
+
 def split(sizes: Mapping[str, int], ending: str, path: str) -> list[Slot]:
     """Returns the slots of a leaf whose rows are divided among several modules of the file.
 
@@ -41,9 +50,28 @@ def split(sizes: Mapping[str, int], ending: str, path: str) -> list[Slot]:
     - `ending`: the name of the tensor in each module.
     - `path`: the path of the leaf.
     """
+    names = [f"{name}.{ending}" for name in sizes]
+    return _in_rows(names, [*sizes.values()], path, row_axes=1)
+
+
+def split_experts(n_experts: int, sizes: Mapping[str, int], path: str) -> list[Slot]:
+    """Returns the slots of a leaf of experts, each of which has modules of its own in the file.
+
+    **Arguments:**
+
+    - `n_experts`: the number of experts.
+    - `sizes`: the number of rows of each module of an expert, in order.
+    - `path`: the path of the leaf.
+    """
+    names = [f"experts.{e}.{name}.weight" for e in range(n_experts) for name in sizes]
+    return _in_rows(names, [*sizes.values()] * n_experts, path, row_axes=2)
+
+
+def _in_rows(names: list[str], sizes: list[int], path: str, *, row_axes: int) -> list[Slot]:
+    """Returns the slots of a leaf for tensors with the given numbers of its rows, in order."""
     slots: list[Slot] = []
     end = 0
-    for name, size in sizes.items():
-        slots.append(Slot(f"{name}.{ending}", path, rows=(end, end + size)))
+    for name, size in zip(names, sizes, strict=True):
+        slots.append(Slot(name, path, rows=(end, end + size), row_axes=row_axes))
         end += size
     return slots

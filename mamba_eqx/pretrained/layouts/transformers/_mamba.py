@@ -38,6 +38,8 @@ OFFICIAL_NAMES = Names(
     norm_f="backbone.norm_f",
     layers="backbone.layers",
     norm="norm",
+    # As `MambaModel.load_hook` of transformers does.
+    older={"backbone.embedding.weight": "backbone.embeddings.weight"},
 )
 
 

@@ -11,14 +11,14 @@ from .._tables import JSON
 from ._bamba import BAMBA
 from ._family import Family, describe_parts
 from ._jamba import JAMBA
-from ._mamba import FALCON_MAMBA, MAMBA, OFFICIAL_NAMES
+from ._mamba import FALCON_MAMBA, MAMBA
 from ._mamba2 import MAMBA2
+from ._nemotron_h import NEMOTRON_H
 
 
-# One line for each model type.
-_FAMILIES = MappingProxyType(
-    {family.model_type: family for family in (MAMBA, MAMBA2, FALCON_MAMBA, BAMBA, JAMBA)}
-)
+# In the order in which they are tried for saving a model.
+_ALL = (MAMBA, MAMBA2, FALCON_MAMBA, BAMBA, JAMBA, NEMOTRON_H)
+_FAMILIES = MappingProxyType({family.model_type: family for family in _ALL})
 
 
 def _family(config: LanguageModelConfig) -> Family:
@@ -76,7 +76,7 @@ TRANSFORMERS = Layout(
     table=_name_transformers,
     embedding=lambda config: _family(config).names.embedding,
     keeps_tied_head=False,
-    # As `MambaModel.load_hook` of transformers does.
-    renames=MappingProxyType({"backbone.embedding.weight": OFFICIAL_NAMES.embedding}),
+    renames=lambda config: _family(config).names.older,
+    ignored=lambda config: _family(config).names.ignored,
     declares_ids=True,
 )
