@@ -10,6 +10,7 @@ from .._layout import Layout, Slot, Unstorable
 from .._tables import JSON
 from ._bamba import BAMBA
 from ._family import Family, describe_parts
+from ._granite import GRANITE
 from ._jamba import JAMBA
 from ._mamba import FALCON_MAMBA, MAMBA, OFFICIAL_NAMES
 from ._mamba2 import MAMBA2
@@ -17,7 +18,10 @@ from ._mamba2 import MAMBA2
 
 # One line for each model type.
 _FAMILIES = MappingProxyType(
-    {family.model_type: family for family in (MAMBA, MAMBA2, FALCON_MAMBA, BAMBA, JAMBA)}
+    {
+        family.model_type: family
+        for family in (MAMBA, MAMBA2, FALCON_MAMBA, BAMBA, JAMBA, GRANITE)
+    }
 )
 
 
