@@ -45,7 +45,9 @@ def fields_from_json(text: str, config: type) -> dict[str, Any]:
 
 def _read_block(value: object) -> BlockConfig:
     fields = _read_object(value, BlockConfig, "an entry of `layers`")
-    return BlockConfig(**{name: _decode(entry) for name, entry in fields.items()})
+    # The config checks the types.
+    decoded: dict[str, Any] = {name: _decode(entry) for name, entry in fields.items()}
+    return BlockConfig(**decoded)
 
 
 def _read_part(value: dict[str, object]) -> object:

@@ -124,7 +124,7 @@ def only_one(configs: Sequence[_Config], what: str) -> _Config:
     return configs[0]
 
 
-def gated_mlp(width: Row[object]) -> Table[GatedMLPConfig]:
+def gated_mlp(width: Row[GatedMLPConfig]) -> Table[GatedMLPConfig]:
     """Returns the table of a gated MLP without biases and multipliers, given the row of its
     width."""
     return Table(

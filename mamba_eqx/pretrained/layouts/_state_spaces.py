@@ -121,7 +121,7 @@ def _write_state_spaces(config: LanguageModelConfig, _: np.dtype) -> JSON:
         "fused_add_norm": True,
         "pad_vocab_size_multiple": _multiple(config.vocab_size, config.padded_vocab_size),
         "tie_embeddings": config.tie_embeddings,
-        **({} if block.mlp is None else _MLP.write(block.mlp)),
+        **(_MLP.write(block.mlp) if isinstance(block.mlp, GatedMLPConfig) else {}),
     }
 
 
