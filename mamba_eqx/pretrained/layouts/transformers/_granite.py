@@ -66,6 +66,12 @@ def _check_position(config: AttentionConfig, _: Shared) -> None:
         )
 
 
+def _check_headdim(config: AttentionConfig, _: Shared) -> None:
+    # transformers checks this for a rotary embedding, even if there is none.
+    if config.headdim % 2:
+        raise Unstorable(f"attention with an odd number of features per head ({config.headdim})")
+
+
 def _read_logits_scaling(given: RowInput) -> Arguments:
     fields = given.fields
     multiplier = 1 / fields.number("logits_scaling", 1.0)
@@ -157,11 +163,12 @@ GRANITE = Family(
                     ATTENTION_BIAS,
                     number("attention_multiplier", "softmax_scale", 1.0),
                     Row(_read_position, _write_position, _check_position),
+                    Row(lambda given: {}, lambda config: {}, _check_headdim),
                 ),
             ),
             attention,
             "self_attn",
-            absent={"num_attention_heads": 1, "num_key_value_heads": 1},
+            absent={"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4},
         ),
     },
     mlps={
