@@ -117,9 +117,7 @@ def _read_pattern(fields: Fields) -> Kinds:
 
 def _write_pattern(kinds: Kinds) -> JSON:
     indices = attention_layers(kinds)
-    types = [
-        _ATTENTION_LAYERS[0] if i in indices else _MAMBA_LAYERS[0] for i in range(len(kinds))
-    ]
+    types = [_ATTENTION_LAYERS[0] if i in indices else _MAMBA_LAYERS[0] for i in range(len(kinds))]
     return {"num_hidden_layers": len(kinds), "layer_types": types}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from ....models import LanguageModelConfig
 from .._fields import Fields
-from .._layout import Layout, Slot, Unstorable
+from .._layout import Layout, Unstorable
 from .._tables import JSON
 from ._bamba import BAMBA
 from ._family import Family, describe_parts
@@ -19,10 +19,7 @@ from ._mamba2 import MAMBA2
 
 # One line for each model type.
 _FAMILIES = MappingProxyType(
-    {
-        family.model_type: family
-        for family in (MAMBA, MAMBA2, FALCON_MAMBA, BAMBA, JAMBA, GRANITE)
-    }
+    {family.model_type: family for family in (MAMBA, MAMBA2, FALCON_MAMBA, BAMBA, JAMBA, GRANITE)}
 )
 
 
