@@ -316,9 +316,7 @@ def _batch_size(arguments, axes) -> int:
 
 def _batched(x: Array, axis: int | None, batch: int) -> Array:
     """Returns `x` with the axis of the batch in front."""
-    return (
-        jnp.broadcast_to(x, (batch, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
-    )
+    return jnp.broadcast_to(x, (batch, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
 
 
 _product_p.def_impl(_product)

@@ -30,6 +30,7 @@ ARCHITECTURES = {
     "bamba": "BambaForCausalLM",
     "jamba": "JambaForCausalLM",
     "nemotron_h": "NemotronHForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
 }
 # Longer than a chunk of Mamba-2.
 SEQ = {"mamba2": 45}
@@ -41,11 +42,17 @@ CHANGED = {
     "bamba": set(),
     "jamba": set(),
     "nemotron_h": {"chunk_size", "time_step_min"},
+    "granitemoehybrid": {"mamba_chunk_size"},
 }
 # Compile more than the others.
-SLOW = ("bamba", "jamba", "nemotron_h")
+SLOW = ("bamba", "jamba", "granitemoehybrid", "nemotron_h")
 # The largest numbers of bytes in one file.
-OUR_SHARDS = {"mamba": [None, 2000], "bamba": [1000], "jamba": [1000]}
+OUR_SHARDS = {
+    "mamba": [None, 2000],
+    "bamba": [1000],
+    "jamba": [1000],
+    "granitemoehybrid": [1000],
+}
 THEIR_SHARDS = {"mamba": ["1GB", "3KB"]}
 
 
