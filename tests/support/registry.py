@@ -5,6 +5,7 @@ Add your own layer to `MIXERS` (checked in all sizes and dtypes) or `COMPOSITES`
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -141,6 +142,15 @@ def gated_delta_net(*, ngroups: int, heads_per_group: int, **options: Any) -> Ma
     return make
 
 
+def parallel(*layers: Make, scales: tuple[float, ...] | None = None) -> Make:
+    def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Parallel:
+        keys = jr.split(key, len(layers))
+        parts = [layer(s, dtype, k) for layer, k in zip(layers, keys, strict=True)]
+        return mbx.Parallel(parts, scales=scales)
+
+    return make
+
+
 def conv(s: Sizes, dtype: Any, key: jax.Array) -> mbx.CausalConv1d:
     return mbx.CausalConv1d(s.d_model, s.d_conv, use_bias=s.flag, dtype=dtype, key=key)
 
@@ -197,6 +207,7 @@ MIXERS: dict[str, Make] = {
         dt_limit=(0.3, 1.1),
         norm_before_gate=True,
         norm_eps=0.03,
+        ssm_multipliers=(0.7, 1.3, 0.6, 1.7, 0.4),
         d_mlp=4,
     ),
     "mamba2_without_norm": mamba2(ngroups=3, heads_per_group=1, rms_norm=False),
@@ -218,6 +229,13 @@ MIXERS: dict[str, Make] = {
     "gated_delta_net": gated_delta_net(ngroups=2, heads_per_group=3, norm_eps=0.03),
 }
 
+# As in Falcon-H1.
+HEADS = parallel(
+    mamba2(ngroups=1, heads_per_group=2, rms_norm=False, ssm_multipliers=(0.7, 1.3, 0.6, 1.7, 0.4)),
+    attention(nheads_kv=1, shared=2),
+    scales=(0.6, 1.4),
+)
+
 # Layers made of other layers, and small variations, are checked in one size.
 COMPOSITES: dict[str, Make] = {
     "mamba1_normed": mamba1_normed("weighted"),
@@ -228,6 +246,8 @@ COMPOSITES: dict[str, Make] = {
     "block_layernorm": block(mamba1, rms_norm=False),
     "unrolled": stack(mbx.Unrolled, block(mamba1), conv, mamba1_normed("weightless")),
     "unrolled_remat": stack(mbx.Unrolled, block(mamba1), block(mamba1, mlp=True), remat=True),
+    "parallel": HEADS,
+    "stacked_parallel": stack(mbx.Stacked, *[block(HEADS, mlp=True)] * 2, remat=True),
     "stacked": stack(mbx.Stacked, block(mamba1), block(mamba1), block(mamba1)),
     "stacked_attention": stack(mbx.Stacked, *[block(attention(nheads_kv=1, shared=2))] * 2),
     "stacked_remat": stack(
@@ -268,6 +288,8 @@ VARIANTS = {
     "block_layernorm",
     "unrolled",
     "unrolled_remat",
+    "parallel",
+    "stacked_parallel",
     "stacked",
     "stacked_attention",
     "stacked_remat",
@@ -325,6 +347,7 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
             conv_bias=False,
             norm_before_gate=True,
             norm_eps=1e-3,
+            ssm_multipliers=(0.5, 2.0, 0.25, 3.0, 0.75),
         )
     ),
     "mamba2_without_norm": config(mbx.Mamba2Config(d_model=4, headdim=2, rms_norm=False)),
@@ -367,6 +390,18 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
             out_proj_bias=True,
         ),
         block={"d_intermediate": 9},
+    ),
+    "parallel": config(
+        mbx.ParallelConfig((mbx.Mamba1Config(d_model=5), mbx.AttentionConfig(5, nheads=5)))
+    ),
+    "parallel_every_field": config(
+        mbx.ParallelConfig(
+            (
+                mbx.Mamba2Config(d_model=5, headdim=2, dt_limit=(0.01, math.inf)),
+                mbx.ParallelConfig((mbx.AttentionConfig(5, nheads=1, window=7),), scales=(0.5,)),
+            ),
+            scales=(0.25, 2.0),
+        )
     ),
 }
 

@@ -14,7 +14,7 @@ from ...models import (
     Mamba3Config,
 )
 from ._layout import Unstorable
-from ._tables import JSON, Arguments, Row, RowInput, Shared
+from ._tables import JSON, Arguments, Row, RowInput, Shared, fixed
 
 
 def _read_width(given: RowInput) -> Arguments:
@@ -66,6 +66,10 @@ def whole_expand(key: str) -> Row[Mamba1Config | Mamba2Config]:
             )
 
     return Row(read=read, write=lambda config: {key: config.d_inner // config.d_model}, check=check)
+
+
+# The row of the multipliers of Mamba-2, for layouts that have none.
+UNMULTIPLIED = fixed("ssm_multipliers", (1.0,) * 5, "Mamba-2 layers with multipliers")
 
 
 class Mixers(NamedTuple):

@@ -2,7 +2,7 @@
 
 from ....models import LanguageModelConfig, Mamba2Config
 from .._layout import Unstorable
-from .._mixers import D_MODEL, whole_expand
+from .._mixers import D_MODEL, UNMULTIPLIED, whole_expand
 from .._tables import (
     JSON,
     Arguments,
@@ -34,6 +34,7 @@ UNSUPPORTED: tuple[Row[Mamba2Config], ...] = (
     fixed("D_has_hdim", False, "Mamba-2 layers whose `D` has a weight for each channel"),
     fixed("rms_norm", True, "Mamba-2 layers without a norm"),
     fixed("norm_before_gate", False, "Mamba-2 layers with the norm before the gate"),
+    UNMULTIPLIED,
 )
 
 

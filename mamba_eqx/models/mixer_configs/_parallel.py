@@ -1,0 +1,102 @@
+import dataclasses
+from typing import Any, ClassVar
+
+import jax.random as jr
+from jax.typing import DTypeLike
+from jaxtyping import PRNGKeyArray, PyTree
+
+from ...layers import (
+    Attention,
+    GatedDeltaNet,
+    Mamba1,
+    Mamba2,
+    Mamba3,
+    Parallel,
+    check_parallel,
+)
+from ._attention import AttentionConfig
+from ._base import COMPUTED, AbstractMixerConfig, set_fields
+from ._gated_delta_net import GatedDeltaNetConfig
+from ._mamba1 import Mamba1Config
+from ._mamba2 import Mamba2Config
+from ._mamba3 import Mamba3Config
+from ._round_trip import checked_config
+
+
+def _build(
+    mixers: tuple[AbstractMixerConfig[Any], ...],
+    scales: tuple[float, ...],
+    *,
+    residual_scale: float,
+    dtype: DTypeLike | None,
+    key: PRNGKeyArray,
+) -> Parallel:
+    keys = jr.split(key, len(mixers))
+    layers = [
+        mixer.build(residual_scale=residual_scale, dtype=dtype, key=mixer_key)
+        for mixer, mixer_key in zip(mixers, keys, strict=True)
+    ]
+    return Parallel(layers, scales=scales)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig(AbstractMixerConfig[Parallel]):
+    """The architecture of a [`mamba_eqx.Parallel`][].
+
+    **Arguments:**
+
+    - `mixers`: the configs of the layers, which are mixers.
+    - `scales`: a positive number for each mixer, which multiplies its output; 1 by default.
+
+    **Raises:** `ValueError` for every value that `Parallel` refuses.
+    """
+
+    kind: ClassVar[str] = "parallel"
+    mixer_type = staticmethod(_build)
+
+    mixers: tuple[AbstractMixerConfig[Any], ...]
+    scales: tuple[float, ...] = COMPUTED
+
+    def __post_init__(self):
+        if not isinstance(self.mixers, tuple) or not all(
+            isinstance(mixer, AbstractMixerConfig) for mixer in self.mixers
+        ):
+            raise ValueError(
+                "`mixers` must be a tuple of configs of mixers, such as `Mamba2Config`, but got "
+                f"mixers={self.mixers!r}."
+            )
+        widths = [mixer.d_model for mixer in self.mixers]
+        set_fields(self, scales=check_parallel("mixers", widths, self.scales))
+
+    @property
+    def d_model(self) -> int:
+        """The number of features of a token."""
+        return self.mixers[0].d_model
+
+    @classmethod
+    def of(cls, mixer: Parallel) -> "ParallelConfig":
+        """See [`mamba_eqx.models.AbstractMixerConfig.of`][]."""
+        config = cls(tuple(map(mixer_config, mixer.layers)), scales=mixer.scales)
+        return checked_config(config, mixer)
+
+
+# One entry for each mixer. `ParallelConfig` is in the same file, because it may contain any of them.
+MIXER_CONFIGS: dict[type, type[AbstractMixerConfig[Any]]] = {
+    Mamba1: Mamba1Config,
+    Mamba2: Mamba2Config,
+    Mamba3: Mamba3Config,
+    GatedDeltaNet: GatedDeltaNetConfig,
+    Attention: AttentionConfig,
+    Parallel: ParallelConfig,
+}
+
+
+def mixer_config(mixer: PyTree) -> AbstractMixerConfig[Any]:
+    """Reads the config of an existing mixer of any type."""
+    config = MIXER_CONFIGS.get(type(mixer))
+    if config is None:
+        raise ValueError(
+            f"There is no config for a mixer of type {type(mixer).__name__}, only for "
+            f"{', '.join(known.__name__ for known in MIXER_CONFIGS)}."
+        )
+    return config.of(mixer)
