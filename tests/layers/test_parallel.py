@@ -1,5 +1,8 @@
 """`Parallel`: the sum of layers, errors, and generation with caches inside of its state."""
 
+import re
+from typing import Any
+
 import jax
 import jax.random as jr
 import numpy as np
@@ -33,19 +36,23 @@ def test_wrong_arguments_raise():
     with pytest.raises(ValueError, match=r"`layers` of.*share `d_model`, but got.*\[4, 6\]"):
         mbx.Parallel([MAMBA2, mbx.Mamba1(6, key=jr.key(0))])
     both = mbx.Mamba1Config(4), mbx.AttentionConfig(4, nheads=1)
-    for scales in ((1.0,), (1.0, 0.0), (1.0, float("nan")), (1.0, "1"), 2.0):
-        message = r"`scales` must be a tuple of 2 positive numbers, one for each of the"
-        with pytest.raises(ValueError, match=f"{message} `layers`.*{scales!r}".replace("(", r"\(")):
-            mbx.Parallel([MAMBA2, ATTENTION], scales=scales)  # pyright: ignore
-        with pytest.raises(ValueError, match=f"{message} `mixers`"):
-            mbx.ParallelConfig(both, scales=scales)  # pyright: ignore
+    wrong: Any
+    for wrong in ((1.0,), (1.0, 0.0), (1.0, float("nan")), (1.0, "1"), 2.0):
+        message = (
+            "`scales` must be a tuple of 2 positive numbers, one for each of the `{}`, but got"
+        )
+        got = re.escape(f" scales={wrong!r}.")
+        with pytest.raises(ValueError, match=message.format("layers") + got):
+            mbx.Parallel([MAMBA2, ATTENTION], scales=wrong)
+        with pytest.raises(ValueError, match=message.format("mixers") + got):
+            mbx.ParallelConfig(both, scales=wrong)
     with pytest.raises(ValueError, match=r"`mixers` must share.*d_model=\[4, 3\]"):
         mbx.ParallelConfig((mbx.Mamba1Config(4), mbx.Mamba1Config(3)))
     with pytest.raises(ValueError, match="`mixers` of `Parallel` must be one or more"):
         mbx.ParallelConfig(())
-    for mixers in ([*both], (MAMBA2,), both[0]):
+    for wrong in ([*both], (MAMBA2,), both[0]):
         with pytest.raises(ValueError, match="`mixers` must be a tuple of configs of mixers"):
-            mbx.ParallelConfig(mixers)  # pyright: ignore
+            mbx.ParallelConfig(wrong)
     layer = mbx.Parallel([MAMBA2, ATTENTION])
     with pytest.raises(ValueError, match="maximum number of tokens"):
         layer.init_state()

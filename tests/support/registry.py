@@ -142,15 +142,6 @@ def gated_delta_net(*, ngroups: int, heads_per_group: int, **options: Any) -> Ma
     return make
 
 
-def parallel(*layers: Make, scales: tuple[float, ...] | None = None) -> Make:
-    def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Parallel:
-        keys = jr.split(key, len(layers))
-        parts = [layer(s, dtype, k) for layer, k in zip(layers, keys, strict=True)]
-        return mbx.Parallel(parts, scales=scales)
-
-    return make
-
-
 def conv(s: Sizes, dtype: Any, key: jax.Array) -> mbx.CausalConv1d:
     return mbx.CausalConv1d(s.d_model, s.d_conv, use_bias=s.flag, dtype=dtype, key=key)
 
@@ -168,11 +159,11 @@ def block(mixer: Make, *, mlp: bool = False, rms_norm: bool = True) -> Make:
     return make
 
 
-def stack(kind: Callable[..., Any], *layers: Make, remat: bool = False) -> Make:
-    def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.layers.AbstractStack:
+def stack(kind: Callable[..., Any], *layers: Make, **options: Any) -> Make:
+    def make(s: Sizes, dtype: Any, key: jax.Array) -> Any:
         keys = jr.split(key, len(layers))
         parts = [layer(s, dtype, k) for layer, k in zip(layers, keys, strict=True)]
-        return kind(parts, remat=remat)
+        return kind(parts, **options)
 
     return make
 
@@ -230,7 +221,8 @@ MIXERS: dict[str, Make] = {
 }
 
 # As in Falcon-H1.
-HEADS = parallel(
+HEADS = stack(
+    mbx.Parallel,
     mamba2(ngroups=1, heads_per_group=2, rms_norm=False, ssm_multipliers=(0.7, 1.3, 0.6, 1.7, 0.4)),
     attention(nheads_kv=1, shared=2),
     scales=(0.6, 1.4),
@@ -391,9 +383,7 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
         ),
         block={"d_intermediate": 9},
     ),
-    "parallel": config(
-        mbx.ParallelConfig((mbx.Mamba1Config(d_model=5), mbx.AttentionConfig(5, nheads=5)))
-    ),
+    "parallel": config(mbx.ParallelConfig((mbx.Mamba1Config(5), mbx.Mamba1Config(5)))),
     "parallel_every_field": config(
         mbx.ParallelConfig(
             (

@@ -68,10 +68,11 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
     \text{out} &= W_\mathrm{out}\, \mathrm{norm}(y \odot \sigma(z)),
     \end{aligned}$$
 
-    where $A = -\exp(\texttt{A\_log})$ is one number per head, and $\mu$ consists of one number for each
-    of $z$, $u$, $B$, $C$ and $\delta$, `ssm_multipliers`, 1 except in models like Falcon-H1. (The paper swaps the letters $x$ and
+    where $A = -\exp(\texttt{A\_log})$ is one number per head. (The paper swaps the letters $x$ and
     $u$; here $x$ is the input, as for every layer.) The heads of a group share $B$ and $C$, and the
-    norm is over the channels of a group.
+    norm is over the channels of a group. The vector $\mu$ repeats the five numbers
+    `ssm_multipliers`, one for each of $z$, $u$, $B$, $C$ and $\delta$, which are 1 except in models
+    like Falcon-H1.
 
     The state-space model has `d_ssm` of the `d_inner` channels, by default all. The other channels
     form a gated MLP, $\sigma(z_0) \odot u_0$, whose output precedes the state-space model's

@@ -80,7 +80,7 @@ class ParallelConfig(AbstractMixerConfig[Parallel]):
         return checked_config(config, mixer)
 
 
-# One entry for each mixer. `ParallelConfig` is in the same file, because it may contain any of them.
+# One entry for each mixer, in the file of `ParallelConfig` because that may contain any of them.
 MIXER_CONFIGS: dict[type, type[AbstractMixerConfig[Any]]] = {
     Mamba1: Mamba1Config,
     Mamba2: Mamba2Config,
