@@ -53,11 +53,13 @@ from .models import (
     AttentionConfig as AttentionConfig,
     BlockConfig as BlockConfig,
     GatedDeltaNetConfig as GatedDeltaNetConfig,
+    GatedMLPConfig as GatedMLPConfig,
     LanguageModel as LanguageModel,
     LanguageModelConfig as LanguageModelConfig,
     Mamba1Config as Mamba1Config,
     Mamba2Config as Mamba2Config,
     Mamba3Config as Mamba3Config,
+    MLPConfig as MLPConfig,
     ParallelConfig as ParallelConfig,
 )
 from .pretrained import (

@@ -66,7 +66,8 @@ LEVELS = {
         "__init__",
     ],
     "models": [
-        "_language_model mixer_configs",
+        "_config_fields _language_model _round_trip",
+        "mixer_configs mlp_configs",
         "_block_config _fingerprint",
         "_config_json",
         "_language_model_config",
@@ -97,7 +98,8 @@ LEVELS = {
         "__init__",
     ],
     "pretrained/layouts/transformers": [
-        "_family _hybrid _hybrid_names",
+        "_family",
+        "_hybrid _hybrid_names",
         "_mamba",
         "_mamba2",
         "_bamba _jamba",

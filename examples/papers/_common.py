@@ -53,7 +53,7 @@ def build(
 ) -> mbx.LanguageModel:
     """Builds a model of equal blocks. Attention blocks have an MLP, as in a transformer."""
     mlp = 2 * mixer.d_model if isinstance(mixer, mbx.AttentionConfig) else None
-    block = mbx.BlockConfig(mixer, d_intermediate=mlp)
+    block = mbx.BlockConfig(mixer, mlp=None if mlp is None else mbx.GatedMLPConfig(mlp))
     return mbx.LanguageModelConfig(vocab_size, (block,) * layers).build(key=key)
 
 

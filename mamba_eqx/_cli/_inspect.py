@@ -41,8 +41,7 @@ def _lines(found: Description) -> list[tuple[str, str]]:
     config = found.config
     lines = [("checkpoint", found.where), ("layout", found.layout)]
     for count, block in found.blocks:
-        sizes = ", ".join(f"{k}={v}" for k, v in block.items() if k != "kind")
-        lines.append(("layers", f"{count} x {block['kind']} ({sizes})"))
+        lines.append(("layers", f"{count} x {_text(block)}"))
     rows = config.padded_vocab_size
     padded = "" if rows == config.vocab_size else f", padded to {rows:,}"
     head = "head tied to the embedding" if config.tie_embeddings else "separate head"
@@ -55,6 +54,16 @@ def _lines(found: Description) -> list[tuple[str, str]]:
     more = f" and {_size(grows)} per token" if grows else ", at any length"
     lines.append(("state", f"{_size(found.state_bytes)} per sequence{more}"))
     return lines
+
+
+def _text(value: object) -> str:
+    """Formats the fields of a layer: the kind, and the other fields in parentheses."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text, value))}]"
+    if not isinstance(value, dict):
+        return str(value)
+    fields = ", ".join(f"{k}={_text(v)}" for k, v in value.items() if k != "kind")
+    return f"{value['kind']} ({fields})"
 
 
 def _size(count: int) -> str:

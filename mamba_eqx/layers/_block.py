@@ -23,7 +23,9 @@ class Block(AbstractSequenceLayer[State]):
     $$x \leftarrow x + \rho\, \mathrm{mixer}(\mathrm{norm}(x)), \qquad
       x \leftarrow x + \rho\, \mathrm{mlp}(\mathrm{norm2}(x)),$$
 
-    where $\rho$ is the number `residual_multiplier`, 1 except in models like Granite 4. The sum keeps the dtype of the residual stream. The official models keep the stream in float32
+    where $\rho$ is the number `residual_multiplier`, 1 except in models like Granite 4.
+
+    The sum keeps the dtype of the residual stream. The official models keep the stream in float32
     even if everything else is bfloat16 (`residual_in_fp32`), and so does
     [`mamba_eqx.LanguageModel`][]. The norms read the stream at full precision, as the official
     fused kernel does. The state of a block is the state of its mixer.

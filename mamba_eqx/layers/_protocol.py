@@ -6,8 +6,8 @@ from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray, PyTree
 from typing_extensions import TypeVar
 
 
-# With a default, `mbx.Block` without a type argument is complete for type checkers. From Python 3.13
-# on, beartype checks the default, and cannot decorate `State | None` if that is `Any`.
+# With a default, `mbx.Block` without a type argument is complete for type checkers. From Python
+# 3.13 on beartype reads the default, and cannot decorate `State | None` if that is `Any`.
 State = TypeVar("State", default=PyTree)
 
 # jaxtyping binds the axes of an alias anew at every call, as if the alias were written out.

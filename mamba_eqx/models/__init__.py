@@ -13,16 +13,24 @@ from .mixer_configs import (
     Mamba3Config as Mamba3Config,
     ParallelConfig as ParallelConfig,
 )
+from .mlp_configs import (
+    AbstractMLPConfig as AbstractMLPConfig,
+    GatedMLPConfig as GatedMLPConfig,
+    MLPConfig as MLPConfig,
+)
 
 
 # The public names. Other folders of the package may import the other names too.
 __all__ = [
+    "AbstractMLPConfig",
     "AbstractMixerConfig",
     "AttentionConfig",
     "BlockConfig",
     "GatedDeltaNetConfig",
+    "GatedMLPConfig",
     "LanguageModel",
     "LanguageModelConfig",
+    "MLPConfig",
     "Mamba1Config",
     "Mamba2Config",
     "Mamba3Config",

@@ -6,9 +6,12 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .._checks import check_flag, check_fraction, check_positive
-from ..layers import Block, GatedMLP
-from .mixer_configs import MIXER_CONFIGS, AbstractMixerConfig, checked_config
+from .._checks import check_flag, check_fraction, check_positive_number
+from ..layers import Block
+from ._config_fields import config_class, set_fields
+from ._round_trip import checked_config
+from .mixer_configs import MIXER_CONFIGS, AbstractMixerConfig
+from .mlp_configs import MLP_CONFIGS, AbstractMLPConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,21 +21,21 @@ class BlockConfig:
     **Arguments:**
 
     - `mixer`: the config of the mixer.
-    - `d_intermediate`: the hidden width of a [`mamba_eqx.GatedMLP`][]; `None` for a block without
-        an MLP.
+    - `mlp`: the config of the MLP, such as [`mamba_eqx.GatedMLPConfig`][]; `None` for a block
+        without an MLP.
+    - `residual_multiplier`: a positive number that multiplies the outputs of the mixer and of the
+        MLP.
     - `rms_norm`: whether the norms are RMSNorm, rather than LayerNorm.
     - `norm_eps`: the epsilon of the norms, a number between 0 and 1.
-    - `mlp_bias`: whether the MLP has biases; must be `False` for a block without an MLP.
 
-    **Raises:** `ValueError` for every value that `Block` or `GatedMLP` refuses, and for `mlp_bias`
-    without an MLP.
+    **Raises:** `ValueError` for every value that `Block` refuses.
     """
 
     mixer: AbstractMixerConfig[Any]
-    d_intermediate: int | None = None
+    mlp: AbstractMLPConfig[Any] | None = None
+    residual_multiplier: float = 1.0
     rms_norm: bool = True
     norm_eps: float = 1e-5
-    mlp_bias: bool = False
 
     def __post_init__(self):
         if not isinstance(self.mixer, AbstractMixerConfig):
@@ -40,15 +43,20 @@ class BlockConfig:
                 "`mixer` must be the config of a mixer, such as `Mamba1Config`, but got "
                 f"mixer={self.mixer!r}."
             )
-        if self.d_intermediate is not None:
-            check_positive("d_intermediate", self.d_intermediate)
+        if self.mlp is not None and not isinstance(self.mlp, AbstractMLPConfig):
+            raise ValueError(
+                "`mlp` must be the config of an MLP, such as `GatedMLPConfig`, or None, but got "
+                f"mlp={self.mlp!r}."
+            )
+        check_positive_number("residual_multiplier", self.residual_multiplier)
+        set_fields(self, residual_multiplier=float(self.residual_multiplier))
         check_flag("rms_norm", self.rms_norm)
         check_fraction("norm_eps", self.norm_eps)
-        check_flag("mlp_bias", self.mlp_bias)
-        if self.mlp_bias and self.d_intermediate is None:
-            raise ValueError(
-                "`mlp_bias=True` needs an MLP, but got d_intermediate=None. Set `d_intermediate`."
-            )
+
+    @property
+    def d_model(self) -> int:
+        """The number of features of a token."""
+        return self.mixer.d_model
 
     def build(
         self, *, residual_scale: float = 1.0, dtype: DTypeLike | None = None, key: PRNGKeyArray
@@ -66,17 +74,19 @@ class BlockConfig:
         """
         mixer_key, mlp_key = jr.split(key)
         mlp = None
-        if self.d_intermediate is not None:
-            mlp = GatedMLP(
-                self.mixer.d_model,
-                self.d_intermediate,
-                bias=self.mlp_bias,
-                residual_scale=residual_scale,
-                dtype=dtype,
-                key=mlp_key,
+        if self.mlp is not None:
+            mlp = self.mlp.build(
+                self.d_model, residual_scale=residual_scale, dtype=dtype, key=mlp_key
             )
         mixer = self.mixer.build(residual_scale=residual_scale, dtype=dtype, key=mixer_key)
-        return Block(mixer, mlp=mlp, rms_norm=self.rms_norm, norm_eps=self.norm_eps, dtype=dtype)
+        return Block(
+            mixer,
+            mlp=mlp,
+            residual_multiplier=self.residual_multiplier,
+            rms_norm=self.rms_norm,
+            norm_eps=self.norm_eps,
+            dtype=dtype,
+        )
 
     @classmethod
     def of(cls, block: Block[PyTree]) -> "BlockConfig":
@@ -85,8 +95,8 @@ class BlockConfig:
         **Arguments:**
 
         - `block`: the block, or a pytree of its structure, with any arrays or
-            `jax.ShapeDtypeStruct`s. Arrays may also be left out (`None`), except for biases and for
-            `mlp.fc2.weight`, from which fields are read.
+            `jax.ShapeDtypeStruct`s. Arrays may also be left out (`None`), except for biases: a
+            missing bias is read as a layer without a bias.
 
         **Returns:**
 
@@ -94,26 +104,12 @@ class BlockConfig:
 
         **Raises:** `ValueError` if no config builds such a block.
         """
-        mlp = block.mlp
-        if mlp is not None and not isinstance(mlp, GatedMLP):
-            raise ValueError(
-                f"There is no config for an MLP of type {type(mlp).__name__}, only for GatedMLP."
-            )
+        mixer, mlp = block.mixer, block.mlp
         config = cls(
-            mixer=_mixer_config(block.mixer),
-            d_intermediate=None if mlp is None else mlp.fc2.weight.shape[-1],
+            mixer=config_class(MIXER_CONFIGS, mixer, "a mixer").of(mixer),
+            mlp=None if mlp is None else config_class(MLP_CONFIGS, mlp, "an MLP").of(mlp),
+            residual_multiplier=block.residual_multiplier,
             rms_norm=isinstance(block.norm, eqx.nn.RMSNorm),
             norm_eps=block.norm.eps,
-            mlp_bias=mlp is not None and mlp.fc1.bias is not None,
         )
         return checked_config(config, block)
-
-
-def _mixer_config(mixer: PyTree) -> AbstractMixerConfig[Any]:
-    config = MIXER_CONFIGS.get(type(mixer))
-    if config is None:
-        raise ValueError(
-            f"There is no config for a mixer of type {type(mixer).__name__}, only for "
-            f"{', '.join(known.__name__ for known in MIXER_CONFIGS)}."
-        )
-    return config.of(mixer)

@@ -1,28 +1,31 @@
 """The JSON format of `LanguageModelConfig`.
 
-Each config becomes an object with a key for each field. The object of a mixer also has the key
-`kind`.
+Each config becomes an object with a key for each field. The objects of mixers and MLPs also have
+the key `kind`.
 """
 
 import dataclasses
 import json
 import math
+from types import MappingProxyType
 from typing import Any
 
 from ._block_config import BlockConfig
 from .mixer_configs import MIXER_CONFIGS
+from .mlp_configs import MLP_CONFIGS
 
 
 # JSON has no number for infinity.
 _INFINITY = "Infinity"
 
+_KINDS = MappingProxyType(
+    {config.kind: config for config in (*MIXER_CONFIGS.values(), *MLP_CONFIGS.values())}
+)
+
 
 def to_json(config: Any) -> str:
     """Converts a `LanguageModelConfig` to JSON."""
-    fields = dataclasses.asdict(config)
-    for layer, block in zip(fields["layers"], config.layers, strict=True):
-        layer["mixer"] = {"kind": block.mixer.kind} | layer["mixer"]
-    return json.dumps(_encode(fields), indent=2, allow_nan=False)
+    return json.dumps(_encode(config), indent=2, allow_nan=False)
 
 
 def fields_from_json(text: str, config: type) -> dict[str, Any]:
@@ -31,29 +34,32 @@ def fields_from_json(text: str, config: type) -> dict[str, Any]:
     **Raises:** `ValueError` if `text` is not JSON, or a key is missing, unknown or invalid.
     """
     try:
-        values = json.loads(text)
+        fields = _read_object(json.loads(text), config, "the config")
+        layers = fields["layers"]
+        if not isinstance(layers, list):
+            raise ValueError(f"`layers` must be a list, but got layers={layers!r}.")
+        return fields | {"layers": tuple(map(_read_block, layers))}
     except RecursionError:
         raise ValueError("The config must be JSON, but is nested too deeply.") from None
-    fields = _read_object(values, config, "the config")
-    layers = fields["layers"]
-    if not isinstance(layers, list):
-        raise ValueError(f"`layers` must be a list, but got layers={layers!r}.")
-    return fields | {"layers": tuple(map(_read_block, layers))}
 
 
 def _read_block(value: object) -> BlockConfig:
     fields = _read_object(value, BlockConfig, "an entry of `layers`")
-    mixer = fields["mixer"]
-    kind = mixer.get("kind") if isinstance(mixer, dict) else None
-    configs = {config.kind: config for config in MIXER_CONFIGS.values()}
-    if not isinstance(kind, str) or kind not in configs:
+    # The config checks the types.
+    decoded: dict[str, Any] = {name: _decode(entry) for name, entry in fields.items()}
+    return BlockConfig(**decoded)
+
+
+def _read_part(value: dict[str, object]) -> object:
+    """Reads the config of a mixer or an MLP."""
+    kind = value.get("kind")
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(
-            f"The `kind` of a `mixer` must be one of {sorted(configs)}, but got mixer={mixer!r}."
+            f"The `kind` of a mixer or an MLP must be one of {sorted(_KINDS)}, but got {value!r}."
         )
-    options = {name: _decode(entry) for name, entry in mixer.items() if name != "kind"}
-    config = configs[kind]
-    fields["mixer"] = config(**_read_object(options, config, f"a mixer of kind {kind!r}"))
-    return BlockConfig(**fields)
+    config = _KINDS[kind]
+    options = {name: _decode(entry) for name, entry in value.items() if name != "kind"}
+    return config(**_read_object(options, config, f"an object of kind {kind!r}"))
 
 
 def _read_object(value: object, config: type, what: str) -> dict[str, Any]:
@@ -72,15 +78,19 @@ def _read_object(value: object, config: type, what: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _encode(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _encode(entry) for key, entry in value.items()}
+def _encode(value: Any) -> object:
+    if dataclasses.is_dataclass(value):
+        kind = {"kind": _kind} if (_kind := getattr(value, "kind", None)) else {}
+        names = [field.name for field in dataclasses.fields(value)]
+        return kind | {name: _encode(getattr(value, name)) for name in names}
     if isinstance(value, tuple):
         return [_encode(entry) for entry in value]
     return _INFINITY if value == math.inf else value
 
 
 def _decode(value: object) -> object:
+    if isinstance(value, dict):
+        return _read_part(value)
     if isinstance(value, list):
         return tuple(map(_decode, value))
     return math.inf if value == _INFINITY else value

@@ -5,7 +5,7 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
-from .._checks import check_flag, check_positive
+from .._checks import check_flag, check_positive, check_positive_number, to_python
 from .._dtypes import at_least_float32, default_dtype
 from ..layers import (
     AbstractStack,
@@ -16,6 +16,7 @@ from ..layers import (
     check_reset_and_length,
     make_norm,
     product,
+    scaled,
 )
 
 
@@ -39,6 +40,8 @@ class LanguageModel(eqx.Module):
     lm_head: Linear | None
     vocab_size: int = eqx.field(static=True)
     residual_in_fp32: bool = eqx.field(static=True)
+    embedding_multiplier: float = eqx.field(static=True)
+    logits_multiplier: float = eqx.field(static=True)
 
     def __init__(
         self,
@@ -50,6 +53,8 @@ class LanguageModel(eqx.Module):
         rms_norm: bool = True,
         norm_eps: float = 1e-5,
         residual_in_fp32: bool = True,
+        embedding_multiplier: float = 1.0,
+        logits_multiplier: float = 1.0,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
@@ -65,17 +70,24 @@ class LanguageModel(eqx.Module):
             [`mamba_eqx.Block`][].
         - `residual_in_fp32`: whether the residual stream is at least float32, whatever the dtype of
             the parameters.
+        - `embedding_multiplier`, `logits_multiplier`: positive numbers that multiply the embedded
+            tokens and the logits, 1 except in models like Granite 4 and Falcon-H1.
         - `dtype`: the dtype of the parameters; float32 by default (float64 in JAX's 64-bit mode).
         - `key`: the random key for the initial parameters: a normal distribution of standard
             deviation 0.02 for the embedding, uniform within `±1/sqrt(d_model)` for an untied head.
 
         **Raises:** `ValueError` if a size is not a positive integer, `padded_vocab_size` is less
-        than `vocab_size`, an option is not a bool, or `norm_eps` is not between 0 and 1.
+        than `vocab_size`, an option is not a bool, `norm_eps` is not between 0 and 1, or a
+        multiplier is not a positive number.
         """
         rows = check_vocab_size(vocab_size, padded_vocab_size)
         check_flag("tie_embeddings", tie_embeddings)
         check_flag("rms_norm", rms_norm)
         check_flag("residual_in_fp32", residual_in_fp32)
+        embedding_multiplier = to_python(embedding_multiplier)
+        logits_multiplier = to_python(logits_multiplier)
+        check_positive_number("embedding_multiplier", embedding_multiplier)
+        check_positive_number("logits_multiplier", logits_multiplier)
         dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
         embedding_key, head_key = jr.split(key)
         d_model = layers.d_model
@@ -89,6 +101,8 @@ class LanguageModel(eqx.Module):
             self.lm_head = Linear(d_model, rows, use_bias=False, dtype=dtype, key=head_key)
         self.vocab_size = vocab_size
         self.residual_in_fp32 = residual_in_fp32
+        self.embedding_multiplier = float(embedding_multiplier)
+        self.logits_multiplier = float(logits_multiplier)
 
     @property
     def d_model(self) -> int:
@@ -246,7 +260,8 @@ class LanguageModel(eqx.Module):
         The logits, of shape `(..., padded_vocab_size)`, at least in float32.
         """
         weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        return product(weight, features.astype(weight.dtype), dtype=at_least_float32(weight))
+        logits = product(weight, features.astype(weight.dtype), dtype=at_least_float32(weight))
+        return scaled(logits, self.logits_multiplier)
 
     def hidden_states(
         self,
@@ -278,7 +293,8 @@ class LanguageModel(eqx.Module):
         weight = self.embedding.weight
         dtype = at_least_float32(weight) if self.residual_in_fp32 else weight.dtype
         # JAX adds the number of rows to negative indices, which overflows in int16.
-        return weight[tokens.astype(jnp.int32)].astype(dtype)
+        x = weight[tokens.astype(jnp.int32)].astype(dtype)
+        return scaled(x, self.embedding_multiplier)
 
 
 def check_vocab_size(vocab_size: int, padded_vocab_size: int | None) -> int:

@@ -6,12 +6,13 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from .._checks import check_flag, check_fraction
+from .._checks import check_flag, check_fraction, check_positive_number
 from ..layers import Block, Remat, Stacked, Unrolled
 from ._block_config import BlockConfig
+from ._config_fields import COMPUTED, set_fields
 from ._config_json import fields_from_json, to_json
 from ._language_model import LanguageModel, check_vocab_size
-from .mixer_configs import ARRAYS, COMPUTED, checked_config, set_fields
+from ._round_trip import ARRAYS, checked_config
 
 
 _MAX_MESSAGE = 1000
@@ -37,6 +38,8 @@ class LanguageModelConfig:
     - `norm_eps`: the epsilon of the final norm, a number between 0 and 1.
     - `residual_in_fp32`: whether the residual stream is at least float32, whatever the dtype of the
         parameters.
+    - `embedding_multiplier`, `logits_multiplier`: positive numbers that multiply the embedded
+        tokens and the logits.
 
     **Raises:** `ValueError` for every value that `LanguageModel` refuses.
     """
@@ -48,6 +51,8 @@ class LanguageModelConfig:
     rms_norm: bool = True
     norm_eps: float = 1e-5
     residual_in_fp32: bool = True
+    embedding_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
 
     def __post_init__(self):
         padded_vocab_size = check_vocab_size(self.vocab_size, self.padded_vocab_size)
@@ -56,20 +61,23 @@ class LanguageModelConfig:
             raise ValueError(
                 f"`layers` must be one or more `BlockConfig`s, but got layers={self.layers!r}."
             )
-        if len({layer.mixer.d_model for layer in self.layers}) > 1:
+        if len({layer.d_model for layer in self.layers}) > 1:
             raise ValueError(
                 "`layers` must share `d_model`, but got d_model="
-                f"{[layer.mixer.d_model for layer in self.layers]}."
+                f"{[layer.d_model for layer in self.layers]}."
             )
         check_flag("tie_embeddings", self.tie_embeddings)
         check_flag("rms_norm", self.rms_norm)
         check_flag("residual_in_fp32", self.residual_in_fp32)
         check_fraction("norm_eps", self.norm_eps)
+        for name in ("embedding_multiplier", "logits_multiplier"):
+            check_positive_number(name, getattr(self, name))
+            set_fields(self, **{name: float(getattr(self, name))})
 
     @property
     def d_model(self) -> int:
         """The number of features of the residual stream."""
-        return self.layers[0].mixer.d_model
+        return self.layers[0].d_model
 
     def build(
         self,
@@ -110,6 +118,8 @@ class LanguageModelConfig:
             rms_norm=self.rms_norm,
             norm_eps=self.norm_eps,
             residual_in_fp32=self.residual_in_fp32,
+            embedding_multiplier=self.embedding_multiplier,
+            logits_multiplier=self.logits_multiplier,
             dtype=dtype,
             key=model_key,
         )
@@ -121,8 +131,8 @@ class LanguageModelConfig:
         **Arguments:**
 
         - `model`: the model, or a pytree of its structure, with any arrays or
-            `jax.ShapeDtypeStruct`s. Arrays may also be left out (`None`), except for biases and for
-            the weights of MLPs, from which fields are read.
+            `jax.ShapeDtypeStruct`s. Arrays may also be left out (`None`), except for biases: a
+            missing bias is read as a layer without a bias.
 
         **Returns:**
 
@@ -152,6 +162,8 @@ class LanguageModelConfig:
             rms_norm=isinstance(model.norm_f, eqx.nn.RMSNorm),
             norm_eps=model.norm_f.eps,
             residual_in_fp32=model.residual_in_fp32,
+            embedding_multiplier=model.embedding_multiplier,
+            logits_multiplier=model.logits_multiplier,
         )
         # `BlockConfig.of` has compared the layers.
         one_layer = dataclasses.replace(config, layers=config.layers[:1])

@@ -4,21 +4,23 @@ import dataclasses
 import itertools
 import json
 import math
-from typing import TypeAlias
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
 from ..formats import CheckpointError
-from ..models import BlockConfig, LanguageModel, LanguageModelConfig
+from ..models import (
+    AbstractMixerConfig,
+    AbstractMLPConfig,
+    BlockConfig,
+    LanguageModel,
+    LanguageModelConfig,
+)
 from ._assign import assign
 from ._checkpoint import Checkpoint
 from ._load import loaded_dtype
 from .layouts import skeleton
-
-
-_Field: TypeAlias = int | float | str | bool | tuple[float, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Description:
     state_bytes_per_token: int
 
     @property
-    def blocks(self) -> list[tuple[int, dict[str, _Field]]]:
+    def blocks(self) -> list[tuple[int, dict[str, object]]]:
         """The runs of equal consecutive layers: the length of each, and the fields of the layer."""
         runs = [(len([*run]), block) for block, run in itertools.groupby(self.config.layers)]
         return [(count, _fields(block)) for count, block in runs]
@@ -111,19 +113,31 @@ def _bytes(tree: PyTree[jax.ShapeDtypeStruct]) -> int:
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
 
 
-def _fields(block: BlockConfig) -> dict[str, _Field]:
+def _fields(block: BlockConfig) -> dict[str, object]:
     """Returns the fields of a block that a summary shows.
 
-    These are the kind of the mixer, its integer fields, its other fields that differ from the
-    default, and `d_intermediate` and `mlp_bias` if there is an MLP that has them.
+    These are the kind of the mixer, its integer fields, and its other fields that differ from the
+    default; the same of the MLP if there is one; and the multiplier of the residuals unless it
+    is 1.
     """
-    fields: dict[str, _Field] = {"kind": block.mixer.kind}
-    for field in dataclasses.fields(block.mixer):  # pyright: ignore[reportArgumentType]
-        value = getattr(block.mixer, field.name)
-        if type(value) is int or value != field.default:
-            fields[field.name] = value
-    if block.d_intermediate is not None:
-        fields["d_intermediate"] = block.d_intermediate
-    if block.mlp_bias:
-        fields["mlp_bias"] = True
+    fields: dict[str, object] = _part(block.mixer)
+    if block.mlp is not None:
+        fields["mlp"] = _part(block.mlp)
+    if block.residual_multiplier != 1:
+        fields["residual_multiplier"] = block.residual_multiplier
     return fields
+
+
+def _part(config: AbstractMixerConfig | AbstractMLPConfig) -> dict[str, object]:
+    fields: dict[str, object] = {"kind": config.kind}
+    for field in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
+        value = getattr(config, field.name)
+        if type(value) is int or value != field.default:
+            fields[field.name] = _value(value)
+    return fields
+
+
+def _value(value: object) -> object:
+    if isinstance(value, AbstractMixerConfig | AbstractMLPConfig):
+        return _part(value)
+    return [_value(entry) for entry in value] if isinstance(value, tuple) else value

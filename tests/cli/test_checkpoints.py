@@ -78,13 +78,15 @@ def test_inspect_describes_the_model(name, layout, dtype, run, tmp_path):
     assert ("separate head" in text) == (name == "mamba2")
 
 
-def test_descriptions_show_biases_of_the_mlp():
-    for bias, want in ((True, {"mlp_bias": True}), (False, {})):
-        block = mbx.BlockConfig(mbx.Mamba1Config(8), d_intermediate=12, mlp_bias=bias)
+def test_descriptions_show_the_mlp():
+    for bias, want in ((True, {"bias": True}), (False, {})):
+        mlp = mbx.GatedMLPConfig(12, bias=bias)
+        block = mbx.BlockConfig(mbx.Mamba1Config(8), mlp=mlp, residual_multiplier=0.5)
         model = mbx.LanguageModelConfig(16, (block,) * 2)
         ((count, fields),) = Description("", "", model, {}, {}, 0, 0, 0).blocks
         assert count == 2
-        assert {k: v for k, v in fields.items() if k == "mlp_bias"} == want
+        assert fields["mlp"] == {"kind": "gated_mlp", "d_intermediate": 12} | want
+        assert fields["residual_multiplier"] == 0.5
 
 
 def test_inspect_reads_no_tensor_values(run, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ N_LAYER = 9
 @pytest.fixture(scope="module")
 def model() -> mbx.LanguageModel:
     mixer = mbx.Mamba1Config(d_model=96, d_state=12, bias=True)
-    block = mbx.BlockConfig(mixer, d_intermediate=160)
+    block = mbx.BlockConfig(mixer, mlp=mbx.GatedMLPConfig(160))
     config = mbx.LanguageModelConfig(
         vocab_size=500, layers=(block,) * N_LAYER, tie_embeddings=False, padded_vocab_size=512
     )
@@ -96,7 +96,7 @@ def test_layers_differ_and_keys_matter(model: mbx.LanguageModel):
     [jnp.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in (jnp.float16, jnp.float32))],
 )
 def test_dtype(dtype: jnp.dtype):
-    block = mbx.BlockConfig(mbx.Mamba1Config(d_model=8), d_intermediate=5)
+    block = mbx.BlockConfig(mbx.Mamba1Config(d_model=8), mlp=mbx.GatedMLPConfig(5))
     config = mbx.LanguageModelConfig(vocab_size=9, layers=(block,), tie_embeddings=False)
     model = config.build(dtype=dtype, key=jr.key(0))
     mask = mbx.recurrence_mask(model)

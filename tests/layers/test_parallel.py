@@ -60,7 +60,7 @@ def test_wrong_arguments_raise():
     for wrong in (state[:1], [*state], state[0]):
         with pytest.raises(ValueError, match=r"`Parallel` with 2 layers must be a tuple of 2 st"):
             layer.step(X[0], wrong)
-    with pytest.raises(ValueError, match="given to `Mamba2` must be a Mamba2State.*KVCache"):
+    with pytest.raises(ValueError, match=r"given to `Mamba2` must be a Mamba2State.*KVCache"):
         layer.scan(X, state[::-1])
     with pytest.raises(ValueError, match=r"`Parallel.scan` takes one sequence.*\(1, 6, 4\)"):
         layer(X[None])

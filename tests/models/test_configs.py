@@ -42,7 +42,7 @@ def replaced(module: Any, path: str, value: Any) -> Any:
         (replaced(BLOCK, "norm", LAYER(5, use_weight=False)), "`norm.use_weight` is False"),
         (replaced(BLOCK, "norm.weight", jnp.ones(6)), r"`norm.weight`.*\(6,\).*\(5,\)"),
         (replaced(BLOCK, "mlp.fc2.bias", jnp.ones(5)), r"`mlp.fc2.bias` is an array of shape \(5,"),
-        (mbx.Block(MAMBA1, mlp=mbx.GatedMLP(4, 3, key=jr.key(0))), r"`mlp.fc1.weight`.*\(6, 4\)"),
+        (replaced(BLOCK, "mlp.fc1.weight", jnp.ones((6, 4))), r"`mlp.fc1.weight`.*\(6, 4\)"),
         (mbx.Block(MAMBA1, mlp=lambda x: x), "no config for an MLP of type function"),
         (mbx.Block(MAMBA1, mlp=eqx.nn.Identity()), "no config for an MLP of type Identity"),
         (mbx.Block(mbx.CausalConv1d(5, key=jr.key(0))), "no config for a mixer of type Causal"),
@@ -91,7 +91,7 @@ def test_of_reads_parts_of_modules(bias: bool):
     block = mbx.Block(MAMBA1, mlp=mbx.GatedMLP(5, 3, bias=bias, key=jr.key(0)))
     part = eqx.tree_at(lambda b: [b.norm.weight, b.mixer.A_log], block, [None, None])
     assert mbx.BlockConfig.of(part) == mbx.BlockConfig.of(block)
-    assert mbx.BlockConfig.of(block).mlp_bias == bias
+    assert mbx.BlockConfig.of(block).mlp == mbx.GatedMLPConfig(3, bias=bias)
 
 
 @pytest.mark.parametrize("number", [np.float32, np.float64, np.array, jnp.float32])
@@ -159,7 +159,7 @@ def change(config: Any, path: list[Any], value: Any) -> None:
         (["layers", 0, "mixer", "bias"], 1, "`bias`.*True or False.*1"),
         (["layers", 0, "mixer", "select_norm"], True, '`select_norm` must be "weighted".*True'),
         (["layers", 0, "mixer", "select_norm_eps"], 0, "`select_norm_eps`.*between 0 and 1.*0"),
-        (["layers", 0, "mixer", "width"], 1, r"mixer of kind 'mamba1'.*unknown \['width'\]"),
+        (["layers", 0, "mixer", "width"], 1, r"object of kind 'mamba1'.*unknown \['width'\]"),
         (["layers", 0, "norm_eps"], float("nan"), "`norm_eps`.*nan"),
         (["layers", 0, "mixer", "d_model"], 7, r"share `d_model`.*\[7, 6\]"),
     ],

@@ -60,11 +60,9 @@ def has_shards(stored: Stored) -> bool:
 def parts_suffice(stored: Stored) -> bool:
     """Whether the layout can store the config that is read from the recurrence parameters alone.
 
-    Such a part lacks the weights that the width of an MLP is read from, and the biases that
-    Mistral's layout requires.
+    Such a part lacks the biases that Mistral's layout requires.
     """
-    has_mlp = any(layer.d_intermediate is not None for layer in stored.config.layers)
-    return not has_mlp and stored.layout != "mistral"
+    return stored.layout != "mistral"
 
 
 @cases()

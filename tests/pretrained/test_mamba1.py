@@ -21,7 +21,7 @@ from mamba_eqx.pretrained import (
     save_pretrained,
     state_dict,
 )
-from tests.support.checkpoints import BOTH, MAMBA1 as MODELS, assert_same, config, make
+from tests.support.checkpoints import BOTH, MAMBA1 as MODELS, assert_same, config, make, mamba2
 
 
 @pytest.mark.parametrize("stacked", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -231,11 +231,11 @@ def test_save_refuses_bad_targets(tmp_path):
 @pytest.mark.parametrize("layout", ["state-spaces", "transformers"])
 def test_biased_mlps_are_refused(layout):
     """No layout has names for these biases, and they are not silently dropped."""
-    model = make(config(d_intermediate=128))
+    model = make(config(mamba2(), d_intermediate=128))
     mlp = eqx.filter_eval_shape(lambda: mbx.GatedMLP(6, 128, bias=True, key=jr.key(0)))
     mlps = lambda model: [block.mlp for block in model.layers.layers]
     model = eqx.tree_at(mlps, model, [mlp] * model.layers.n_layer)
-    with pytest.raises(CheckpointError, match=r"biases \(mlp_bias=True\)\. No layout can store"):
+    with pytest.raises(CheckpointError, match=r"biases \(bias=True\)\. No layout can store"):
         state_dict(model, layout=layout)
 
 

@@ -31,9 +31,8 @@ def config(
     **fields: Any,
 ) -> mbx.LanguageModelConfig:
     """Returns the config of a small model whose layers are all alike."""
-    block = mbx.BlockConfig(
-        mixer, d_intermediate=d_intermediate, rms_norm=rms_norm, norm_eps=norm_eps
-    )
+    mlp = None if d_intermediate is None else mbx.GatedMLPConfig(d_intermediate)
+    block = mbx.BlockConfig(mixer, mlp=mlp, rms_norm=rms_norm, norm_eps=norm_eps)
     return mbx.LanguageModelConfig(
         13, (block,) * n_layer, rms_norm=rms_norm, norm_eps=norm_eps, **fields
     )
@@ -61,7 +60,8 @@ def hybrid(
     *mixers: mbx.models.AbstractMixerConfig, d_intermediate: int | None = 9, **fields: Any
 ) -> mbx.LanguageModelConfig:
     """Returns the config of a model with one layer for each mixer."""
-    blocks = [mbx.BlockConfig(mixer, d_intermediate=d_intermediate) for mixer in mixers]
+    mlp = None if d_intermediate is None else mbx.GatedMLPConfig(d_intermediate)
+    blocks = [mbx.BlockConfig(mixer, mlp=mlp) for mixer in mixers]
     return mbx.LanguageModelConfig(13, tuple(blocks), **fields)
 
 

@@ -316,12 +316,19 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
             select_norm="weighted",
             select_norm_eps=1e-2,
         ),
-        block={"d_intermediate": 9, "mlp_bias": True, "rms_norm": False, "norm_eps": 1e-3},
+        block={
+            "mlp": mbx.GatedMLPConfig(9, bias=True, gate_multiplier=0.7, out_multiplier=1.3),
+            "residual_multiplier": 0.6,
+            "rms_norm": False,
+            "norm_eps": 1e-3,
+        },
         padded_vocab_size=16,
         tie_embeddings=False,
         rms_norm=False,
         norm_eps=2e-3,
         residual_in_fp32=False,
+        embedding_multiplier=3.0,
+        logits_multiplier=0.4,
     ),
     "mamba2": config(mbx.Mamba2Config(d_model=5, headdim=2)),
     "mamba2_every_field": config(
@@ -381,14 +388,13 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
             qkv_proj_bias=True,
             out_proj_bias=True,
         ),
-        block={"d_intermediate": 9},
+        block={"mlp": mbx.MLPConfig(9, bias=True)},
     ),
-    "parallel": config(mbx.ParallelConfig((mbx.Mamba1Config(5), mbx.Mamba1Config(5)))),
     "parallel_every_field": config(
         mbx.ParallelConfig(
             (
-                mbx.Mamba2Config(d_model=5, headdim=2, dt_limit=(0.01, math.inf)),
-                mbx.ParallelConfig((mbx.AttentionConfig(5, nheads=1, window=7),), scales=(0.5,)),
+                mbx.Mamba2Config(5, headdim=2, dt_limit=(0.01, math.inf)),
+                mbx.ParallelConfig((mbx.AttentionConfig(5, nheads=1),)),
             ),
             scales=(0.25, 2.0),
         )

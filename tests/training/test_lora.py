@@ -24,10 +24,12 @@ JAMBA = mbx.LanguageModelConfig(
     VOCAB,
     (
         mbx.BlockConfig(
-            mbx.Mamba1Config(8, d_state=4, select_norm="weighted"), d_intermediate=6, norm_eps=1e-6
+            mbx.Mamba1Config(8, d_state=4, select_norm="weighted"),
+            mlp=mbx.GatedMLPConfig(6),
+            norm_eps=1e-6,
         ),
         mbx.BlockConfig(
-            mbx.AttentionConfig(8, nheads=2, nheads_kv=1), d_intermediate=6, norm_eps=1e-6
+            mbx.AttentionConfig(8, nheads=2, nheads_kv=1), mlp=mbx.GatedMLPConfig(6), norm_eps=1e-6
         ),
     ),
     tie_embeddings=False,
@@ -54,7 +56,7 @@ NAMES = {
 )
 def test_changes_every_linear_layer_and_nothing_else(kind, stacked, dtype):
     mixer, names = NAMES[kind]
-    block = mbx.BlockConfig(mixer, d_intermediate=6)
+    block = mbx.BlockConfig(mixer, mlp=mbx.GatedMLPConfig(6))
     model = mbx.cast(make(stacked=stacked, layers=(block,) * 2), jnp.dtype(dtype))
     lora = LoRA.init(model, rank=3, alpha=6, key=jr.key(2))
     within = {f"mixer.{name}" for name in names} | {"mlp.fc1", "mlp.fc2"}

@@ -2,8 +2,9 @@ import dataclasses
 from typing import ClassVar
 
 from ...layers import Attention, check_attention
-from ._base import COMPUTED, AbstractMixerConfig, set_fields
-from ._round_trip import checked_config
+from .._config_fields import COMPUTED, set_fields
+from .._round_trip import checked_config
+from ._base import AbstractMixerConfig
 
 
 _ROTARY_EMB_BASE = 10000.0

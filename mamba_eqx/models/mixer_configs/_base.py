@@ -1,6 +1,6 @@
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray, PyTree
@@ -9,10 +9,6 @@ from ...layers import AbstractSequenceLayer
 
 
 Mixer = TypeVar("Mixer", bound=AbstractSequenceLayer[PyTree])
-
-# The default of a field whose default value depends on other fields. `__post_init__` replaces it,
-# so that reading the field gives an `int` (or a `float`) and never `None`.
-COMPUTED: Any = None
 
 
 class AbstractMixerConfig(abc.ABC, Generic[Mixer]):
@@ -60,9 +56,3 @@ class AbstractMixerConfig(abc.ABC, Generic[Mixer]):
 
         **Raises:** `ValueError` if no config builds such a mixer.
         """
-
-
-def set_fields(config: object, **values: object) -> None:
-    """Sets fields of a frozen config, within its `__post_init__`."""
-    for name, value in values.items():
-        object.__setattr__(config, name, value)

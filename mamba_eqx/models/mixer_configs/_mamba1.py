@@ -2,8 +2,9 @@ import dataclasses
 from typing import ClassVar, Literal
 
 from ...layers import Mamba1, check_mamba1
-from ._base import COMPUTED, AbstractMixerConfig, set_fields
-from ._round_trip import checked_config
+from .._config_fields import COMPUTED, set_fields
+from .._round_trip import checked_config
+from ._base import AbstractMixerConfig
 
 
 _EPS = 1e-6

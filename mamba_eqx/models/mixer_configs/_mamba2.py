@@ -3,8 +3,9 @@ import math
 from typing import ClassVar
 
 from ...layers import Mamba2, check_mamba2
-from ._base import COMPUTED, AbstractMixerConfig, set_fields
-from ._round_trip import checked_config
+from .._config_fields import COMPUTED, set_fields
+from .._round_trip import checked_config
+from ._base import AbstractMixerConfig
 
 
 _EPS = 1e-5

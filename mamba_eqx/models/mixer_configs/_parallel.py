@@ -3,7 +3,7 @@ from typing import Any, ClassVar
 
 import jax.random as jr
 from jax.typing import DTypeLike
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray
 
 from ...layers import (
     Attention,
@@ -14,13 +14,14 @@ from ...layers import (
     Parallel,
     check_parallel,
 )
+from .._config_fields import COMPUTED, config_class, set_fields
+from .._round_trip import checked_config
 from ._attention import AttentionConfig
-from ._base import COMPUTED, AbstractMixerConfig, set_fields
+from ._base import AbstractMixerConfig
 from ._gated_delta_net import GatedDeltaNetConfig
 from ._mamba1 import Mamba1Config
 from ._mamba2 import Mamba2Config
 from ._mamba3 import Mamba3Config
-from ._round_trip import checked_config
 
 
 def _build(
@@ -76,8 +77,9 @@ class ParallelConfig(AbstractMixerConfig[Parallel]):
     @classmethod
     def of(cls, mixer: Parallel) -> "ParallelConfig":
         """See [`mamba_eqx.models.AbstractMixerConfig.of`][]."""
-        config = cls(tuple(map(mixer_config, mixer.layers)), scales=mixer.scales)
-        return checked_config(config, mixer)
+        classes = [config_class(MIXER_CONFIGS, layer, "a mixer") for layer in mixer.layers]
+        mixers = tuple(c.of(layer) for c, layer in zip(classes, mixer.layers, strict=True))
+        return checked_config(cls(mixers, scales=mixer.scales), mixer)
 
 
 # One entry for each mixer, in the file of `ParallelConfig` because that may contain any of them.
@@ -89,14 +91,3 @@ MIXER_CONFIGS: dict[type, type[AbstractMixerConfig[Any]]] = {
     Attention: AttentionConfig,
     Parallel: ParallelConfig,
 }
-
-
-def mixer_config(mixer: PyTree) -> AbstractMixerConfig[Any]:
-    """Reads the config of an existing mixer of any type."""
-    config = MIXER_CONFIGS.get(type(mixer))
-    if config is None:
-        raise ValueError(
-            f"There is no config for a mixer of type {type(mixer).__name__}, only for "
-            f"{', '.join(known.__name__ for known in MIXER_CONFIGS)}."
-        )
-    return config.of(mixer)

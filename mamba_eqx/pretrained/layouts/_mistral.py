@@ -64,7 +64,7 @@ def _is_default(layer: BlockConfig) -> bool:
         isinstance(mixer, Mamba2Config)
         and all(getattr(mixer, name) == default for name, default in _DEFAULTS.items())
         and mixer.d_ssm == mixer.d_inner == 2 * mixer.d_model
-        and layer.d_intermediate is None
+        and layer.mlp is None
     )
 
 

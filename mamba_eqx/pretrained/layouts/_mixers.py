@@ -1,4 +1,4 @@
-"""Shared by all layouts: rows of the mixers' tables, and finding the mixers of a model."""
+"""Shared by all layouts: rows and tables of mixers and MLPs, and finding the mixers of a model."""
 
 import math
 from collections.abc import Sequence
@@ -8,13 +8,14 @@ from typing import NamedTuple, TypeVar
 from ...models import (
     AbstractMixerConfig,
     AttentionConfig,
+    GatedMLPConfig,
     LanguageModelConfig,
     Mamba1Config,
     Mamba2Config,
     Mamba3Config,
 )
 from ._layout import Unstorable
-from ._tables import JSON, Arguments, Row, RowInput, Shared, fixed
+from ._tables import JSON, Arguments, Row, RowInput, Shared, Table, fixed
 
 
 def _read_width(given: RowInput) -> Arguments:
@@ -68,10 +69,6 @@ def whole_expand(key: str) -> Row[Mamba1Config | Mamba2Config]:
     return Row(read=read, write=lambda config: {key: config.d_inner // config.d_model}, check=check)
 
 
-# The row of the multipliers of Mamba-2, for layouts that have none.
-UNMULTIPLIED = fixed("ssm_multipliers", (1.0,) * 5, "Mamba-2 layers with multipliers")
-
-
 class Mixers(NamedTuple):
     """The mixers of a model whose layers of one kind are equal.
 
@@ -85,21 +82,16 @@ class Mixers(NamedTuple):
     attention_layers: tuple[int, ...]
 
 
-_Mixer = TypeVar("_Mixer", bound=AbstractMixerConfig)
-
-
 def find_mixers(config: LanguageModelConfig) -> Mixers:
     """Returns the mixers of a model.
 
-    **Raises:** `Unstorable` if two layers of one kind have different mixers, if layers differ in
-    anything other than their mixers, or if MLPs have biases, for which no layout has names.
+    **Raises:** `Unstorable` if two layers of one kind have different mixers, or if layers differ in
+    anything other than their mixers.
     """
     block = config.layers[0]
     for i, layer in enumerate(config.layers):
         if replace(layer, mixer=block.mixer) != block:
             raise Unstorable(f"layers that differ (layer 0 is {block}, layer {i} is {layer})")
-    if block.mlp_bias:
-        raise Unstorable("MLPs with biases (mlp_bias=True)")
     attention: list[AttentionConfig] = []
     others: list[AbstractMixerConfig] = []
     indices: list[int] = []
@@ -109,18 +101,56 @@ def find_mixers(config: LanguageModelConfig) -> Mixers:
             indices.append(i)
         else:
             others.append(layer.mixer)
-    return Mixers(_common(others), _common(attention), tuple(indices))
+    return Mixers(
+        only_one(others, "mixer") if others else None,
+        only_one(attention, "mixer") if attention else None,
+        tuple(indices),
+    )
 
 
-def _common(mixers: Sequence[_Mixer]) -> _Mixer | None:
-    for mixer in mixers:
-        if mixer != mixers[0]:
+_Config = TypeVar("_Config")
+
+
+def only_one(configs: Sequence[_Config], what: str) -> _Config:
+    """Returns the config that all of `configs` are equal to.
+
+    **Raises:** `Unstorable` if two of them differ; `what` is the name of the configs.
+    """
+    for config in configs:
+        if config != configs[0]:
             raise Unstorable(
-                f"layers that differ within one kind of mixer ({mixers[0]} and {mixer})"
+                f"layers that differ within one kind of {what} ({configs[0]} and {config})"
             )
-    return mixers[0] if mixers else None
+    return configs[0]
 
 
-def layer_kind(config: AbstractMixerConfig) -> str:
-    """Returns the name of a kind of layer for messages, such as "Mamba3"."""
+def gated_mlp(width: Row[GatedMLPConfig]) -> Table[GatedMLPConfig]:
+    """Returns the table of a gated MLP without biases and multipliers, given the row of its
+    width."""
+    return Table(
+        GatedMLPConfig,
+        (
+            width,
+            fixed("bias", False, "MLPs with biases"),
+            fixed("gate_multiplier", 1.0, "MLPs with multipliers"),
+            fixed("out_multiplier", 1.0, "MLPs with multipliers"),
+        ),
+    )
+
+
+# The rows of the multipliers of a model and of its parts, for layouts that have none.
+UNSCALED: tuple[Row[object], ...] = (
+    fixed("embedding_multiplier", 1.0, "models with a multiplier of the embedding"),
+    fixed("logits_multiplier", 1.0, "models with a multiplier of the logits"),
+)
+UNSCALED_BLOCK: tuple[Row[object], ...] = (
+    fixed("residual_multiplier", 1.0, "blocks with a multiplier of their residuals"),
+)
+UNSCALED_MAMBA2: tuple[Row[object], ...] = (
+    fixed("ssm_multipliers", (1.0,) * 5, "Mamba-2 layers with multipliers"),
+)
+
+
+def layer_kind(config: object) -> str:
+    """Returns the name of a kind of mixer or MLP for messages, such as "Mamba3"."""
     return type(config).__name__.removesuffix("Config")

@@ -149,7 +149,7 @@ def language_model(config: LanguageModelConfig, *, embedding: str) -> list[Slot]
 def _block(config: BlockConfig) -> list[Slot]:
     slots = norm("norm", "norm", rms_norm=config.rms_norm)
     slots += within(mixer(config.mixer), "mixer", "mixer")
-    if config.d_intermediate is not None:
+    if config.mlp is not None:
         slots += norm("norm2", "norm2", rms_norm=config.rms_norm)
         slots += same("mlp.fc1.weight", "mlp.fc2.weight")
     return slots

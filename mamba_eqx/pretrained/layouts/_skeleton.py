@@ -9,7 +9,7 @@ import jax.random as jr
 import numpy as np
 
 from ...formats import CheckpointError
-from ...layers import GatedMLP, Stacked, Unrolled
+from ...layers import Stacked, Unrolled
 from ...models import LanguageModel, LanguageModelConfig
 
 
@@ -34,8 +34,8 @@ def restacked(tree: LanguageModel, like: LanguageModel) -> LanguageModel:
 def config_from(tree: LanguageModel) -> LanguageModelConfig:
     """Returns the config of a model, or of any tree of its structure, such as its gradients.
 
-    **Raises:** `CheckpointError` if `tree` is not of a model's structure, has leaves that are not
-    arrays, or is a part of a model from which the sizes cannot be read.
+    **Raises:** `CheckpointError` if `tree` is not of a model's structure, or has leaves that are
+    not arrays.
     """
     if not isinstance(tree, LanguageModel):
         raise CheckpointError(
@@ -48,13 +48,6 @@ def config_from(tree: LanguageModel) -> LanguageModelConfig:
             raise CheckpointError(
                 f"`{jax.tree_util.keystr(path)}` must be an array, but is of type "
                 f"{type(leaf).__name__}."
-            )
-    # The width of an MLP is not a static field but the shape of a weight, which `tree` may lack.
-    for mlp in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, GatedMLP)):
-        if isinstance(mlp, GatedMLP) and mlp.fc2.weight is None:
-            raise CheckpointError(
-                "A part of a model with MLPs must have the weights of their `fc2`, because the "
-                "width of the MLP is read from their shape."
             )
     found: list[LanguageModelConfig] = []
     jax.eval_shape(lambda tree: found.append(LanguageModelConfig.of(tree)), tree)

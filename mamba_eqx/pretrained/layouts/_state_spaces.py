@@ -4,18 +4,38 @@ from types import MappingProxyType
 
 import numpy as np
 
-from ...models import BlockConfig, LanguageModelConfig
+from ...models import BlockConfig, GatedMLPConfig, LanguageModelConfig
 from ._fields import Fields
 from ._layout import Layout, Slot, Unstorable
-from ._mixers import find_mixers, layer_kind
+from ._mixers import UNSCALED, UNSCALED_BLOCK, find_mixers, gated_mlp, layer_kind
 from ._names import language_model
 from ._state_spaces_mixers import ATTENTION, MIXER_NAMES, MIXERS
-from ._tables import JSON, Shared
+from ._tables import JSON, Arguments, Row, RowInput, Shared
 
 
 _EMBEDDING = "backbone.embedding.weight"
 _EPS = 1e-5  # The official config has no field for it.
 _MLP_MULTIPLE = 128  # The official `GatedMLP` rounds its width up to a multiple of this.
+
+
+def _read_width(given: RowInput) -> Arguments:
+    width = given.fields.natural("d_intermediate", 0)
+    return {"d_intermediate": _round_up(width, _MLP_MULTIPLE)}
+
+
+def _write_width(config: GatedMLPConfig) -> JSON:
+    return {"d_intermediate": config.d_intermediate}
+
+
+def _check_width(config: GatedMLPConfig, _: Shared) -> None:
+    if config.d_intermediate % _MLP_MULTIPLE:
+        raise Unstorable(
+            f"MLPs whose width is not a multiple of {_MLP_MULTIPLE} "
+            f"(d_intermediate={config.d_intermediate})"
+        )
+
+
+_MLP = gated_mlp(Row(_read_width, _write_width, _check_width))
 
 
 def _read_state_spaces(values: object) -> LanguageModelConfig:
@@ -29,15 +49,12 @@ def _read_state_spaces(values: object) -> LanguageModelConfig:
     kinds = [MIXERS[ssm_cfg.only("layer", list(MIXERS), "Mamba1")].read(ssm_cfg, shared)]
     ssm_cfg.finish()
     attention = fields.indices("attn_layer_idx", n_layer)
-    width = _round_up(fields.natural("d_intermediate", 0), _MLP_MULTIPLE)
+    mlp = _MLP.read(fields, shared) if fields.natural("d_intermediate", 0) else None
     if attention:
         attn_cfg = Fields(fields.get("attn_cfg", {}), "`attn_cfg`")
         kinds.append(ATTENTION.read(attn_cfg, shared))
         attn_cfg.finish()
-    blocks = [
-        BlockConfig(kind, d_intermediate=width or None, rms_norm=rms_norm, norm_eps=_EPS)
-        for kind in kinds
-    ]
+    blocks = [BlockConfig(kind, mlp=mlp, rms_norm=rms_norm, norm_eps=_EPS) for kind in kinds]
     config = LanguageModelConfig(
         vocab_size=vocab_size,
         padded_vocab_size=_round_up(vocab_size, multiple),
@@ -67,11 +84,14 @@ def _validate_state_spaces(config: LanguageModelConfig) -> None:
             f"norms with a `norm_eps` other than {_EPS} "
             f"({block.norm_eps} in the layers and {config.norm_eps} at the end)"
         )
-    width = block.d_intermediate or 0
-    if width % _MLP_MULTIPLE:
-        raise Unstorable(
-            f"MLPs whose width is not a multiple of {_MLP_MULTIPLE} (d_intermediate={width})"
-        )
+    if isinstance(block.mlp, GatedMLPConfig):
+        _MLP.check(block.mlp, shared)
+    elif block.mlp is not None:
+        raise Unstorable(f"MLPs of the kind {layer_kind(block.mlp)}")
+    for row in UNSCALED:
+        row.check(config, shared)
+    for row in UNSCALED_BLOCK:
+        row.check(block, shared)
     if mixers.mixer is not None:
         name = MIXER_NAMES.get(type(mixers.mixer))
         if name is None:
@@ -90,7 +110,7 @@ def _write_state_spaces(config: LanguageModelConfig, _: np.dtype) -> JSON:
         ssm_cfg = {"layer": name} | MIXERS[name].write(mixers.mixer)
     return {
         "d_model": config.d_model,
-        "d_intermediate": block.d_intermediate or 0,
+        "d_intermediate": 0,
         "n_layer": len(config.layers),
         "vocab_size": config.vocab_size,
         "ssm_cfg": ssm_cfg,
@@ -101,6 +121,7 @@ def _write_state_spaces(config: LanguageModelConfig, _: np.dtype) -> JSON:
         "fused_add_norm": True,
         "pad_vocab_size_multiple": _multiple(config.vocab_size, config.padded_vocab_size),
         "tie_embeddings": config.tie_embeddings,
+        **(_MLP.write(block.mlp) if isinstance(block.mlp, GatedMLPConfig) else {}),
     }
 
 

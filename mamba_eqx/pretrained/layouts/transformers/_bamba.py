@@ -3,12 +3,11 @@
 The defaults are those of `BambaConfig`.
 """
 
-from collections.abc import Collection
-
 from ....models import AttentionConfig, LanguageModelConfig, Mamba2Config
 from .._fields import Fields
 from .._layout import Unstorable
-from .._mixers import D_MODEL, whole_expand
+from .._mixers import D_MODEL, UNSCALED, gated_mlp as mlp_table, whole_expand
+from .._names import mamba2
 from .._tables import (
     JSON,
     Arguments,
@@ -22,9 +21,15 @@ from .._tables import (
     shared_eps,
     size,
 )
-from ._family import Family, Hybrid, Pattern, model_rows
-from ._hybrid import HYBRID_IGNORED, heads
-from ._hybrid_names import EMBEDDING, hybrid_model
+from ._family import Family, Kinds, Part, Pattern, model_rows
+from ._hybrid import (
+    HYBRID_IGNORED,
+    attention_and,
+    attention_layers,
+    check_hybrid,
+    heads,
+)
+from ._hybrid_names import LLAMA_NAMES, attention, gated_mlp
 from ._mamba2 import UNSUPPORTED
 
 
@@ -109,62 +114,76 @@ def _check_rotary(config: AttentionConfig, _: Shared) -> None:
         )
 
 
-def _read_indices(fields: Fields, n_layer: int) -> Collection[int]:
-    return fields.indices("attn_layer_indices", n_layer)
+def _read_pattern(fields: Fields) -> Kinds:
+    n_layer = fields.layers("num_hidden_layers", 32)
+    return attention_and("mamba")(fields.indices("attn_layer_indices", n_layer), n_layer)
 
 
-def _write_indices(indices: Collection[int], _: int) -> JSON:
-    return {"attn_layer_indices": list(indices)}
+def _write_pattern(kinds: Kinds) -> JSON:
+    return {"num_hidden_layers": len(kinds), "attn_layer_indices": attention_layers(kinds)}
 
 
 BAMBA = Family(
     model_type="bamba",
     architecture="BambaForCausalLM",
     d_model=4096,
-    n_layer=32,
     norm_eps=("rms_norm_eps", 1e-5),
-    mixer=Table(
-        Mamba2Config,
-        (
-            D_MODEL,
-            whole_expand("mamba_expand"),
-            *UNSUPPORTED,
-            Row(_read_mamba_heads, _write_mamba_heads),
-            size("mamba_n_groups", "ngroups", 1),
-            size("mamba_d_state", "d_state", 256),
-            size("mamba_d_conv", "d_conv", 4),
-            flag("mamba_proj_bias", "bias", False),
-            flag("mamba_conv_bias", "conv_bias", True),
-            limit("time_step_limit", "dt_limit"),
-            shared_eps(),
+    mixers={
+        "mamba": Part(
+            Table(
+                Mamba2Config,
+                (
+                    D_MODEL,
+                    whole_expand("mamba_expand"),
+                    *UNSUPPORTED,
+                    Row(_read_mamba_heads, _write_mamba_heads),
+                    size("mamba_n_groups", "ngroups", 1),
+                    size("mamba_d_state", "d_state", 256),
+                    size("mamba_d_conv", "d_conv", 4),
+                    flag("mamba_proj_bias", "bias", False),
+                    flag("mamba_conv_bias", "conv_bias", True),
+                    limit("time_step_limit", "dt_limit"),
+                    shared_eps(),
+                ),
+                # The chunk size does not affect the result.
+                ignored=("mamba_chunk_size",),
+            ),
+            mamba2,
+            "mamba",
         ),
-        # The chunk size does not affect the result.
-        ignored=("mamba_chunk_size",),
-    ),
+        "attention": Part(
+            Table(
+                AttentionConfig,
+                (
+                    D_MODEL,
+                    *heads(nheads=32, nheads_kv=8),
+                    Row(_read_bias, _write_bias, _check_bias),
+                    Row(_read_rotary, _write_rotary, _check_rotary),
+                ),
+            ),
+            attention,
+            "self_attn",
+            # transformers builds a rotary embedding even if no layer has attention.
+            absent={"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4},
+        ),
+    },
+    mlps={
+        "mlp": Part(
+            mlp_table(size("intermediate_size", "d_intermediate", 14336)),
+            gated_mlp,
+            "feed_forward",
+        )
+    },
+    pattern=Pattern(_read_pattern, _write_pattern, check_hybrid),
     model=Table(
         LanguageModelConfig,
         (
             *model_rows(vocab_size=128000, tie_embeddings=False, residual_in_fp32=False),
+            *UNSCALED,
             constant("mlp_bias", False, written=True),
         ),
         # The coefficient is an option of the loss.
         ignored=HYBRID_IGNORED | {"z_loss_coefficient"},
     ),
-    slots=hybrid_model,
-    embedding=EMBEDDING,
-    hybrid=Hybrid(
-        attention=Table(
-            AttentionConfig,
-            (
-                D_MODEL,
-                *heads(nheads=32, nheads_kv=8),
-                Row(_read_bias, _write_bias, _check_bias),
-                Row(_read_rotary, _write_rotary, _check_rotary),
-            ),
-        ),
-        pattern=Pattern(_read_indices, _write_indices),
-        intermediate_size=14336,
-        # transformers builds a rotary embedding even if no layer has attention.
-        no_attention={"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4},
-    ),
+    names=LLAMA_NAMES,
 )

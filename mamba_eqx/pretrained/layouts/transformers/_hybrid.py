@@ -1,8 +1,11 @@
 """Shared by the hybrid model types of transformers: the sizes and limits of attention."""
 
+from collections.abc import Callable, Collection
+
 from ....models import AttentionConfig
 from .._layout import Unstorable
 from .._tables import JSON, Arguments, Row, RowInput, Shared, fixed
+from ._family import Kind, Kinds
 
 
 # Options of training and generation, and the choice of an implementation.
@@ -52,3 +55,24 @@ def heads(*, nheads: int, nheads_kv: int) -> tuple[Row[AttentionConfig], ...]:
         fixed("window", None, "attention with a window"),
         Row(lambda given: {}, lambda config: {}, _check_scale),
     )
+
+
+def attention_and(mixer: str) -> Callable[[Collection[int], int], Kinds]:
+    """Returns a function from the indices of the attention layers, and the number of layers, to
+    the kinds of layers of a model in which every layer has an MLP; the other layers have `mixer`.
+    """
+    kinds = (Kind(mixer, "mlp"), Kind("attention", "mlp"))
+    return lambda indices, n_layer: [kinds[i in indices] for i in range(n_layer)]
+
+
+def attention_layers(kinds: Kinds) -> list[int]:
+    """Returns the indices of the attention layers."""
+    return [i for i, kind in enumerate(kinds) if kind.mixer == "attention"]
+
+
+def check_hybrid(kinds: Kinds) -> None:
+    """Raises `Unstorable` unless every layer has an MLP, and some layer is not attention."""
+    if any(kind.mlp is None for kind in kinds):
+        raise Unstorable("attention layers without an MLP (mlp=None)")
+    if all(kind.mixer == "attention" for kind in kinds):
+        raise Unstorable(f"models of attention alone ({len(kinds)} layers)")

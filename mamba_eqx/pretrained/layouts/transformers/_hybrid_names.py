@@ -2,42 +2,16 @@
 
 from collections.abc import Mapping
 
-from ....models import AttentionConfig, BlockConfig, LanguageModelConfig, Mamba1Config
+from ....models import AttentionConfig, GatedMLPConfig
 from .._layout import Slot
-from .._names import layer, mixer, norm, same, within
+from ._family import Names
 
 
-EMBEDDING = "model.embed_tokens.weight"
+LLAMA_NAMES = Names(embedding="model.embed_tokens.weight", norm_f="model.final_layernorm")
 
 
-def hybrid_model(config: LanguageModelConfig) -> list[Slot]:
-    """Returns the slots of a model of type Bamba or Jamba."""
-    slots = [Slot(EMBEDDING, "embedding.weight")]
-    for i, block in enumerate(config.layers):
-        slots += within(_block(block), f"model.layers.{i}", layer(i))
-    slots += norm("model.final_layernorm", "norm_f", rms_norm=config.rms_norm)
-    return slots if config.tie_embeddings else [*slots, *same("lm_head.weight")]
-
-
-def _block(config: BlockConfig) -> list[Slot]:
-    inner = config.mixer
-    if isinstance(inner, AttentionConfig):
-        slots = within(_attention(inner), "self_attn", "mixer")
-    else:
-        slots = within(mixer(inner), "mamba", "mixer")
-    if isinstance(inner, Mamba1Config) and inner.select_norm == "weighted":
-        for name, path in {"dt": "dt_norm", "b": "B_norm", "c": "C_norm"}.items():
-            slots += norm(f"mamba.{name}_layernorm", f"mixer.{path}", rms_norm=True)
-    slots += norm("input_layernorm", "norm", rms_norm=config.rms_norm)
-    if config.d_intermediate is not None:
-        slots += norm("pre_ff_layernorm", "norm2", rms_norm=config.rms_norm)
-        fc1 = {"up_proj": config.d_intermediate, "gate_proj": config.d_intermediate}
-        slots += within(split(fc1, "weight", "fc1.weight"), "feed_forward", "mlp")
-        slots.append(Slot("feed_forward.down_proj.weight", "mlp.fc2.weight"))
-    return slots
-
-
-def _attention(config: AttentionConfig) -> list[Slot]:
+def attention(config: AttentionConfig) -> list[Slot]:
+    """Returns the slots of attention, with one tensor each for queries, keys and values."""
     kv_rows = config.nheads_kv * config.headdim
     qkv = {"q_proj": config.nheads * config.headdim, "k_proj": kv_rows, "v_proj": kv_rows}
     slots = split(qkv, "weight", "in_proj.weight")
@@ -47,6 +21,15 @@ def _attention(config: AttentionConfig) -> list[Slot]:
     if config.out_proj_bias:
         slots.append(Slot("o_proj.bias", "out_proj.bias"))
     return slots
+
+
+def gated_mlp(config: GatedMLPConfig) -> list[Slot]:
+    """Returns the slots of a gated MLP without biases, with one tensor each for value and gate."""
+    fc1 = {"up_proj": config.d_intermediate, "gate_proj": config.d_intermediate}
+    return [
+        *split(fc1, "weight", "fc1.weight"),
+        Slot("down_proj.weight", "fc2.weight"),
+    ]
 
 
 def split(sizes: Mapping[str, int], ending: str, path: str) -> list[Slot]:

@@ -4,14 +4,10 @@ The defaults are those of `MambaConfig` and `FalconMambaConfig`, which agree.
 """
 
 from ....models import LanguageModelConfig, Mamba1Config
-from .._layout import Slot
-from .._mixers import D_MODEL, dt_rank
-from .._names import language_model
+from .._mixers import D_MODEL, UNSCALED, dt_rank
+from .._names import mamba1
 from .._tables import JSON, Arguments, Row, RowInput, Table, fixed, flag, number, size
-from ._family import MAMBA_IGNORED, Family, model_rows
-
-
-EMBEDDING = "backbone.embeddings.weight"
+from ._family import MAMBA_IGNORED, Family, Kind, Names, Part, equal_layers, model_rows
 
 
 def _read_width(given: RowInput) -> Arguments:
@@ -37,28 +33,40 @@ _ROWS: tuple[Row[Mamba1Config], ...] = (
 )
 
 
-def name_plain(config: LanguageModelConfig) -> list[Slot]:
-    """Returns the slots of a model without attention: official names, except the embedding's."""
-    return language_model(config, embedding=EMBEDDING)
+OFFICIAL_NAMES = Names(
+    embedding="backbone.embeddings.weight",
+    norm_f="backbone.norm_f",
+    layers="backbone.layers",
+    norm="norm",
+)
 
 
 MAMBA = Family(
     model_type="mamba",
     architecture="MambaForCausalLM",
     d_model=768,
-    n_layer=32,
     norm_eps=("layer_norm_epsilon", 1e-5),
-    mixer=Table(
-        Mamba1Config,
-        (
-            *_ROWS,
-            fixed("select_norm", None, "weighted norms of `dt`, `B` and `C`, but no MLPs"),
-        ),
-        ignored=MAMBA_IGNORED,
-    ),
+    mixers={
+        "mamba": Part(
+            Table(
+                Mamba1Config,
+                (
+                    *_ROWS,
+                    fixed("select_norm", None, "weighted norms of `dt`, `B` and `C`, but no MLPs"),
+                ),
+                ignored=MAMBA_IGNORED,
+            ),
+            mamba1,
+            "mixer",
+        )
+    },
+    pattern=equal_layers(Kind("mamba", None), n_layer=32),
     model=Table(
         LanguageModelConfig,
-        model_rows(vocab_size=50280, tie_embeddings=True, residual_in_fp32=True),
+        (
+            *model_rows(vocab_size=50280, tie_embeddings=True, residual_in_fp32=True),
+            *UNSCALED,
+        ),
         # The `-hf` conversions kept these from official configs. transformers does not read them,
         # and has fields of its own for the same things.
         ignored=(
@@ -71,30 +79,37 @@ MAMBA = Family(
             "pad_vocab_size_multiple",
         ),
     ),
-    slots=name_plain,
-    embedding=EMBEDDING,
+    names=OFFICIAL_NAMES,
 )
 
 FALCON_MAMBA = Family(
     model_type="falcon_mamba",
     architecture="FalconMambaForCausalLM",
     d_model=768,
-    n_layer=32,
     norm_eps=("layer_norm_epsilon", 1e-5),
-    mixer=Table(
-        Mamba1Config,
-        (
-            *_ROWS,
-            fixed("select_norm", "weightless", "norms of `dt`, `B` and `C` with weights"),
-            # The original checkpoints lack the field.
-            number("mixer_rms_eps", "select_norm_eps", 1e-6),
-        ),
-        ignored=MAMBA_IGNORED | {"use_falcon_mambapy"},
-    ),
+    mixers={
+        "mamba": Part(
+            Table(
+                Mamba1Config,
+                (
+                    *_ROWS,
+                    fixed("select_norm", "weightless", "norms of `dt`, `B` and `C` with weights"),
+                    # The original checkpoints lack the field.
+                    number("mixer_rms_eps", "select_norm_eps", 1e-6),
+                ),
+                ignored=MAMBA_IGNORED | {"use_falcon_mambapy"},
+            ),
+            mamba1,
+            "mixer",
+        )
+    },
+    pattern=equal_layers(Kind("mamba", None), n_layer=32),
     model=Table(
         LanguageModelConfig,
-        model_rows(vocab_size=50280, tie_embeddings=True, residual_in_fp32=True),
+        (
+            *model_rows(vocab_size=50280, tie_embeddings=True, residual_in_fp32=True),
+            *UNSCALED,
+        ),
     ),
-    slots=name_plain,
-    embedding=EMBEDDING,
+    names=OFFICIAL_NAMES,
 )

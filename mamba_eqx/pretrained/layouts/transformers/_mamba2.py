@@ -2,7 +2,8 @@
 
 from ....models import LanguageModelConfig, Mamba2Config
 from .._layout import Unstorable
-from .._mixers import D_MODEL, UNMULTIPLIED, whole_expand
+from .._mixers import D_MODEL, UNSCALED, UNSCALED_MAMBA2, whole_expand
+from .._names import mamba2
 from .._tables import (
     JSON,
     Arguments,
@@ -16,8 +17,8 @@ from .._tables import (
     shared_eps,
     size,
 )
-from ._family import MAMBA_IGNORED, Family, model_rows
-from ._mamba import EMBEDDING, name_plain
+from ._family import MAMBA_IGNORED, Family, Kind, Part, equal_layers, model_rows
+from ._mamba import OFFICIAL_NAMES
 
 
 def _check_d_ssm(config: Mamba2Config, _: Shared) -> None:
@@ -34,7 +35,7 @@ UNSUPPORTED: tuple[Row[Mamba2Config], ...] = (
     fixed("D_has_hdim", False, "Mamba-2 layers whose `D` has a weight for each channel"),
     fixed("rms_norm", True, "Mamba-2 layers without a norm"),
     fixed("norm_before_gate", False, "Mamba-2 layers with the norm before the gate"),
-    UNMULTIPLIED,
+    *UNSCALED_MAMBA2,
 )
 
 
@@ -57,33 +58,47 @@ MAMBA2 = Family(
     model_type="mamba2",
     architecture="Mamba2ForCausalLM",
     d_model=4096,
-    n_layer=64,
     norm_eps=("layer_norm_epsilon", 1e-5),
-    mixer=Table(
-        Mamba2Config,
-        (
-            D_MODEL,
-            whole_expand("expand"),
-            *UNSUPPORTED,
-            Row(_read_heads, _write_heads),
-            size("n_groups", "ngroups", 8),
-            size("state_size", "d_state", 128),
-            size("conv_kernel", "d_conv", 4),
-            flag("use_bias", "bias", False),
-            flag("use_conv_bias", "conv_bias", True),
-            limit("time_step_limit", "dt_limit"),
-            shared_eps(),
-        ),
-        # The chunk size does not affect the result. transformers computes the width and ignores
-        # `intermediate_size` and `time_step_rank`. Old versions wrote the options of the norm, but
-        # never read them.
-        ignored=MAMBA_IGNORED
-        | {"chunk_size", "intermediate_size", "norm_before_gate", "rms_norm", "time_step_rank"},
-    ),
+    mixers={
+        "mamba": Part(
+            Table(
+                Mamba2Config,
+                (
+                    D_MODEL,
+                    whole_expand("expand"),
+                    *UNSUPPORTED,
+                    Row(_read_heads, _write_heads),
+                    size("n_groups", "ngroups", 8),
+                    size("state_size", "d_state", 128),
+                    size("conv_kernel", "d_conv", 4),
+                    flag("use_bias", "bias", False),
+                    flag("use_conv_bias", "conv_bias", True),
+                    limit("time_step_limit", "dt_limit"),
+                    shared_eps(),
+                ),
+                # The chunk size does not affect the result. transformers computes the width and
+                # ignores `intermediate_size` and `time_step_rank`. Old versions wrote the options
+                # of the norm, but never read them.
+                ignored=MAMBA_IGNORED
+                | {
+                    "chunk_size",
+                    "intermediate_size",
+                    "norm_before_gate",
+                    "rms_norm",
+                    "time_step_rank",
+                },
+            ),
+            mamba2,
+            "mixer",
+        )
+    },
+    pattern=equal_layers(Kind("mamba", None), n_layer=64),
     model=Table(
         LanguageModelConfig,
-        model_rows(vocab_size=32768, tie_embeddings=False, residual_in_fp32=True),
+        (
+            *model_rows(vocab_size=32768, tie_embeddings=False, residual_in_fp32=True),
+            *UNSCALED,
+        ),
     ),
-    slots=name_plain,
-    embedding=EMBEDDING,
+    names=OFFICIAL_NAMES,
 )

@@ -4,15 +4,14 @@ from types import MappingProxyType
 
 import numpy as np
 
-from ....models import AttentionConfig, LanguageModelConfig, Mamba1Config, Mamba2Config
+from ....models import LanguageModelConfig
 from .._fields import Fields
 from .._layout import Layout, Slot, Unstorable
-from .._mixers import layer_kind
 from .._tables import JSON
 from ._bamba import BAMBA
-from ._family import Family
+from ._family import Family, describe_parts
 from ._jamba import JAMBA
-from ._mamba import EMBEDDING, FALCON_MAMBA, MAMBA
+from ._mamba import FALCON_MAMBA, MAMBA, OFFICIAL_NAMES
 from ._mamba2 import MAMBA2
 
 
@@ -23,27 +22,29 @@ _FAMILIES = MappingProxyType(
 
 
 def _family(config: LanguageModelConfig) -> Family:
-    """Returns the family that may store a model, judging by the kinds of its layers.
+    """Returns the first family that can store a model.
 
-    **Raises:** `Unstorable` if no family has layers of these kinds.
+    **Raises:** `Unstorable` if there is none, with the reasons of all families that have the kinds
+    of mixers and MLPs of the model.
     """
-    mixers = [layer.mixer for layer in config.layers]
-    kinds = {type(mixer) for mixer in mixers}
-    has_mlp = any(layer.d_intermediate is not None for layer in config.layers)
-    if AttentionConfig not in kinds and not has_mlp:
-        match mixers[0]:
-            case Mamba1Config(select_norm="weightless"):
-                return FALCON_MAMBA
-            case Mamba1Config():
-                return MAMBA
-            case Mamba2Config():
-                return MAMBA2
-    elif kinds <= {Mamba2Config, AttentionConfig}:
-        return BAMBA
-    elif kinds <= {Mamba1Config, AttentionConfig}:
-        return JAMBA
-    names = " and ".join(sorted({layer_kind(mixer) for mixer in mixers}))
-    raise Unstorable(f"{names} layers" + (" in one model" if len(kinds) > 1 else ""))
+    reasons: dict[str, list[str]] = {}
+    for family in _FAMILIES.values():
+        if family.has_parts(config):
+            try:
+                family.validate(config)
+                return family
+            except Unstorable as error:
+                reasons.setdefault(str(error), []).append(family.model_type)
+    if not reasons:
+        raise Unstorable(describe_parts(config))
+    if len(reasons) == 1:
+        raise Unstorable(next(iter(reasons)))
+    raise Unstorable(
+        ", nor ".join(
+            f"{reason} (as model type {' or '.join(map(repr, types))})"
+            for reason, types in reasons.items()
+        )
+    )
 
 
 def _read_transformers(values: object) -> LanguageModelConfig:
@@ -56,7 +57,7 @@ def _read_transformers(values: object) -> LanguageModelConfig:
 
 
 def _validate_transformers(config: LanguageModelConfig) -> None:
-    _family(config).validate(config)
+    _family(config)
 
 
 def _write_transformers(config: LanguageModelConfig, dtype: np.dtype) -> JSON:
@@ -73,9 +74,9 @@ TRANSFORMERS = Layout(
     validate=_validate_transformers,
     write_config=_write_transformers,
     table=_name_transformers,
-    embedding=lambda config: _family(config).embedding,
+    embedding=lambda config: _family(config).names.embedding,
     keeps_tied_head=False,
     # As `MambaModel.load_hook` of transformers does.
-    renames=MappingProxyType({"backbone.embedding.weight": EMBEDDING}),
+    renames=MappingProxyType({"backbone.embedding.weight": OFFICIAL_NAMES.embedding}),
     declares_ids=True,
 )

@@ -1,0 +1,15 @@
+"""The configs of the MLPs, one per file."""
+
+from typing import Any
+
+from ...layers import MLP, GatedMLP
+from ._base import AbstractMLPConfig as AbstractMLPConfig
+from ._gated_mlp import GatedMLPConfig as GatedMLPConfig
+from ._mlp import MLPConfig as MLPConfig
+
+
+# One entry for each MLP.
+MLP_CONFIGS: dict[type, type[AbstractMLPConfig[Any]]] = {
+    MLP: MLPConfig,
+    GatedMLP: GatedMLPConfig,
+}
