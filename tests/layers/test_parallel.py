@@ -38,15 +38,13 @@ def test_wrong_arguments_raise():
     both = mbx.Mamba1Config(4), mbx.AttentionConfig(4, nheads=1)
     wrong: Any
     for wrong in ((1.0,), (1.0, 0.0), (1.0, float("nan")), (1.0, "1"), 2.0):
-        message = (
-            "`scales` must be a tuple of 2 positive numbers, one for each of the `{}`, but got"
-        )
-        got = re.escape(f" scales={wrong!r}.")
+        message = "`scales` must be a tuple of 2 positive numbers, one for each of the `{}`, but "
+        got = re.escape(f"got scales={wrong!r}.")
         with pytest.raises(ValueError, match=message.format("layers") + got):
             mbx.Parallel([MAMBA2, ATTENTION], scales=wrong)
         with pytest.raises(ValueError, match=message.format("mixers") + got):
             mbx.ParallelConfig(both, scales=wrong)
-    with pytest.raises(ValueError, match=r"`mixers` must share.*d_model=\[4, 3\]"):
+    with pytest.raises(ValueError, match=r"`mixers` of.*must share.*d_model=\[4, 3\]"):
         mbx.ParallelConfig((mbx.Mamba1Config(4), mbx.Mamba1Config(3)))
     with pytest.raises(ValueError, match="`mixers` of `Parallel` must be one or more"):
         mbx.ParallelConfig(())

@@ -114,7 +114,7 @@ UNSTORABLE = [
         None,
     ),
     ("transformers", config(PARALLEL), "Parallel layers", None),
-    ("transformers", hybrid(PARALLEL, ROTARY), "Attention and Parallel layers", None),
+    ("transformers", hybrid(PARALLEL, ROTARY), r"Attention and .*Parallel layers", None),
     ("state-spaces", config(PARALLEL), "Parallel layers", None),
     ("transformers", config(DELTA), "GatedDeltaNet layers", None),
     ("state-spaces", config(DELTA), "GatedDeltaNet layers", None),

@@ -5,7 +5,6 @@ Add your own layer to `MIXERS` (checked in all sizes and dtypes) or `COMPOSITES`
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -392,10 +391,7 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
     ),
     "parallel_every_field": config(
         mbx.ParallelConfig(
-            (
-                mbx.Mamba2Config(5, headdim=2, dt_limit=(0.01, math.inf)),
-                mbx.ParallelConfig((mbx.AttentionConfig(5, nheads=1),)),
-            ),
+            (mbx.Mamba2Config(5, headdim=2), mbx.ParallelConfig((mbx.AttentionConfig(5, 1),))),
             scales=(0.25, 2.0),
         )
     ),

@@ -24,22 +24,6 @@ from ._mamba2 import Mamba2Config
 from ._mamba3 import Mamba3Config
 
 
-def _build(
-    mixers: tuple[AbstractMixerConfig[Any], ...],
-    scales: tuple[float, ...],
-    *,
-    residual_scale: float,
-    dtype: DTypeLike | None,
-    key: PRNGKeyArray,
-) -> Parallel:
-    keys = jr.split(key, len(mixers))
-    layers = [
-        mixer.build(residual_scale=residual_scale, dtype=dtype, key=mixer_key)
-        for mixer, mixer_key in zip(mixers, keys, strict=True)
-    ]
-    return Parallel(layers, scales=scales)
-
-
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig(AbstractMixerConfig[Parallel]):
     """The architecture of a [`mamba_eqx.Parallel`][].
@@ -53,7 +37,7 @@ class ParallelConfig(AbstractMixerConfig[Parallel]):
     """
 
     kind: ClassVar[str] = "parallel"
-    mixer_type = staticmethod(_build)
+    mixer_type = Parallel
 
     mixers: tuple[AbstractMixerConfig[Any], ...]
     scales: tuple[float, ...] = COMPUTED
@@ -73,6 +57,17 @@ class ParallelConfig(AbstractMixerConfig[Parallel]):
     def d_model(self) -> int:
         """The number of features of a token."""
         return self.mixers[0].d_model
+
+    def build(
+        self, *, residual_scale: float = 1.0, dtype: DTypeLike | None = None, key: PRNGKeyArray
+    ) -> Parallel:
+        """See [`mamba_eqx.models.AbstractMixerConfig.build`][]."""
+        keys = jr.split(key, len(self.mixers))
+        layers = [
+            mixer.build(residual_scale=residual_scale, dtype=dtype, key=mixer_key)
+            for mixer, mixer_key in zip(self.mixers, keys, strict=True)
+        ]
+        return Parallel(layers, scales=self.scales)
 
     @classmethod
     def of(cls, mixer: Parallel) -> "ParallelConfig":
