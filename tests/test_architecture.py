@@ -99,10 +99,11 @@ LEVELS = {
     ],
     "pretrained/layouts/transformers": [
         "_family",
-        "_hybrid _hybrid_names",
+        "_hybrid_names",
         "_mamba",
         "_mamba2",
-        "_bamba _jamba",
+        "_hybrid",
+        "_bamba _granite _jamba",
         "_registry",
         "__init__",
     ],

@@ -42,6 +42,9 @@ TRANSFORMERS = Names(
     norm="input_layernorm.weight",
     norm2="pre_ff_layernorm.weight",
 )
+GRANITE = dataclasses.replace(
+    TRANSFORMERS, final="model.norm.weight", norm2="post_attention_layernorm.weight"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,9 @@ class Sizes:
     dt_limit: tuple[float, float] = (0.0, float("inf"))
     rotary: tuple[int, float, bool] = (0, 1.0, False)  # features, base, interleaved
     scale: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
 
 
 def loop(weights: Tensors, tokens: torch.Tensor, sizes: Sizes) -> Tensors:
@@ -71,17 +77,19 @@ def loop(weights: Tensors, tokens: torch.Tensor, sizes: Sizes) -> Tensors:
     stream |= {"hidden_states.norm_f": [], "logits": []}
     layers = [_within(weights, n.layer.format(i)) for i in range(len(s.kinds))]
     for token in tokens.tolist():
-        h = embedding[token]
+        h = s.embedding_multiplier * embedding[token]
         for i, kind in enumerate(s.kinds):
             w = layers[i]
             mixer = _within(w, n.attention if kind == "a" else n.mamba)
             run = {"1": _mamba1, "2": _mamba2, "a": _attention}[kind]
-            h = h + run(mixer, rms_norm(h, w[n.norm], s.eps), memory[i], s)
-            h = h + _mlp(w, rms_norm(h, w[n.norm2], s.eps))
+            out = run(mixer, rms_norm(h, w[n.norm], s.eps), memory[i], s)
+            h = h + s.residual_multiplier * out
+            h = h + s.residual_multiplier * _mlp(w, rms_norm(h, w[n.norm2], s.eps))
             stream[f"hidden_states.{i}"].append(h)
         h = rms_norm(h, weights[n.final], s.eps)
         stream["hidden_states.norm_f"].append(h)
-        stream["logits"].append(weights.get("lm_head.weight", embedding) @ h)
+        logits = weights.get("lm_head.weight", embedding) @ h
+        stream["logits"].append(logits / s.logits_divisor)
     answer = {name: torch.stack(rows) for name, rows in stream.items()}
     for i, kind in enumerate(s.kinds):
         for name in ("k", "v") if kind == "a" else ("conv", "ssm"):
@@ -190,6 +198,9 @@ def _mlp(w: Tensors, x: torch.Tensor) -> torch.Tensor:
     if "mlp.fc1.weight" in w:
         up, gate = _project(w, "mlp.fc1", x).chunk(2)
         return _project(w, "mlp.fc2", up * silu(gate))
+    if "shared_mlp.input_linear.weight" in w:
+        gate, up = _project(w, "shared_mlp.input_linear", x).chunk(2)
+        return _project(w, "shared_mlp.output_linear", up * silu(gate))
     up, gate = (_project(w, f"feed_forward.{part}_proj", x) for part in ("up", "gate"))
     return _project(w, "feed_forward.down_proj", up * silu(gate))
 
@@ -209,6 +220,7 @@ def random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -
     elif (
         name.endswith(("v_proj.weight", "o_proj.weight", "fc1.weight", "fc2.weight"))
         or "feed_forward" in name
+        or "shared_mlp" in name
     ):
         draw = normal(1.1 / shape[-1] ** 0.5)
     elif name.endswith("_proj.bias"):

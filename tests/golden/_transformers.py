@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from tests.golden._transformers_models import BAMBA, FALCON, JAMBA, MAMBA, MAMBA2, Kind
+from tests.golden._transformers_models import BAMBA, FALCON, GRANITE, JAMBA, MAMBA, MAMBA2, Kind
 from tests.golden._witness import (
     WEIGHTS,
     check,
@@ -241,6 +241,46 @@ TRANSFORMERS_CASES = {
             "expert_layer_offset": 0,
             "expert_layer_period": 3,
             "num_experts_per_tok": 1,
+            "router_aux_loss_coef": 0.1,
+            **UNUSED_IN_HYBRIDS,
+        },
+    ),
+    "granite_tiny": TransformersCase(
+        kind=GRANITE,
+        seed=3,
+        length=13,
+        config={
+            "vocab_size": 23,
+            "hidden_size": 10,
+            "shared_intermediate_size": 7,
+            "intermediate_size": 9,
+            "num_hidden_layers": 3,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 4,
+            # Without positions, the bias of the keys has no effect, and its gradient is rounding.
+            "attention_bias": False,
+            "attention_multiplier": 0.4,
+            "embedding_multiplier": 0.6,
+            "residual_multiplier": 1.3,
+            "logits_scaling": 1.5,
+            "position_embedding_type": "nope",
+            "mamba_n_heads": 4,
+            "mamba_d_head": 5,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 3,
+            "mamba_d_conv": 3,
+            "mamba_chunk_size": 4,
+            "mamba_conv_bias": False,
+            "mamba_proj_bias": True,
+            "time_step_limit": (0.2, 0.9),
+            "rms_norm_eps": 3e-4,
+            "tie_word_embeddings": True,
+            "pad_token_id": None,
+            "max_position_embeddings": 99,
             "router_aux_loss_coef": 0.1,
             **UNUSED_IN_HYBRIDS,
         },

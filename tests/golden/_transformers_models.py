@@ -68,7 +68,8 @@ def hybrid_answers(model: Any, tokens: torch.Tensor, kinds: str) -> Tensors:
             rotary.inv_freq = c.rope_parameters["rope_theta"] ** -powers
     # `output_hidden_states` would leave out the stream after the last block.
     hidden = []
-    for module in (*model.model.layers, model.model.final_layernorm):
+    final = "norm" if model.config.model_type == "granitemoehybrid" else "final_layernorm"
+    for module in (*model.model.layers, getattr(model.model, final)):
         module.register_forward_hook(
             lambda module, args, out: hidden.append(out[0] if isinstance(out, tuple) else out)
         )
@@ -152,6 +153,25 @@ def jamba_sizes(config: Any) -> _loop_hybrid.Sizes:
     )
 
 
+def granite_sizes(config: Any) -> _loop_hybrid.Sizes:
+    """Returns the sizes of the Granite case."""
+    return _loop_hybrid.Sizes(
+        names=_loop_hybrid.GRANITE,
+        kinds="2a2",
+        eps=config.rms_norm_eps,
+        d_inner=20,
+        d_state=3,
+        heads=(6, 2, 4),
+        nheads=4,
+        ngroups=2,
+        dt_limit=(0.2, 0.9),
+        scale=0.4,
+        embedding_multiplier=0.6,
+        residual_multiplier=1.3,
+        logits_divisor=1.5,
+    )
+
+
 MAMBA = Kind("Mamba", _witness.random_weight, _loop_mamba1.loop, mamba1_sizes, mamba_answers)
 FALCON = MAMBA._replace(model="FalconMamba")
 MAMBA2 = Kind("Mamba2", _loop_mamba2.random_weight, _loop_mamba2.loop, mamba2_sizes, mamba_answers)
@@ -167,3 +187,4 @@ JAMBA = BAMBA._replace(
     sizes=jamba_sizes,
     answers=lambda model, tokens: hybrid_answers(model, tokens, "1a1"),
 )
+GRANITE = BAMBA._replace(model="GraniteMoeHybrid", sizes=granite_sizes)

@@ -29,6 +29,7 @@ ARCHITECTURES = {
     "mamba2": "Mamba2ForCausalLM",
     "bamba": "BambaForCausalLM",
     "jamba": "JambaForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
 }
 # Longer than a chunk of Mamba-2.
 SEQ = {"mamba2": 45}
@@ -39,9 +40,15 @@ CHANGED = {
     "mamba2": {"chunk_size", "initializer_range"},
     "bamba": set(),
     "jamba": set(),
+    "granitemoehybrid": {"mamba_chunk_size"},
 }
 # The largest numbers of bytes in one file.
-OUR_SHARDS = {"mamba": [None, 2000], "bamba": [1000], "jamba": [1000]}
+OUR_SHARDS = {
+    "mamba": [None, 2000],
+    "bamba": [1000],
+    "jamba": [1000],
+    "granitemoehybrid": [1000],
+}
 THEIR_SHARDS = {"mamba": ["1GB", "3KB"]}
 
 
@@ -54,7 +61,7 @@ def cases(models: dict[str, dict[str, Any]], shards: dict[str, list[Any]], defau
                 kind,
                 name,
                 size,
-                marks=[pytest.mark.slow] if kind in ("bamba", "jamba") else [],
+                marks=[pytest.mark.slow] if kind in ("bamba", "jamba", "granitemoehybrid") else [],
                 id=f"{kind}-{name}-{size}",
             )
             for kind, named in models.items()

@@ -92,6 +92,26 @@ _MAMBA2_BOTH = {
     "limits": config(mamba2(dt_limit=(0.25, 0.75)), residual_in_fp32=False),
 }
 
+def granite(
+    *mixers: mbx.models.AbstractMixerConfig, logits_multiplier: float = 1 / 6, **fields: Any
+) -> mbx.LanguageModelConfig:
+    """Returns the config of a model with multipliers, and one layer for each mixer."""
+    return mbx.LanguageModelConfig(
+        13,
+        tuple(
+            mbx.BlockConfig(mixer, mlp=mbx.GatedMLPConfig(9), residual_multiplier=0.22)
+            for mixer in mixers
+        ),
+        embedding_multiplier=12.0,
+        logits_multiplier=logits_multiplier,
+        **fields,
+    )
+
+
+# Attention with a softmax scale of its own: without positions, and rotated as a whole.
+NOPE = attention(softmax_scale=0.3)
+WHOLE = attention(rotary_emb_dim=8, rotary_emb_base=50.0, softmax_scale=0.3)
+
 # The models of each family by layout and name.
 Models = Mapping[str, Mapping[str, mbx.LanguageModelConfig]]
 
@@ -151,6 +171,17 @@ HYBRIDS: Models = {
         "jamba": hybrid(
             NORMALISED, attention(nheads=3, nheads_kv=3, headdim=2), NORMALISED, NORMALISED
         ),
+        "granite": granite(mamba2(), NOPE, mamba2(), padded_vocab_size=16),
+        "granite_rope": granite(
+            attention(rotary_emb_dim=8, qkv_proj_bias=True, out_proj_bias=True),
+            mamba2(bias=True, dt_limit=(0.25, 0.75)),
+            # This number is the reciprocal of no other number.
+            logits_multiplier=1.9,
+            tie_embeddings=False,
+            residual_in_fp32=False,
+        ),
+        "granite_attention": granite(WHOLE, WHOLE),
+        "granite_mamba": granite(mamba2(), mamba2()),
         "jamba_untied": hybrid(*[NORMALISED, NORMALISED, attention()] * 2, tie_embeddings=False),
     },
     "state-spaces": {

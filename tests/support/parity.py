@@ -27,6 +27,7 @@ GOLDEN_LAYOUTS = {
     "state_spaces_mamba2": "state-spaces",
     "bamba_tiny": "transformers",
     "jamba_tiny": "transformers",
+    "granite_tiny": "transformers",
     "state_spaces_hybrid": "state-spaces",
     "state_spaces_mamba3": "state-spaces",
     "state_spaces_mamba3_mimo": "state-spaces",
@@ -142,6 +143,11 @@ OURS: dict[str, dict[str, mbx.LanguageModelConfig]] = {
     },
     "bamba": {name: HYBRIDS["transformers"][name] for name in ("bamba", "bamba_bias")},
     "jamba": {name: HYBRIDS["transformers"][name] for name in ("jamba", "jamba_untied")},
+    # transformers cannot run a model of this type without attention.
+    "granitemoehybrid": {
+        name: HYBRIDS["transformers"][name]
+        for name in ("granite", "granite_rope", "granite_attention")
+    },
 }
 
 # Configs of models that transformers saves and we load, by model type and name.
@@ -257,6 +263,59 @@ THEIRS: dict[str, dict[str, dict[str, Any]]] = {
             "num_experts": 1,
             "tie_word_embeddings": True,
         }
+    },
+    "granitemoehybrid": {
+        "every_field": {
+            "vocab_size": 30,
+            "hidden_size": 24,
+            "shared_intermediate_size": 7,
+            "num_hidden_layers": 3,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "attention_bias": True,
+            "attention_multiplier": 0.3,
+            "position_embedding_type": "rope",
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+            "embedding_multiplier": 12,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 3,
+            "mamba_expand": 3,
+            "mamba_n_heads": 8,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 5,
+            "mamba_d_conv": 3,
+            "mamba_conv_bias": False,
+            "mamba_proj_bias": True,
+            "time_step_limit": [0.4, 1.0],
+            "rms_norm_eps": 1e-3,
+            "num_local_experts": 0,
+            "tie_word_embeddings": True,
+        },
+        # Without any multiplier, we would save it as a Bamba model.
+        "default": {
+            "vocab_size": 30,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "layer_types": ["mamba", "attention"],
+            "num_attention_heads": 4,
+            "num_local_experts": 0,
+            "attention_multiplier": 0.25,
+            "residual_multiplier": 0.5,
+            "position_embedding_type": "rope",
+        },
+        "attention_alone": {
+            "vocab_size": 30,
+            "hidden_size": 32,
+            "shared_intermediate_size": 7,
+            "num_hidden_layers": 2,
+            "layer_types": ["full_attention"] * 2,
+            "num_attention_heads": 4,
+            "mamba_n_heads": 1,
+            "num_local_experts": 0,
+            "attention_multiplier": 0.2,
+            "position_embedding_type": "nope",
+        },
     },
 }
 

@@ -11,7 +11,14 @@ from .._mixers import D_MODEL, UNSCALED, dt_rank, gated_mlp as mlp_table, whole_
 from .._names import mamba1, norm
 from .._tables import JSON, Table, constant, fixed, flag, shared_eps, size
 from ._family import Family, Kinds, Part, Pattern, model_rows
-from ._hybrid import HYBRID_IGNORED, attention_and, attention_layers, check_hybrid, heads
+from ._hybrid import (
+    HYBRID_IGNORED,
+    USUAL_SCALE,
+    attention_and,
+    attention_layers,
+    check_hybrid,
+    heads,
+)
 from ._hybrid_names import LLAMA_NAMES, attention, gated_mlp
 
 
@@ -107,6 +114,7 @@ JAMBA = Family(
                 (
                     D_MODEL,
                     *heads(nheads=32, nheads_kv=8),
+                    USUAL_SCALE,
                     fixed("rotary_emb_dim", 0, "attention beside Mamba-1 with a rotary embedding"),
                     fixed("qkv_proj_bias", False, "attention beside Mamba-1 with biases"),
                     fixed("out_proj_bias", False, "attention beside Mamba-1 with biases"),

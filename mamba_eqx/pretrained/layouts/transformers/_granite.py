@@ -1,0 +1,200 @@
+"""transformers' model type `granitemoehybrid` without experts: Mamba-2, attention with or without
+positions, a gated MLP in every block, and multipliers.
+
+The defaults are those of `GraniteMoeHybridConfig`.
+"""
+
+import math
+from dataclasses import replace
+
+from ....models import AttentionConfig, GatedMLPConfig, LanguageModelConfig
+from .._fields import Fields
+from .._layout import AnyArray, Slot, Transform, Unstorable
+from .._mixers import D_MODEL, gated_mlp as mlp_table
+from .._tables import JSON, Arguments, Row, RowInput, Shared, Table, constant, number, size
+from ._family import Family, Kind, Kinds, Names, Part, Pattern, model_rows
+from ._hybrid import (
+    ATTENTION_BIAS,
+    BAMBA_MAMBA2,
+    HYBRID_IGNORED,
+    ROPE_FIELDS,
+    attention_layers,
+    check_mlps,
+    heads,
+    read_rope,
+)
+from ._hybrid_names import attention
+
+
+# Options of experts (of which there are none) and of training.
+_IGNORED = HYBRID_IGNORED | set(
+    """
+    init_method intermediate_size num_experts_per_tok output_router_logits router_aux_loss_coef
+    """.split()  # noqa: SIM905
+)
+# Our own field for a `logits_multiplier` that is the reciprocal of no number. See
+# `_write_logits_scaling`.
+_LOGITS_MULTIPLIER = "logits_multiplier"
+
+
+def _read_position(given: RowInput) -> Arguments:
+    fields, headdim = given.fields, given.known["headdim"]
+    if fields.only("position_embedding_type", [None, "nope", "rope"], None) != "rope":
+        fields.ignore(ROPE_FIELDS)
+        return {"rotary_emb_dim": 0}
+    base, share = read_rope(fields, 1.0)
+    if share != 1:
+        raise fields.error("rope_parameters", "must have no `partial_rotary_factor` other than 1")
+    return {"rotary_emb_dim": headdim, "rotary_emb_base": base}
+
+
+def _write_position(config: AttentionConfig) -> JSON:
+    if config.rotary_emb_dim == 0:
+        return {"position_embedding_type": "nope"}
+    return {
+        "position_embedding_type": "rope",
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_emb_base},
+    }
+
+
+def _check_position(config: AttentionConfig, _: Shared) -> None:
+    if config.rotary_emb_dim not in (0, config.headdim) or config.rotary_emb_interleaved:
+        raise Unstorable(
+            "attention with a rotary embedding of a part of each head, or an interleaved one "
+            f"(rotary_emb_dim={config.rotary_emb_dim} and headdim={config.headdim}, "
+            f"rotary_emb_interleaved={config.rotary_emb_interleaved})"
+        )
+
+
+def _check_headdim(config: AttentionConfig, _: Shared) -> None:
+    # transformers checks this for a rotary embedding, even if there is none.
+    if config.headdim % 2:
+        raise Unstorable(f"attention with an odd number of features per head ({config.headdim})")
+
+
+def _read_logits_scaling(given: RowInput) -> Arguments:
+    fields = given.fields
+    multiplier = 1 / fields.number("logits_scaling", 1.0)
+    exact = fields.number(_LOGITS_MULTIPLIER, multiplier)
+    if not math.isclose(exact, multiplier, rel_tol=1e-15):
+        raise fields.error(_LOGITS_MULTIPLIER, f"must be 1 / logits_scaling = {multiplier}")
+    return {"logits_multiplier": exact}
+
+
+def _write_logits_scaling(config: LanguageModelConfig) -> JSON:
+    # The reciprocal of the reciprocal may be a neighbouring number, and some numbers are no
+    # reciprocals at all.
+    multiplier, near = config.logits_multiplier, 1 / config.logits_multiplier
+    whole = float(round(near))
+    candidates = (whole, near, math.nextafter(near, 0), math.nextafter(near, math.inf))
+    for divisor in candidates:
+        if divisor > 0 and 1 / divisor == multiplier:
+            return {"logits_scaling": divisor}
+    return {"logits_scaling": near, _LOGITS_MULTIPLIER: multiplier}
+
+
+# The names of transformers 4, which version 5 reads as well, and those of version 5.
+_MAMBA_LAYERS = ("mamba", "linear_attention")
+_ATTENTION_LAYERS = ("attention", "full_attention")
+
+
+def _read_pattern(fields: Fields) -> Kinds:
+    n_layer = fields.layers("num_hidden_layers", 32)
+    types = fields.get("layer_types", None)
+    types = [_MAMBA_LAYERS[0]] * n_layer if types is None else types
+    known = (*_MAMBA_LAYERS, *_ATTENTION_LAYERS)
+    if (
+        not isinstance(types, list)
+        or len(types) != n_layer
+        or any(not isinstance(kind, str) or kind not in known for kind in types)
+    ):
+        raise fields.error(
+            "layer_types",
+            f'must be a list of num_hidden_layers={n_layer} times "mamba" or "attention"',
+        )
+    return [Kind("attention" if kind in _ATTENTION_LAYERS else "mamba", "mlp") for kind in types]
+
+
+def _write_pattern(kinds: Kinds) -> JSON:
+    indices = attention_layers(kinds)
+    types = [
+        _ATTENTION_LAYERS[0] if i in indices else _MAMBA_LAYERS[0] for i in range(len(kinds))
+    ]
+    return {"num_hidden_layers": len(kinds), "layer_types": types}
+
+
+def _swap_halves(weight: AnyArray, /) -> AnyArray:
+    halves = weight.reshape(2, -1, *weight.shape[1:])
+    return halves[::-1].reshape(weight.shape)
+
+
+# The value precedes the gate in the model, and the gate the value in the file.
+_GATE_FIRST = Transform(_swap_halves, _swap_halves)
+
+
+def _shared_mlp(config: GatedMLPConfig) -> list[Slot]:
+    return [
+        Slot("input_linear.weight", "fc1.weight", _GATE_FIRST),
+        Slot("output_linear.weight", "fc2.weight"),
+    ]
+
+
+GRANITE = Family(
+    model_type="granitemoehybrid",
+    architecture="GraniteMoeHybridForCausalLM",
+    d_model=4096,
+    norm_eps=("rms_norm_eps", 1e-6),
+    mixers={
+        # transformers checks the number of heads even if no layer is Mamba-2.
+        "mamba": replace(
+            BAMBA_MAMBA2,
+            absent={"mamba_n_heads": 1},
+            unused="""
+            mamba_n_heads mamba_d_head mamba_expand mamba_n_groups mamba_d_state mamba_d_conv
+            mamba_proj_bias mamba_conv_bias time_step_limit
+            """.split(),  # noqa: SIM905
+        ),
+        "attention": Part(
+            Table(
+                AttentionConfig,
+                (
+                    D_MODEL,
+                    *heads(nheads=32, nheads_kv=None),
+                    ATTENTION_BIAS,
+                    number("attention_multiplier", "softmax_scale", 1.0),
+                    Row(_read_position, _write_position, _check_position),
+                    Row(lambda given: {}, lambda config: {}, _check_headdim),
+                ),
+            ),
+            attention,
+            "self_attn",
+            absent={"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4},
+        ),
+    },
+    mlps={
+        "mlp": Part(
+            mlp_table(size("shared_intermediate_size", "d_intermediate", 1024)),
+            _shared_mlp,
+            "shared_mlp",
+        )
+    },
+    pattern=Pattern(_read_pattern, _write_pattern, check_mlps),
+    block=(number("residual_multiplier", "residual_multiplier", 1.0),),
+    model=Table(
+        LanguageModelConfig,
+        (
+            *model_rows(vocab_size=32000, tie_embeddings=False, residual_in_fp32=False),
+            number("embedding_multiplier", "embedding_multiplier", 1.0),
+            Row(_read_logits_scaling, _write_logits_scaling),
+            constant("num_local_experts", 0, default=8, written=True),
+            constant("normalization_function", "rmsnorm"),
+            constant("mlp_bias", False),
+        ),
+        ignored=_IGNORED,
+    ),
+    names=Names(
+        embedding="model.embed_tokens.weight",
+        norm_f="model.norm",
+        norm2="post_attention_layernorm",
+    ),
+)
