@@ -92,6 +92,7 @@ _MAMBA2_BOTH = {
     "limits": config(mamba2(dt_limit=(0.25, 0.75)), residual_in_fp32=False),
 }
 
+
 def granite(
     *mixers: mbx.models.AbstractMixerConfig, logits_multiplier: float = 1 / 6, **fields: Any
 ) -> mbx.LanguageModelConfig:
