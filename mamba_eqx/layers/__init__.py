@@ -39,11 +39,13 @@ from .mixers import (
     Mamba2State as Mamba2State,
     Mamba3 as Mamba3,
     Mamba3State as Mamba3State,
+    Parallel as Parallel,
     check_attention as check_attention,
     check_gated_delta_net as check_gated_delta_net,
     check_mamba1 as check_mamba1,
     check_mamba2 as check_mamba2,
     check_mamba3 as check_mamba3,
+    check_parallel as check_parallel,
 )
 from .mlps import (
     MLP as MLP,
@@ -82,6 +84,7 @@ __all__ = [
     "Mamba3",
     "Mamba3State",
     "MixtureOfExperts",
+    "Parallel",
     "Router",
     "Routes",
     "Routing",

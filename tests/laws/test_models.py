@@ -21,9 +21,9 @@ from tests.support.cases import (
     scan,
     structure,
 )
+from tests.support.configs import CONFIGS
 from tests.support.laws import all_layers
 from tests.support.registry import (
-    CONFIGS,
     MIXERS,
     SIZES,
     make_inputs,

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 DELTA = mbx.GatedDeltaNetConfig(d_model=6, headdim=4)
+PARALLEL = mbx.ParallelConfig((mamba2(), ROTARY))
 
 # Models that a layout cannot store: the layout, the model, what the error says, and the layout that
 # it recommends, if any.
@@ -107,6 +108,21 @@ UNSTORABLE = [
     ("state-spaces", config(mamba2(norm_eps=1e-4)), "norm_eps=0.0001", None),
     ("transformers", config(mamba3()), "Mamba3 layers", "state-spaces"),
     ("state-spaces", config(mamba3(norm_eps=1e-4)), "norm_eps=0.0001", None),
+    (
+        "transformers",
+        config(mamba2(ssm_multipliers=(1.0, 1.0, 0.5, 1.0, 1.0))),
+        r"with multipliers \(ssm_multipliers=\(1.0, 1.0, 0.5, 1.0, 1.0\)",
+        None,
+    ),
+    (
+        "state-spaces",
+        config(mamba2(ssm_multipliers=(1.0, 1.0, 1.0, 1.0, 2.0))),
+        "with multipliers",
+        None,
+    ),
+    ("transformers", config(PARALLEL), "Parallel layers", None),
+    ("transformers", hybrid(PARALLEL, ROTARY), r"Attention and .*Parallel layers", None),
+    ("state-spaces", config(PARALLEL), "Parallel layers", None),
     ("transformers", config(DELTA), "GatedDeltaNet layers", None),
     ("state-spaces", config(DELTA), "GatedDeltaNet layers", None),
     (

@@ -163,6 +163,7 @@ CONFIG_TYPES = {
     mbx.Mamba3: mbx.Mamba3Config,
     mbx.GatedDeltaNet: mbx.GatedDeltaNetConfig,
     mbx.Attention: mbx.AttentionConfig,
+    mbx.Parallel: mbx.ParallelConfig,
 }
 
 

@@ -158,11 +158,11 @@ def block(mixer: Make, *, mlp: bool = False, rms_norm: bool = True) -> Make:
     return make
 
 
-def stack(kind: Callable[..., Any], *layers: Make, remat: bool = False) -> Make:
-    def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.layers.AbstractStack:
+def stack(kind: Callable[..., Any], *layers: Make, **options: Any) -> Make:
+    def make(s: Sizes, dtype: Any, key: jax.Array) -> Any:
         keys = jr.split(key, len(layers))
         parts = [layer(s, dtype, k) for layer, k in zip(layers, keys, strict=True)]
-        return kind(parts, remat=remat)
+        return kind(parts, **options)
 
     return make
 
@@ -197,6 +197,7 @@ MIXERS: dict[str, Make] = {
         dt_limit=(0.3, 1.1),
         norm_before_gate=True,
         norm_eps=0.03,
+        ssm_multipliers=(0.7, 1.3, 0.6, 1.7, 0.4),
         d_mlp=4,
     ),
     "mamba2_without_norm": mamba2(ngroups=3, heads_per_group=1, rms_norm=False),
@@ -218,6 +219,14 @@ MIXERS: dict[str, Make] = {
     "gated_delta_net": gated_delta_net(ngroups=2, heads_per_group=3, norm_eps=0.03),
 }
 
+# As in Falcon-H1.
+HEADS = stack(
+    mbx.Parallel,
+    mamba2(ngroups=1, heads_per_group=2, rms_norm=False, ssm_multipliers=(0.7, 1.3, 0.6, 1.7, 0.4)),
+    attention(nheads_kv=1, shared=2),
+    scales=(0.6, 1.4),
+)
+
 # Layers made of other layers, and small variations, are checked in one size.
 COMPOSITES: dict[str, Make] = {
     "mamba1_normed": mamba1_normed("weighted"),
@@ -228,6 +237,8 @@ COMPOSITES: dict[str, Make] = {
     "block_layernorm": block(mamba1, rms_norm=False),
     "unrolled": stack(mbx.Unrolled, block(mamba1), conv, mamba1_normed("weightless")),
     "unrolled_remat": stack(mbx.Unrolled, block(mamba1), block(mamba1, mlp=True), remat=True),
+    "parallel": HEADS,
+    "stacked_parallel": stack(mbx.Stacked, *[block(HEADS, mlp=True)] * 2, remat=True),
     "stacked": stack(mbx.Stacked, block(mamba1), block(mamba1), block(mamba1)),
     "stacked_attention": stack(mbx.Stacked, *[block(attention(nheads_kv=1, shared=2))] * 2),
     "stacked_remat": stack(
@@ -268,6 +279,8 @@ VARIANTS = {
     "block_layernorm",
     "unrolled",
     "unrolled_remat",
+    "parallel",
+    "stacked_parallel",
     "stacked",
     "stacked_attention",
     "stacked_remat",
@@ -275,107 +288,6 @@ VARIANTS = {
     "language_model_untied",
 }
 EVERYTHING = LAYERS | LANGUAGE_MODELS
-
-
-def config(
-    mixer: mbx.models.AbstractMixerConfig[Any],
-    block: dict[str, Any] | None = None,
-    **model: Any,
-) -> mbx.LanguageModelConfig:
-    """Makes the config of a model with two equal layers."""
-    layer = mbx.BlockConfig(mixer, **(block or {}))
-    return mbx.LanguageModelConfig(vocab_size=VOCAB_SIZE, layers=(layer, layer), **model)
-
-
-CONFIGS: dict[str, mbx.LanguageModelConfig] = {
-    "mamba1": config(mbx.Mamba1Config(d_model=5)),
-    "mamba1_weightless": config(mbx.Mamba1Config(d_model=5, select_norm="weightless")),
-    "mamba1_every_field": config(
-        mbx.Mamba1Config(
-            d_model=5,
-            d_inner=7,
-            d_state=3,
-            d_conv=2,
-            dt_rank=4,
-            bias=True,
-            conv_bias=False,
-            select_norm="weighted",
-            select_norm_eps=1e-2,
-        ),
-        block={
-            "mlp": mbx.GatedMLPConfig(9, bias=True, gate_multiplier=0.7, out_multiplier=1.3),
-            "residual_multiplier": 0.6,
-            "rms_norm": False,
-            "norm_eps": 1e-3,
-        },
-        padded_vocab_size=16,
-        tie_embeddings=False,
-        rms_norm=False,
-        norm_eps=2e-3,
-        residual_in_fp32=False,
-        embedding_multiplier=3.0,
-        logits_multiplier=0.4,
-    ),
-    "mamba2": config(mbx.Mamba2Config(d_model=5, headdim=2)),
-    "mamba2_every_field": config(
-        mbx.Mamba2Config(
-            d_model=5,
-            d_inner=15,
-            d_ssm=12,
-            d_state=3,
-            d_conv=2,
-            headdim=2,
-            ngroups=3,
-            D_has_hdim=True,
-            dt_limit=(0.01, 0.2),
-            bias=True,
-            conv_bias=False,
-            norm_before_gate=True,
-            norm_eps=1e-3,
-        )
-    ),
-    "mamba2_without_norm": config(mbx.Mamba2Config(d_model=4, headdim=2, rms_norm=False)),
-    "mamba3": config(mbx.Mamba3Config(d_model=5, headdim=2)),
-    "mamba3_every_field": config(
-        mbx.Mamba3Config(
-            d_model=5,
-            d_inner=12,
-            d_state=3,
-            headdim=2,
-            ngroups=3,
-            mimo_rank=2,
-            rope_fraction=1.0,
-            A_activation="softplus",
-            A_floor=0.01,
-            outproj_norm=True,
-            norm_eps=1e-3,
-        )
-    ),
-    "gated_delta_net": config(mbx.GatedDeltaNetConfig(d_model=4, headdim=2)),
-    "gated_delta_net_every_field": config(
-        mbx.GatedDeltaNetConfig(
-            d_model=5, d_inner=12, d_state=3, d_conv=2, headdim=2, ngroups=3, norm_eps=1e-3
-        )
-    ),
-    "attention": config(mbx.AttentionConfig(d_model=6, nheads=3)),
-    "attention_every_field": config(
-        mbx.AttentionConfig(
-            d_model=5,
-            nheads=4,
-            nheads_kv=2,
-            headdim=6,
-            d_conv=3,
-            rotary_emb_dim=4,
-            rotary_emb_base=500.0,
-            rotary_emb_interleaved=True,
-            softmax_scale=0.3,
-            window=7,
-            qkv_proj_bias=True,
-            out_proj_bias=True,
-        ),
-        block={"mlp": mbx.MLPConfig(9, bias=True)},
-    ),
-}
 
 
 @functools.cache

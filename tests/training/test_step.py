@@ -12,7 +12,8 @@ import pytest
 
 import mamba_eqx as mbx
 from mamba_eqx import training
-from tests.support.registry import CONFIGS, EVERYTHING, SIZES
+from tests.support.configs import CONFIGS
+from tests.support.registry import EVERYTHING, SIZES
 from tests.support.training import ROWS, SEQ, VOCAB, batch_of, close, model as mamba
 
 

@@ -2,7 +2,7 @@
 
 from ....models import LanguageModelConfig, Mamba2Config
 from .._layout import Unstorable
-from .._mixers import D_MODEL, UNSCALED, whole_expand
+from .._mixers import D_MODEL, UNSCALED, UNSCALED_MAMBA2, whole_expand
 from .._names import mamba2
 from .._tables import (
     JSON,
@@ -35,6 +35,7 @@ UNSUPPORTED: tuple[Row[Mamba2Config], ...] = (
     fixed("D_has_hdim", False, "Mamba-2 layers whose `D` has a weight for each channel"),
     fixed("rms_norm", True, "Mamba-2 layers without a norm"),
     fixed("norm_before_gate", False, "Mamba-2 layers with the norm before the gate"),
+    *UNSCALED_MAMBA2,
 )
 
 
