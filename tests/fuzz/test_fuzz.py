@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import torch_files
 from tests.support.fuzz_kinds import KINDS, Kind
 from tests.support.mutants import Mutant, make_mutant, write_mutant
 from tests.support.watched import SlowError, watched
@@ -111,6 +112,22 @@ def _check(kind: str, numbers: range, scratch: Path) -> None:
         faults += more
     print(f"{kind}: {len(numbers)} mutants, {dict(outcomes.most_common())}")
     assert not faults, f"{len(faults)} faults:\n" + "\n".join(faults[:40])
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.safetensors", "a.bin", "a.npy", "a.xz"])
+def test_mutates_what_is_damaged_already(name):
+    """A mutant can have several mutations, and the tests must not fail in the second one."""
+    json_with_infinity = b'{"a": 1e999, "b": [0.5, true, "x", 3]}'
+    header = len(json_with_infinity).to_bytes(8, "little")
+    archive = torch_files.zip_bytes([torch_files.Entry("archive/data.pkl", b"\x80\x02N.")])
+    start = {"a.safetensors": header + json_with_infinity, "a.bin": archive}
+    files = {name: start.get(name, json_with_infinity)}
+    for number in range(600):
+        mutant = make_mutant(f"{name} {number}", files, ["*"], ())
+        content = mutant.files[name]
+        assert isinstance(content, bytes)
+        start_again = number % 6 == 5 or len(content) > 10_000
+        files = {name: start.get(name, json_with_infinity) if start_again else content}
 
 
 def test_few_mutants(tmp_path):

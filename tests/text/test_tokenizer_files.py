@@ -186,6 +186,16 @@ def test_other_files_are_refused(file: str):
         mbx.TextTokenizer(file)
 
 
+@pytest.mark.parametrize("text", ["x" * 100_000, "\u202e\u2028\x1b"])
+def test_errors_quote_a_file_in_few_printable_characters(text: str):
+    """`tokenizers` quotes what it refuses as it is."""
+    with pytest.raises(ValueError, match=r"not the content of a tokenizer\.json") as error:
+        mbx.TextTokenizer(_word_level({"a": 0}, version=text))
+    assert text not in str(error.value)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 500
+
+
 def test_panics_are_value_errors(capfd):
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 1}
     tokenizer = mbx.TextTokenizer(_word_level({"a": 0, " ": 1}, decoder=strip))
