@@ -32,7 +32,8 @@ class Sampling:
     [`mamba_eqx.speculate`][] and [`mamba_eqx.beam_search`][] choose tokens and end rows.
 
     The defaults decode greedily up to `max_new_tokens`; `for_model` adds the tokens that end a text
-    of the model. An instance depends on no model otherwise, and can be used any number of times; `dataclasses.replace(sampling, temperature=0.5)` makes a variant.
+    of a model. Otherwise an instance depends on no model and can be used any number of times;
+    `dataclasses.replace(sampling, temperature=0.5)` makes a variant.
 
     Options are applied in this order: `penalties`, `logit_bias`, `temperature`, `top_k`, `top_p`,
     `min_p`, `typical_p`. Greedy decoding depends on the first two only.

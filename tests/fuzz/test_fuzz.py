@@ -9,12 +9,14 @@ import importlib.util
 import os
 import shutil
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from tests.support import torch_files
 from tests.support.fuzz_kinds import KINDS, Kind
 from tests.support.mutants import Mutant, make_mutant, write_mutant
+from tests.support.mutants._json import Pairs, dump, mutate_tree
 from tests.support.watched import SlowError, watched
 
 
@@ -128,6 +130,14 @@ def test_mutates_what_is_damaged_already(name):
         assert isinstance(content, bytes)
         start_again = number % 6 == 5 or len(content) > 10_000
         files = {name: start.get(name, json_with_infinity) if start_again else content}
+
+
+def test_mutated_trees_have_an_end():
+    for seed in range(300):
+        tree: object = Pairs([["a", Pairs([["b", [1, [2]]], ["c", Pairs([["d", 3]])]])]])
+        for number in range(4):
+            tree = mutate_tree(tree, Random(f"{seed} {number}"))
+        assert len(dump(tree)) < 10**7  # A tree that contains itself is a RecursionError.
 
 
 def test_few_mutants(tmp_path):

@@ -61,7 +61,9 @@ def test_bans_nothing_where_every_id_is_a_token():
 
 def test_errors():
     class Far(mbx.ByteTokenizer):
-        token_ids = frozenset({900})
+        @property
+        def token_ids(self) -> frozenset[int]:
+            return frozenset({900})
 
     with pytest.raises(ValueError, match="must be a `TextTokenizer` or a `ByteTokenizer`, but got"):
         mbx.Sampling().for_model(MODEL, None)  # pyright: ignore[reportArgumentType]

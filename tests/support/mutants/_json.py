@@ -1,5 +1,7 @@
 """Mutations of JSON that leave it well-formed, or nearly."""
 
+import contextlib
+import copy
 import json
 import math
 from random import Random
@@ -154,7 +156,9 @@ def _value(old: object, tree: object, random: Random) -> object:
         places = _places(tree)
         if places:
             parent, index = random.choice(places)
-            return parent[index][1] if isinstance(parent, Pairs) else parent[index]
+            # A copy, because a tree that contained itself would have no end.
+            with contextlib.suppress(RecursionError):
+                return copy.deepcopy(parent[index][1] if isinstance(parent, Pairs) else parent[index])
     return Raw(random.choice(RAW)) if random.random() < 0.7 else random.choice(STRINGS)
 
 
