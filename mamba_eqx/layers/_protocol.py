@@ -6,8 +6,8 @@ from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray, PyTree
 from typing_extensions import TypeVar
 
 
-# With a default, `mbx.Block` without a type argument is complete for type checkers. From Python 3.13
-# on, beartype checks the default, and cannot decorate `State | None` if that is `Any`.
+# With a default, `mbx.Block` without a type argument is complete for type checkers. From Python
+# 3.13 on, beartype checks the default, and cannot decorate `State | None` if that is `Any`.
 State = TypeVar("State", default=PyTree)
 
 # jaxtyping binds the axes of an alias anew at every call, as if the alias were written out.
@@ -75,7 +75,8 @@ class AbstractSequenceLayer(eqx.Module, Generic[State]):
         - `state`: the state after the tokens before `x`. `None` is the empty past; a layer that
             needs a `max_len` then takes the length of `x`.
         - `reset`: a boolean array of shape `(seq,)`. Where it is true, the layer forgets everything
-            before that token, so that several documents can be packed into one sequence.
+            before that token, so that several documents can be packed into one sequence. A reset
+            does not stop a NaN or an infinity that an earlier token of the same chunk holds.
         - `length`: the number of real tokens, within `0..seq`. The tokens after them are padding:
             they may hold anything, do not change the state or any gradient, and their outputs are
             meaningless.
