@@ -175,7 +175,9 @@ def read_metrics(
             steps.setdefault(name, []).append(line.step)
             values.setdefault(name, []).append(math.nan if value is None else value)
     if damaged:
-        lines = "1 damaged line, which is" if damaged == 1 else f"{damaged} damaged lines, which are"
+        lines = (
+            "1 damaged line, which is" if damaged == 1 else f"{damaged} damaged lines, which are"
+        )
         warnings.warn(f"{path} has {lines} left out.", stacklevel=2)
     return {name: (np.array(steps[name]), np.array(values[name], float)) for name in sorted(steps)}
 

@@ -158,7 +158,9 @@ def _value(old: object, tree: object, random: Random) -> object:
             parent, index = random.choice(places)
             # A copy, because a tree that contained itself would have no end.
             with contextlib.suppress(RecursionError):
-                return copy.deepcopy(parent[index][1] if isinstance(parent, Pairs) else parent[index])
+                return copy.deepcopy(
+                    parent[index][1] if isinstance(parent, Pairs) else parent[index]
+                )
     return Raw(random.choice(RAW)) if random.random() < 0.7 else random.choice(STRINGS)
 
 
