@@ -16,7 +16,6 @@ line, naming the next speaker, and predicting the whole text.
 import argparse
 import json
 import lzma
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -157,19 +156,13 @@ class HarnessModel(TemplateLM):
         for i, request in enumerate(requests):
             arguments: tuple[Any, ...] = request.args
             alike.setdefault(Options.read(arguments[1]), {})[i] = len(prompts[i])
-        vocab_size = self.model.vocab_size
-        ends = {*self.tokenizer.stop_tokens, self.eot_token_id}
-        # Ids of no token, which a vocabulary may have in gaps and as padding, are banned, except
-        # for those that end a text.
-        known = self.tokenizer.token_ids | ends
-        padding = [i for i in range(vocab_size) if i not in known]
+        end = self.eot_token_id
         for options, sizes in alike.items():
             sampling = mbx.Sampling(
-                logit_bias=dict.fromkeys(padding, -math.inf) or None,
-                stop_tokens=sorted(token for token in ends if token < vocab_size),
+                stop_tokens=[end] if end < self.model.vocab_size else [],
                 stop_strings=options.stops,
                 tokenizer=self.tokenizer,
-            )
+            ).for_model(self.model, self.tokenizer)
             for group in self.batches(sizes):
                 rows = [prompts[i] for i in group]
                 out = mbx.generate(self.model, rows, options.length, sampling)

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from jax.tree_util import KeyPath
 from jaxtyping import PyTree
+from option_types import number
 
 import mamba_eqx as mbx
 from mamba_eqx.training import LoRA, load_lora, save_lora
@@ -96,21 +97,17 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=mbx.SHIPPED, help="folder of a checkpoint")
     parser.add_argument("--text", type=Path, nargs="+", help="text files (default: our docs)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the result")
-    parser.add_argument("--rank", type=int, default=8, help="rank of LoRA")
+    parser.add_argument("--rank", type=number(int, 1), default=8, help="rank of LoRA")
     parser.add_argument(
         "--train", nargs="+", default=["norm", "A_log", "D", "dt_bias", "conv1d"],
         help="parameters to train with --method freeze, by parts of their names",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128, help="bytes per row")
+    parser.add_argument("--steps", type=number(int, 1), default=200)
+    parser.add_argument("--batch", type=number(int, 1), default=8)
+    parser.add_argument("--length", type=number(int, 1), default=128, help="bytes per row")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: by method)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=number(int, 0), default=0)
     args = parser.parse_args()
-    for name, least in (("rank", 1), ("steps", 1), ("batch", 1), ("length", 1), ("seed", 0)):
-        value = getattr(args, name)
-        if value < least:
-            parser.error(f"argument --{name}: must be at least {least}, but got {value}")
     if args.lr is not None and not 0 < args.lr < math.inf:
         parser.error(f"argument --lr: must be a positive number, but got {args.lr:g}")
     try:

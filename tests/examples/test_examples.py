@@ -190,6 +190,21 @@ def test_wrong_options_of_training_are_one_sentence(run, tmp_path, capsys, args,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["classify_series", "encoder", "hybrid", "policy"])
+def test_options_that_are_too_small_are_refused(run, capsys, name):
+    for option, value, message in [
+        ("--steps", "0", "must be at least 1, but got 0"),
+        ("--d-model", "-3", "must be at least 1, but got -3"),
+        ("--seed", "-1", "must be at least 0, but got -1"),
+        ("--lr", "nan", "must be at least 0, but got nan"),
+    ]:
+        with pytest.raises(SystemExit) as stopped:
+            run(name, option, value)
+        assert stopped.value.code == 2
+        error = f"{name}: error: argument {option}: {message}"
+        assert capsys.readouterr().err.splitlines()[-1] == error
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "state", "freeze"])
 def test_finetune(run, tmp_path, method):
