@@ -93,7 +93,7 @@ def test_gated_delta_net_equals_its_equations():
     *qkv, z, beta, dt = np.split(x.astype(np.float64) @ in_proj.T, ends, axis=-1)
     u = np.concatenate(qkv, axis=-1)
     before = np.concatenate([np.zeros((S.d_conv - 1, u.shape[1])), u])
-    u = silu(sum(conv[i] * before[i : i + len(u)] for i in range(S.d_conv)))
+    u = silu(np.stack([conv[i] * before[i : i + len(u)] for i in range(S.d_conv)]).sum(0))
     q, k, v = np.split(u, ends[:2], axis=-1)
     dt, beta = np.log1p(np.exp(dt + bias)), 1 / (1 + np.exp(-beta))
     state, y = np.zeros((H, N, P)), np.zeros((len(x), H, P))
