@@ -1,4 +1,4 @@
-"""The configs of models that the tests build. Each class has one with every field off its default."""
+"""Configs of models, for the laws of configs. Each class has one with every field off its default."""
 
 from typing import Any
 
@@ -80,6 +80,27 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
             outproj_norm=True,
             norm_eps=1e-3,
         )
+    ),
+    "mixture": config(
+        mbx.Mamba1Config(d_model=5), block={"mlp": mbx.MixtureOfExpertsConfig(3, 4, 2)}
+    ),
+    "mixture_every_field": config(
+        mbx.Mamba1Config(d_model=5),
+        block={
+            "mlp": mbx.MixtureOfExpertsConfig(
+                3,
+                n_experts=6,
+                top_k=2,
+                routing="sigmoid",
+                n_group=3,
+                topk_group=2,
+                renormalise=False,
+                scaling=2.5,
+                gated=False,
+                d_shared=7,
+                d_latent=4,
+            )
+        },
     ),
     "gated_delta_net": config(mbx.GatedDeltaNetConfig(d_model=4, headdim=2)),
     "gated_delta_net_every_field": config(
