@@ -7,9 +7,10 @@ import numpy as np
 
 from ....models import LanguageModelConfig
 from .._fields import Fields
-from .._layout import Layout, Slot, Unstorable
+from .._layout import Layout, Unstorable
 from .._tables import JSON
 from ._bamba import BAMBA
+from ._falcon_h1 import FALCON_H1
 from ._family import Family, describe_parts
 from ._granite import GRANITE
 from ._jamba import JAMBA
@@ -21,7 +22,7 @@ from ._mamba2 import MAMBA2
 _FAMILIES = MappingProxyType(
     {
         family.model_type: family
-        for family in (MAMBA, MAMBA2, FALCON_MAMBA, BAMBA, JAMBA, GRANITE)
+        for family in (MAMBA, MAMBA2, FALCON_MAMBA, BAMBA, JAMBA, GRANITE, FALCON_H1)
     }
 )
 
