@@ -103,7 +103,7 @@ LEVELS = {
         "_mamba",
         "_mamba2",
         "_hybrid",
-        "_bamba _granite _jamba _nemotron_h",
+        "_bamba _falcon_h1 _granite _jamba _nemotron_h",
         "_registry",
         "__init__",
     ],

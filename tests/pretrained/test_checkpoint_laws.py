@@ -135,6 +135,8 @@ RECURRENCE: dict[type, tuple[str, ...]] = {
     mbx.Mamba2Config: ("A_log", "D", "dt_bias"),
     mbx.Mamba3Config: ("D", "dt_bias"),
     mbx.AttentionConfig: (),
+    # Mamba-2 and attention.
+    mbx.ParallelConfig: ("A_log", "D", "dt_bias"),
 }
 
 

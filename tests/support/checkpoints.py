@@ -129,6 +129,25 @@ def granite(
     )
 
 
+def falcon_h1(
+    mamba: mbx.Mamba2Config,
+    heads: mbx.AttentionConfig,
+    *,
+    scales: tuple[float, ...] = (0.6, 1.4),
+    mlp: mbx.GatedMLPConfig = mbx.GatedMLPConfig(9, gate_multiplier=0.7, out_multiplier=1.3),
+    **fields: Any,
+) -> mbx.LanguageModelConfig:
+    """Returns the config of a model with Mamba-2 and attention side by side, and multipliers."""
+    block = mbx.BlockConfig(mbx.ParallelConfig((mamba, heads), scales=scales), mlp=mlp)
+    return mbx.LanguageModelConfig(
+        13, (block,) * 2, embedding_multiplier=5.7, logits_multiplier=0.4, **fields
+    )
+
+
+# Mamba-2 as Falcon-H1 has it: a width of its own, multipliers, and a gate without a norm.
+MULTIPLIED = mamba2(
+    d_inner=15, ngroups=5, rms_norm=False, ssm_multipliers=(0.4, 0.2, 0.7, 0.5, 1.3)
+)
 # Attention with a softmax scale of its own: without positions, and rotated as a whole.
 NOPE = attention(softmax_scale=0.3)
 WHOLE = attention(rotary_emb_dim=8, rotary_emb_base=50.0, softmax_scale=0.3)
@@ -203,6 +222,23 @@ HYBRIDS: Models = {
         ),
         "granite_attention": granite(WHOLE, WHOLE),
         "granite_mamba": granite(mamba2(), mamba2()),
+        "falcon_h1": falcon_h1(
+            MULTIPLIED, attention(rotary_emb_dim=8, rotary_emb_base=1e11), padded_vocab_size=16
+        ),
+        "falcon_h1_norm": falcon_h1(
+            mamba2(norm_before_gate=True, bias=True, conv_bias=False, dt_limit=(0.25, 0.75)),
+            # This scale is the product of no number with the usual scale.
+            attention(
+                headdim=6,
+                rotary_emb_dim=6,
+                softmax_scale=0.42,
+                qkv_proj_bias=True,
+                out_proj_bias=True,
+            ),
+            mlp=mbx.GatedMLPConfig(7, bias=True),
+            tie_embeddings=False,
+            residual_in_fp32=False,
+        ),
         "jamba_untied": hybrid(*[NORMALISED, NORMALISED, attention()] * 2, tie_embeddings=False),
         "nemotron_h": nemotron_h(
             (NEMOTRON_MAMBA2, 9),

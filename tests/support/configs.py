@@ -1,4 +1,4 @@
-"""Configs of models, for the laws of configs. Each class has one with every field off its default."""
+"""Configs of models. Each class of config has one with every field off its default."""
 
 from typing import Any
 

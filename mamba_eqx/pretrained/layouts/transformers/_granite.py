@@ -4,24 +4,23 @@ positions, a gated MLP in every block, and multipliers.
 The defaults are those of `GraniteMoeHybridConfig`.
 """
 
-import math
 from dataclasses import replace
 
 from ....models import AttentionConfig, GatedMLPConfig, LanguageModelConfig
 from .._fields import Fields
 from .._layout import AnyArray, Slot, Transform, Unstorable
 from .._mixers import D_MODEL, gated_mlp as mlp_table
-from .._tables import JSON, Arguments, Row, RowInput, Shared, Table, constant, number, size
+from .._tables import JSON, Arguments, Row, RowInput, Shared, Table, constant, inverse, number, size
 from ._family import Family, Kind, Kinds, Names, Part, Pattern, model_rows
 from ._hybrid import (
     ATTENTION_BIAS,
     BAMBA_MAMBA2,
     HYBRID_IGNORED,
     ROPE_FIELDS,
+    WHOLE_ROPE,
     attention_layers,
     check_mlps,
     heads,
-    read_rope,
 )
 from ._hybrid_names import attention
 
@@ -38,32 +37,22 @@ _LOGITS_MULTIPLIER = "logits_multiplier"
 
 
 def _read_position(given: RowInput) -> Arguments:
-    fields, headdim = given.fields, given.known["headdim"]
+    fields = given.fields
     if fields.only("position_embedding_type", [None, "nope", "rope"], None) != "rope":
         fields.ignore(ROPE_FIELDS)
         return {"rotary_emb_dim": 0}
-    base, share = read_rope(fields, 1.0)
-    if share != 1:
-        raise fields.error("rope_parameters", "must have no `partial_rotary_factor` other than 1")
-    return {"rotary_emb_dim": headdim, "rotary_emb_base": base}
+    return WHOLE_ROPE.read(given)
 
 
 def _write_position(config: AttentionConfig) -> JSON:
     if config.rotary_emb_dim == 0:
         return {"position_embedding_type": "nope"}
-    return {
-        "position_embedding_type": "rope",
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_emb_base},
-    }
+    return {"position_embedding_type": "rope", **WHOLE_ROPE.write(config)}
 
 
-def _check_position(config: AttentionConfig, _: Shared) -> None:
-    if config.rotary_emb_dim not in (0, config.headdim) or config.rotary_emb_interleaved:
-        raise Unstorable(
-            "attention with a rotary embedding of a part of each head, or an interleaved one "
-            f"(rotary_emb_dim={config.rotary_emb_dim} and headdim={config.headdim}, "
-            f"rotary_emb_interleaved={config.rotary_emb_interleaved})"
-        )
+def _check_position(config: AttentionConfig, shared: Shared) -> None:
+    if config.rotary_emb_dim != 0:
+        WHOLE_ROPE.check(config, shared)
 
 
 def _check_headdim(config: AttentionConfig, _: Shared) -> None:
@@ -73,24 +62,18 @@ def _check_headdim(config: AttentionConfig, _: Shared) -> None:
 
 
 def _read_logits_scaling(given: RowInput) -> Arguments:
-    fields = given.fields
-    multiplier = 1 / fields.number("logits_scaling", 1.0)
-    exact = fields.number(_LOGITS_MULTIPLIER, multiplier)
-    if not math.isclose(exact, multiplier, rel_tol=1e-15):
-        raise fields.error(_LOGITS_MULTIPLIER, f"must be 1 / logits_scaling = {multiplier}")
-    return {"logits_multiplier": exact}
+    near = 1 / given.fields.number("logits_scaling", 1.0)
+    return {
+        "logits_multiplier": given.fields.refined(_LOGITS_MULTIPLIER, near, "1 / logits_scaling")
+    }
 
 
 def _write_logits_scaling(config: LanguageModelConfig) -> JSON:
-    # The reciprocal of the reciprocal may be a neighbouring number, and some numbers are no
-    # reciprocals at all.
     multiplier, near = config.logits_multiplier, 1 / config.logits_multiplier
-    whole = float(round(near))
-    candidates = (whole, near, math.nextafter(near, 0), math.nextafter(near, math.inf))
-    for divisor in candidates:
-        if divisor > 0 and 1 / divisor == multiplier:
-            return {"logits_scaling": divisor}
-    return {"logits_scaling": near, _LOGITS_MULTIPLIER: multiplier}
+    divisor = inverse(lambda divisor: 1 / divisor, multiplier, near)
+    if divisor is None:
+        return {"logits_scaling": near, _LOGITS_MULTIPLIER: multiplier}
+    return {"logits_scaling": divisor}
 
 
 # The names of transformers 4, which version 5 reads as well, and those of version 5.

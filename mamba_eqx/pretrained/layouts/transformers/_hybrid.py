@@ -106,6 +106,9 @@ def _check_bias(config: AttentionConfig, _: Shared) -> None:
 ATTENTION_BIAS: Row[AttentionConfig] = Row(_read_bias, _write_bias, _check_bias)
 
 
+# Falcon-H1 has the base 1e11. Larger ones differ in the slowest angles only.
+_MAX_ROPE_BASE = 2**50
+
 # The fields of a rotary embedding that a file of a model without one may have nonetheless.
 ROPE_FIELDS = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"})
 
@@ -119,36 +122,73 @@ def read_rope(fields: Fields, partial: float) -> tuple[float, float]:
     - `partial`: the default share.
     """
     # Older configs have the base at the top level, and a share that transformers never reads.
-    base, share = fields.number("rope_theta", 10000.0), partial
+    base, share = fields.number("rope_theta", 10000.0, limit=_MAX_ROPE_BASE), partial
     fields.only("partial_rotary_factor", [partial], partial)
     fields.only("rope_scaling", [None], None)
     parameters = fields.get("rope_parameters", None)
     if parameters is not None:
         rope = Fields(parameters, "`rope_parameters`")
         rope.only("rope_type", ["default"], "default")
-        base = rope.number("rope_theta", base)
+        base = rope.number("rope_theta", base, limit=_MAX_ROPE_BASE)
         share = rope.number("partial_rotary_factor", share)
         rope.finish()
     return base, share
 
 
-def _read_mamba_heads(given: RowInput) -> Arguments:
-    fields, d_inner = given.fields, given.known["d_inner"]
-    nheads = fields.size("mamba_n_heads", 128)
-    if fields.get("mamba_d_head", "auto") == "auto":
-        headdim = max(1, d_inner // nheads)
-    else:
-        headdim = fields.size("mamba_d_head")
-    if nheads * headdim != d_inner:
-        raise fields.error(
-            "mamba_n_heads",
-            f"times {headdim} per head must be hidden_size * mamba_expand = {d_inner}",
+def _read_whole_rope(given: RowInput) -> Arguments:
+    base, share = read_rope(given.fields, 1.0)
+    if share != 1:
+        raise given.fields.error(
+            "rope_parameters", "must have no `partial_rotary_factor` other than 1"
         )
-    return {"headdim": headdim}
+    return {"rotary_emb_dim": given.known["headdim"], "rotary_emb_base": base}
 
 
-def _write_mamba_heads(config: Mamba2Config) -> JSON:
-    return {"mamba_n_heads": config.d_inner // config.headdim, "mamba_d_head": config.headdim}
+def _write_whole_rope(config: AttentionConfig) -> JSON:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_emb_base}}
+
+
+def _check_whole_rope(config: AttentionConfig, _: Shared) -> None:
+    if config.rotary_emb_dim != config.headdim or config.rotary_emb_interleaved:
+        raise Unstorable(
+            "attention with a rotary embedding of a part of each head, or an interleaved one "
+            f"(rotary_emb_dim={config.rotary_emb_dim} and headdim={config.headdim}, "
+            f"rotary_emb_interleaved={config.rotary_emb_interleaved})"
+        )
+
+
+# The row of a rotary embedding of whole heads.
+WHOLE_ROPE: Row[AttentionConfig] = Row(_read_whole_rope, _write_whole_rope, _check_whole_rope)
+
+
+def mamba2_sizes(width: str) -> tuple[Row[Mamba2Config], ...]:
+    """Returns the rows of Mamba-2's sizes in `bamba` and later model types, except for its width,
+    which the row before must have read and messages call `width`."""
+
+    def read_heads(given: RowInput) -> Arguments:
+        fields, d_inner = given.fields, given.known["d_inner"]
+        nheads = fields.size("mamba_n_heads", 128)
+        if fields.get("mamba_d_head", "auto") == "auto":
+            headdim = max(1, d_inner // nheads)
+        else:
+            headdim = fields.size("mamba_d_head")
+        if nheads * headdim != d_inner:
+            raise fields.error(
+                "mamba_n_heads", f"times {headdim} per head must be {width} = {d_inner}"
+            )
+        return {"headdim": headdim}
+
+    def write_heads(config: Mamba2Config) -> JSON:
+        return {"mamba_n_heads": config.d_inner // config.headdim, "mamba_d_head": config.headdim}
+
+    return (
+        Row(read_heads, write_heads),
+        size("mamba_n_groups", "ngroups", 1),
+        size("mamba_d_state", "d_state", 256),
+        size("mamba_d_conv", "d_conv", 4),
+        flag("mamba_conv_bias", "conv_bias", True),
+        limit("time_step_limit", "dt_limit"),
+    )
 
 
 # Mamba-2 with the fields, the defaults and the names of `bamba`, which later model types share.
@@ -159,13 +199,8 @@ BAMBA_MAMBA2 = Part(
             D_MODEL,
             whole_expand("mamba_expand"),
             *UNSUPPORTED,
-            Row(_read_mamba_heads, _write_mamba_heads),
-            size("mamba_n_groups", "ngroups", 1),
-            size("mamba_d_state", "d_state", 256),
-            size("mamba_d_conv", "d_conv", 4),
+            *mamba2_sizes("hidden_size * mamba_expand"),
             flag("mamba_proj_bias", "bias", False),
-            flag("mamba_conv_bias", "conv_bias", True),
-            limit("time_step_limit", "dt_limit"),
             shared_eps(),
         ),
         # The chunk size does not affect the result.

@@ -10,6 +10,7 @@ from .._fields import Fields
 from .._layout import Layout, Unstorable
 from .._tables import JSON
 from ._bamba import BAMBA
+from ._falcon_h1 import FALCON_H1
 from ._family import Family, describe_parts
 from ._granite import GRANITE
 from ._jamba import JAMBA
@@ -19,7 +20,7 @@ from ._nemotron_h import NEMOTRON_H
 
 
 # In the order in which they are tried for saving a model.
-_ALL = (MAMBA, MAMBA2, FALCON_MAMBA, BAMBA, JAMBA, GRANITE, NEMOTRON_H)
+_ALL = (MAMBA, MAMBA2, FALCON_MAMBA, BAMBA, JAMBA, GRANITE, NEMOTRON_H, FALCON_H1)
 _FAMILIES = MappingProxyType({family.model_type: family for family in _ALL})
 
 
