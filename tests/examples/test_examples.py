@@ -192,6 +192,20 @@ def test_wrong_options_of_training_are_one_sentence(run, tmp_path, capsys, args,
     assert not (tmp_path / "run").exists()
 
 
+def test_help_of_the_evaluation_needs_no_other_package(run, monkeypatch, capsys):
+    for package in ("lm_eval", "datasets"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "harness_model", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        run("evaluate", "--help")
+    assert stopped.value.code == 0
+    assert "--tasks" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        run("evaluate")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("This example requires lm_eval: pip install")
+
+
 @pytest.mark.parametrize("name", ["classify_series", "encoder", "hybrid", "policy"])
 def test_options_that_are_too_small_are_refused(run, capsys, name):
     for option, value, message in [
