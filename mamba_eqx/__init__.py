@@ -59,6 +59,7 @@ from .models import (
     Mamba1Config as Mamba1Config,
     Mamba2Config as Mamba2Config,
     Mamba3Config as Mamba3Config,
+    MixtureOfExpertsConfig as MixtureOfExpertsConfig,
     MLPConfig as MLPConfig,
 )
 from .pretrained import (

@@ -1,14 +1,15 @@
 """Products of rows with the weight of their group, and the transposes of these products."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from .._dtypes import at_least_float32
 
@@ -59,13 +60,14 @@ def grouped_product(
     return _product(x, group_sizes.astype(jnp.int32), weight, axis=2)
 
 
-_Rows = Float[Array, "rows features"]
-_Weight = Float[Array, "groups out_features in_features"]
+_Rows = Float[Array, "rows _"]
+_Weight = Float[Array, "groups _ _"]
 _Sizes = Int[Array, " groups"]
+_Axis = int | None
 
-# These are primitives of JAX because no other function of JAX has all of: forward mode, a transpose
-# of its own, and a batching rule of its own. The product and the outer product are bilinear, and
-# the transposes of each are the other and itself, so that derivatives of any order are defined.
+# These are primitives of JAX because no function of JAX has all of forward mode, a transpose of its
+# own, and a batching rule of its own. The product and the outer product are bilinear, and each is
+# the transpose of both, so that derivatives of any order are defined.
 _product_p = Primitive("mamba_eqx_grouped_product")
 _outer_p = Primitive("mamba_eqx_grouped_outer")
 
@@ -82,145 +84,141 @@ def _outer(a: _Rows, b: _Rows, sizes: _Sizes) -> _Weight:
     return _outer_p.bind(a, b, sizes)
 
 
-class _Blocks(NamedTuple):
-    """Consecutive rows of one group that are multiplied at once."""
-
-    group: Int[Array, " blocks"]
-    start: Int[Array, " blocks"]
-    stop: Int[Array, " blocks"]
-
-
-# A product has a static number of rows. The blocks have the least of these heights that holds their
-# rows. The weight is packed once per block, which takes as long as a few dozen rows.
+# A block of rows has the least of these heights that holds its rows. For every block, a weight is
+# packed anew, which takes as long as the product with a few dozen rows.
 _HEIGHTS = (1, 8, 16, 32, 48, 64, 96, 128, 256)
 
-# A part of a weight is copied before it is multiplied. The copy stays in the cache up to this size.
-_SLICE_BYTES = 2**21 + 2**20
+# A part of a weight is copied before it is multiplied. Up to about this size, the copy stays in the
+# cache.
+_PART_BYTES = 3 * 2**20
 
 
-def _width(weight: _Weight, axis: int) -> int:
-    """Returns the size of the slices of a weight along `axis`, a divisor of its size there."""
-    size = weight.shape[axis]
-    bytes_each = weight[0].size // max(size, 1) * weight.dtype.itemsize
-    most = max(1, _SLICE_BYTES // max(bytes_each, 1))
-    parts = -(-size // most)
-    divisors = (d for d in range(parts, 2 * parts + 1) if size % d == 0)
-    return size // next(divisors, 1) if size else 0
+class _Block(NamedTuple):
+    """Consecutive rows that are multiplied at once, of which some belong to the group."""
+
+    rows: tuple[Array, int]
+    """The first row, and their (static) number."""
+    own: Bool[Array, "height 1"]
+    """Which of the rows belong to the group."""
+    group: Int[Array, ""]
+    column: Int[Array, ""]
+    """Where the part of the weight begins."""
 
 
-def _for_blocks(rows: int, sizes: _Sizes, slices: int, body, result: Array) -> Array:
-    """Calls `body(height, start, stop, first, group, part, result)` for all blocks.
+def _for_blocks(
+    rows: int,
+    sizes: _Sizes,
+    columns: int,
+    width: int,
+    body: Callable[[_Block, Array], Array],
+    result: Array,
+) -> Array:
+    """Returns `result` after `result = body(block, result)` for all blocks.
 
     **Arguments:**
 
-    - `rows`: the number of rows.
+    - `rows`: the number of rows, at least 1.
     - `sizes`: the number of rows of every group.
-    - `slices`: the number of parts of a weight. Each is visited by each block of its group.
-    - `body`: a function of the (static) height of the block, `first` of `height` rows, the rows
-        `start` to `stop` of these that belong to the block, its group, the part of the weight, and
-        the result, which returns the next result.
-    - `result`: the first result.
+    - `columns`, `width`: the size of the weights along an axis, and that of the parts into which
+        they are cut. Every block is visited once for each part.
+    - `body`: a function of a block and the result.
+    - `result`: the initial result.
     """
-    heights = [h for h in _HEIGHTS if h < rows] + [min(rows, _HEIGHTS[-1])]
-    groups, most = sizes.shape[0], heights[-1]
+    heights = [h for h in _HEIGHTS if h < rows]
+    heights += [min(rows, _HEIGHTS[-1])]
+    most, groups, parts = heights[-1], sizes.shape[0], columns // width
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    # Every group has blocks of `most` rows, and one block with the rest.
     counts = -(-sizes // most)
-    counts_ends = jnp.cumsum(counts, dtype=jnp.int32)
-    # At most this many blocks are not empty: every group but the full blocks ends with one.
+    last = jnp.cumsum(counts, dtype=jnp.int32)
     index = jnp.arange(rows // most + min(groups, rows), dtype=jnp.int32)
-    group = jnp.minimum(jnp.searchsorted(counts_ends, index, side="right"), groups - 1)
-    place = index - (counts_ends - counts)[group]
-    start = (ends - sizes)[group] + place * most
+    group = jnp.minimum(jnp.searchsorted(last, index, side="right"), groups - 1)
+    start = (ends - sizes)[group] + (index - (last - counts)[group]) * most
     stop = jnp.minimum(ends[group], start + most)
     kind = jnp.searchsorted(jnp.array(heights, jnp.int32), stop - start)
-    kind = jnp.where(index < counts_ends[-1], kind, len(heights))
+    kind = jnp.where(index < last[-1], kind, len(heights))
     order = jnp.argsort(kind, stable=True)
-    blocks = _Blocks(*(array[order].astype(jnp.int32) for array in (group, start, stop)))
+    start, stop, group = (array[order].astype(jnp.int32) for array in (start, stop, group))
     bounds = jnp.searchsorted(kind[order], jnp.arange(len(heights) + 1, dtype=kind.dtype))
-    bounds = (bounds * slices).astype(jnp.int32)
+    bounds = bounds.astype(jnp.int32) * parts
 
-    # One loop per height: within a `lax.switch`, XLA would copy the result for every block.
+    def block(height: int, step: Array) -> _Block:
+        i, part = step // parts, step % parts
+        first = jnp.minimum(start[i], rows - height)
+        row = first + jnp.arange(height, dtype=jnp.int32)[:, None]
+        own = (row >= start[i]) & (row < stop[i])
+        return _Block((first, height), own, group[i], part * width)
+
+    # One loop per height: in the branches of a `lax.switch`, XLA would copy the whole result.
     for i, height in enumerate(heights):
-
-        def run(step: Array, result: Array, height: int = height) -> Array:
-            block, part = step // slices, step % slices
-            start, stop = blocks.start[block], blocks.stop[block]
-            first = jnp.minimum(start, rows - height)
-            return body(height, start, stop, first, blocks.group[block], part, result)
-
-        result = lax.fori_loop(bounds[i], bounds[i + 1], run, result)
+        step = lambda step, result, height=height: body(block(height, step), result)
+        result = lax.fori_loop(bounds[i], bounds[i + 1], step, result)
     return result
+
+
+def _width(columns: int, bytes_each: int) -> int:
+    """Returns the size of the parts of a weight: a divisor of `columns`."""
+    parts = max(1, -(-columns * bytes_each // _PART_BYTES))
+    return columns // next((n for n in range(parts, 2 * parts) if columns % n == 0), 1)
 
 
 def _blockwise_product(x: _Rows, sizes: _Sizes, weight: _Weight, *, axis: int) -> _Rows:
     """Computes `_product` on a CPU."""
-    kept = 3 - axis
-    rows, out_features = x.shape[0], weight.shape[kept]
-    y = jnp.zeros((rows, out_features), x.dtype)
-    if y.size == 0 or x.shape[1] == 0:
+    columns, features = weight.shape[3 - axis], weight.shape[axis]
+    y = jnp.zeros((x.shape[0], columns), x.dtype)
+    if y.size == 0 or features == 0:
         return y
-    width, wide = _width(weight, kept), at_least_float32(x)
-    shape = (1, width, weight.shape[2]) if axis == 2 else (1, weight.shape[1], width)
+    wide = at_least_float32(x)
+    width = _width(columns, features * weight.dtype.itemsize)
 
-    def body(
-        height: int, start: Array, stop: Array, first: Array, group: Array, part: Array, y: Array
-    ) -> Array:
-        column = part * width
-        zero = jnp.zeros_like(column)
-        corner = (group, column, zero) if axis == 2 else (group, zero, column)
+    def body(block: _Block, y: Array) -> Array:
+        (first, height), zero = block.rows, jnp.zeros_like(block.column)
+        if axis == 2:
+            corner, shape = (block.group, block.column, zero), (1, width, features)
+        else:
+            corner, shape = (block.group, zero, block.column), (1, features, width)
         w = lax.dynamic_slice(weight, corner, shape)[0]
         rows = lax.dynamic_slice_in_dim(x, first, height)
         if height == 1:
+            contract = (((axis - 1,), (0,)), ((), ()))
+            new = lax.dot_general(w, rows[0], contract, preferred_element_type=wide)
             # XLA's CPU backend would otherwise fuse the product with the code after it and no
             # longer call its fast routine.
-            product = lax.dot_general(
-                w, rows[0], (((axis - 1,), (0,)), ((), ())), preferred_element_type=wide
-            )
-            product = lax.optimization_barrier(product)[None]
+            new = lax.optimization_barrier(new)[None]
         else:
-            product = lax.dot_general(
-                rows, w, (((1,), (axis - 1,)), ((), ())), preferred_element_type=wide
-            )
-        old = lax.dynamic_slice(y, (first, column), (height, width))
-        own = _own(start, stop, first, height)
-        return lax.dynamic_update_slice(
-            y, jnp.where(own, product.astype(y.dtype), old), (first, column)
-        )
+            contract = (((1,), (axis - 1,)), ((), ()))
+            new = lax.dot_general(rows, w, contract, preferred_element_type=wide)
+        corner = (first, block.column)
+        old = lax.dynamic_slice(y, corner, (height, width))
+        new = jnp.where(block.own, new.astype(y.dtype), old)
+        return lax.dynamic_update_slice(y, new, corner)
 
-    return _for_blocks(rows, sizes, out_features // width, body, y)
+    return _for_blocks(x.shape[0], sizes, columns, width, body, y)
 
 
 def _blockwise_outer(a: _Rows, b: _Rows, sizes: _Sizes) -> _Weight:
     """Computes `_outer` on a CPU."""
     wide = at_least_float32(a)
-    (rows, p), q = a.shape, b.shape[1]
-    total = jnp.zeros((sizes.shape[0], p, q), wide)
-    if total.size == 0 or rows == 0:
-        return total.astype(a.dtype)
-    width = _width(total, 1)
+    (rows, columns), features = a.shape, b.shape[1]
+    y = jnp.zeros((sizes.shape[0], columns, features), wide)
+    if y.size == 0 or rows == 0:
+        return y.astype(a.dtype)
+    width = _width(columns, features * wide.itemsize)
 
-    def body(
-        height: int, start: Array, stop: Array, first: Array, group: Array, part: Array, sum: Array
-    ) -> Array:
-        own = _own(start, stop, first, height)
-        a_rows = lax.dynamic_slice(a, (first, part * width), (height, width))
+    def body(block: _Block, y: Array) -> Array:
+        first, height = block.rows
+        a_rows = lax.dynamic_slice(a, (first, block.column), (height, width))
         b_rows = lax.dynamic_slice_in_dim(b, first, height)
         # Both are masked, because zero times a non-finite row of another group is NaN.
-        a_rows, b_rows = (jnp.where(own, rows, jnp.zeros_like(rows)) for rows in (a_rows, b_rows))
-        outer = lax.dot_general(
-            a_rows, b_rows, (((0,), (0,)), ((), ())), preferred_element_type=wide
-        )
-        corner = (group, part * width, jnp.zeros_like(part))
-        old = lax.dynamic_slice(sum, corner, (1, width, q))
-        return lax.dynamic_update_slice(sum, old + outer, corner)
+        a_rows = jnp.where(block.own, a_rows, jnp.zeros_like(a_rows))
+        b_rows = jnp.where(block.own, b_rows, jnp.zeros_like(b_rows))
+        contract = (((0,), (0,)), ((), ()))
+        new = lax.dot_general(a_rows, b_rows, contract, preferred_element_type=wide)
+        corner = (block.group, block.column, jnp.zeros_like(block.column))
+        new = new + lax.dynamic_slice(y, corner, (1, width, features))
+        return lax.dynamic_update_slice(y, new, corner)
 
-    return _for_blocks(rows, sizes, p // width, body, total).astype(a.dtype)
-
-
-def _own(start: Array, stop: Array, first: Array, height: int) -> Array:
-    """Returns which of `height` rows from `first` on belong to the block, shape `(height, 1)`."""
-    row = first + jnp.arange(height, dtype=jnp.int32)[:, None]
-    return (row >= start) & (row < stop)
+    return _for_blocks(rows, sizes, columns, width, body, y).astype(a.dtype)
 
 
 def _ragged_product(x: _Rows, sizes: _Sizes, weight: _Weight, *, axis: int) -> _Rows:
@@ -239,20 +237,23 @@ def _ragged_outer(a: _Rows, b: _Rows, sizes: _Sizes) -> _Weight:
     return y.astype(a.dtype)
 
 
-def _product_jvp(primals, tangents, *, axis):
+def _product_jvp(
+    primals: Sequence[Array], tangents: Sequence[Any], *, axis: int
+) -> tuple[Array, Array]:
     x, sizes, weight = primals
     x_dot, _, weight_dot = tangents
-    y = _product(x, sizes, weight, axis=axis)
     terms = []
-    if type(x_dot) is not ad.Zero:
+    if not isinstance(x_dot, ad.Zero):
         terms.append(_product(x_dot, sizes, weight, axis=axis))
-    if type(weight_dot) is not ad.Zero:
+    if not isinstance(weight_dot, ad.Zero):
         terms.append(_product(x, sizes, weight_dot, axis=axis))
-    return y, sum(terms[1:], *terms[:1])
+    return _product(x, sizes, weight, axis=axis), sum(terms[1:], *terms[:1])
 
 
-def _product_transpose(y_bar, x, sizes, weight, *, axis):
-    if type(y_bar) is ad.Zero:
+def _product_transpose(
+    y_bar: Any, x: Any, sizes: Array, weight: Any, *, axis: int
+) -> tuple[Array | None, ...]:
+    if isinstance(y_bar, ad.Zero):
         return None, None, None
     if ad.is_undefined_primal(x):
         return _product(y_bar, sizes, weight, axis=3 - axis), None, None
@@ -260,89 +261,104 @@ def _product_transpose(y_bar, x, sizes, weight, *, axis):
     return None, None, _outer(a, b, sizes)
 
 
-def _outer_jvp(primals, tangents):
+def _outer_jvp(primals: Sequence[Array], tangents: Sequence[Any]) -> tuple[Array, Array]:
     a, b, sizes = primals
     a_dot, b_dot, _ = tangents
     terms = []
-    if type(a_dot) is not ad.Zero:
+    if not isinstance(a_dot, ad.Zero):
         terms.append(_outer(a_dot, b, sizes))
-    if type(b_dot) is not ad.Zero:
+    if not isinstance(b_dot, ad.Zero):
         terms.append(_outer(a, b_dot, sizes))
     return _outer(a, b, sizes), sum(terms[1:], *terms[:1])
 
 
-def _outer_transpose(y_bar, a, b, sizes):
-    if type(y_bar) is ad.Zero:
+def _outer_transpose(y_bar: Any, a: Any, b: Any, sizes: Array) -> tuple[Array | None, ...]:
+    if isinstance(y_bar, ad.Zero):
         return None, None, None
     if ad.is_undefined_primal(a):
         return _product(b, sizes, y_bar, axis=2), None, None
     return None, _product(a, sizes, y_bar, axis=1), None
 
 
-def _product_batched(arguments, axes, *, axis):
-    x, sizes, weight = arguments
-    batch = _batch_size(arguments, axes)
-    x, sizes = _batched(x, axes[0], batch), _batched(sizes, axes[1], batch)
-    if axes[2] is None:
-        # Rows of one group from all examples share the reading of its weight.
-        order, merged = _merged(x.shape[1], sizes)
-        y = _product(x.reshape(-1, x.shape[2])[order], merged, weight, axis=axis)
-        y = jnp.zeros_like(y).at[order].set(y, unique_indices=True)
+def _product_batched(
+    arguments: Sequence[Array], axes: Sequence[_Axis], *, axis: int
+) -> tuple[Array, int]:
+    weight = arguments[2]
+    x, sizes, *weights = _in_front(arguments[: 2 + (axes[2] is not None)], axes)
+    rows = x.reshape(-1, x.shape[2])
+    if weights:
+        weight = weights[0].reshape(-1, *weights[0].shape[2:])
+        y = _product(rows, sizes.reshape(-1), weight, axis=axis)
     else:
-        weight = _batched(weight, axes[2], batch)
-        weight = weight.reshape(-1, *weight.shape[2:])
-        y = _product(x.reshape(-1, x.shape[2]), sizes.reshape(-1), weight, axis=axis)
+        # The rows of one group, of all examples, become one group.
+        group = jax.vmap(partial(_groups, x.shape[1]))(sizes)
+        order = jnp.argsort(group.reshape(-1), stable=True)
+        sorted_y = _product(rows[order], jnp.sum(sizes, 0, dtype=jnp.int32), weight, axis=axis)
+        y = sorted_y[jnp.argsort(order)]
     return y.reshape(*x.shape[:2], -1), 0
 
 
-def _outer_batched(arguments, axes):
-    batch = _batch_size(arguments, axes)
-    a, b, sizes = (_batched(array, axis, batch) for array, axis in zip(arguments, axes))
+def _outer_batched(arguments: Sequence[Array], axes: Sequence[_Axis]) -> tuple[Array, int]:
+    a, b, sizes = _in_front(arguments, axes)
     y = _outer(a.reshape(-1, a.shape[2]), b.reshape(-1, b.shape[2]), sizes.reshape(-1))
     return y.reshape(*sizes.shape, *y.shape[1:]), 0
 
 
-def _merged(rows: int, sizes: Int[Array, "batch groups"]) -> tuple[Array, _Sizes]:
-    """Returns the order that sorts the rows of all examples by group, and the groups' sizes."""
-    ends = jnp.cumsum(sizes, axis=1, dtype=jnp.int32)
-    index = jnp.arange(rows, dtype=jnp.int32)
-    group = jax.vmap(lambda ends: jnp.searchsorted(ends, index, side="right"))(ends)
-    return jnp.argsort(group.reshape(-1), stable=True), jnp.sum(sizes, axis=0, dtype=jnp.int32)
+def _groups(rows: int, sizes: _Sizes) -> Int[Array, " rows"]:
+    """Returns the group of every row."""
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    return jnp.searchsorted(ends, jnp.arange(rows, dtype=jnp.int32), side="right")
 
 
-def _batch_size(arguments, axes) -> int:
-    return next(x.shape[axis] for x, axis in zip(arguments, axes) if axis is not None)
+def _in_front(arrays: Sequence[Array], axes: Sequence[_Axis]) -> list[Array]:
+    """Moves the batch of every array to the first axis, or repeats an array without one."""
+    pairs = list(zip(arrays, axes[: len(arrays)], strict=True))
+    batch = next(array.shape[axis] for array, axis in pairs if axis is not None)
+    return [
+        jnp.broadcast_to(array, (batch, *array.shape))
+        if axis is None
+        else jnp.moveaxis(array, axis, 0)
+        for array, axis in pairs
+    ]
 
 
-def _batched(x: Array, axis: int | None, batch: int) -> Array:
-    """Returns `x` with the axis of the batch in front."""
-    return (
-        jnp.broadcast_to(x, (batch, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
-    )
+def _register(
+    primitive: Primitive,
+    call: Callable[..., Array],
+    shape: Callable[..., jax.core.ShapedArray],
+    rules: tuple[Callable[..., Any], ...],
+) -> None:
+    """Tells JAX how to run, differentiate and batch a primitive.
+
+    **Arguments:**
+
+    - `primitive`: the primitive.
+    - `call`: calls the primitive.
+    - `shape`: the shape of the result, as a function of the shapes of the arguments.
+    - `rules`: the function on accelerators and that on a CPU, and the rules for derivatives,
+        transposes and batches.
+    """
+    accelerator, cpu, jvp, transpose, batched = rules
+    primitive.def_impl(call)
+    primitive.def_abstract_eval(shape)
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
+    batching.primitive_batchers[primitive] = batched
+    mlir.register_lowering(primitive, mlir.lower_fun(accelerator, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(cpu, multiple_results=False), platform="cpu")
 
 
-_product_p.def_impl(_product)
-_product_p.def_abstract_eval(
-    lambda x, sizes, weight, *, axis: jax.core.ShapedArray(
+_register(
+    _product_p,
+    _product,
+    lambda x, _, weight, *, axis: jax.core.ShapedArray(
         (x.shape[0], weight.shape[3 - axis]), x.dtype
-    )
+    ),
+    (_ragged_product, _blockwise_product, _product_jvp, _product_transpose, _product_batched),
 )
-ad.primitive_jvps[_product_p] = _product_jvp
-ad.primitive_transposes[_product_p] = _product_transpose
-batching.primitive_batchers[_product_p] = _product_batched
-mlir.register_lowering(_product_p, mlir.lower_fun(_ragged_product, multiple_results=False))
-mlir.register_lowering(
-    _product_p, mlir.lower_fun(_blockwise_product, multiple_results=False), platform="cpu"
-)
-
-_outer_p.def_impl(_outer)
-_outer_p.def_abstract_eval(
-    lambda a, b, sizes: jax.core.ShapedArray((sizes.shape[0], a.shape[1], b.shape[1]), a.dtype)
-)
-ad.primitive_jvps[_outer_p] = _outer_jvp
-ad.primitive_transposes[_outer_p] = _outer_transpose
-batching.primitive_batchers[_outer_p] = _outer_batched
-mlir.register_lowering(_outer_p, mlir.lower_fun(_ragged_outer, multiple_results=False))
-mlir.register_lowering(
-    _outer_p, mlir.lower_fun(_blockwise_outer, multiple_results=False), platform="cpu"
+_register(
+    _outer_p,
+    _outer,
+    lambda a, b, sizes: jax.core.ShapedArray((sizes.shape[0], a.shape[1], b.shape[1]), a.dtype),
+    (_ragged_outer, _blockwise_outer, _outer_jvp, _outer_transpose, _outer_batched),
 )

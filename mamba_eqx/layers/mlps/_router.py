@@ -144,7 +144,9 @@ class Router(eqx.Module):
             groups = scores.reshape(*scores.shape[:-1], self.n_group, -1)
             ranks = jnp.sum(lax.top_k(groups, 2)[0], axis=-1)
             best = lax.top_k(ranks, self.topk_group)[1]
-            allowed = jnp.any(best[..., None] == jnp.arange(self.n_group, dtype=best.dtype), axis=-2)
+            allowed = jnp.any(
+                best[..., None] == jnp.arange(self.n_group, dtype=best.dtype), axis=-2
+            )
             groups = jnp.where(allowed[..., None], groups, -jnp.inf)
             scores = groups.reshape(scores.shape)
         return lax.top_k(scores, self.top_k)[1]
