@@ -130,10 +130,12 @@ def common_dtype(dtypes: Mapping[str, np.dtype]) -> np.dtype:
 
     **Raises:** `CheckpointError` if they differ.
     """
-    if len({np.dtype(dtype) for dtype in dtypes.values()}) > 1:
-        listed = ", ".join(f"{name} is {dtype}" for name, dtype in dtypes.items())
-        raise CheckpointError(
-            f"{listed}, but they are parts of one array here and must have the same dtype. Convert "
-            "them to one dtype (`from_pretrained(..., dtype=jnp.float32)`)."
-        )
-    return np.dtype(next(iter(dtypes.values())))
+    (first, common), *others = dtypes.items()
+    for name, dtype in others:
+        if np.dtype(dtype) != np.dtype(common):
+            raise CheckpointError(
+                f"{first} is {common} and {name} is {dtype}, but they are parts of one array here "
+                "and must have the same dtype. Convert them to one dtype "
+                "(`from_pretrained(..., dtype=jnp.float32)`)."
+            )
+    return np.dtype(common)

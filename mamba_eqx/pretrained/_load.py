@@ -16,7 +16,7 @@ from ._arrays import check_dtype, common_dtype, to_jax
 from ._assign import Assignment, assign
 from ._checkpoint import Checkpoint, open_checkpoint
 from ._hub import Hub
-from .layouts import check_tied_head, skeleton
+from .layouts import check_tied_head, listing, skeleton
 
 
 _Shardings: TypeAlias = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
@@ -149,7 +149,7 @@ def _target(
 
 def _read(assignment: Assignment[StoredTensor], target: jax.ShapeDtypeStruct) -> jax.Array:
     arrays = [slot.from_file(tensor.read()) for slot, tensor in assignment.parts]
-    names = ", ".join(tensor.name for _, tensor in assignment.parts)
+    names = listing([tensor.name for _, tensor in assignment.parts])
     leaf = to_jax(names, arrays, target.shape, target.dtype, target.sharding)
     # Without waiting, transfers to a device would pile up in memory.
     return jax.block_until_ready(leaf)

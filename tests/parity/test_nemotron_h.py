@@ -26,8 +26,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.parity]
 
 TOKENS = np.arange(12) * 11 % 29
 # The layers of a file that our blocks end with, and those that hold the mixers.
-ENDS = {"dense": [0, 2, 3, 5, 7]}
-MIXERS = {"dense": [0, 1, 3, 4, 6]}
+ENDS = {"dense": [0, 2, 3, 5, 7], "experts": [1, 3, 4], "latent": [1, 3]}
+MIXERS = {"dense": [0, 1, 3, 4, 6], "experts": [0, 2, 4], "latent": [0, 2]}
 
 
 @contextlib.contextmanager
@@ -67,16 +67,23 @@ def their_answers(torch: Any, model: Any, name: str, patch: pytest.MonkeyPatch) 
             # Nothing that follows uses the oldest column.
             answers[f"state.{i}.conv"] = layer.conv_states[0][0][:, 1:]
             answers[f"state.{i}.ssm"] = layer.recurrent_states[0][0]
-    answers |= {
-        f"grad.{in_file(name)}": parameter.grad for name, parameter in model.named_parameters()
-    }
+    for name, parameter in model.named_parameters():
+        answers[f"grad.{name.replace('model.', 'backbone.', 1)}"] = parameter.grad
     answers |= {"logits": logits, "loss": loss, "greedy": chosen[len(tokens) :]}
     return {name: value.detach().numpy() for name, value in answers.items()}
 
 
-def in_file(name: str) -> str:
-    """Returns the name in files of a parameter of transformers' model."""
-    return name.replace("model.", "backbone.", 1)
+def whole_experts(named: dict[str, Any]) -> dict[str, Any]:
+    """Joins the arrays of experts, which are one array in transformers in memory."""
+    whole: dict[str, Any] = {}
+    for name, array in named.items():
+        module, _, rest = name.partition(".experts.")
+        if rest:
+            end = rest.split(".")[1]
+            whole.setdefault(f"{module}.experts.{end}", []).append(array)
+        else:
+            whole[name] = array
+    return {k: np.stack(v) if isinstance(v, list) else v for k, v in whole.items()}
 
 
 @pytest.mark.parametrize("name", THEIRS["nemotron_h"])
@@ -91,7 +98,10 @@ def test_agrees_in_float64(name, torch, monkeypatch, tmp_path):
         got |= {f"hidden_states.{i}": stream for i, stream in enumerate(hidden)}
         for i, state in enumerate(states):
             got |= named_state(i, state, {})
-        got |= {f"grad.{name}": grad for name, grad in state_dict(grads).items()}
+        got |= {f"grad.{name}": grad for name, grad in whole_experts(state_dict(grads)).items()}
+        # A buffer in transformers.
+        biases = [got.pop(name) for name in [*got] if name.endswith("e_score_correction_bias")]
+        assert not np.any(biases)
         greedy = mbx.generate(ours, TOKENS, 8).tokens
         assert np.array_equal(greedy, want.pop("greedy"))
         assert got.keys() == want.keys()

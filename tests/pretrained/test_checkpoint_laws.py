@@ -131,6 +131,10 @@ def test_load_state_dict_inverts_state_dict(stored, stacked):
 
 # The parameters that `recurrence_mask` chooses.
 RECURRENCE: dict[type, tuple[str, ...]] = {
+    type(None): (),
+    mbx.GatedMLPConfig: (),
+    mbx.MLPConfig: (),
+    mbx.MixtureOfExpertsConfig: ("gate.weight", "gate.e_score_correction_bias"),
     mbx.Mamba1Config: ("A_log", "D", "dt_proj.bias"),
     mbx.Mamba2Config: ("A_log", "D", "dt_bias"),
     mbx.Mamba3Config: ("D", "dt_bias"),
@@ -146,7 +150,8 @@ def test_part_of_a_model_has_part_of_the_names(stored, stacked):
     part, _ = eqx.partition(model, mbx.recurrence_mask(model))
     named = state_dict(part, layout=layout)
     assert named.keys() <= state_dict(model, layout=layout).keys()
-    ends = [end for layer in stored.config.layers for end in RECURRENCE[type(layer.mixer)]]
+    parts = [part for layer in stored.config.layers for part in (layer.mixer, layer.mlp)]
+    ends = [end for part in parts for end in RECURRENCE[type(part)]]
     # Names such as "backbone.layers.0.mixer.A_log" and "model.layers.0.mamba.A_log".
     assert sorted(key.split(".", 4)[4] for key in named) == sorted(ends)
     assert_same(load_state_dict(part, named, layout=layout), part)

@@ -10,6 +10,7 @@ from mamba_eqx.pretrained import CheckpointError, from_pretrained, save_pretrain
 from mamba_eqx.pretrained.layouts import LAYOUTS
 from tests.support.checkpoints import (
     BIASED,
+    EXPERTS,
     NORMALISED,
     ODD,
     OFFICIAL,
@@ -29,6 +30,7 @@ from tests.support.checkpoints import (
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
+UNGATED = mbx.MLPConfig(9)
 DELTA = mbx.GatedDeltaNetConfig(d_model=6, headdim=4)
 PARALLEL = mbx.ParallelConfig((mamba2(), ROTARY))
 
@@ -180,17 +182,46 @@ UNSTORABLE = [
         None,
     ),
     ("transformers", hybrid(mbx.Mamba1Config(6)), "MLPs or attention beside Mamba-1", None),
-    ("transformers", nemotron_h((ROTARY, 9)), "attention with a rotary embedding", None),
-    ("transformers", nemotron_h((attention(window=4), 9)), "attention with a window", None),
-    ("transformers", nemotron_h((attention(out_proj_bias=True), 9)), "with biases", None),
-    ("transformers", nemotron_h((mamba2(), 9), (mamba2(), 5)), "within one kind of MLP", None),
+    ("transformers", nemotron_h((ROTARY, UNGATED)), "attention with a rotary embedding", None),
+    ("transformers", nemotron_h((attention(window=4), UNGATED)), "with a window", None),
+    ("transformers", nemotron_h((attention(out_proj_bias=True), UNGATED)), "with biases", None),
     (
         "transformers",
-        dataclasses.replace(nemotron_h((mamba2(), 9)), tie_embeddings=True),
+        nemotron_h((mamba2(), UNGATED), (mamba2(), mbx.MLPConfig(5))),
+        "within one kind of MLP",
+        None,
+    ),
+    (
+        "transformers",
+        dataclasses.replace(nemotron_h((mamba2(), UNGATED)), tie_embeddings=True),
         "models of Nemotron-H with tied embeddings",
         None,
     ),
-    ("state-spaces", nemotron_h((mamba2(), 128)), "MLPs of the kind MLP", "transformers"),
+    (
+        "transformers",
+        nemotron_h((mamba2(), EXPERTS), (mamba2(), mbx.MLPConfig(9, bias=True))),
+        "MLPs with biases beside experts",
+        None,
+    ),
+    (
+        "transformers",
+        nemotron_h((mamba2(), dataclasses.replace(EXPERTS, d_shared=None))),
+        "without a shared expert",
+        None,
+    ),
+    (
+        "transformers",
+        nemotron_h((mamba2(), dataclasses.replace(EXPERTS, gated=True))),
+        "gated experts of Nemotron-H",
+        None,
+    ),
+    (
+        "transformers",
+        nemotron_h((mamba2(), mbx.MixtureOfExpertsConfig(7, 6, 2, gated=False, d_shared=5))),
+        r"another routing \(routing='softmax_of_chosen'",
+        None,
+    ),
+    ("state-spaces", nemotron_h((mamba2(), UNGATED)), "MLPs of the kind MLP", "transformers"),
     (
         "state-spaces",
         hybrid(mamba2(), attention(window=4), d_intermediate=None),

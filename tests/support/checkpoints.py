@@ -1,5 +1,6 @@
 """The models that checkpoint tests store, and helpers for making, comparing and editing them."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -66,18 +67,12 @@ def hybrid(
 
 
 def nemotron_h(
-    *layers: tuple[mbx.models.AbstractMixerConfig, int | None],
-    bias: bool = False,
+    *layers: tuple[mbx.models.AbstractMixerConfig, mbx.models.AbstractMLPConfig | None],
     norm_eps: float = 1e-5,
     **fields: Any,
 ) -> mbx.LanguageModelConfig:
-    """Returns the config of a model, given the mixer of each layer and the width of its MLP."""
-    blocks = [
-        mbx.BlockConfig(
-            mixer, mlp=None if width is None else mbx.MLPConfig(width, bias), norm_eps=norm_eps
-        )
-        for mixer, width in layers
-    ]
+    """Returns the config of an untied model, given the mixer and the MLP of each layer."""
+    blocks = [mbx.BlockConfig(mixer, mlp=mlp, norm_eps=norm_eps) for mixer, mlp in layers]
     return mbx.LanguageModelConfig(
         13, tuple(blocks), tie_embeddings=False, norm_eps=norm_eps, **fields
     )
@@ -85,6 +80,19 @@ def nemotron_h(
 
 # Mamba-2 whose width is no multiple of that of the model.
 NEMOTRON_MAMBA2 = mamba2(d_inner=15, ngroups=5, dt_limit=(0.05, 0.6))
+# Experts with every field of Nemotron 3 off its default.
+EXPERTS = mbx.MixtureOfExpertsConfig(
+    7,
+    n_experts=6,
+    top_k=3,
+    routing="sigmoid",
+    n_group=3,
+    topk_group=2,
+    renormalise=False,
+    scaling=2.5,
+    gated=False,
+    d_shared=5,
+)
 # Mamba-1 as Jamba has it, with normalised dt, B and C.
 NORMALISED = mbx.Mamba1Config(
     6, d_state=3, d_conv=3, dt_rank=2, select_norm="weighted", select_norm_eps=1e-5
@@ -241,19 +249,31 @@ HYBRIDS: Models = {
         ),
         "jamba_untied": hybrid(*[NORMALISED, NORMALISED, attention()] * 2, tie_embeddings=False),
         "nemotron_h": nemotron_h(
-            (NEMOTRON_MAMBA2, 9),
+            (NEMOTRON_MAMBA2, mbx.MLPConfig(9)),
             (NEMOTRON_MAMBA2, None),
-            (attention(), 9),
+            (attention(), mbx.MLPConfig(9)),
             (NEMOTRON_MAMBA2, None),
             (attention(), None),
             padded_vocab_size=16,
         ),
         "nemotron_h_bias": nemotron_h(
-            (mamba2(d_inner=15, ngroups=5, bias=True, conv_bias=False, norm_eps=3e-4), 5),
-            (attention(nheads=3, nheads_kv=1), 5),
-            bias=True,
+            (
+                mamba2(d_inner=15, ngroups=5, bias=True, conv_bias=False, norm_eps=3e-4),
+                mbx.MLPConfig(5, bias=True),
+            ),
+            (attention(nheads=3, nheads_kv=1), mbx.MLPConfig(5, bias=True)),
             norm_eps=3e-4,
             residual_in_fp32=False,
+        ),
+        "nemotron_h_experts": nemotron_h(
+            (NEMOTRON_MAMBA2, EXPERTS), (attention(), EXPERTS), (attention(), mbx.MLPConfig(9))
+        ),
+        "nemotron_h_latent": nemotron_h(
+            (attention(), None),
+            (
+                NEMOTRON_MAMBA2,
+                dataclasses.replace(EXPERTS, d_latent=4, n_group=1, topk_group=1, renormalise=True),
+            ),
         ),
     },
     "state-spaces": {

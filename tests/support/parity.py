@@ -146,7 +146,9 @@ OURS: dict[str, dict[str, mbx.LanguageModelConfig]] = {
     "bamba": {name: HYBRIDS["transformers"][name] for name in ("bamba", "bamba_bias")},
     "jamba": {name: HYBRIDS["transformers"][name] for name in ("jamba", "jamba_untied")},
     "nemotron_h": {
-        name: HYBRIDS["transformers"][name] for name in ("nemotron_h", "nemotron_h_bias")
+        name: model
+        for name, model in HYBRIDS["transformers"].items()
+        if name.startswith("nemotron_h")
     },
     # transformers cannot run a model of this type without attention.
     "granitemoehybrid": {
@@ -154,6 +156,26 @@ OURS: dict[str, dict[str, mbx.LanguageModelConfig]] = {
         for name in ("granite", "granite_rope", "granite_attention")
     },
     "falcon_h1": {name: HYBRIDS["transformers"][name] for name in ("falcon_h1", "falcon_h1_norm")},
+}
+
+NEMOTRON_3 = {
+    "vocab_size": 31,
+    "hidden_size": 12,
+    "hybrid_override_pattern": "ME*EM",
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 4,
+    "ssm_state_size": 5,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 5,
+    "n_groups": 3,
+    "time_step_limit": [0.005, 0.1],
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 7,
+    "moe_shared_expert_intermediate_size": 11,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": False,
 }
 
 # Configs of models that transformers saves and we load, by model type and name.
@@ -292,6 +314,13 @@ THEIRS: dict[str, dict[str, dict[str, Any]]] = {
             "residual_in_fp32": True,
             "time_step_limit": [0.005, 0.1],
         },
+        "experts": NEMOTRON_3 | {"n_group": 4, "topk_group": 3, "norm_topk_prob": True},
+        "latent": NEMOTRON_3
+        | {
+            "layers_block_type": ["full_attention", "moe", "linear_attention", "mlp"],
+            "intermediate_size": 7,
+            "moe_latent_size": 9,
+        },
     },
     "granitemoehybrid": {
         "every_field": {
@@ -414,15 +443,18 @@ THEIRS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def use_time_step_limit(model: Any) -> Any:
-    """Makes Nemotron-H of transformers use the limits of `dt` in its config, and returns it.
+def as_described(model: Any) -> Any:
+    """Makes a transformers model compute what its config says, and returns it.
 
-    transformers takes `time_step_min`, which is meant for the initialisation, for the lower limit,
-    and ignores `time_step_limit` (transformers issue 48989).
+    In Nemotron-H, transformers takes `time_step_min`, which is meant for the initialisation, for
+    the lower limit of `dt`, and ignores `time_step_limit` (transformers issue 48989). The grouped
+    products of experts in torch need float32 and sizes that are multiples of 4.
     """
     for module in model.modules():
         if type(module).__name__ == "NemotronHMamba2Mixer":
             module.time_step_limit = tuple(model.config.time_step_limit)
+        if type(module).__name__.endswith("Experts"):
+            model.set_experts_implementation("eager")
     return model
 
 
@@ -432,10 +464,13 @@ def their_model(torch: Any, fields: dict[str, Any], model_type: str = "mamba") -
 
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(model_type, **fields)
-    model = use_time_step_limit(transformers.AutoModelForCausalLM.from_config(config).eval())
+    model = as_described(transformers.AutoModelForCausalLM.from_config(config).eval())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer += 0.3 * torch.randn_like(buffer)
     return model
 
 
@@ -455,7 +490,7 @@ def load_theirs(folder: Path | str, architecture: str = "MambaForCausalLM") -> A
     load = getattr(transformers, architecture).from_pretrained
     model, info = load(folder, output_loading_info=True)
     assert not any(info.values()), info
-    return use_time_step_limit(model.eval())
+    return as_described(model.eval())
 
 
 def check_they_load(

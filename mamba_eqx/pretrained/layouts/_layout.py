@@ -55,7 +55,8 @@ IDENTITY = Transform(_same, _same)
 class Slot:
     """The correspondence between a tensor of a checkpoint and a leaf of the model.
 
-    A leaf may be divided among several tensors, each of which holds some of its rows.
+    A leaf may be divided among several tensors, each of which holds some of its rows. A leaf with
+    the weights of several experts, `(n_experts, rows, ...)`, may be divided by experts as well.
 
     - `name`: the name of the tensor in the file.
     - `path`: the path of the leaf in a model with `Unrolled` layers, such as
@@ -63,15 +64,15 @@ class Slot:
     - `transform`: maps the leaf, or the rows of it, to the tensor.
     - `rows`: the first row of the leaf in the tensor, and the row after the last; all rows if
         `None`.
-    - `row_axes`: the number of axes of the leaf, first axis first, that the rows are counted over. A
-        leaf of experts, `(n_experts, features, ...)`, has two.
+    - `expert`: the index of the expert whose rows these are; `None` if the leaf has no experts, or
+        the tensor holds all of them.
     """
 
     name: str
     path: str
     transform: Transform = IDENTITY
     rows: tuple[int, int] | None = None
-    row_axes: int = 1
+    expert: int | None = None
 
     def within(self, name: str, path: str) -> "Slot":
         """Returns the slot with `name` and `path` as prefixes of its own."""
@@ -79,9 +80,9 @@ class Slot:
 
     def to_file(self, leaf: AnyArray) -> AnyArray:
         """Returns the part of a leaf that this tensor stores."""
-        if self.rows is not None:
-            leaf = leaf.reshape(-1, *leaf.shape[self.row_axes :])[slice(*self.rows)]
-        return self.transform.to_file(leaf)
+        if self.expert is not None:
+            leaf = leaf[self.expert]
+        return self.transform.to_file(leaf if self.rows is None else leaf[slice(*self.rows)])
 
     def from_file(self, tensor: AnyArray) -> AnyArray:
         """Returns the part of the leaf that a tensor stores: the inverse of `to_file`."""

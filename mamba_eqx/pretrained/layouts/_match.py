@@ -160,7 +160,7 @@ def group_by_leaf(found: list[tuple[Slot, Tensor]]) -> dict[str, list[tuple[Slot
     for slot, tensor in found:
         leaves.setdefault(slot.path, []).append((slot, tensor))
     for parts in leaves.values():
-        parts.sort(key=lambda part: part[0].rows or (0, 0))
+        parts.sort(key=lambda part: (part[0].expert or 0, part[0].rows or (0, 0)))
     return leaves
 
 

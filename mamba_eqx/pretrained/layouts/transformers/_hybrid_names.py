@@ -1,6 +1,7 @@
 """The names of parameters in transformers' hybrid models, most of them the names of Llama's."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ....models import AttentionConfig, GatedMLPConfig, MLPConfig
 from .._layout import Slot
@@ -50,28 +51,24 @@ def split(sizes: Mapping[str, int], ending: str, path: str) -> list[Slot]:
     - `ending`: the name of the tensor in each module.
     - `path`: the path of the leaf.
     """
-    names = [f"{name}.{ending}" for name in sizes]
-    return _in_rows(names, [*sizes.values()], path, row_axes=1)
+    slots: list[Slot] = []
+    end = 0
+    for name, size in sizes.items():
+        slots.append(Slot(f"{name}.{ending}", path, rows=(end, end + size)))
+        end += size
+    return slots
 
 
-def split_experts(n_experts: int, sizes: Mapping[str, int], path: str) -> list[Slot]:
-    """Returns the slots of a leaf of experts, each of which has modules of its own in the file.
+def experts(slots: Sequence[Slot], n_experts: int) -> list[Slot]:
+    """Returns the slots of leaves of experts, each of which has modules of its own in the file.
 
     **Arguments:**
 
+    - `slots`: the slots of one expert.
     - `n_experts`: the number of experts.
-    - `sizes`: the number of rows of each module of an expert, in order.
-    - `path`: the path of the leaf.
     """
-    names = [f"experts.{e}.{name}.weight" for e in range(n_experts) for name in sizes]
-    return _in_rows(names, [*sizes.values()] * n_experts, path, row_axes=2)
-
-
-def _in_rows(names: list[str], sizes: list[int], path: str, *, row_axes: int) -> list[Slot]:
-    """Returns the slots of a leaf for tensors with the given numbers of its rows, in order."""
-    slots: list[Slot] = []
-    end = 0
-    for name, size in zip(names, sizes, strict=True):
-        slots.append(Slot(name, path, rows=(end, end + size), row_axes=row_axes))
-        end += size
-    return slots
+    return [
+        replace(slot, name=f"experts.{e}.{slot.name}", expert=e)
+        for e in range(n_experts)
+        for slot in slots
+    ]

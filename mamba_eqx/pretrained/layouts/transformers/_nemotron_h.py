@@ -1,4 +1,4 @@
-"""transformers' model type `nemotron_h`: Mamba-2, attention without positions, and MLPs.
+"""transformers' model type `nemotron_h`: Mamba-2, attention without positions, MLPs and experts.
 
 A layer of the file is a mixer or an MLP, each after a norm of its own. A mixer and the MLP that
 follows are one block here. The defaults are those of `NemotronHConfig`.
@@ -6,32 +6,41 @@ follows are one block here. The defaults are those of `NemotronHConfig`.
 
 from dataclasses import replace
 
-from ....models import AttentionConfig, LanguageModelConfig, Mamba2Config, MLPConfig
+from ....models import (
+    AttentionConfig,
+    LanguageModelConfig,
+    Mamba2Config,
+    MixtureOfExpertsConfig,
+    MLPConfig,
+)
 from .._fields import Fields
+from .._layout import Slot, Unstorable
 from .._mixers import D_MODEL, UNSCALED
-from .._names import mamba2
+from .._names import mamba2, within
 from .._tables import (
     JSON,
     Arguments,
     Row,
     RowInput,
+    Shared,
     Table,
     constant,
     fixed,
     flag,
     limit,
+    number,
     shared_eps,
     size,
 )
 from ._family import MAMBA_IGNORED, Family, Kind, Kinds, Part, Pattern, vocabulary
 from ._hybrid import HYBRID_IGNORED, USUAL_SCALE, heads
-from ._hybrid_names import attention, mlp
+from ._hybrid_names import attention, experts, mlp
 from ._mamba import OFFICIAL_NAMES
 from ._mamba2 import UNSUPPORTED
 
 
 _MIXERS = {"mamba": "M", "attention": "*"}
-_MLPS = {"mlp": "-"}
+_MLPS = {"mlp": "-", "moe": "E"}
 # The letters of a pattern by the names that older and newer versions have for the layers.
 _LETTERS = _MIXERS | _MLPS | {"linear_attention": "M", "full_attention": "*"}
 # The prediction of several tokens at once, positions that no layer uses, and the choice of an
@@ -39,16 +48,16 @@ _LETTERS = _MIXERS | _MLPS | {"linear_attention": "M", "full_attention": "*"}
 _IGNORED = HYBRID_IGNORED | set(
     """
     chunk_size expand hidden_dropout keep_mtp_spec_in_bf16 mamba_ssm_cache_dtype
-    mtp_hybrid_override_pattern mtp_layers_block_type num_nextn_predict_layers
-    partial_rotary_factor rope_theta
+    moe_shared_expert_overlap mtp_hybrid_override_pattern mtp_layers_block_type
+    num_nextn_predict_layers output_router_logits partial_rotary_factor rope_theta
     """.split()  # noqa: SIM905
 )
-# The options of experts, which configs of models without experts have as well.
+# The fields of experts, which configs of models without experts have as well.
 _EXPERTS = frozenset(
     """
-    moe_intermediate_size moe_latent_size moe_shared_expert_intermediate_size
-    moe_shared_expert_overlap n_group n_routed_experts n_shared_experts norm_topk_prob
-    num_experts_per_tok output_router_logits routed_scaling_factor topk_group
+    mlp_bias moe_intermediate_size moe_latent_size moe_shared_expert_intermediate_size n_group
+    n_routed_experts n_shared_experts norm_topk_prob num_experts_per_tok routed_scaling_factor
+    topk_group
     """.split()  # noqa: SIM905
 )
 
@@ -126,6 +135,44 @@ def _read_eps(given: RowInput) -> Arguments:
     return {}
 
 
+def _check_shared(config: MixtureOfExpertsConfig, _: Shared) -> None:
+    if config.d_shared is None:
+        raise Unstorable("experts of Nemotron-H without a shared expert (d_shared=None)")
+
+
+def _read_latent(given: RowInput) -> Arguments:
+    key = "moe_latent_size"
+    return {"d_latent": None if given.fields.get(key, None) is None else given.fields.size(key)}
+
+
+def _write_latent(config: MixtureOfExpertsConfig) -> JSON:
+    return {} if config.d_latent is None else {"moe_latent_size": config.d_latent}
+
+
+def _check_biases(config: LanguageModelConfig, _: Shared) -> None:
+    mlps = [layer.mlp for layer in config.layers]
+    experts = any(isinstance(one, MixtureOfExpertsConfig) for one in mlps)
+    if experts and any(isinstance(one, MLPConfig) and one.bias for one in mlps):
+        # The field `mlp_bias` concerns the shared expert as well.
+        raise Unstorable("MLPs with biases beside experts of Nemotron-H (bias=True)")
+
+
+def _mixture(config: MixtureOfExpertsConfig) -> list[Slot]:
+    one = [Slot("up_proj.weight", "fc1"), Slot("down_proj.weight", "fc2")]
+    slots = [
+        Slot("gate.weight", "router.weight"),
+        Slot("gate.e_score_correction_bias", "router.correction_bias"),
+        *experts(one, config.n_experts),
+    ]
+    if config.d_shared is not None:
+        slots += within(mlp(MLPConfig(config.d_shared)), "shared_experts", "shared")
+    if config.d_latent is not None:
+        slots += [
+            Slot(f"{name}_latent_proj.weight", f"{name}_latent.weight") for name in ("fc1", "fc2")
+        ]
+    return slots
+
+
 NEMOTRON_H = Family(
     model_type="nemotron_h",
     architecture="NemotronHForCausalLM",
@@ -187,7 +234,31 @@ NEMOTRON_H = Family(
             mlp,
             "mixer",
             unused={"intermediate_size", "mlp_bias"},
-        )
+        ),
+        "moe": Part(
+            Table(
+                MixtureOfExpertsConfig,
+                (
+                    size("n_routed_experts", "n_experts", 8),
+                    size("num_experts_per_tok", "top_k", 2),
+                    size("moe_intermediate_size", "d_intermediate", 7688),
+                    size("moe_shared_expert_intermediate_size", "d_shared", 7688),
+                    Row(lambda given: {}, lambda config: {}, _check_shared),
+                    constant("n_shared_experts", 1, written=True),
+                    Row(_read_latent, _write_latent),
+                    fixed("routing", "sigmoid", "experts of Nemotron-H with another routing"),
+                    size("n_group", "n_group", 1),
+                    size("topk_group", "topk_group", 1),
+                    flag("norm_topk_prob", "renormalise", True),
+                    number("routed_scaling_factor", "scaling", 1.0),
+                    fixed("gated", False, "gated experts of Nemotron-H"),
+                    constant("mlp_bias", False, written=True),
+                ),
+            ),
+            _mixture,
+            "mixer",
+            unused=_EXPERTS,
+        ),
     },
     # Every sequence of kinds has a pattern.
     pattern=Pattern(_read_pattern, _write_pattern, lambda kinds: None),
@@ -202,9 +273,10 @@ NEMOTRON_H = Family(
             constant("mamba_hidden_act", "silu", written=True),
             constant("mlp_hidden_act", "relu2", written=True),
             Row(_read_eps, lambda config: {}),
+            Row(lambda given: {}, lambda config: {}, _check_biases),
             *UNSCALED,
         ),
-        ignored=_IGNORED | _EXPERTS,
+        ignored=_IGNORED,
     ),
     names=replace(
         OFFICIAL_NAMES,
