@@ -79,12 +79,21 @@ INVALID = {
         ({"sliding_window": 4}, "unknown meaning.*'sliding_window'"),
     ],
     ("hybrid", "transformers", "jamba"): [
-        ({"num_experts": 2}, "`num_experts`.*must be 1"),
-        ({"num_experts": DROPPED}, "`num_experts`.*must be 1"),
+        ({"num_experts": 2, "expert_layer_offset": 0}, "missing: .*feed_forward.router"),
+        ({"num_experts": DROPPED, "expert_layer_offset": 0}, "missing: .*feed_forward.experts.0"),
+        ({"num_experts": 0}, "`num_experts`.*must be an integer from 1"),
+        ({"expert_layer_offset": 9}, "below expert_layer_period=5"),
         ({"sliding_window": 4}, "`sliding_window`.*must be None"),
         ({"attn_layer_offset": 5}, "below attn_layer_period=3"),
         ({"mamba_inner_layernorms": False}, "must be True"),
         ({"attention_bias": True}, "unknown meaning"),
+    ],
+    ("hybrid", "transformers", "jamba_experts"): [
+        ({"num_experts": 1}, "missing: .*unexpected: .*feed_forward.experts.0"),
+        ({"num_experts": 6}, r"missing: model.layers.1.feed_forward.experts.5.up_proj.weight"),
+        ({"num_experts": 2}, "`top_k`.*`n_experts`"),
+        ({"num_experts_per_tok": 0}, "`num_experts_per_tok`.*must be an integer from 1"),
+        ({"intermediate_size": 8}, "should be"),
     ],
     ("hybrid", "transformers", "nemotron_h"): [
         ({"hybrid_override_pattern": "-M-M*-M*"}, "a mixer directly before the MLP at index 0"),

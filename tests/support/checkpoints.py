@@ -137,12 +137,15 @@ def granite(
     )
 
 
+MULTIPLIED = mbx.GatedMLPConfig(9, gate_multiplier=0.7, out_multiplier=1.3)
+
+
 def falcon_h1(
     mamba: mbx.Mamba2Config,
     heads: mbx.AttentionConfig,
     *,
     scales: tuple[float, ...] = (0.6, 1.4),
-    mlp: mbx.GatedMLPConfig = mbx.GatedMLPConfig(9, gate_multiplier=0.7, out_multiplier=1.3),
+    mlp: mbx.GatedMLPConfig = MULTIPLIED,
     **fields: Any,
 ) -> mbx.LanguageModelConfig:
     """Returns the config of a model with Mamba-2 and attention side by side, and multipliers."""
@@ -199,6 +202,7 @@ MAMBA3: Models = {
         "mlp": config(mamba3(d_inner=15, ngroups=5, mimo_rank=1), d_intermediate=128),
     }
 }
+MIXTURE = mbx.MixtureOfExpertsConfig(9, n_experts=5, top_k=3, routing="softmax")
 HYBRIDS: Models = {
     "transformers": {
         "bamba": hybrid(mamba2(), ROTARY, mamba2(), padded_vocab_size=16),
@@ -246,6 +250,18 @@ HYBRIDS: Models = {
             mlp=mbx.GatedMLPConfig(7, bias=True),
             tie_embeddings=False,
             residual_in_fp32=False,
+        ),
+        "jamba_experts": mbx.LanguageModelConfig(
+            13,
+            tuple(
+                mbx.BlockConfig(mixer, mlp=mlp)
+                for mixer, mlp in (
+                    (NORMALISED, mbx.GatedMLPConfig(9)),
+                    (NORMALISED, MIXTURE),
+                    (attention(), mbx.GatedMLPConfig(9)),
+                    (NORMALISED, MIXTURE),
+                )
+            ),
         ),
         "jamba_untied": hybrid(*[NORMALISED, NORMALISED, attention()] * 2, tie_embeddings=False),
         "nemotron_h": nemotron_h(

@@ -144,7 +144,9 @@ OURS: dict[str, dict[str, mbx.LanguageModelConfig]] = {
         ),
     },
     "bamba": {name: HYBRIDS["transformers"][name] for name in ("bamba", "bamba_bias")},
-    "jamba": {name: HYBRIDS["transformers"][name] for name in ("jamba", "jamba_untied")},
+    "jamba": {
+        name: HYBRIDS["transformers"][name] for name in ("jamba", "jamba_untied", "jamba_experts")
+    },
     "nemotron_h": {
         name: model
         for name, model in HYBRIDS["transformers"].items()
@@ -290,7 +292,21 @@ THEIRS: dict[str, dict[str, dict[str, Any]]] = {
             "attn_layer_offset": 0,
             "num_experts": 1,
             "tie_word_embeddings": True,
-        }
+        },
+        "experts": {
+            "vocab_size": 30,
+            "hidden_size": 12,
+            "intermediate_size": 7,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "attn_layer_period": 3,
+            "attn_layer_offset": 1,
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 0,
+        },
     },
     "nemotron_h": {
         "dense": {
