@@ -84,7 +84,6 @@ __all__ = [
     "MixtureOfExperts",
     "Router",
     "Routes",
-    "Routing",
     "Stacked",
     "Unrolled",
     "cast",
