@@ -125,9 +125,12 @@ def _for_blocks(
     - `body`: a function of a block and the result.
     - `result`: the initial result.
     """
-    heights = [h for h in _HEIGHTS if h < rows]
-    heights += [min(rows, _HEIGHTS[-1])]
-    most, groups, parts = heights[-1], sizes.shape[0], columns // width
+    groups, parts = sizes.shape[0], columns // width
+    # Every height is a loop to compile, so that there are only heights near the usual group's.
+    mean = rows / groups
+    heights = [h for h in _HEIGHTS if mean / 4 <= h <= min(rows, 2 * mean + 4)]
+    heights = heights or [min(rows, _HEIGHTS[-1])]
+    most = heights[-1]
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
     # Every group has blocks of `most` rows, and one block with the rest.
     counts = -(-sizes // most)
