@@ -87,7 +87,6 @@ __all__ = [
     "Parallel",
     "Router",
     "Routes",
-    "Routing",
     "Stacked",
     "Unrolled",
     "cast",
