@@ -19,7 +19,8 @@ from mamba_eqx.pretrained import (
     save_pretrained,
     state_dict,
 )
-from mamba_eqx.pretrained.layouts import LAYOUTS
+from mamba_eqx.pretrained._arrays import to_jax
+from mamba_eqx.pretrained.layouts import LAYOUTS, Slot, group_by_leaf
 from tests.support.checkpoints import DROPPED, HYBRIDS as MODELS, assert_same, make, save_edited
 
 
@@ -83,6 +84,22 @@ def test_logits_scaling_is_kept_exactly():
     model = dataclasses.replace(MODELS["transformers"]["granite"], logits_multiplier=1.9)
     fields = LAYOUTS["transformers"].write_config(model, np.dtype(np.float32))
     assert (fields["logits_scaling"], fields["logits_multiplier"]) == (1 / 1.9, 1.9)
+
+
+def test_leaf_of_experts_is_split_by_experts_and_rows():
+    leaf = np.arange(3 * 5 * 2.0).reshape(3, 5, 2)
+    # The second tensor of each expert has its first rows.
+    slots = [
+        Slot(f"{e}.{name}", "fc1", rows=rows, expert=e)
+        for e in range(3)
+        for name, rows in {"up": (2, 5), "gate": (0, 2)}.items()
+    ]
+    tensors = {slot.name: slot.to_file(leaf) for slot in slots}
+    assert np.array_equal(tensors["1.up"], leaf[1, 2:])
+    assert slots[1].file_shape(leaf) == (2, 2)
+    parts = group_by_leaf([(slot, tensors[slot.name]) for slot in slots])["fc1"]
+    arrays = [slot.from_file(tensor) for slot, tensor in parts]
+    assert np.array_equal(to_jax("fc1", arrays, leaf.shape, np.dtype(np.float32)), leaf)
 
 
 def test_parts_of_a_leaf_must_share_a_dtype(tmp_path):

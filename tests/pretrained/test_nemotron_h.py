@@ -2,16 +2,24 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import mamba_eqx as mbx
-from mamba_eqx.pretrained import CheckpointError, from_pretrained, save_pretrained, state_dict
+from mamba_eqx.pretrained import (
+    CheckpointError,
+    from_pretrained,
+    load_state_dict,
+    save_pretrained,
+    state_dict,
+)
 from tests.support.checkpoints import DROPPED, HYBRIDS, assert_same, edit_config, make, save_edited
 
 
 DENSE = HYBRIDS["transformers"]["nemotron_h"]
+EXPERTS = HYBRIDS["transformers"]["nemotron_h_experts"]
 
 
 def test_mixer_and_mlp_of_a_block_are_layers_of_the_file():
@@ -94,6 +102,38 @@ def test_names_of_other_versions_and_of_other_parts(tmp_path):
     save_file(tensors | {"mtpx": tensors["lm_head.weight"]}, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match="1 unexpected: 'mtpx'"):
         from_pretrained(tmp_path)
+
+
+def test_experts_are_tensors_of_their_own(tmp_path):
+    model = make(EXPERTS)
+    named, block = state_dict(model), model.layers.unstack()[1]
+    assert isinstance(block, mbx.Block)
+    assert isinstance(block.mlp, mbx.MixtureOfExperts)
+    # The pattern is "ME*E*-".
+    prefix = "backbone.layers.3.mixer."
+    for e in range(6):
+        assert np.array_equal(named[f"{prefix}experts.{e}.up_proj.weight"], block.mlp.fc1[e])
+        assert np.array_equal(named[f"{prefix}experts.{e}.down_proj.weight"], block.mlp.fc2[e])
+    assert np.array_equal(named[f"{prefix}gate.weight"], block.mlp.router.weight)
+
+    key = f"{prefix}experts.4.down_proj.weight"
+    without = {name: array for name, array in named.items() if name != key}
+    with pytest.raises(CheckpointError, match=rf"1 missing: {key}\."):
+        load_state_dict(model, without)
+    with pytest.raises(CheckpointError, match=rf"{key} is \(5, 7\) and should be \(6, 7\)"):
+        load_state_dict(model, named | {key: named[key][:5]})
+    with pytest.raises(CheckpointError, match=rf"0.down_proj.weight is float32 and {key} is bfl"):
+        load_state_dict(model, named | {key: named[key].astype(jnp.bfloat16)})
+
+
+def test_router_stays_in_float32(tmp_path):
+    save_pretrained(make(EXPERTS), tmp_path)
+    block = from_pretrained(tmp_path, dtype="bfloat16").layers.unstack()[0]
+    assert isinstance(block, mbx.Block)
+    assert isinstance(block.mlp, mbx.MixtureOfExperts)
+    assert block.mlp.fc1.dtype == jnp.bfloat16
+    assert block.mlp.router.correction_bias is not None
+    assert block.mlp.router.weight.dtype == block.mlp.router.correction_bias.dtype == jnp.float32
 
 
 def test_limits_of_dt_come_from_the_config(tmp_path):

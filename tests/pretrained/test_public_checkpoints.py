@@ -222,6 +222,31 @@ def granite(
     return GRANITE | sizes | widths | {"layer_types": types} | fields
 
 
+NEMOTRON_3 = NEMOTRON_H | {
+    "hidden_size": 2688,
+    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    "intermediate_size": 1856,
+    "mamba_head_dim": 64,
+    "mamba_num_heads": 64,
+    "mamba_ssm_cache_dtype": "float32",
+    "moe_intermediate_size": 1856,
+    "moe_shared_expert_intermediate_size": 3712,
+    "n_group": 1,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "norm_eps": 1e-5,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 52,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 1.0,
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "topk_group": 1,
+}
+
+
 def mamba3(n_layer: int, d_model: int, d_intermediate: int, **ssm_cfg: object) -> dict:
     cfg = {
         "layer": "Mamba3",
@@ -281,6 +306,8 @@ CHECKPOINTS = {
         ),
         8_888_227_328,
     ),
+    # The published size leaves out the correction biases of the routers.
+    "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": (NEMOTRON_3, 31_577_937_344 + 23 * 128),
     # The published size, 12.31 billion, is rounded.
     "nvidia/NVIDIA-Nemotron-Nano-12B-v2": (
         nemotron_h(f"{'M-M-M-M*-' * 6}M-M-M-M-", 5120, 20480, 128, 80),

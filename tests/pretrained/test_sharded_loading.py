@@ -1,5 +1,6 @@
 """Loading onto several devices, each of which reads only its own part of every tensor."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 import mamba_eqx as mbx
-from tests.support.checkpoints import BOTH, assert_same, config, make
+from tests.support.checkpoints import BOTH, EXPERTS, assert_same, config, make, nemotron_h
 
 
 PROGRAM = """
@@ -105,12 +106,48 @@ print("all is well")
 """
 
 
+PROGRAM_OF_EXPERTS = """
+import sys
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import mamba_eqx as mbx
+
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("expert", "model"))
+def choose(path, leaf):
+    axes = (None, "expert", "model") if path.endswith("fc1") else ("expert", None, "model")
+    of_experts = path.endswith(("mlp.fc1", "mlp.fc2"))
+    return NamedSharding(mesh, P(*axes) if of_experts else P())
+
+want = mbx.from_pretrained(sys.argv[1])
+got = mbx.from_pretrained(sys.argv[1], sharding=choose)
+for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    for shard in one.addressable_shards:
+        np.testing.assert_array_equal(np.asarray(shard.data), np.asarray(other)[shard.index])
+fc1 = got.layers.layers[0].mlp.fc1
+assert {shard.data.shape for shard in fc1.addressable_shards} == {(4, 3, 4)}
+print("all is well")
+"""
+
+
 @pytest.mark.slow
 def test_loads_onto_four_devices(tmp_path: Path):
     model = make(config(mbx.Mamba1Config(d_model=8, d_state=4), padded_vocab_size=16))
     mbx.save_pretrained(model, tmp_path)
+    run_on_four_devices(PROGRAM, tmp_path)
+
+
+@pytest.mark.slow
+def test_loads_experts_onto_four_devices(tmp_path: Path):
+    experts = dataclasses.replace(EXPERTS, d_intermediate=6, n_experts=4, n_group=2, top_k=2)
+    mixer = mbx.AttentionConfig(8, nheads=2)
+    mbx.save_pretrained(make(nemotron_h((mixer, experts))), tmp_path)
+    run_on_four_devices(PROGRAM_OF_EXPERTS, tmp_path)
+
+
+def run_on_four_devices(program: str, folder: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        [sys.executable, "-c", program, str(folder)],
         env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
         capture_output=True,
         text=True,
