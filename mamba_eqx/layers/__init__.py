@@ -45,7 +45,16 @@ from .mixers import (
     check_mamba2 as check_mamba2,
     check_mamba3 as check_mamba3,
 )
-from .mlps import MLP as MLP, AbstractMLP as AbstractMLP, GatedMLP as GatedMLP
+from .mlps import (
+    MLP as MLP,
+    AbstractMLP as AbstractMLP,
+    GatedMLP as GatedMLP,
+    MixtureOfExperts as MixtureOfExperts,
+    Router as Router,
+    Routes as Routes,
+    Routing as Routing,
+    check_mixture as check_mixture,
+)
 
 
 # The public names. Other folders of the package may import the other names too.
@@ -72,6 +81,10 @@ __all__ = [
     "Mamba2State",
     "Mamba3",
     "Mamba3State",
+    "MixtureOfExperts",
+    "Router",
+    "Routes",
+    "Routing",
     "Stacked",
     "Unrolled",
     "cast",

@@ -21,14 +21,9 @@ from tests.support.cases import (
     scan,
     structure,
 )
+from tests.support.configs import CONFIGS
 from tests.support.laws import all_layers
-from tests.support.registry import (
-    CONFIGS,
-    MIXERS,
-    SIZES,
-    make_inputs,
-    make_layer,
-)
+from tests.support.registry import MIXERS, SIZES, make_inputs, make_layer
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")

@@ -145,12 +145,25 @@ def conv(s: Sizes, dtype: Any, key: jax.Array) -> mbx.CausalConv1d:
     return mbx.CausalConv1d(s.d_model, s.d_conv, use_bias=s.flag, dtype=dtype, key=key)
 
 
-def block(mixer: Make, *, mlp: bool = False, rms_norm: bool = True) -> Make:
+def gated_mlp(s: Sizes, dtype: Any, key: jax.Array) -> mbx.GatedMLP:
+    return mbx.GatedMLP(s.d_model, 3, bias=s.flag, dtype=dtype, key=key)
+
+
+def mixture(**options: Any) -> Make:
+    """Returns a maker of `MixtureOfExperts`, with `d_state` as the width of an expert."""
+
+    def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.MixtureOfExperts:
+        return mbx.MixtureOfExperts(s.d_model, s.d_state, dtype=dtype, key=key, **options)
+
+    return make
+
+
+def block(mixer: Make, *, mlp: Make | None = None, rms_norm: bool = True) -> Make:
     def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Block:
         mlp_key, mixer_key = jr.split(key)
         return mbx.Block(
             mixer(s, dtype, mixer_key),
-            mlp=mbx.GatedMLP(s.d_model, 3, bias=s.flag, dtype=dtype, key=mlp_key) if mlp else None,
+            mlp=None if mlp is None else mlp(s, dtype, mlp_key),
             rms_norm=rms_norm,
             dtype=dtype,
         )
@@ -222,16 +235,33 @@ MIXERS: dict[str, Make] = {
 COMPOSITES: dict[str, Make] = {
     "mamba1_normed": mamba1_normed("weighted"),
     "block": block(mamba1),
-    "block_mlp": block(mamba1, mlp=True),
+    "block_mlp": block(mamba1, mlp=gated_mlp),
+    "block_mixture": block(
+        mamba1,
+        mlp=mixture(
+            n_experts=6,
+            top_k=3,
+            routing="sigmoid",
+            n_group=3,
+            topk_group=2,
+            scaling=1.7,
+            gated=False,
+            d_shared=2,
+            d_latent=4,
+        ),
+    ),
     "block_mamba2": block(mamba2(ngroups=1, heads_per_group=2)),
     "block_mamba3": block(mamba3(ngroups=1, heads_per_group=2, mimo_rank=1)),
     "block_layernorm": block(mamba1, rms_norm=False),
     "unrolled": stack(mbx.Unrolled, block(mamba1), conv, mamba1_normed("weightless")),
-    "unrolled_remat": stack(mbx.Unrolled, block(mamba1), block(mamba1, mlp=True), remat=True),
+    "unrolled_remat": stack(mbx.Unrolled, block(mamba1), block(mamba1, mlp=gated_mlp), remat=True),
     "stacked": stack(mbx.Stacked, block(mamba1), block(mamba1), block(mamba1)),
     "stacked_attention": stack(mbx.Stacked, *[block(attention(nheads_kv=1, shared=2))] * 2),
     "stacked_remat": stack(
-        mbx.Stacked, block(mamba1, mlp=True), block(mamba1, mlp=True), remat=True
+        mbx.Stacked, block(mamba1, mlp=gated_mlp), block(mamba1, mlp=gated_mlp), remat=True
+    ),
+    "stacked_mixtures": stack(
+        mbx.Stacked, *[block(mamba1, mlp=mixture(n_experts=4, top_k=2))] * 2, remat=True
     ),
 }
 
@@ -243,8 +273,8 @@ LANGUAGE_MODELS: dict[str, Make] = {
     "hybrid": language_model(
         stack(
             mbx.Unrolled,
-            block(mamba2(ngroups=1, heads_per_group=2), mlp=True),
-            block(attention(nheads_kv=1, shared=2, d_conv=2), mlp=True),
+            block(mamba2(ngroups=1, heads_per_group=2), mlp=gated_mlp),
+            block(attention(nheads_kv=1, shared=2, d_conv=2), mlp=gated_mlp),
             remat=True,
         ),
         tie=True,
@@ -263,6 +293,7 @@ VARIANTS = {
     "attention_window",
     "block",
     "block_mlp",
+    "block_mixture",
     "block_mamba2",
     "block_mamba3",
     "block_layernorm",
@@ -271,111 +302,11 @@ VARIANTS = {
     "stacked",
     "stacked_attention",
     "stacked_remat",
+    "stacked_mixtures",
     "hybrid",
     "language_model_untied",
 }
 EVERYTHING = LAYERS | LANGUAGE_MODELS
-
-
-def config(
-    mixer: mbx.models.AbstractMixerConfig[Any],
-    block: dict[str, Any] | None = None,
-    **model: Any,
-) -> mbx.LanguageModelConfig:
-    """Makes the config of a model with two equal layers."""
-    layer = mbx.BlockConfig(mixer, **(block or {}))
-    return mbx.LanguageModelConfig(vocab_size=VOCAB_SIZE, layers=(layer, layer), **model)
-
-
-CONFIGS: dict[str, mbx.LanguageModelConfig] = {
-    "mamba1": config(mbx.Mamba1Config(d_model=5)),
-    "mamba1_weightless": config(mbx.Mamba1Config(d_model=5, select_norm="weightless")),
-    "mamba1_every_field": config(
-        mbx.Mamba1Config(
-            d_model=5,
-            d_inner=7,
-            d_state=3,
-            d_conv=2,
-            dt_rank=4,
-            bias=True,
-            conv_bias=False,
-            select_norm="weighted",
-            select_norm_eps=1e-2,
-        ),
-        block={
-            "mlp": mbx.GatedMLPConfig(9, bias=True, gate_multiplier=0.7, out_multiplier=1.3),
-            "residual_multiplier": 0.6,
-            "rms_norm": False,
-            "norm_eps": 1e-3,
-        },
-        padded_vocab_size=16,
-        tie_embeddings=False,
-        rms_norm=False,
-        norm_eps=2e-3,
-        residual_in_fp32=False,
-        embedding_multiplier=3.0,
-        logits_multiplier=0.4,
-    ),
-    "mamba2": config(mbx.Mamba2Config(d_model=5, headdim=2)),
-    "mamba2_every_field": config(
-        mbx.Mamba2Config(
-            d_model=5,
-            d_inner=15,
-            d_ssm=12,
-            d_state=3,
-            d_conv=2,
-            headdim=2,
-            ngroups=3,
-            D_has_hdim=True,
-            dt_limit=(0.01, 0.2),
-            bias=True,
-            conv_bias=False,
-            norm_before_gate=True,
-            norm_eps=1e-3,
-        )
-    ),
-    "mamba2_without_norm": config(mbx.Mamba2Config(d_model=4, headdim=2, rms_norm=False)),
-    "mamba3": config(mbx.Mamba3Config(d_model=5, headdim=2)),
-    "mamba3_every_field": config(
-        mbx.Mamba3Config(
-            d_model=5,
-            d_inner=12,
-            d_state=3,
-            headdim=2,
-            ngroups=3,
-            mimo_rank=2,
-            rope_fraction=1.0,
-            A_activation="softplus",
-            A_floor=0.01,
-            outproj_norm=True,
-            norm_eps=1e-3,
-        )
-    ),
-    "gated_delta_net": config(mbx.GatedDeltaNetConfig(d_model=4, headdim=2)),
-    "gated_delta_net_every_field": config(
-        mbx.GatedDeltaNetConfig(
-            d_model=5, d_inner=12, d_state=3, d_conv=2, headdim=2, ngroups=3, norm_eps=1e-3
-        )
-    ),
-    "attention": config(mbx.AttentionConfig(d_model=6, nheads=3)),
-    "attention_every_field": config(
-        mbx.AttentionConfig(
-            d_model=5,
-            nheads=4,
-            nheads_kv=2,
-            headdim=6,
-            d_conv=3,
-            rotary_emb_dim=4,
-            rotary_emb_base=500.0,
-            rotary_emb_interleaved=True,
-            softmax_scale=0.3,
-            window=7,
-            qkv_proj_bias=True,
-            out_proj_bias=True,
-        ),
-        block={"mlp": mbx.MLPConfig(9, bias=True)},
-    ),
-}
 
 
 @functools.cache
