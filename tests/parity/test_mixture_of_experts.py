@@ -52,9 +52,7 @@ def jamba() -> tuple[Any, mbx.MixtureOfExperts, dict[str, Any]]:
     config = jamba.JambaConfig(
         hidden_size=D, intermediate_size=WIDTH, num_experts=5, num_experts_per_tok=2
     )
-    mixture = mbx.MixtureOfExperts(
-        D, WIDTH, n_experts=5, top_k=2, routing="softmax", key=jr.key(0)
-    )
+    mixture = mbx.MixtureOfExperts(D, WIDTH, n_experts=5, top_k=2, routing="softmax", key=jr.key(0))
     return jamba.JambaSparseMoeBlock(config), mixture, GATED
 
 
