@@ -99,7 +99,7 @@ LEVELS = {
     ],
     "pretrained/layouts/transformers": [
         "_family",
-        "_hybrid_names",
+        "_granite_mlps _hybrid_names",
         "_mamba",
         "_mamba2",
         "_hybrid",

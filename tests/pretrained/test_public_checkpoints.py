@@ -222,6 +222,11 @@ def granite(
     return GRANITE | sizes | widths | {"layer_types": types} | fields
 
 
+def experts(d_intermediate: int, n_experts: int, top_k: int) -> dict:
+    sizes = {"num_local_experts": n_experts, "num_experts_per_tok": top_k}
+    return sizes | {"intermediate_size": d_intermediate}
+
+
 NEMOTRON_3 = NEMOTRON_H | {
     "hidden_size": 2688,
     "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
@@ -325,6 +330,15 @@ CHECKPOINTS = {
     "ibm-granite/granite-4.0-h-micro": (
         granite(2048, 32, 8192, num_key_value_heads=8, mamba_n_heads=64, mamba_d_head=64),
         3_191_396_096,
+    ),
+    "ibm-granite/granite-4.0-h-tiny": (
+        granite(1536, 12, 1024, mamba_n_heads=48, mamba_d_head=64) | experts(512, 64, 6),
+        6_939_037_248,
+    ),
+    "ibm-granite/granite-4.0-h-small": (
+        granite(4096, 32, 1536, num_key_value_heads=8, mamba_n_heads=128, mamba_d_head=64)
+        | experts(768, 72, 10),
+        32_207_337_984,
     ),
     # Without Mamba-2.
     "ibm-granite/granite-4.0-micro": (

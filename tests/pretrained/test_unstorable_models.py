@@ -11,6 +11,8 @@ from mamba_eqx.pretrained.layouts import LAYOUTS
 from tests.support.checkpoints import (
     BIASED,
     EXPERTS,
+    GATED,
+    GRANITE_EXPERTS,
     NORMALISED,
     ODD,
     OFFICIAL,
@@ -137,6 +139,39 @@ UNSTORABLE = [
         "transformers",
         granite(mamba2(), attention(rotary_emb_dim=4)),
         "a multiplier of .*rotary embedding of a part of each head",
+        None,
+    ),
+    (
+        "transformers",
+        granite(mamba2(), mlp=dataclasses.replace(GRANITE_EXPERTS, d_shared=None)),
+        r"experts without a shared expert \(d_shared=None\)",
+        None,
+    ),
+    (
+        "transformers",
+        granite(mamba2(), mlp=dataclasses.replace(GRANITE_EXPERTS, routing="softmax")),
+        "experts with another routing .*routing='softmax'",
+        None,
+    ),
+    (
+        "transformers",
+        granite(mamba2(), mlp=dataclasses.replace(GRANITE_EXPERTS, gated=False)),
+        "experts without a gate",
+        None,
+    ),
+    (
+        "transformers",
+        granite(mamba2(), mlp=dataclasses.replace(GRANITE_EXPERTS, d_latent=4)),
+        "experts in a smaller space",
+        None,
+    ),
+    (
+        "transformers",
+        mbx.LanguageModelConfig(
+            13,
+            (mbx.BlockConfig(mamba2(), mlp=GRANITE_EXPERTS), mbx.BlockConfig(mamba2(), mlp=GATED)),
+        ),
+        "experts in some of the layers only",
         None,
     ),
     ("transformers", granite(mamba2(), attention(headdim=3)), "an odd number of features", None),

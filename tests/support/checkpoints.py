@@ -121,16 +121,21 @@ _MAMBA2_BOTH = {
 }
 
 
+GATED = mbx.GatedMLPConfig(9)
+GRANITE_EXPERTS = mbx.MixtureOfExpertsConfig(7, n_experts=5, top_k=3, d_shared=9)
+
+
 def granite(
-    *mixers: mbx.models.AbstractMixerConfig, logits_multiplier: float = 1 / 6, **fields: Any
+    *mixers: mbx.models.AbstractMixerConfig,
+    mlp: mbx.models.AbstractMLPConfig = GATED,
+    logits_multiplier: float = 1 / 6,
+    **fields: Any,
 ) -> mbx.LanguageModelConfig:
     """Returns the config of a model with multipliers, and one layer for each mixer."""
+    blocks = [mbx.BlockConfig(mixer, mlp=mlp, residual_multiplier=0.22) for mixer in mixers]
     return mbx.LanguageModelConfig(
         13,
-        tuple(
-            mbx.BlockConfig(mixer, mlp=mbx.GatedMLPConfig(9), residual_multiplier=0.22)
-            for mixer in mixers
-        ),
+        tuple(blocks),
         embedding_multiplier=12.0,
         logits_multiplier=logits_multiplier,
         **fields,
@@ -202,7 +207,7 @@ MAMBA3: Models = {
         "mlp": config(mamba3(d_inner=15, ngroups=5, mimo_rank=1), d_intermediate=128),
     }
 }
-MIXTURE = mbx.MixtureOfExpertsConfig(9, n_experts=5, top_k=3, routing="softmax")
+JAMBA_EXPERTS = mbx.MixtureOfExpertsConfig(9, n_experts=5, top_k=3, routing="softmax")
 HYBRIDS: Models = {
     "transformers": {
         "bamba": hybrid(mamba2(), ROTARY, mamba2(), padded_vocab_size=16),
@@ -234,6 +239,10 @@ HYBRIDS: Models = {
         ),
         "granite_attention": granite(WHOLE, WHOLE),
         "granite_mamba": granite(mamba2(), mamba2()),
+        "granite_experts": granite(mamba2(), NOPE, mlp=GRANITE_EXPERTS),
+        "granite_equal_experts": granite(
+            mamba2(), mamba2(), mlp=GRANITE_EXPERTS, logits_multiplier=1.0, tie_embeddings=False
+        ),
         "falcon_h1": falcon_h1(
             MULTIPLIED, attention(rotary_emb_dim=8, rotary_emb_base=1e11), padded_vocab_size=16
         ),
@@ -257,9 +266,9 @@ HYBRIDS: Models = {
                 mbx.BlockConfig(mixer, mlp=mlp)
                 for mixer, mlp in (
                     (NORMALISED, mbx.GatedMLPConfig(9)),
-                    (NORMALISED, MIXTURE),
+                    (NORMALISED, JAMBA_EXPERTS),
                     (attention(), mbx.GatedMLPConfig(9)),
-                    (NORMALISED, MIXTURE),
+                    (NORMALISED, JAMBA_EXPERTS),
                 )
             ),
         ),
