@@ -106,6 +106,7 @@ def private_tokenizer(file: str, config: Mapping[str, object]) -> PrivateTokeniz
             for token in declared.added
         ]
         fast.add_tokens([AddedToken(**dataclasses.asdict(token)) for token in added])
+        fast.encode("")  # Fails if a template of the post-processor names a token that it lacks.
         return fast
 
     fast = checked(load, _FAILED)

@@ -209,6 +209,29 @@ def chatty(tmp_path_factory):
     return path
 
 
+def test_chat_names_a_special_token_that_the_model_lacks(chatty, run, tmp_path):
+    from tests.support.tokenizers import CONFIG, FILES
+
+    template = {"chat_template": "{{ '<|big|>' }}" + str(CONFIG["chat_template"])}
+    more = {"additional_special_tokens": ["<|big|>"]}
+    tokenizer = mbx.TextTokenizer(FILES["byte_level"], CONFIG | template | more)
+    number = tokenizer.special_tokens["<|big|>"]
+    assert number == tokenizer.vocab_size - 1
+    save_pretrained(byte_model(number), tmp_path)
+    mbx.save_tokenizer(tokenizer, tmp_path)
+    options = ("--model", tmp_path, "--max-new-tokens", "2")
+    code, out, err = run("chat", *options, typed=b"Hi")
+    assert (code, out) == (0, "")
+    assert err == (
+        f"error: The chat template uses the special token '<|big|>' with id {number}, but the "
+        f"model has a vocabulary of {number} tokens. Use --plain to chat without the template, or "
+        "--tokenizer to name the tokenizer that the model was trained with.\n"
+    )
+    code, out, err = run("chat", *options, "--plain", typed=b"Hi")
+    assert (code, err) == (0, "")
+    assert out.endswith("\n")
+
+
 def test_template_chat_reads_nothing_twice(chatty, run, tmp_path, monkeypatch):
     model, tokenizer = from_pretrained(chatty, dtype=jnp.float32), mbx.load_tokenizer(chatty)
     assert isinstance(tokenizer, mbx.TextTokenizer)

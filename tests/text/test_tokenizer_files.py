@@ -203,6 +203,18 @@ def test_prefixes_that_end_within_a_character_are_refused(prefix: str, part: str
         mbx.TextTokenizer(_word_level({"a": 0}, model=model))
 
 
+def test_templates_that_name_an_unknown_token_are_refused(capfd):
+    special = {"SpecialToken": {"id": "a", "type_id": 0}}
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    entry = {"type": "TemplateProcessing", "single": [special, sequence], "pair": [sequence]}
+    entry["special_tokens"] = {"a": {"id": "a", "ids": [0], "tokens": ["a"]}}
+    mbx.TextTokenizer(_word_level({"a": 0}, post_processor=entry))
+    entry["special_tokens"] = {}
+    with pytest.raises(ValueError, match=r"not the content of a tokenizer\.json"):
+        mbx.TextTokenizer(_word_level({"a": 0}, post_processor=entry))
+    capfd.readouterr()  # Rust writes a trace.
+
+
 @pytest.mark.skipif(
     importlib.metadata.version("tokenizers") < "0.23", reason="cut prefixes at characters"
 )
