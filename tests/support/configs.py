@@ -1,4 +1,4 @@
-"""The configs of models that the tests build. Each class has one with every field off its default."""
+"""The configs of models that tests build: of each class, one has every field off its default."""
 
 from typing import Any
 

@@ -75,6 +75,8 @@ def run(model: mbx.LanguageModel, tokens: Array) -> Run:
 
 def named_state(i: int, state: Any, golden: dict[str, np.ndarray]) -> dict[str, Any]:
     """Returns the arrays of the state of layer `i` under the names and shapes of golden files."""
+    if isinstance(state, tuple):
+        return {k: v for part in state for k, v in named_state(i, part, golden).items()}
     if isinstance(state, mbx.KVCache):
         return {f"state.{i}.k": state.k, f"state.{i}.v": state.v}
     if isinstance(state, mbx.Mamba3State):
