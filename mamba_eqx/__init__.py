@@ -43,6 +43,7 @@ from .layers import (
     Mamba2State as Mamba2State,
     Mamba3 as Mamba3,
     Mamba3State as Mamba3State,
+    MixtureOfExperts as MixtureOfExperts,
     Parallel as Parallel,
     Stacked as Stacked,
     Unrolled as Unrolled,
@@ -59,6 +60,7 @@ from .models import (
     Mamba1Config as Mamba1Config,
     Mamba2Config as Mamba2Config,
     Mamba3Config as Mamba3Config,
+    MixtureOfExpertsConfig as MixtureOfExpertsConfig,
     MLPConfig as MLPConfig,
     ParallelConfig as ParallelConfig,
 )

@@ -24,7 +24,7 @@ LEVELS = {
     ],
     "ops": [
         "_arguments _chunks _linear_map _masks _norm _rotary",
-        "_attention _conv _gated_delta _mamba3 _recurrence _ssd",
+        "_attention _conv _gated_delta _grouped_product _mamba3 _recurrence _ssd",
         "_selective_scan",
         "__init__",
     ],
@@ -99,7 +99,7 @@ LEVELS = {
     ],
     "pretrained/layouts/transformers": [
         "_family",
-        "_hybrid_names",
+        "_granite_mlps _hybrid_names",
         "_mamba",
         "_mamba2",
         "_hybrid",

@@ -47,7 +47,16 @@ from .mixers import (
     check_mamba3 as check_mamba3,
     check_parallel as check_parallel,
 )
-from .mlps import MLP as MLP, AbstractMLP as AbstractMLP, GatedMLP as GatedMLP
+from .mlps import (
+    MLP as MLP,
+    AbstractMLP as AbstractMLP,
+    GatedMLP as GatedMLP,
+    MixtureOfExperts as MixtureOfExperts,
+    Router as Router,
+    Routes as Routes,
+    Routing as Routing,
+    check_mixture as check_mixture,
+)
 
 
 # The public names. Other folders of the package may import the other names too.
@@ -74,7 +83,11 @@ __all__ = [
     "Mamba2State",
     "Mamba3",
     "Mamba3State",
+    "MixtureOfExperts",
     "Parallel",
+    "Router",
+    "Routes",
+    "Routing",
     "Stacked",
     "Unrolled",
     "cast",

@@ -16,6 +16,7 @@ from .mixer_configs import (
 from .mlp_configs import (
     AbstractMLPConfig as AbstractMLPConfig,
     GatedMLPConfig as GatedMLPConfig,
+    MixtureOfExpertsConfig as MixtureOfExpertsConfig,
     MLPConfig as MLPConfig,
 )
 
@@ -34,5 +35,6 @@ __all__ = [
     "Mamba1Config",
     "Mamba2Config",
     "Mamba3Config",
+    "MixtureOfExpertsConfig",
     "ParallelConfig",
 ]

@@ -3,6 +3,7 @@
 from ._attention import attention as attention, attention_step as attention_step
 from ._conv import causal_conv1d as causal_conv1d, causal_conv1d_step as causal_conv1d_step
 from ._gated_delta import gated_delta as gated_delta, gated_delta_step as gated_delta_step
+from ._grouped_product import grouped_product as grouped_product
 from ._mamba3 import mamba3 as mamba3, mamba3_step as mamba3_step
 from ._masks import (
     as_int32 as as_int32,
@@ -30,6 +31,7 @@ __all__ = [
     "gated_delta",
     "gated_delta_step",
     "gated_rms_norm",
+    "grouped_product",
     "linear_recurrence",
     "mamba3",
     "mamba3_step",

@@ -135,6 +135,7 @@ RECURRENCE: dict[type, tuple[str, ...]] = {
     # Mamba-2 and attention.
     mbx.ParallelConfig: ("A_log", "D", "dt_bias"),
 }
+ROUTERS: dict[type, tuple[str, ...]] = {mbx.MixtureOfExpertsConfig: ("router.layer.weight",)}
 
 
 @cases_with_stacks(parts_suffice)
@@ -143,7 +144,9 @@ def test_part_of_a_model_has_part_of_the_names(stored, stacked):
     part, _ = eqx.partition(model, mbx.recurrence_mask(model))
     named = state_dict(part, layout=layout)
     assert named.keys() <= state_dict(model, layout=layout).keys()
-    ends = [end for layer in stored.config.layers for end in RECURRENCE[type(layer.mixer)]]
+    layers = stored.config.layers
+    ends = [end for layer in layers for end in RECURRENCE[type(layer.mixer)]]
+    ends += [end for layer in layers for end in ROUTERS.get(type(layer.mlp), ())]
     # Names such as "backbone.layers.0.mixer.A_log" and "model.layers.0.mamba.A_log".
     assert sorted(key.split(".", 4)[4] for key in named) == sorted(ends)
     assert_same(load_state_dict(part, named, layout=layout), part)

@@ -57,7 +57,7 @@ def test_gate_precedes_value_in_granite():
 
 def test_file_has_the_names_of_its_own_model_type(tmp_path):
     # Without multipliers, the same model would be saved as a Bamba model.
-    multipliers = ("residual_multiplier", "embedding_multiplier", "logits_scaling")
+    multipliers: list[str] = ["residual_multiplier", "embedding_multiplier", "logits_scaling"]
     model = MODELS["transformers"]["granite_mamba"]
     fields = dict.fromkeys(multipliers, DROPPED)
     loaded = from_pretrained(save_edited(model, tmp_path / "1", "transformers", fields))

@@ -126,6 +126,47 @@ MAMBA2_ATTENTION = MAMBA2 | {
         "rotary_emb_dim": 64,
     },
 }
+# As other projects quote the published configs, without fields that nobody reads.
+GRANITE = {
+    "architectures": ["GraniteMoeHybridForCausalLM"],
+    "model_type": "granitemoehybrid",
+    "vocab_size": 100352,
+    "num_hidden_layers": 40,
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "num_key_value_heads": 4,
+    "attention_bias": False,
+    "attention_multiplier": 0.015625,
+    "embedding_multiplier": 12,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 8,
+    "position_embedding_type": "nope",
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 128,
+    "mamba_d_conv": 4,
+    "mamba_chunk_size": 256,
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}
+
+
+def granite(
+    d_model: int,
+    nheads: int,
+    d_intermediate: int,
+    attention: tuple[int, ...] = (5, 15, 25, 35),
+    n_layer: int = 40,
+    **fields: object,
+) -> dict:
+    types = ["attention" if i in attention else "mamba" for i in range(n_layer)]
+    sizes = {"hidden_size": d_model, "num_attention_heads": nheads, "num_hidden_layers": n_layer}
+    widths = {"shared_intermediate_size": d_intermediate, "intermediate_size": d_intermediate}
+    return GRANITE | sizes | widths | {"layer_types": types} | fields
 
 
 # The published config of Falcon-H1-34B-Instruct.
@@ -310,6 +351,25 @@ CHECKPOINTS = {
     ),
     # The published size, 34 billion, is rounded.
     "tiiuae/Falcon-H1-34B-Instruct": (FALCON_H1, 33_642_516_224),
+    "ibm-granite/granite-4.0-h-350m": (
+        granite(768, 12, 2048, (10, 13, 17, 27), 32, mamba_n_heads=48, mamba_d_head=32)
+        | {"residual_multiplier": 0.246, "logits_scaling": 3},
+        340_332_224,
+    ),
+    "ibm-granite/granite-4.0-h-1b": (
+        granite(1536, 12, 4096, mamba_n_heads=48, mamba_d_head=64),
+        1_461_538_368,
+    ),
+    "ibm-granite/granite-4.0-h-micro": (
+        granite(2048, 32, 8192, num_key_value_heads=8, mamba_n_heads=64, mamba_d_head=64),
+        3_191_396_096,
+    ),
+    # Without Mamba-2.
+    "ibm-granite/granite-4.0-micro": (
+        granite(2560, 40, 8192, (*range(40),), num_key_value_heads=8)
+        | {"position_embedding_type": "rope", "rope_theta": 10000000, "logits_scaling": 10},
+        3_402_836_480,
+    ),
 }
 
 

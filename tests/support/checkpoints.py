@@ -93,16 +93,21 @@ _MAMBA2_BOTH = {
 }
 
 
+GATED = mbx.GatedMLPConfig(9)
+EXPERTS = mbx.MixtureOfExpertsConfig(7, n_experts=5, top_k=3, d_shared=9)
+
+
 def granite(
-    *mixers: mbx.models.AbstractMixerConfig, logits_multiplier: float = 1 / 6, **fields: Any
+    *mixers: mbx.models.AbstractMixerConfig,
+    mlp: mbx.models.AbstractMLPConfig = GATED,
+    logits_multiplier: float = 1 / 6,
+    **fields: Any,
 ) -> mbx.LanguageModelConfig:
     """Returns the config of a model with multipliers, and one layer for each mixer."""
+    blocks = [mbx.BlockConfig(mixer, mlp=mlp, residual_multiplier=0.22) for mixer in mixers]
     return mbx.LanguageModelConfig(
         13,
-        tuple(
-            mbx.BlockConfig(mixer, mlp=mbx.GatedMLPConfig(9), residual_multiplier=0.22)
-            for mixer in mixers
-        ),
+        tuple(blocks),
         embedding_multiplier=12.0,
         logits_multiplier=logits_multiplier,
         **fields,
@@ -219,6 +224,10 @@ HYBRIDS: Models = {
             mlp_bias=True,
             tie_embeddings=False,
             residual_in_fp32=False,
+        ),
+        "granite_experts": granite(mamba2(), NOPE, mlp=EXPERTS),
+        "granite_equal_experts": granite(
+            mamba2(), mamba2(), mlp=EXPERTS, logits_multiplier=1.0, tie_embeddings=False
         ),
         "jamba_untied": hybrid(*[NORMALISED, NORMALISED, attention()] * 2, tie_embeddings=False),
     },

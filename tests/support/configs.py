@@ -1,25 +1,24 @@
-"""The configs of models that tests build: of each class, one has every field off its default."""
+"""Configs of models, with defaults and with every field set, for the laws of configs."""
 
 from typing import Any
 
 import mamba_eqx as mbx
-from tests.support.registry import VOCAB_SIZE
 
 
-def config(
+def _config(
     mixer: mbx.models.AbstractMixerConfig[Any],
     block: dict[str, Any] | None = None,
     **model: Any,
 ) -> mbx.LanguageModelConfig:
     """Makes the config of a model with two equal layers."""
     layer = mbx.BlockConfig(mixer, **(block or {}))
-    return mbx.LanguageModelConfig(vocab_size=VOCAB_SIZE, layers=(layer, layer), **model)
+    return mbx.LanguageModelConfig(vocab_size=11, layers=(layer, layer), **model)
 
 
 CONFIGS: dict[str, mbx.LanguageModelConfig] = {
-    "mamba1": config(mbx.Mamba1Config(d_model=5)),
-    "mamba1_weightless": config(mbx.Mamba1Config(d_model=5, select_norm="weightless")),
-    "mamba1_every_field": config(
+    "mamba1": _config(mbx.Mamba1Config(d_model=5)),
+    "mamba1_weightless": _config(mbx.Mamba1Config(d_model=5, select_norm="weightless")),
+    "mamba1_every_field": _config(
         mbx.Mamba1Config(
             d_model=5,
             d_inner=7,
@@ -45,8 +44,8 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
         embedding_multiplier=3.0,
         logits_multiplier=0.4,
     ),
-    "mamba2": config(mbx.Mamba2Config(d_model=5, headdim=2)),
-    "mamba2_every_field": config(
+    "mamba2": _config(mbx.Mamba2Config(d_model=5, headdim=2)),
+    "mamba2_every_field": _config(
         mbx.Mamba2Config(
             d_model=5,
             d_inner=15,
@@ -64,9 +63,9 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
             ssm_multipliers=(0.5, 2.0, 0.25, 3.0, 0.75),
         )
     ),
-    "mamba2_without_norm": config(mbx.Mamba2Config(d_model=4, headdim=2, rms_norm=False)),
-    "mamba3": config(mbx.Mamba3Config(d_model=5, headdim=2)),
-    "mamba3_every_field": config(
+    "mamba2_without_norm": _config(mbx.Mamba2Config(d_model=4, headdim=2, rms_norm=False)),
+    "mamba3": _config(mbx.Mamba3Config(d_model=5, headdim=2)),
+    "mamba3_every_field": _config(
         mbx.Mamba3Config(
             d_model=5,
             d_inner=12,
@@ -81,14 +80,35 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
             norm_eps=1e-3,
         )
     ),
-    "gated_delta_net": config(mbx.GatedDeltaNetConfig(d_model=4, headdim=2)),
-    "gated_delta_net_every_field": config(
+    "mixture": _config(
+        mbx.Mamba1Config(d_model=5), block={"mlp": mbx.MixtureOfExpertsConfig(3, 4, 2)}
+    ),
+    "mixture_every_field": _config(
+        mbx.Mamba1Config(d_model=5),
+        block={
+            "mlp": mbx.MixtureOfExpertsConfig(
+                3,
+                n_experts=6,
+                top_k=2,
+                routing="sigmoid",
+                n_group=3,
+                topk_group=2,
+                renormalise=False,
+                scaling=2.5,
+                gated=False,
+                d_shared=7,
+                d_latent=4,
+            )
+        },
+    ),
+    "gated_delta_net": _config(mbx.GatedDeltaNetConfig(d_model=4, headdim=2)),
+    "gated_delta_net_every_field": _config(
         mbx.GatedDeltaNetConfig(
             d_model=5, d_inner=12, d_state=3, d_conv=2, headdim=2, ngroups=3, norm_eps=1e-3
         )
     ),
-    "attention": config(mbx.AttentionConfig(d_model=6, nheads=3)),
-    "attention_every_field": config(
+    "attention": _config(mbx.AttentionConfig(d_model=6, nheads=3)),
+    "attention_every_field": _config(
         mbx.AttentionConfig(
             d_model=5,
             nheads=4,
@@ -105,7 +125,7 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
         ),
         block={"mlp": mbx.MLPConfig(9, bias=True)},
     ),
-    "parallel_every_field": config(
+    "parallel_every_field": _config(
         mbx.ParallelConfig(
             (mbx.Mamba2Config(5, headdim=2), mbx.ParallelConfig((mbx.AttentionConfig(5, 1),))),
             scales=(0.25, 2.0),

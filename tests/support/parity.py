@@ -155,7 +155,7 @@ OURS: dict[str, dict[str, mbx.LanguageModelConfig]] = {
     # transformers cannot run a model of this type without attention.
     "granitemoehybrid": {
         name: HYBRIDS["transformers"][name]
-        for name in ("granite", "granite_rope", "granite_attention")
+        for name in ("granite", "granite_rope", "granite_attention", "granite_experts")
     },
     "falcon_h1": {name: HYBRIDS["transformers"][name] for name in ("falcon_h1", "falcon_h1_norm")},
 }
@@ -325,6 +325,21 @@ THEIRS: dict[str, dict[str, dict[str, Any]]] = {
             "num_local_experts": 0,
             "attention_multiplier": 0.2,
             "position_embedding_type": "nope",
+        },
+        "experts": {
+            "vocab_size": 30,
+            "hidden_size": 24,
+            "intermediate_size": 5,
+            "shared_intermediate_size": 7,
+            "num_hidden_layers": 2,
+            "layer_types": ["attention", "mamba"],
+            "num_attention_heads": 4,
+            "position_embedding_type": "nope",
+            "residual_multiplier": 0.22,
+            "mamba_n_heads": 8,
+            "mamba_d_state": 5,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
         },
     },
     "falcon_h1": {

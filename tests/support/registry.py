@@ -145,12 +145,25 @@ def conv(s: Sizes, dtype: Any, key: jax.Array) -> mbx.CausalConv1d:
     return mbx.CausalConv1d(s.d_model, s.d_conv, use_bias=s.flag, dtype=dtype, key=key)
 
 
-def block(mixer: Make, *, mlp: bool = False, rms_norm: bool = True) -> Make:
+def gated_mlp(s: Sizes, dtype: Any, key: jax.Array) -> mbx.GatedMLP:
+    return mbx.GatedMLP(s.d_model, 3, bias=s.flag, dtype=dtype, key=key)
+
+
+def mixture(**options: Any) -> Make:
+    """Returns a maker of `MixtureOfExperts`, with `d_state` as the width of an expert."""
+
+    def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.MixtureOfExperts:
+        return mbx.MixtureOfExperts(s.d_model, s.d_state, dtype=dtype, key=key, **options)
+
+    return make
+
+
+def block(mixer: Make, *, mlp: Make | None = None, rms_norm: bool = True) -> Make:
     def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.Block:
         mlp_key, mixer_key = jr.split(key)
         return mbx.Block(
             mixer(s, dtype, mixer_key),
-            mlp=mbx.GatedMLP(s.d_model, 3, bias=s.flag, dtype=dtype, key=mlp_key) if mlp else None,
+            mlp=None if mlp is None else mlp(s, dtype, mlp_key),
             rms_norm=rms_norm,
             dtype=dtype,
         )
@@ -231,18 +244,35 @@ HEADS = stack(
 COMPOSITES: dict[str, Make] = {
     "mamba1_normed": mamba1_normed("weighted"),
     "block": block(mamba1),
-    "block_mlp": block(mamba1, mlp=True),
+    "block_mlp": block(mamba1, mlp=gated_mlp),
+    "block_mixture": block(
+        mamba1,
+        mlp=mixture(
+            n_experts=6,
+            top_k=3,
+            routing="sigmoid",
+            n_group=3,
+            topk_group=2,
+            scaling=1.7,
+            gated=False,
+            d_shared=2,
+            d_latent=4,
+        ),
+    ),
     "block_mamba2": block(mamba2(ngroups=1, heads_per_group=2)),
     "block_mamba3": block(mamba3(ngroups=1, heads_per_group=2, mimo_rank=1)),
     "block_layernorm": block(mamba1, rms_norm=False),
     "unrolled": stack(mbx.Unrolled, block(mamba1), conv, mamba1_normed("weightless")),
-    "unrolled_remat": stack(mbx.Unrolled, block(mamba1), block(mamba1, mlp=True), remat=True),
+    "unrolled_remat": stack(mbx.Unrolled, block(mamba1), block(mamba1, mlp=gated_mlp), remat=True),
     "parallel": HEADS,
-    "stacked_parallel": stack(mbx.Stacked, *[block(HEADS, mlp=True)] * 2, remat=True),
+    "stacked_parallel": stack(mbx.Stacked, *[block(HEADS, mlp=gated_mlp)] * 2, remat=True),
     "stacked": stack(mbx.Stacked, block(mamba1), block(mamba1), block(mamba1)),
     "stacked_attention": stack(mbx.Stacked, *[block(attention(nheads_kv=1, shared=2))] * 2),
     "stacked_remat": stack(
-        mbx.Stacked, block(mamba1, mlp=True), block(mamba1, mlp=True), remat=True
+        mbx.Stacked, block(mamba1, mlp=gated_mlp), block(mamba1, mlp=gated_mlp), remat=True
+    ),
+    "stacked_mixtures": stack(
+        mbx.Stacked, *[block(mamba1, mlp=mixture(n_experts=4, top_k=2))] * 2, remat=True
     ),
 }
 
@@ -254,8 +284,8 @@ LANGUAGE_MODELS: dict[str, Make] = {
     "hybrid": language_model(
         stack(
             mbx.Unrolled,
-            block(mamba2(ngroups=1, heads_per_group=2), mlp=True),
-            block(attention(nheads_kv=1, shared=2, d_conv=2), mlp=True),
+            block(mamba2(ngroups=1, heads_per_group=2), mlp=gated_mlp),
+            block(attention(nheads_kv=1, shared=2, d_conv=2), mlp=gated_mlp),
             remat=True,
         ),
         tie=True,
@@ -274,6 +304,7 @@ VARIANTS = {
     "attention_window",
     "block",
     "block_mlp",
+    "block_mixture",
     "block_mamba2",
     "block_mamba3",
     "block_layernorm",
@@ -284,6 +315,7 @@ VARIANTS = {
     "stacked",
     "stacked_attention",
     "stacked_remat",
+    "stacked_mixtures",
     "hybrid",
     "language_model_untied",
 }

@@ -298,7 +298,10 @@ def names(mask):
 
 
 MATRICES = {"in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "fc1", "fc2", "lm_head"}
+MATRICES |= {"fc1_latent", "fc2_latent"}
 DECAYED = {f"{name}.weight" for name in MATRICES} | {"mimo_x", "mimo_z", "mimo_o"}
+# The experts of a mixture.
+DECAYED |= {"fc1", "fc2"}
 # A convolution as a whole layer, alone or in a stack.
 DECAYED |= {"weight", "1.weight"}
 

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from ...layers import MLP, GatedMLP
+from ...layers import MLP, GatedMLP, MixtureOfExperts
 from ._base import AbstractMLPConfig as AbstractMLPConfig
 from ._gated_mlp import GatedMLPConfig as GatedMLPConfig
+from ._mixture import MixtureOfExpertsConfig as MixtureOfExpertsConfig
 from ._mlp import MLPConfig as MLPConfig
 
 
@@ -12,4 +13,5 @@ from ._mlp import MLPConfig as MLPConfig
 MLP_CONFIGS: dict[type, type[AbstractMLPConfig[Any]]] = {
     MLP: MLPConfig,
     GatedMLP: GatedMLPConfig,
+    MixtureOfExperts: MixtureOfExpertsConfig,
 }

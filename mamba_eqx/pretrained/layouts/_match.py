@@ -49,7 +49,7 @@ def renamed(
 ) -> dict[str, Tensor]:
     """Returns the tensors under the names in the layout's table.
 
-    Files may have names of older versions. They may also hold the model without its head, as
+    Files may have names of other versions. They may also hold the model without its head, as
     transformers' `MambaModel` saves it: every name then lacks the first part, `backbone.`.
 
     **Arguments:**
@@ -68,10 +68,17 @@ def renamed(
 def _current(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     current: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        new_name = layout.renames.get(name)
-        # If both names are present, the older one is kept, to be reported as unexpected.
-        current[name if new_name is None or new_name in tensors else new_name] = tensor
+        new_name = _current_name(layout, name)
+        # If both names are present, the other one is kept, to be reported as unexpected.
+        current[name if new_name in tensors else new_name] = tensor
     return current
+
+
+def _current_name(layout: Layout, name: str) -> str:
+    for ending, new_ending in layout.renames.items():
+        if f".{name}".endswith(f".{ending}"):
+            return name.removesuffix(ending) + new_ending
+    return name
 
 
 def match(

@@ -1,17 +1,18 @@
-"""transformers' model type `granitemoehybrid` without experts: Mamba-2, attention with or without
-positions, a gated MLP in every block, and multipliers.
+"""transformers' model type `granitemoehybrid`: Mamba-2, attention with or without positions, in
+every block a gated MLP or a mixture of experts with a shared expert, and multipliers.
 
 The defaults are those of `GraniteMoeHybridConfig`.
 """
 
 from dataclasses import replace
 
-from ....models import AttentionConfig, GatedMLPConfig, LanguageModelConfig
+from ....models import AttentionConfig, LanguageModelConfig
 from .._fields import Fields
-from .._layout import AnyArray, Slot, Transform, Unstorable
-from .._mixers import D_MODEL, gated_mlp as mlp_table
-from .._tables import JSON, Arguments, Row, RowInput, Shared, Table, constant, inverse, number, size
+from .._layout import Unstorable
+from .._mixers import D_MODEL
+from .._tables import JSON, Arguments, Row, RowInput, Shared, Table, constant, inverse, number
 from ._family import Family, Kind, Kinds, Names, Part, Pattern, model_rows
+from ._granite_mlps import EXPERTS, MLP
 from ._hybrid import (
     ATTENTION_BIAS,
     BAMBA_MAMBA2,
@@ -25,12 +26,8 @@ from ._hybrid import (
 from ._hybrid_names import attention
 
 
-# Options of experts (of which there are none) and of training.
-_IGNORED = HYBRID_IGNORED | set(
-    """
-    init_method intermediate_size num_experts_per_tok output_router_logits router_aux_loss_coef
-    """.split()  # noqa: SIM905
-)
+# Options of training.
+_IGNORED = HYBRID_IGNORED | {"init_method", "output_router_logits", "router_aux_loss_coef"}
 # Our own field for a `logits_multiplier` that is the reciprocal of no number. See
 # `_write_logits_scaling`.
 _LOGITS_MULTIPLIER = "logits_multiplier"
@@ -95,7 +92,8 @@ def _read_pattern(fields: Fields) -> Kinds:
             "layer_types",
             f'must be a list of num_hidden_layers={n_layer} times "mamba" or "attention"',
         )
-    return [Kind("attention" if kind in _ATTENTION_LAYERS else "mamba", "mlp") for kind in types]
+    mlp = "mlp" if fields.natural("num_local_experts", 8) == 0 else "experts"
+    return [Kind("attention" if kind in _ATTENTION_LAYERS else "mamba", mlp) for kind in types]
 
 
 def _write_pattern(kinds: Kinds) -> JSON:
@@ -104,20 +102,10 @@ def _write_pattern(kinds: Kinds) -> JSON:
     return {"num_hidden_layers": len(kinds), "layer_types": types}
 
 
-def _swap_halves(weight: AnyArray, /) -> AnyArray:
-    halves = weight.reshape(2, -1, *weight.shape[1:])
-    return halves[::-1].reshape(weight.shape)
-
-
-# The value precedes the gate in the model, and the gate the value in the file.
-_GATE_FIRST = Transform(_swap_halves, _swap_halves)
-
-
-def _shared_mlp(config: GatedMLPConfig) -> list[Slot]:
-    return [
-        Slot("input_linear.weight", "fc1.weight", _GATE_FIRST),
-        Slot("output_linear.weight", "fc2.weight"),
-    ]
+def _check_pattern(kinds: Kinds) -> None:
+    check_mlps(kinds)
+    if len({kind.mlp for kind in kinds}) > 1:
+        raise Unstorable("experts in some of the layers only")
 
 
 GRANITE = Family(
@@ -152,14 +140,8 @@ GRANITE = Family(
             absent={"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4},
         ),
     },
-    mlps={
-        "mlp": Part(
-            mlp_table(size("shared_intermediate_size", "d_intermediate", 1024)),
-            _shared_mlp,
-            "shared_mlp",
-        )
-    },
-    pattern=Pattern(_read_pattern, _write_pattern, check_mlps),
+    mlps={"mlp": MLP, "experts": EXPERTS},
+    pattern=Pattern(_read_pattern, _write_pattern, _check_pattern),
     block=(number("residual_multiplier", "residual_multiplier", 1.0),),
     model=Table(
         LanguageModelConfig,
@@ -167,7 +149,6 @@ GRANITE = Family(
             *model_rows(vocab_size=32000, tie_embeddings=False, residual_in_fp32=False),
             number("embedding_multiplier", "embedding_multiplier", 1.0),
             Row(_read_logits_scaling, _write_logits_scaling),
-            constant("num_local_experts", 0, default=8, written=True),
             constant("normalization_function", "rmsnorm"),
             constant("mlp_bias", False),
         ),

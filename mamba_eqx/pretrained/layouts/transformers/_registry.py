@@ -13,6 +13,7 @@ from ._bamba import BAMBA
 from ._falcon_h1 import FALCON_H1
 from ._family import Family, describe_parts
 from ._granite import GRANITE
+from ._granite_mlps import IN_MEMORY as EXPERTS_IN_MEMORY
 from ._jamba import JAMBA
 from ._mamba import FALCON_MAMBA, MAMBA, OFFICIAL_NAMES
 from ._mamba2 import MAMBA2
@@ -23,6 +24,15 @@ _FAMILIES = MappingProxyType(
     {
         family.model_type: family
         for family in (MAMBA, MAMBA2, FALCON_MAMBA, BAMBA, JAMBA, GRANITE, FALCON_H1)
+    }
+)
+
+
+_RENAMES = MappingProxyType(
+    {
+        # As `MambaModel.load_hook` of transformers does.
+        "backbone.embedding.weight": OFFICIAL_NAMES.embedding,
+        **EXPERTS_IN_MEMORY,
     }
 )
 
@@ -83,8 +93,7 @@ def _layout(choose: Callable[[LanguageModelConfig], Family]) -> Layout:
         table=lambda config: choose(config).slots(config),
         embedding=lambda config: choose(config).names.embedding,
         keeps_tied_head=False,
-        # As `MambaModel.load_hook` of transformers does.
-        renames=MappingProxyType({"backbone.embedding.weight": OFFICIAL_NAMES.embedding}),
+        renames=_RENAMES,
         declares_ids=True,
     )
 
