@@ -107,13 +107,9 @@ def loop(weights: Tensors, tokens: torch.Tensor, sizes: Sizes) -> Tensors:
 
 def _mix(w: Tensors, kind: str, u: torch.Tensor, memory: dict[str, Any], s: Sizes) -> torch.Tensor:
     if kind == "p":
-        return sum(
-            of_output * _mix(w, part, of_input * u, memory, s)
-            for part, (of_input, of_output) in {
-                "2": s.mamba_in_out,
-                "a": s.attention_in_out,
-            }.items()
-        )
+        (in_2, out_2), (in_a, out_a) = s.mamba_in_out, s.attention_in_out
+        mixed = out_2 * _mix(w, "2", in_2 * u, memory, s)
+        return mixed + out_a * _mix(w, "a", in_a * u, memory, s)
     run = {"1": _mamba1, "2": _mamba2, "a": _attention}[kind]
     return run(_within(w, s.names.attention if kind == "a" else s.names.mamba), u, memory, s)
 
