@@ -27,11 +27,12 @@ SLOW = {
     "bamba_tiny",
     "jamba_tiny",
     "granite_tiny",
+    "falcon_h1_tiny",
     "state_spaces_hybrid",
     "state_spaces_mamba3",
     "state_spaces_mamba3_mimo",
 }
-HYBRIDS = {"bamba_tiny", "jamba_tiny", "granite_tiny", "state_spaces_hybrid"}
+HYBRIDS = {"bamba_tiny", "jamba_tiny", "granite_tiny", "falcon_h1_tiny", "state_spaces_hybrid"}
 CASES = [
     pytest.param(case, marks=[pytest.mark.slow] if case in SLOW else []) for case in GOLDEN_LAYOUTS
 ]

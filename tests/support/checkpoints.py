@@ -142,18 +142,16 @@ def granite(
     )
 
 
-MULTIPLIED = mbx.GatedMLPConfig(9, gate_multiplier=0.7, out_multiplier=1.3)
-
-
 def falcon_h1(
     mamba: mbx.Mamba2Config,
     heads: mbx.AttentionConfig,
     *,
     scales: tuple[float, ...] = (0.6, 1.4),
-    mlp: mbx.GatedMLPConfig = MULTIPLIED,
+    mlp_bias: bool = False,
     **fields: Any,
 ) -> mbx.LanguageModelConfig:
     """Returns the config of a model with Mamba-2 and attention side by side, and multipliers."""
+    mlp = mbx.GatedMLPConfig(9, bias=mlp_bias, gate_multiplier=0.7, out_multiplier=1.3)
     block = mbx.BlockConfig(mbx.ParallelConfig((mamba, heads), scales=scales), mlp=mlp)
     return mbx.LanguageModelConfig(
         13, (block,) * 2, embedding_multiplier=5.7, logits_multiplier=0.4, **fields
@@ -256,7 +254,7 @@ HYBRIDS: Models = {
                 qkv_proj_bias=True,
                 out_proj_bias=True,
             ),
-            mlp=mbx.GatedMLPConfig(7, bias=True),
+            mlp_bias=True,
             tie_embeddings=False,
             residual_in_fp32=False,
         ),

@@ -253,7 +253,8 @@ FALCON_H1 = Family(
             constant("attn_layer_indices", None),
             constant("mamba_use_mlp", True),
         ),
-        ignored=HYBRID_IGNORED,
+        # Published configs have the factor, which nothing reads.
+        ignored=HYBRID_IGNORED | {"mlp_expansion_factor"},
     ),
     names=LLAMA_NAMES,
 )
