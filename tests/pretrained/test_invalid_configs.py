@@ -82,7 +82,7 @@ INVALID = {
         ({"num_experts": 2, "expert_layer_offset": 0}, "missing: .*feed_forward.router"),
         ({"num_experts": DROPPED, "expert_layer_offset": 0}, "missing: .*feed_forward.experts.0"),
         ({"num_experts": 0}, "`num_experts`.*must be an integer from 1"),
-        ({"expert_layer_offset": 9}, "below expert_layer_period=5"),
+        ({"expert_layer_offset": 9}, "below expert_layer_period=2"),
         ({"sliding_window": 4}, "`sliding_window`.*must be None"),
         ({"attn_layer_offset": 5}, "below attn_layer_period=3"),
         ({"mamba_inner_layernorms": False}, "must be True"),
