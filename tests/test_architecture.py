@@ -100,7 +100,7 @@ LEVELS = {
     "pretrained/layouts/transformers": [
         "_family",
         "_hybrid _hybrid_names",
-        "_mamba",
+        "_mamba _nemotron_experts _nemotron_pattern",
         "_mamba2",
         "_bamba _jamba _nemotron_h",
         "_registry",
