@@ -227,6 +227,12 @@ def small_model(mixer: str, *, stacked: bool = False, remat: bool = False) -> mb
     return config.build(stacked=stacked, remat=remat, key=jr.key(0))
 
 
+def tiny_model(mixer: str, *, stacked: bool = False, remat: bool = False) -> mbx.LanguageModel:
+    """Builds the model of `--quick`: `d_model` 64, 2 layers, bytes."""
+    config = mbx.LanguageModelConfig(256, (mbx.BlockConfig(MIXERS[mixer](d_model=64)),) * 2)
+    return config.build(stacked=stacked, remat=remat, key=jr.key(0))
+
+
 def byte_model(*, stacked: bool = False) -> mbx.LanguageModel:
     """Builds a model in the shape of the bundled one: 1.5 million parameters."""
     block = mbx.BlockConfig(mbx.Mamba1Config(d_model=192, d_state=8))

@@ -21,7 +21,7 @@ from _common import (
     print_table,
     print_verdict,
     random_tokens,
-    small_model,
+    tiny_model,
 )
 from _llama import Llama, has_llama
 from _peers import available, has, mambapy_model, transformers_model
@@ -116,7 +116,7 @@ def main() -> None:
     args = arguments(__doc__, mixers=True)
     quick, with_peers, mixer = args.quick, not args.no_peers, args.mixer
     bandwidth, _ = print_facts(f"Decoding, {mixer}", quick=quick)
-    make = partial(small_model if quick else model_130m, mixer)
+    make = partial(tiny_model if quick else model_130m, mixer)
     new, new_peers = (8, 4) if quick else (64, 16)
     models = {"unrolled": make(), "stacked": make(stacked=True)}
     weights = parameter_bytes(models["unrolled"])

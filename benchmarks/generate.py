@@ -25,7 +25,7 @@ from _common import (
     print_table,
     print_verdict,
     random_tokens,
-    small_model,
+    tiny_model,
 )
 from _peers import available, transformers_model
 from jaxtyping import PyTree
@@ -268,7 +268,7 @@ def peer(model: mbx.LanguageModel, new: int) -> None:
 def main() -> None:
     args = arguments(__doc__)
     print_facts("Generation", quick=args.quick)
-    model = small_model("mamba1") if args.quick else model_130m("mamba1")
+    model = tiny_model("mamba1") if args.quick else model_130m("mamba1")
     new, repeats = (16, 3) if args.quick else (32, 7)
     overheads(model, new, repeats)
     choices(model, 10 * repeats)

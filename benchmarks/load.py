@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from _common import arguments, model_130m, print_facts, print_table, small_model
+from _common import arguments, model_130m, print_facts, print_table, tiny_model
 
 import mamba_eqx as mbx
 
@@ -27,7 +27,7 @@ def make(folder: Path, *, quick: bool, peers: bool) -> list[str]:
 
     The `"bin"` checkpoint is written only with `peers` and if torch is installed.
     """
-    model = small_model("mamba1") if quick else model_130m("mamba1")
+    model = tiny_model("mamba1") if quick else model_130m("mamba1")
     mbx.save_pretrained(model, folder / "safetensors", layout="state-spaces")
     if not peers:
         return ["safetensors"]

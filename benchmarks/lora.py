@@ -22,6 +22,7 @@ from _common import (
     print_table,
     random_tokens,
     temporary_mib,
+    tiny_model,
 )
 from jax.tree_util import KeyPath
 from jaxtyping import PyTree
@@ -72,8 +73,10 @@ def main() -> None:
     args = arguments(__doc__)
     print_facts("LoRA, rank 8", quick=args.quick)
     rows = []
-    sizes = [(byte_model(), 16, 128)]
-    sizes = [(sizes[0][0], 1, 16)] if args.quick else [*sizes, (wide_model(), 4, 512)]
+    if args.quick:
+        sizes = [(tiny_model("mamba1"), 1, 16)]
+    else:
+        sizes = [(byte_model(), 16, 128), (wide_model(), 4, 512)]
     for model, batch, seq in sizes:
         lora = LoRA.init(model, rank=8, key=jr.key(1))
         lora = jax.tree.map(lambda leaf: leaf + 0.01, lora)

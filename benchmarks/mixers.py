@@ -40,7 +40,7 @@ def main() -> None:
     options = arguments(__doc__)
     quick = options.quick
     print_facts("Mixers", quick=quick)
-    seq, d_model = (64, 128) if quick else (2048, 768)
+    seq, d_model = (32, 64) if quick else (2048, 768)
     configs: dict[str, mbx.models.AbstractMixerConfig] = {
         "Mamba-1": mbx.Mamba1Config(d_model),
         "Mamba-2": mbx.Mamba2Config(d_model),

@@ -21,7 +21,7 @@ from _common import (
     print_table,
     print_verdict,
     random_tokens,
-    small_model,
+    tiny_model,
 )
 from _llama import Llama, has_llama
 from _peers import available, check_agrees, has, mambapy_model, transformers_model
@@ -82,7 +82,7 @@ def main() -> None:
     args = arguments(__doc__, mixers=True, tokens=[64, 512, 2048])
     quick, with_peers, mixer = args.quick, not args.no_peers, args.mixer
     print_facts(f"Prefill, {mixer}", quick=quick)
-    make = partial(small_model if quick else model_130m, mixer)
+    make = partial(tiny_model if quick else model_130m, mixer)
     lengths = [16, 64] if quick else args.tokens
     unrolled, stacked = make(), make(stacked=True)
     peers = torch_peers(unrolled, mixer) if with_peers and available("torch") else {}

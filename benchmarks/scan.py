@@ -7,6 +7,7 @@ backward pass, with gradients of all inputs.
 """
 
 import importlib
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -173,33 +174,32 @@ def times(d_inner: int, sizes: list[tuple[int, int | None]], with_peers: bool) -
     )
 
 
-def chunk_sizes(seq: int) -> None:
-    """Measures both passes by chunk size."""
+def chunk_sizes(seq: int, widths: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+    """Measures both passes by chunk size, for each `d_inner` of `widths`."""
     rows = []
-    for d_inner, batch in ((512, None), (512, 4), (1536, None), (1536, 4)):
+    for d_inner, batch in itertools.product(widths, (None, 4)):
         args = inputs(d_inner, seq, batch)
         lift = batched if batch else lambda run: run
         runs: Competitors = {
-            str(size): compiled(lift(both(chunk_size=size)), *args)[0]
-            for size in (8, 16, 32, 64, 128)
+            str(size): compiled(lift(both(chunk_size=size)), *args)[0] for size in sizes
         }
         per_token = 1e6 / (seq * (batch or 1))
         rows.append((d_inner, batch or 1, *(t * per_token for t in medians(runs).values())))
     print(f"Forward and backward by chunk size, microseconds per token, {seq} tokens:\n")
-    print_table(("d_inner", "batch", "8", "16", "32", "64", "128"), rows)
+    print_table(("d_inner", "batch", *map(str, sizes)), rows)
 
 
-def memory(seq: int) -> float:
+def memory(seq: int, d_inner: int) -> float:
     """Prints the temporary memory of each method, and returns that of both passes in chunks."""
     rows, needed = [], {}
-    args = inputs(1536, seq)
+    args = inputs(d_inner, seq)
     for method in METHODS:
         sizes = []
         for run in (forward(method=method), both(method=method)):
             sizes.append(temporary_mib(compiled(run, *args)[1]))
         rows.append((method, *sizes))
         needed[method] = sizes[1]
-    print(f"Temporary memory in MiB, {seq} tokens, d_inner 1536:\n")
+    print(f"Temporary memory in MiB, {seq} tokens, d_inner {d_inner}:\n")
     print_table(("", "forward", "both"), rows)
     return needed["chunked"]
 
@@ -210,10 +210,13 @@ def main() -> None:
     print_facts("Selective scan", quick=quick)
     with_peers = not args.no_peers and available("torch")
     sizes = [(64, None), (64, 4)] if quick else [(512, None), (2048, None), (512, 4)]
-    times(128 if quick else 1536, sizes, with_peers)
-    chunk_sizes(128 if quick else 512)
-    used = memory(8192)
-    if not quick:
+    times(64 if quick else 1536, sizes, with_peers)
+    if quick:
+        chunk_sizes(32, (64,), (8, 16))
+        memory(128, 64)
+    else:
+        chunk_sizes(512, (512, 1536), (8, 16, 32, 64, 128))
+        used = memory(8192, 1536)
         what = "MiB for the backward pass of one layer at 8192 tokens"
         print_verdict(what, used, 200, at_most=True)
 

@@ -30,6 +30,7 @@ from _common import (
     random_tokens,
     small_model,
     temporary_mib,
+    tiny_model,
 )
 from _peers import available, check_agrees, has, mambapy_model, transformers_model
 
@@ -94,7 +95,7 @@ def torch_peers(model: mbx.LanguageModel, mixer: str, tokens: jax.Array) -> Comp
 def main() -> None:
     args = arguments(__doc__, mixers=True)
     quick, with_peers = args.quick, not args.no_peers and available("torch")
-    make = partial(small_model, args.mixer)
+    make = partial(tiny_model if quick else small_model, args.mixer)
     _, limit = print_facts(f"Training step, {args.mixer}", quick=quick)
     sizes = [(1, 32), (2, 16)] if quick else [(1, 512), (4, 256)]
     models = {

@@ -19,6 +19,7 @@ import jax.random as jr
 import numpy as np
 import optax
 from jaxtyping import PyTree
+from option_types import number
 
 import mamba_eqx as mbx
 from mamba_eqx import training
@@ -83,13 +84,15 @@ def logits(model: Classifier, series: Any, lengths: Any) -> jax.Array:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--d-model", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--longest", type=int, default=96, help="maximum time steps of a series")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--d-model", type=number(int, 1), default=16)
+    parser.add_argument("--layers", type=number(int, 1), default=2)
+    parser.add_argument(
+        "--longest", type=number(int, 1), default=96, help="maximum time steps of a series"
+    )
+    parser.add_argument("--steps", type=number(int, 1), default=600)
+    parser.add_argument("--batch", type=number(int, 1), default=32)
+    parser.add_argument("--lr", type=number(float, 0), default=1e-2)
+    parser.add_argument("--seed", type=number(int, 0), default=0)
     args = parser.parse_args()
     if args.longest < 3 * WIDTH:
         parser.error(f"--longest must be at least {3 * WIDTH}, but got {args.longest}")

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+from option_types import number
 
 import mamba_eqx as mbx
 
@@ -111,13 +112,15 @@ def predict(model: Tagger, letters: Any, lengths: Any) -> jax.Array:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--d-model", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--longest", type=int, default=48, help="maximum letters of a sequence")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--d-model", type=number(int, 1), default=16)
+    parser.add_argument("--layers", type=number(int, 1), default=1)
+    parser.add_argument(
+        "--longest", type=number(int, 1), default=48, help="maximum letters of a sequence"
+    )
+    parser.add_argument("--steps", type=number(int, 1), default=400)
+    parser.add_argument("--batch", type=number(int, 1), default=32)
+    parser.add_argument("--lr", type=number(float, 0), default=1e-2)
+    parser.add_argument("--seed", type=number(int, 0), default=0)
     args = parser.parse_args()
 
     start = time.process_time()

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from jax.tree_util import KeyPath
 from jaxtyping import PyTree
+from option_types import number
 
 import mamba_eqx as mbx
 from mamba_eqx.training import LoRA, load_lora, save_lora
@@ -29,6 +30,7 @@ from mamba_eqx.training import LoRA, load_lora, save_lora
 ROOT = Path(__file__).parents[1]
 TOKENIZER = mbx.ByteTokenizer()
 FIRST = ord("\n")  # The first byte of every row, in training and in generation.
+LAYOUTS = ("transformers", "state-spaces", "mistral")
 
 
 def read(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
@@ -36,6 +38,21 @@ def read(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     text = np.frombuffer(b"\n".join(path.read_bytes() for path in paths), np.uint8)
     cut = len(text) - len(text) // 10
     return text[:cut], text[cut:]
+
+
+def layout_for(model: mbx.LanguageModel) -> str:
+    """Returns the first layout that can store the model.
+
+    **Raises:** `mbx.CheckpointError` if no layout can.
+    """
+    faults: list[str] = []
+    for layout in LAYOUTS:
+        try:
+            mbx.state_dict(model, layout=layout)
+            return layout
+        except mbx.CheckpointError as error:
+            faults.append(str(error))
+    raise mbx.CheckpointError(" ".join(faults))
 
 
 def split(method: str, model: mbx.LanguageModel, args: argparse.Namespace) -> tuple[PyTree, PyTree]:
@@ -52,12 +69,12 @@ def split(method: str, model: mbx.LanguageModel, args: argparse.Namespace) -> tu
     return eqx.partition(model, jax.tree_util.tree_map_with_path(is_trained, model))
 
 
-def join(method: str, part: PyTree, rest: PyTree) -> tuple[mbx.LanguageModel, PyTree]:
-    """Returns the model made of both parts, and the state that a text starts from."""
+def join(method: str, part: PyTree, rest: PyTree) -> tuple[mbx.LanguageModel, PyTree | None]:
+    """Returns the model made of both parts, and the state that a text starts from; `None` is the
+    empty past."""
     if method == "state":
         return rest, part
-    model = part.merge(rest) if method == "lora" else eqx.combine(part, rest)
-    return model, model.init_state()
+    return part.merge(rest) if method == "lora" else eqx.combine(part, rest), None
 
 
 def rows_of(text: np.ndarray, starts: np.ndarray, length: int) -> jax.Array:
@@ -96,21 +113,17 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=mbx.SHIPPED, help="folder of a checkpoint")
     parser.add_argument("--text", type=Path, nargs="+", help="text files (default: our docs)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the result")
-    parser.add_argument("--rank", type=int, default=8, help="rank of LoRA")
+    parser.add_argument("--rank", type=number(int, 1), default=8, help="rank of LoRA")
     parser.add_argument(
         "--train", nargs="+", default=["norm", "A_log", "D", "dt_bias", "conv1d"],
         help="parameters to train with --method freeze, by parts of their names",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128, help="bytes per row")
+    parser.add_argument("--steps", type=number(int, 1), default=200)
+    parser.add_argument("--batch", type=number(int, 1), default=8)
+    parser.add_argument("--length", type=number(int, 1), default=128, help="bytes per row")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: by method)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=number(int, 0), default=0)
     args = parser.parse_args()
-    for name, least in (("rank", 1), ("steps", 1), ("batch", 1), ("length", 1), ("seed", 0)):
-        value = getattr(args, name)
-        if value < least:
-            parser.error(f"argument --{name}: must be at least {least}, but got {value}")
     if args.lr is not None and not 0 < args.lr < math.inf:
         parser.error(f"argument --lr: must be a positive number, but got {args.lr:g}")
     try:
@@ -123,6 +136,10 @@ def main() -> None:
             f"{args.model} has {model.vocab_size}"
         )
     try:
+        layout = layout_for(model)  # before the training, whose result it stores
+    except mbx.CheckpointError as error:
+        parser.error(f"argument --model: {error}")
+    try:
         train, held_out = read(args.text or sorted((ROOT / "docs").rglob("*.md")))
     except OSError as error:
         parser.error(f"argument --text: {error}")
@@ -131,7 +148,10 @@ def main() -> None:
             f"argument --text: must have more than {10 * args.length} bytes with --length "
             f"{args.length}, but has {len(train) + len(held_out)}"
         )
-    part, rest = split(args.method, model, args)
+    try:
+        part, rest = split(args.method, model, args)
+    except ValueError as error:  # Attention has no initial state that could be trained.
+        parser.error(f"argument --method: {args.method} does not fit the model: {error}")
     if not jax.tree.leaves(part):
         parser.error(
             f"argument --train: must name parameters of the model, but got {' '.join(args.train)}"
@@ -168,8 +188,10 @@ def main() -> None:
     print(f"{args.steps} steps, {time.process_time() - start:.0f} s of CPU time")
 
     tuned, state = join(args.method, part, rest)
-    prefix = mbx.decoding_state(tuned, state, FIRST)
+    prefix = None if state is None else mbx.decoding_state(tuned, state, FIRST)
     prompt = TOKENIZER.encode("The ")
+    if prefix is None:
+        prompt = [FIRST, *prompt]
     out = mbx.generate(
         tuned, prompt, 120, mbx.Sampling(temperature=0.7), key=jr.key(args.seed), state=prefix
     )
@@ -177,12 +199,12 @@ def main() -> None:
 
     try:
         if args.method == "lora":
-            save_lora(part, model, args.out, base_model=str(args.model))
-            assert eqx.tree_equal(load_lora(args.out, model), part)
-        elif args.method == "state":
+            save_lora(part, model, args.out, layout=layout, base_model=str(args.model))
+            assert eqx.tree_equal(load_lora(args.out, model, layout=layout), part)
+        elif prefix is not None:
             mbx.save_state(args.out / "prefix.safetensors", prefix, model)
         else:
-            mbx.save_pretrained(tuned, args.out, tokenizer=TOKENIZER)
+            mbx.save_pretrained(tuned, args.out, layout=layout, tokenizer=TOKENIZER)
     except (OSError, ValueError) as error:
         parser.error(f"argument --out: {error}")
     print(f"saved in {args.out}")

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+from option_types import number
 
 import mamba_eqx as mbx
 
@@ -118,14 +119,14 @@ def predict(model: Model, tokens: Any) -> jax.Array:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--keys", type=int, default=16, help="number of different keys")
-    parser.add_argument("--pairs", type=int, default=8, help="pairs per sequence")
-    parser.add_argument("--d-model", type=int, default=32)
-    parser.add_argument("--d-state", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=5e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keys", type=number(int, 1), default=16, help="number of different keys")
+    parser.add_argument("--pairs", type=number(int, 1), default=8, help="pairs per sequence")
+    parser.add_argument("--d-model", type=number(int, 1), default=32)
+    parser.add_argument("--d-state", type=number(int, 1), default=4)
+    parser.add_argument("--steps", type=number(int, 1), default=400)
+    parser.add_argument("--batch", type=number(int, 1), default=32)
+    parser.add_argument("--lr", type=number(float, 0), default=5e-3)
+    parser.add_argument("--seed", type=number(int, 0), default=0)
     args = parser.parse_args()
     if args.pairs > args.keys:
         parser.error(f"--pairs must be at most --keys, but got {args.pairs} and {args.keys}")

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from jax import lax
 from jaxtyping import PyTree
+from option_types import number
 
 import mamba_eqx as mbx
 
@@ -172,13 +173,19 @@ def update(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--longest", type=int, default=12, help="maximum length of a corridor")
-    parser.add_argument("--d-model", type=int, default=16)
-    parser.add_argument("--updates", type=int, default=150)
-    parser.add_argument("--agents", type=int, default=32, help="number of parallel agents")
-    parser.add_argument("--steps", type=int, default=48, help="steps of each agent per update")
-    parser.add_argument("--lr", type=float, default=5e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--longest", type=number(int, 1), default=12, help="maximum length of a corridor"
+    )
+    parser.add_argument("--d-model", type=number(int, 1), default=16)
+    parser.add_argument("--updates", type=number(int, 1), default=150)
+    parser.add_argument(
+        "--agents", type=number(int, 1), default=32, help="number of parallel agents"
+    )
+    parser.add_argument(
+        "--steps", type=number(int, 1), default=48, help="steps of each agent per update"
+    )
+    parser.add_argument("--lr", type=number(float, 0), default=5e-3)
+    parser.add_argument("--seed", type=number(int, 0), default=0)
     args = parser.parse_args()
 
     policy_key, env_key, key = jr.split(jr.key(args.seed), 3)

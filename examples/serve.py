@@ -149,14 +149,7 @@ class Server:
 
     def __init__(self, model: mbx.LanguageModel, tokenizer: mbx.TextTokenizer | mbx.ByteTokenizer):
         self.model, self.tokenizer = model, tokenizer
-        # Ids of no token, which a vocabulary may have in gaps and as padding, are banned, except
-        # for those that end a text.
-        known = tokenizer.token_ids | set(tokenizer.stop_tokens)
-        padding = [i for i in range(model.vocab_size) if i not in known]
-        self.sampling = mbx.Sampling(
-            logit_bias=dict.fromkeys(padding, -math.inf) or None,
-            stop_tokens=[token for token in tokenizer.stop_tokens if token < model.vocab_size],
-        )
+        self.sampling = mbx.Sampling().for_model(model, tokenizer)
         self.texts: OrderedDict[str, Text] = OrderedDict()
         self.turns = Turns()
         self.requests = 0

@@ -23,13 +23,13 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from option_types import number
 
 import mamba_eqx as mbx
 from mamba_eqx import training
@@ -121,19 +121,6 @@ def bits_per_byte(model: mbx.LanguageModel, text: np.ndarray, rows: int, piece: 
         loss, (weight, carry) = score(model, batch, carry)
         total += float(loss) * int(weight)
     return total / (rows * length) / math.log(2)
-
-
-def number(kind: type[int] | type[float], least: float) -> Callable[[str], int | float]:
-    """Returns the type of an option that is a number of at least `least`."""
-
-    def parse(text: str) -> int | float:
-        value = kind(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, but got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # for the message about a text that is no number
-    return parse
 
 
 def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Settings]:

@@ -44,6 +44,7 @@ from .layers import (
     Mamba3 as Mamba3,
     Mamba3State as Mamba3State,
     MixtureOfExperts as MixtureOfExperts,
+    Parallel as Parallel,
     Stacked as Stacked,
     Unrolled as Unrolled,
     cast as cast,
@@ -61,6 +62,7 @@ from .models import (
     Mamba3Config as Mamba3Config,
     MixtureOfExpertsConfig as MixtureOfExpertsConfig,
     MLPConfig as MLPConfig,
+    ParallelConfig as ParallelConfig,
 )
 from .pretrained import (
     CheckpointError as CheckpointError,

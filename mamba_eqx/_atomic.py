@@ -28,14 +28,16 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     temporary = _temporary_path(path)
     try:
-        with open(temporary, "xb") as file:
+        with _errors_name(path), open(temporary, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode
         yield temporary
-        # The safetensors package replaces the file with one that only its owner may read.
-        os.chmod(temporary, stat.S_IMODE(mode))
-        os.replace(temporary, path)
+        with _errors_name(path):
+            # The safetensors package replaces the file with one that only its owner may read.
+            os.chmod(temporary, stat.S_IMODE(mode))
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # There is no such file, or not even its folder.
+            temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -64,14 +66,22 @@ def atomic_folder(path: str | os.PathLike[str], *, sync: bool = False) -> Iterat
 
 
 @contextlib.contextmanager
-def temporary_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def temporary_folder(
+    path: str | os.PathLike[str], *, wanted: str | os.PathLike[str] | None = None
+) -> Iterator[Path]:
     """Yields an empty folder beside `path`, which is removed after the block.
 
     The folder is on the same file system as `path`, so files can be renamed from one to the other.
+
+    **Arguments:**
+
+    - `path`: a path in the folder that is to contain the new one.
+    - `wanted`: the path that errors name; `path` if `None`.
     """
     temporary = _temporary_path(Path(path))
     try:
-        temporary.mkdir(parents=True)
+        with _errors_name(path if wanted is None else wanted):
+            temporary.mkdir(parents=True)
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -106,7 +116,8 @@ def replaced_files(
     if os.path.lexists(folder) and not exists:
         raise FileExistsError(f"{path} is a file: give the path of a folder, existing or not.")
     # The folder around an existing one may be on another file system, or not writable.
-    with temporary_folder(folder / "new" if exists else folder) as temporary:
+    beside = folder / "new" if exists else folder
+    with temporary_folder(beside, wanted=path) as temporary:
         new, old = temporary / "new", temporary / "old"
         new.mkdir()
         yield new
@@ -121,6 +132,17 @@ def replaced_files(
         arrivals = [(new / name, folder / name) for name in names]
         arrivals.sort(key=lambda move: move[0].name in last)
         rename_all(departures + arrivals)
+
+
+@contextlib.contextmanager
+def _errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raises errors of the block as errors of `path`, since nobody knows the temporary name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def remove_folder(path: str | os.PathLike[str]) -> None:

@@ -46,6 +46,22 @@ def check_positive_number(name: str, value: object) -> None:
         raise ValueError(f"`{name}` must be a positive number, but got {name}={value!r}.")
 
 
+def check_positive_numbers(name: str, value: object, count: int, each: str) -> None:
+    """Raises unless `value` is a tuple of `count` positive, finite numbers.
+
+    `each` says for messages what each number is for.
+    """
+    if (
+        not isinstance(value, tuple)
+        or len(value) != count
+        or not all(_is_number(number) and 0 < number < math.inf for number in value)
+    ):
+        raise ValueError(
+            f"`{name}` must be a tuple of {count} positive numbers, one for each {each}, but got "
+            f"{name}={value!r}."
+        )
+
+
 def check_fraction(name: str, value: object) -> None:
     """Raises unless `value` is a number strictly between 0 and 1, such as the epsilon of a norm."""
     if not _is_number(value) or not 0 < value < 1:

@@ -50,8 +50,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# Compilation is half of the work, and takes half the time without XLA's fusion emitters.
-FAST = "--xla_cpu_use_fusion_emitters=false"
+# Compilation is half of the work, and takes half the time without XLA's fusion emitters. XLA would
+# also split every program into many parts to compile them in parallel, which costs small ones time.
+FAST = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 
 def _xla_knows(flags: str) -> bool:
@@ -119,9 +120,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 # Runs first, so that the marks exist when tests are selected by them.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the laws of the registry's variants slow, and runs each layer's laws in one process.
+    """Marks the laws of the registry's variants slow. Runs the laws of a layer in one process, and
+    the quick tests of any other file.
 
-    That process compiles the layer only once.
+    One process traces and compiles what they share only once.
     """
     from tests.support.registry import VARIANTS  # After the import hook.
 
@@ -132,6 +134,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group(str(name)))
             if name in VARIANTS:
                 item.add_marker(pytest.mark.slow)
+        elif item.get_closest_marker("slow") is None:  # Slow tests fill the processes at the end.
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     cache = getattr(config, "cache", None)
     if config.getoption("--rest") and cache is not None:
         done = set(cache.get(PASSED, []))

@@ -99,10 +99,11 @@ LEVELS = {
     ],
     "pretrained/layouts/transformers": [
         "_family",
-        "_hybrid _hybrid_names",
+        "_granite_mlps _hybrid_names",
         "_mamba _nemotron_experts _nemotron_pattern",
         "_mamba2",
-        "_bamba _jamba _nemotron_h",
+        "_hybrid",
+        "_bamba _falcon_h1 _granite _jamba _nemotron_h",
         "_registry",
         "__init__",
     ],

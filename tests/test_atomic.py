@@ -150,6 +150,30 @@ def test_temporary_folder_is_removed(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs the errors of POSIX")
+@pytest.mark.parametrize("write", [atomic_file, atomic_folder, replaced_files])
+def test_errors_name_the_path_that_was_given(write, tmp_path):
+    (tmp_path / "file").touch()
+    wanted = tmp_path / "file" / "x"
+    with pytest.raises(NotADirectoryError) as error, write(wanted):
+        pass
+    assert error.value.filename == str(wanted)
+    assert ".tmp" not in str(error.value)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as error, atomic_file(tmp_path / "folder"):
+        pass
+    assert error.value.filename == str(tmp_path / "folder")
+    assert error.value.filename2 is None
+    assert names(tmp_path) == ["file", "folder"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="needs a folder that is not writable")
+def test_errors_name_a_folder_that_cannot_be_written():
+    with pytest.raises(OSError, match=r".") as error, replaced_files("/proc/self"):
+        pass
+    assert error.value.filename == "/proc/self"
+
+
 def test_remove_folder(tmp_path):
     (tmp_path / "folder" / "inner").mkdir(parents=True)
     remove_folder(tmp_path / "folder")

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -86,7 +86,7 @@ class TemplateConversation:
         it was."""
         opened = self._opened
         messages = [*self._messages, {"role": "user", "content": line}]
-        ids = self._tokenizer.encode_chat(messages)
+        ids = self._encode(messages)
         usable = [s for s in self._snapshots if _starts_with(ids, s.ids) and len(s.ids) < len(ids)]
         longest = max(usable, key=lambda snapshot: len(snapshot.ids), default=None)
         new_ids, state = (
@@ -101,6 +101,20 @@ class TemplateConversation:
         finally:
             self._messages = [*messages, {"role": "assistant", "content": reply.text}]
             self._snapshots = [_Snapshot(ids, before), _Snapshot(ids + reply.ids, tokens.state)]
+
+    def _encode(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
+        ids = self._tokenizer.encode_chat(messages)
+        size = self._opened.model.vocab_size
+        largest = max(ids, default=0)
+        if largest >= size:  # Only a special token can lack a row; see `open_model`.
+            names = {i: name for name, i in self._tokenizer.special_tokens.items()}
+            raise ValueError(
+                f"The chat template uses the special token {names.get(largest)!r} with id "
+                f"{largest}, but the model has a vocabulary of {size} tokens. Use --plain to chat "
+                "without the template, or --tokenizer to name the tokenizer that the model was "
+                "trained with."
+            )
+        return ids
 
     def save(self, path: Path) -> None:
         _save(path, self._snapshots[-1].state if self._snapshots else None, self._opened)
@@ -131,7 +145,7 @@ class TemplateConversation:
             )
         messages = [_message(history_path, message) for message in messages]
         # A template refuses some conversations, such as two answers in a row.
-        self._tokenizer.encode_chat([*messages, {"role": "user", "content": "?"}])
+        self._encode([*messages, {"role": "user", "content": "?"}])
         self._messages = messages
         self._snapshots = [_Snapshot(ids, state)]
 

@@ -1,7 +1,6 @@
 """The command-line options for sampling tokens."""
 
 import argparse
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -96,7 +95,6 @@ def sampling_from_args(args: argparse.Namespace, opened: Opened) -> Sampling:
     `--stop` is not among them. It is matched on the text that is printed, not on the bytes of
     tokens, because the two can differ: SentencePiece drops the space before the first token.
     """
-    model, tokenizer = opened.model, opened.tokenizer
     penalties = sampling.Penalties(
         repetition=args.repetition_penalty,
         presence=args.presence_penalty,
@@ -104,17 +102,12 @@ def sampling_from_args(args: argparse.Namespace, opened: Opened) -> Sampling:
         window=args.penalty_window,
     )
     neutral = sampling.Penalties(window=args.penalty_window)
-    # The vocabulary of a model may have ids of no token, in gaps and as padding. They are banned,
-    # except for those that end a text.
-    known = tokenizer.token_ids | set(tokenizer.stop_tokens)
-    padding = [i for i in range(model.vocab_size) if i not in known]
-    return Sampling(
+    options = Sampling(
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
         min_p=args.min_p,
         typical_p=args.typical_p,
         penalties=None if penalties == neutral else penalties,
-        logit_bias=dict.fromkeys(padding, -math.inf) or None,
-        stop_tokens=[token for token in tokenizer.stop_tokens if token < model.vocab_size],
     )
+    return options.for_model(opened.model, opened.tokenizer)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree, UInt32
 
-from ._sampling import Sampling, check_sampling
+from ._sampling import Sampling, check_sampling, dense_bias
 from ._stopping import Stopping, stopping_for
 from .sampling import (
     LARGEST,
@@ -207,22 +207,7 @@ def _dense_bias(
 ) -> Float[Array, "*batch vocab"] | None:
     if bias is None:
         return None
-    if isinstance(bias, Mapping):
-        dense = np.zeros(vocab_size, np.float32)
-        for token, value in bias.items():
-            if not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"The keys of `logit_bias` must be tokens within 0..{vocab_size - 1}, but got "
-                    f"{token!r}."
-                )
-            dense[token] = value
-    else:
-        dense = np.asarray(bias, np.float32)
-        if dense.shape != (vocab_size,):
-            raise ValueError(
-                f"`logit_bias` must be a mapping from token ids to numbers, or an array of shape "
-                f"({vocab_size},), one number for each token, but got shape {dense.shape}."
-            )
+    dense = dense_bias(bias, vocab_size)
     if (dense == -np.inf).all():
         raise ValueError("`logit_bias` must leave at least one token, but bans every token.")
     return jnp.asarray(dense if rows is None else np.broadcast_to(dense, (rows, vocab_size)))

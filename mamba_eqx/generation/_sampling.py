@@ -9,7 +9,8 @@ from typing import TypeGuard
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..text import Tokenizer
+from ..models import LanguageModel
+from ..text import ByteTokenizer, TextTokenizer, Tokenizer
 from ._prompts import check_token_ids
 from .sampling import (
     Penalties,
@@ -30,8 +31,9 @@ class Sampling:
     """The options with which [`mamba_eqx.generate`][], [`mamba_eqx.stream`][],
     [`mamba_eqx.speculate`][] and [`mamba_eqx.beam_search`][] choose tokens and end rows.
 
-    The defaults decode greedily up to `max_new_tokens`. An instance depends on no model and can be
-    used any number of times; `dataclasses.replace(sampling, temperature=0.5)` makes a variant.
+    The defaults decode greedily up to `max_new_tokens`; `for_model` adds the tokens that end a text
+    of a model. Otherwise an instance depends on no model and can be used any number of times;
+    `dataclasses.replace(sampling, temperature=0.5)` makes a variant.
 
     Options are applied in this order: `penalties`, `logit_bias`, `temperature`, `top_k`, `top_p`,
     `min_p`, `typical_p`. Greedy decoding depends on the first two only.
@@ -107,6 +109,100 @@ class Sampling:
             _check_bias(self.logit_bias)
         stop_tokens_of(self)
         _check_stop_strings(self.stop_strings, self.tokenizer)
+
+    def for_model(
+        self, model: LanguageModel, tokenizer: TextTokenizer | ByteTokenizer
+    ) -> "Sampling":
+        """Returns these options for the texts of a model.
+
+        The tokenizer's end-of-text tokens are added to `stop_tokens`, and the ids that stand for no
+        token are banned in `logit_bias`: the vocabulary of a model can have such ids in gaps and as
+        padding. Stop tokens are never banned for that reason, since a checkpoint can declare an
+        end-of-text token that its tokenizer lacks. All other options are kept.
+
+        ```python
+        sampling = mbx.Sampling(temperature=0.8).for_model(model, tokenizer)
+        ```
+
+        **Arguments:**
+
+        - `model`: the model that generates.
+        - `tokenizer`: its tokenizer, which also becomes the option of that name.
+
+        **Returns:**
+
+        The options. They fit models with the same `vocab_size` only.
+        [`mamba_eqx.beam_search`][] takes them if no id is banned.
+
+        **Raises:** `ValueError` if `tokenizer` is not one of this package's, or has no token within
+        the model's vocabulary; or if `logit_bias` has another size.
+        """
+        if not isinstance(tokenizer, TextTokenizer | ByteTokenizer):
+            raise ValueError(
+                "`tokenizer` must be a `TextTokenizer` or a `ByteTokenizer`, but got "
+                f"tokenizer={shorten(tokenizer)}. Set `stop_tokens` and `logit_bias` instead."
+            )
+        size = model.vocab_size
+        ends = [token for token in tokenizer.stop_tokens if token < size]
+        given = stop_tokens_of(self)
+        if has_rows(given):
+            stop_tokens = [_union(row, ends) for row in given]
+            known = tokenizer.token_ids.union(*stop_tokens)
+        else:
+            stop_tokens = _union(given, ends)  # pyright: ignore[reportArgumentType]
+            known = tokenizer.token_ids.union(stop_tokens)
+        unknown = [i for i in range(size) if i not in known]
+        if len(unknown) == size:
+            raise ValueError(
+                f"`tokenizer` must have tokens within the model's vocabulary 0..{size - 1}, but "
+                f"got {tokenizer!r}. Use the tokenizer that the model was trained with."
+            )
+        return dataclasses.replace(
+            self,
+            logit_bias=_with_banned(self.logit_bias, unknown, size),
+            stop_tokens=stop_tokens,
+            tokenizer=tokenizer,
+        )
+
+
+def _union(first: Sequence[int], second: Sequence[int]) -> list[int]:
+    """Returns the distinct elements of two sequences, in order."""
+    return list(dict.fromkeys([*first, *second]))
+
+
+def _with_banned(
+    bias: Mapping[int, float] | Array | np.ndarray | None, tokens: Sequence[int], vocab_size: int
+) -> Mapping[int, float] | np.ndarray | None:
+    """Returns a bias that bans more tokens, or `None` if there is no bias at all."""
+    if bias is None or isinstance(bias, Mapping):
+        return dict(bias or {}) | dict.fromkeys(tokens, -math.inf) or None
+    dense = dense_bias(bias, vocab_size)
+    dense[np.array(tokens, int)] = -np.inf
+    return dense
+
+
+def dense_bias(bias: Mapping[int, float] | Array | np.ndarray, vocab_size: int) -> np.ndarray:
+    """Validates a bias against a vocabulary, and returns it as a new array of float32.
+
+    **Raises:** `ValueError` if a token or the shape does not fit.
+    """
+    if isinstance(bias, Mapping):
+        dense = np.zeros(vocab_size, np.float32)
+        for token, value in bias.items():
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"The keys of `logit_bias` must be tokens within 0..{vocab_size - 1}, but got "
+                    f"{token!r}."
+                )
+            dense[token] = value
+        return dense
+    dense = np.array(bias, np.float32)
+    if dense.shape != (vocab_size,):
+        raise ValueError(
+            f"`logit_bias` must be a mapping from token ids to numbers, or an array of shape "
+            f"({vocab_size},), one number for each token, but got shape {dense.shape}."
+        )
+    return dense
 
 
 def check_supported(function: str, sampling: Sampling, unsupported: Sequence[str]) -> None:

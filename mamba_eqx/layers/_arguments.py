@@ -4,7 +4,7 @@ compiled code contains none of these checks."""
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from .. import ops
 from ._protocol import AbstractSequenceLayer, Length, State
@@ -132,3 +132,25 @@ def checked_state(
                 "Start from `layer.init_state()`."
             )
     return state
+
+
+def checked_states(name: str, n_layer: int, state: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+    """Returns `state` if it is a tuple of a state for each of the `n_layer` layers that the layer
+    `name` is made of.
+
+    **Raises:** `ValueError` if `state` is no such tuple.
+    """
+    if not isinstance(state, tuple) or len(state) != n_layer:
+        raise ValueError(
+            f"The state of `{name}` with {n_layer} layers must be a tuple of {n_layer} states, but "
+            f"got {describe_state(state)}. Start from `layer.init_state()`."
+        )
+    return state
+
+
+def describe_state(state: PyTree) -> str:
+    """Describes a wrong state for messages."""
+    if isinstance(state, tuple):
+        return f"a tuple of {len(state)}"
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(state)]
+    return f"a {type(state).__name__} with leaves of shapes {shapes}"

@@ -75,7 +75,8 @@ class AbstractSequenceLayer(eqx.Module, Generic[State]):
         - `state`: the state after the tokens before `x`. `None` is the empty past; a layer that
             needs a `max_len` then takes the length of `x`.
         - `reset`: a boolean array of shape `(seq,)`. Where it is true, the layer forgets everything
-            before that token, so that several documents can be packed into one sequence.
+            before that token, so that several documents can be packed into one sequence. A reset
+            does not stop a NaN or an infinity that an earlier token of the same chunk holds.
         - `length`: the number of real tokens, within `0..seq`. The tokens after them are padding:
             they may hold anything, do not change the state or any gradient, and their outputs are
             meaningless.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from ._arguments import check_token, checked_sequence
+from ._arguments import check_token, checked_sequence, checked_states, describe_state
 from ._protocol import AbstractSequenceLayer, Length, Reset, State
 
 
@@ -118,8 +118,9 @@ class Unrolled(AbstractStack[tuple[PyTree, ...]]):
     ) -> tuple[Float[Array, " {self.d_model}"], tuple[PyTree, ...]]:
         """See [`mamba_eqx.AbstractSequenceLayer.step`][]."""
         check_token("Unrolled", self.d_model, x)
+        state = checked_states("Unrolled", self.n_layer, state)
         states = []
-        for layer, layer_state in zip(self.layers, self._checked_state(state), strict=True):
+        for layer, layer_state in zip(self.layers, state, strict=True):
             x, layer_state = layer.step(x, layer_state)
             states.append(layer_state)
         return x, tuple(states)
@@ -142,20 +143,12 @@ class Unrolled(AbstractStack[tuple[PyTree, ...]]):
         outputs, states = [], []
         if state is None:
             state = (None,) * self.n_layer
-        for layer, layer_state in zip(self.layers, self._checked_state(state), strict=True):
+        state = checked_states("Unrolled", self.n_layer, state)
+        for layer, layer_state in zip(self.layers, state, strict=True):
             x, layer_state = scan(layer, x, layer_state, reset, length)
             outputs.append(x)
             states.append(layer_state)
         return outputs, tuple(states)
-
-    def _checked_state(self, state: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
-        if not isinstance(state, tuple) or len(state) != self.n_layer:
-            raise ValueError(
-                f"The state of an `Unrolled` of {self.n_layer} layers must be a tuple of "
-                f"{self.n_layer} states, but got {_describe(state)}. Start from "
-                "`layer.init_state()`."
-            )
-        return state
 
 
 class Stacked(AbstractStack[PyTree]):
@@ -274,7 +267,7 @@ class Stacked(AbstractStack[PyTree]):
         if any(jnp.shape(leaf)[:1] != (self.n_layer,) for leaf in jax.tree.leaves(state)):
             raise ValueError(
                 f"The state of a `Stacked` of {self.n_layer} layers must have a first axis of "
-                f"{self.n_layer} in every leaf, but got {_describe(state)}. "
+                f"{self.n_layer} in every leaf, but got {describe_state(state)}. "
                 "Start from `layer.init_state()`."
             )
 
@@ -332,10 +325,3 @@ def _signature(layer: Layer) -> tuple[Hashable, ...]:
         tuple(jax.tree.leaves(rest)),
         jax.tree.structure(rest),
     )
-
-
-def _describe(state: PyTree) -> str:
-    if isinstance(state, tuple):
-        return f"a tuple of {len(state)}"
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(state)]
-    return f"a {type(state).__name__} with leaves of shapes {shapes}"

@@ -11,6 +11,7 @@ from .mixer_configs import (
     Mamba1Config as Mamba1Config,
     Mamba2Config as Mamba2Config,
     Mamba3Config as Mamba3Config,
+    ParallelConfig as ParallelConfig,
 )
 from .mlp_configs import (
     AbstractMLPConfig as AbstractMLPConfig,
@@ -35,4 +36,5 @@ __all__ = [
     "Mamba2Config",
     "Mamba3Config",
     "MixtureOfExpertsConfig",
+    "ParallelConfig",
 ]

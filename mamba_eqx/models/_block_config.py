@@ -1,6 +1,5 @@
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax.random as jr
@@ -9,13 +8,10 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from .._checks import check_flag, check_fraction, check_positive_number
 from ..layers import Block
-from ._config_fields import set_fields
+from ._config_fields import config_class, set_fields
 from ._round_trip import checked_config
 from .mixer_configs import MIXER_CONFIGS, AbstractMixerConfig
 from .mlp_configs import MLP_CONFIGS, AbstractMLPConfig
-
-
-_Config = TypeVar("_Config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,20 +106,10 @@ class BlockConfig:
         """
         mixer, mlp = block.mixer, block.mlp
         config = cls(
-            mixer=_config_class(MIXER_CONFIGS, mixer, "a mixer").of(mixer),
-            mlp=None if mlp is None else _config_class(MLP_CONFIGS, mlp, "an MLP").of(mlp),
+            mixer=config_class(MIXER_CONFIGS, mixer, "a mixer").of(mixer),
+            mlp=None if mlp is None else config_class(MLP_CONFIGS, mlp, "an MLP").of(mlp),
             residual_multiplier=block.residual_multiplier,
             rms_norm=isinstance(block.norm, eqx.nn.RMSNorm),
             norm_eps=block.norm.eps,
         )
         return checked_config(config, block)
-
-
-def _config_class(classes: Mapping[type, _Config], module: PyTree, what: str) -> _Config:
-    config = classes.get(type(module))
-    if config is None:
-        raise ValueError(
-            f"There is no config for {what} of type {type(module).__name__}, only for "
-            f"{', '.join(known.__name__ for known in classes)}."
-        )
-    return config

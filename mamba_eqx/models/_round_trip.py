@@ -69,6 +69,9 @@ def _differences(
                 below = f"{path}.{field.name}" if path else field.name
                 parts = (getattr(side, field.name) for side in (got, want))
                 yield from _differences(*parts, path=below)
+    elif isinstance(got, tuple) and isinstance(want, tuple) and len(got) == len(want):
+        for i, parts in enumerate(zip(got, want, strict=True)):
+            yield from _differences(*parts, path=f"{path}.{i}")
     elif isinstance(got, _PARTS) or isinstance(want, _PARTS) or got != want:
         yield path, _describe(got), _describe(want)
 

@@ -78,7 +78,8 @@ def gated_delta(
     - `"chunked"`: the corrections of a chunk are the solution of a triangular system of equations
         (the WY representation of section 3.2 of the paper), and the rest of the chunk consists of
         matrix products. Its reverse pass keeps only the states at the starts of the chunks. A
-        non-finite token makes its whole chunk non-finite, earlier tokens included.
+        non-finite token makes its whole chunk and the state after it non-finite, even if a reset
+        follows in the same chunk.
     - `"sequential"`: a `jax.lax.scan` over [`mamba_eqx.ops.gated_delta_step`][]. Its reverse pass
         keeps the state of every token.
 

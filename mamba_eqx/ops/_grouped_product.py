@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool, Float, Int, Integer
@@ -124,9 +125,12 @@ def _for_blocks(
     - `body`: a function of a block and the result.
     - `result`: the initial result.
     """
-    heights = [h for h in _HEIGHTS if h < rows]
-    heights += [min(rows, _HEIGHTS[-1])]
-    most, groups, parts = heights[-1], sizes.shape[0], columns // width
+    groups, parts = sizes.shape[0], columns // width
+    # Every height is a loop to compile, so that there are only heights near the usual group's.
+    mean = rows / groups
+    heights = [h for h in _HEIGHTS if mean / 4 <= h <= min(rows, 2 * mean + 4)]
+    heights = heights or [min(rows, _HEIGHTS[-1])]
+    most = heights[-1]
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
     # Every group has blocks of `most` rows, and one block with the rest.
     counts = -(-sizes // most)
@@ -325,7 +329,7 @@ def _in_front(arrays: Sequence[Array], axes: Sequence[_Axis]) -> list[Array]:
 def _register(
     primitive: Primitive,
     call: Callable[..., Array],
-    shape: Callable[..., jax.core.ShapedArray],
+    shape: Callable[..., ShapedArray],
     rules: tuple[Callable[..., Any], ...],
 ) -> None:
     """Tells JAX how to run, differentiate and batch a primitive.
@@ -351,14 +355,12 @@ def _register(
 _register(
     _product_p,
     _product,
-    lambda x, _, weight, *, axis: jax.core.ShapedArray(
-        (x.shape[0], weight.shape[3 - axis]), x.dtype
-    ),
+    lambda x, _, weight, *, axis: ShapedArray((x.shape[0], weight.shape[3 - axis]), x.dtype),
     (_ragged_product, _blockwise_product, _product_jvp, _product_transpose, _product_batched),
 )
 _register(
     _outer_p,
     _outer,
-    lambda a, b, sizes: jax.core.ShapedArray((sizes.shape[0], a.shape[1], b.shape[1]), a.dtype),
+    lambda a, b, sizes: ShapedArray((sizes.shape[0], a.shape[1], b.shape[1]), a.dtype),
     (_ragged_outer, _blockwise_outer, _outer_jvp, _outer_transpose, _outer_batched),
 )

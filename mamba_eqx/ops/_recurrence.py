@@ -45,7 +45,8 @@ def linear_recurrence(
     - `a`: the factors $a_t$, shape `(seq, *shape)`.
     - `b`: the terms $b_t$, shape `(seq, *shape)`.
     - `state`: the term $h_{-1}$ before the first, shape `(*shape)`; zero if `None`.
-    - `reset`: true where a token forgets everything before it ($a_t$ counts as 0), shape `(seq,)`.
+    - `reset`: true where a token forgets everything before it, shape `(seq,)`. There $a_t$ counts
+        as 0, so that all finite terms are forgotten, but NaN and infinities are not.
     - `length`: the number of real tokens; later ones are padding. The returned state is the one
         after `length` tokens.
     - `method`: `"sequential"` (a `jax.lax.scan`) or `"associative"` (a `jax.lax.associative_scan`,

@@ -71,7 +71,8 @@ def selective_scan(
         times the memory.
     - `"associative"`: a parallel prefix sum inside each chunk, the chunks one after another. It has
         a shorter critical path but does several times the work, which suits accelerators with idle
-        lanes.
+        lanes. A non-finite token makes the rest of its chunk and the state after it non-finite,
+        even if a reset follows in the same chunk.
 
     **Arguments:**
 

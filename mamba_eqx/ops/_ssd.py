@@ -79,7 +79,8 @@ def ssd(
         and listing 1 of the paper; official `ssd_minimal_discrete`, `mamba_chunk_scan_combined`).
         Unlike these, it runs the chunks one after another, so that only one chunk's attention is in
         memory at a time. Its reverse pass keeps only the states at the starts of the chunks. A
-        non-finite token makes its whole chunk non-finite, earlier tokens included.
+        non-finite token makes its whole chunk and the state after it non-finite, even if a reset
+        follows in the same chunk.
     - `"sequential"`: a `jax.lax.scan` over [`mamba_eqx.ops.ssd_step`][]. It is slower, and its
         reverse pass keeps the state of every token.
 

@@ -10,7 +10,7 @@ from ._hub import Hub
 from ._source import CONFIG, CONFIGS, Source, open_source
 from ._state_dict import get_layout
 from ._weights import open_weights
-from .layouts import MISTRAL, Layout, renamed
+from .layouts import MISTRAL, Layout, renamed, transformers_layout
 
 
 @dataclass(frozen=True)
@@ -80,4 +80,4 @@ def _layout_of(file: str, values: object) -> Layout:
     if "dim" in keys and "hidden_size" not in keys:
         return MISTRAL
     # Official keys cannot decide: configs written by transformers may contain them as well.
-    return get_layout("transformers" if "model_type" in keys else "state-spaces")
+    return transformers_layout(values) if "model_type" in keys else get_layout("state-spaces")

@@ -23,6 +23,8 @@ class ByteTokenizer:
         self._ids = SpecialIds() if ids is None else ids
         declared = (self._ids.bos, *self._ids.eos, self._ids.pad)
         self._special = frozenset(i for i in declared if i is not None and i > 255)
+        self._token_ids = self._special.union(range(256))
+        self._vocab_size = max(self._token_ids) + 1
 
     def __repr__(self) -> str:
         return f"<ByteTokenizer: {len(self.token_ids)} tokens>"
@@ -40,12 +42,12 @@ class ByteTokenizer:
     @property
     def vocab_size(self) -> int:
         """The largest token id plus 1: 256, unless `ids` declares a larger one."""
-        return max(self.token_ids) + 1
+        return self._vocab_size
 
     @property
     def token_ids(self) -> frozenset[int]:
         """The ids of all tokens: 0 to 255, and those that `ids` declares."""
-        return self._special.union(range(256))
+        return self._token_ids
 
     def encode(self, text: str) -> list[int]:
         """Encodes a text as its UTF-8 bytes.

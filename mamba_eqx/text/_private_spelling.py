@@ -106,6 +106,7 @@ def private_tokenizer(file: str, config: Mapping[str, object]) -> PrivateTokeniz
             for token in declared.added
         ]
         fast.add_tokens([AddedToken(**dataclasses.asdict(token)) for token in added])
+        fast.encode("")  # Fails if a template of the post-processor names a token that it lacks.
         return fast
 
     fast = checked(load, _FAILED)
@@ -150,7 +151,49 @@ def _parse(file: str) -> tuple[dict[str, object], dict[str, object], list[dict[s
         raise ValueError(
             f"{_FAILED}: its ids must be below {limit} for {len(vocab)} tokens, but got {largest}."
         )
+    _check_merges(model)
     return values, model, entries
+
+
+def _check_merges(model: Mapping[str, object]) -> None:
+    """Checks that the second part of each merge can be cut after the prefix of continuing pieces.
+
+    `tokenizers` cuts off as many bytes as the prefix has, whatever they are. Within a character,
+    it would make a string that is not UTF-8, and abort the process.
+
+    **Raises:** `ValueError` if there is such a merge.
+    """
+    merges, cut = model.get("merges"), _prefix_bytes(model)
+    for merge in merges if isinstance(merges, list) and cut else ():
+        parts = _parts(merge)
+        if parts is not None and _without_prefix(parts[1], cut) is None:
+            raise ValueError(
+                f"{_FAILED}: the second part of a merge must begin with the "
+                f"`continuing_subword_prefix`, but got {ascii(parts[1])[:100]}."
+            )
+
+
+def _prefix_bytes(model: Mapping[str, object]) -> int:
+    prefix = model.get("continuing_subword_prefix")
+    return len(prefix.encode("utf-8", "surrogatepass")) if isinstance(prefix, str) else 0
+
+
+def _parts(merge: object) -> tuple[str, str] | None:
+    """Returns the two parts of a merge, or `None` if it has no such parts."""
+    match merge.split(" ") if isinstance(merge, str) else merge:
+        case [str(left), str(right)]:
+            return left, right
+        case _:
+            return None
+
+
+def _without_prefix(part: str, cut: int) -> str | None:
+    """Returns a part of a merge without its first bytes, or `None` if these end in a character."""
+    encoded = part.encode("utf-8", "surrogatepass")
+    try:
+        return encoded[cut:].decode("utf-8", "surrogatepass") if cut <= len(encoded) else None
+    except UnicodeDecodeError:
+        return None
 
 
 def _rename(model: dict[str, object], private: Mapping[str, str]) -> None:
@@ -161,7 +204,7 @@ def _rename(model: dict[str, object], private: Mapping[str, str]) -> None:
         renamed = private.keys() & vocab.keys()
         model["vocab"] = {private.get(token, token): number for token, number in vocab.items()}
         if isinstance(merges, list) and renamed:
-            makes_special = _merge_test(model.get("continuing_subword_prefix"), renamed)
+            makes_special = _merge_test(_prefix_bytes(model), renamed)
             model["merges"] = [merge for merge in merges if not makes_special(merge)]
     elif isinstance(vocab, list):
         model["vocab"] = [_rename_piece(piece, private) for piece in vocab]
@@ -176,17 +219,21 @@ def _rename_piece(piece: object, private: Mapping[str, str]) -> object:
     return piece
 
 
-def _merge_test(prefix: object, renamed: Sequence[str] | set[str]) -> Callable[[object], bool]:
-    """Returns a function that tells whether a merge of the model reads or makes a special token."""
-    cut = len(prefix) if isinstance(prefix, str) else 0
+def _merge_test(cut: int, renamed: Sequence[str] | set[str]) -> Callable[[object], bool]:
+    """Returns a function that tells whether a merge of the model reads or makes a special token.
+
+    **Arguments:**
+
+    - `cut`: the number of bytes of the prefix of continuing pieces.
+    - `renamed`: the special tokens.
+    """
 
     def makes_special(merge: object) -> bool:
-        parts = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(parts, list) or len(parts) != 2:
+        parts = _parts(merge)
+        if parts is None:
             return False
         left, right = parts
-        if not isinstance(left, str) or not isinstance(right, str):
-            return False
-        return left in renamed or right in renamed or left + right[cut:] in renamed
+        made = left + (_without_prefix(right, cut) or "")
+        return left in renamed or right in renamed or made in renamed
 
     return makes_special

@@ -6,6 +6,8 @@ from typing import TypeVar
 
 _Result = TypeVar("_Result")
 
+_LONGEST = 300  # characters of a message
+
 
 def checked(call: Callable[[], _Result], failed: str) -> _Result:
     """Calls `tokenizers`, and converts all of its failures to `ValueError`.
@@ -26,9 +28,16 @@ def checked(call: Callable[[], _Result], failed: str) -> _Result:
     except MemoryError:
         raise
     except Exception as error:  # `tokenizers` raises a bare `Exception`.
-        raise ValueError(f"{failed}: {error}.") from error
+        raise ValueError(f"{failed}: {_shown(error)}.") from error
     except BaseException as error:
         # A panic in Rust is no `Exception`, and its class cannot be imported.
         if type(error).__name__ == "PanicException":
-            raise ValueError(f"{failed}: {error}.") from error
+            raise ValueError(f"{failed}: {_shown(error)}.") from error
         raise
+
+
+def _shown(error: BaseException) -> str:
+    """Returns the message of `tokenizers`, which can quote a long text of the file as it is."""
+    text = str(error)
+    short = text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in short)

@@ -61,6 +61,7 @@ class TextTokenizer:
         }
         special_ids = frozenset(self._special.values())
         self._spelling = Spelling(fast, self._private.decoder, special_ids)
+        self._vocab_size = max(self._spelling.ids, default=-1) + 1
         named = self._private.declared.named
         bos, eos, pad = (self._special.get(named.get(f"{role}_token", "")) for role in _ROLES)
         self._eos = eos
@@ -78,7 +79,7 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         """The largest token id plus 1, including tokens added after training. Not every id below
         needs to have a token; see `token_ids`."""
-        return max(self.token_ids, default=-1) + 1
+        return self._vocab_size
 
     @property
     def token_ids(self) -> frozenset[int]:

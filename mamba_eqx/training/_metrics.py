@@ -75,7 +75,7 @@ class MetricsFile:
                 in_order &= latest <= step and not damaged
                 last = max(last, line.step)
                 self._size += len(line.text)
-        faults = [f"{damaged} damaged lines"] * (damaged > 0)
+        faults = [f"{damaged} damaged line{'s' * (damaged > 1)}"] * (damaged > 0)
         if latest - step > repeated:
             faults.append(f"{latest - step} steps more than the newest checkpoint")
         if faults:
@@ -175,7 +175,10 @@ def read_metrics(
             steps.setdefault(name, []).append(line.step)
             values.setdefault(name, []).append(math.nan if value is None else value)
     if damaged:
-        warnings.warn(f"{path} has {damaged} damaged lines, which are left out.", stacklevel=2)
+        lines = (
+            "1 damaged line, which is" if damaged == 1 else f"{damaged} damaged lines, which are"
+        )
+        warnings.warn(f"{path} has {lines} left out.", stacklevel=2)
     return {name: (np.array(steps[name]), np.array(values[name], float)) for name in sorted(steps)}
 
 

@@ -161,6 +161,8 @@ def test_errors_do_not_end_a_chat(checkpoint, run, tmp_path):
     lines = [
         "/save",
         "/save x",
+        "Hi",
+        f"/save {tmp_path / 'noise' / 'x'}",
         "/nope",
         f"/load {tmp_path / 'noise'}",
         "/load y",
@@ -169,13 +171,13 @@ def test_errors_do_not_end_a_chat(checkpoint, run, tmp_path):
     ]
     options = ("--model", checkpoint, "--max-new-tokens", "3")
     code, out, err = run("chat", *options, typed="\n".join([*lines, "never said"]).encode())
-    assert (code, out) == (0, "")
+    assert code == 0
+    assert out.endswith("\n")
     told = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(told) == 5
-    for line, words in zip(
-        told, ["needs the name", "Nothing has", "no command", "noise", "y"], strict=True
-    ):
-        assert words in line
+    unwritable = f"error: Not a directory: {tmp_path / 'noise' / 'x'}"
+    words = ["needs the name", "Nothing has", unwritable, "no command", "noise", "y"]
+    for line, word in zip(told, words, strict=True):
+        assert word in line
     assert "/reset" in err
 
 
@@ -205,6 +207,29 @@ def chatty(tmp_path_factory):
     save_pretrained(byte_model(tokenizer.vocab_size + 3), path)
     mbx.save_tokenizer(tokenizer, path)
     return path
+
+
+def test_chat_names_a_special_token_that_the_model_lacks(chatty, run, tmp_path):
+    from tests.support.tokenizers import CONFIG, FILES
+
+    template = {"chat_template": "{{ '<|big|>' }}" + str(CONFIG["chat_template"])}
+    more = {"additional_special_tokens": ["<|big|>"]}
+    tokenizer = mbx.TextTokenizer(FILES["byte_level"], CONFIG | template | more)
+    number = tokenizer.special_tokens["<|big|>"]
+    assert number == tokenizer.vocab_size - 1
+    save_pretrained(byte_model(number), tmp_path)
+    mbx.save_tokenizer(tokenizer, tmp_path)
+    options = ("--model", tmp_path, "--max-new-tokens", "2")
+    code, out, err = run("chat", *options, typed=b"Hi")
+    assert (code, out) == (0, "")
+    assert err == (
+        f"error: The chat template uses the special token '<|big|>' with id {number}, but the "
+        f"model has a vocabulary of {number} tokens. Use --plain to chat without the template, or "
+        "--tokenizer to name the tokenizer that the model was trained with.\n"
+    )
+    code, out, err = run("chat", *options, "--plain", typed=b"Hi")
+    assert (code, err) == (0, "")
+    assert out.endswith("\n")
 
 
 def test_template_chat_reads_nothing_twice(chatty, run, tmp_path, monkeypatch):

@@ -107,7 +107,7 @@ def test_page(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_evaluation(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("lm_eval", reason="needs lm_eval: the extra `eval`")
-    module = load("evaluate", monkeypatch)
+    module = load("harness_model", monkeypatch)
     model, tokenizer = mbx.from_pretrained(checkpoint), mbx.load_tokenizer(checkpoint)
     lm = module.HarnessModel(model, tokenizer, 2)
 

@@ -39,7 +39,7 @@ def test_the_numbers_are_those_of_transformers(tmp_path, monkeypatch, as_users_r
         batch_size=1,
         max_length=4096,
     )
-    ours = module.HarnessModel(model, tokenizer, batch=3)
+    ours = load("harness_model", monkeypatch).HarnessModel(model, tokenizer, batch=3)
     found, want = (module.evaluate(lm, module.local_tasks(1)) for lm in (ours, theirs))
     assert found.keys() == {"next_line", "next_speaker", "the_play"}
     for task, metrics in want.items():

@@ -1,5 +1,6 @@
 """The examples run with small sizes, and their claims of equality hold."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 import mamba_eqx as mbx
 from mamba_eqx import training
+from tests.support.checkpoints import HYBRIDS, MAMBA3
 from tests.support.examples import load
 
 
@@ -190,6 +192,35 @@ def test_wrong_options_of_training_are_one_sentence(run, tmp_path, capsys, args,
     assert not (tmp_path / "run").exists()
 
 
+def test_help_of_the_evaluation_needs_no_other_package(run, monkeypatch, capsys):
+    for package in ("lm_eval", "datasets"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "harness_model", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        run("evaluate", "--help")
+    assert stopped.value.code == 0
+    assert "--tasks" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        run("evaluate")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("This example requires lm_eval: pip install")
+
+
+@pytest.mark.parametrize("name", ["classify_series", "encoder", "hybrid", "policy"])
+def test_options_that_are_too_small_are_refused(run, capsys, name):
+    for option, value, message in [
+        ("--steps", "0", "must be at least 1, but got 0"),
+        ("--d-model", "-3", "must be at least 1, but got -3"),
+        ("--seed", "-1", "must be at least 0, but got -1"),
+        ("--lr", "nan", "must be at least 0, but got nan"),
+    ]:
+        with pytest.raises(SystemExit) as stopped:
+            run(name, option, value)
+        assert stopped.value.code == 2
+        error = f"{name}: error: argument {option}: {message}"
+        assert capsys.readouterr().err.splitlines()[-1] == error
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "state", "freeze"])
 def test_finetune(run, tmp_path, method):
@@ -214,6 +245,40 @@ def test_finetune(run, tmp_path, method):
         for (path, old), new in pairs:
             trained = any(part in jax.tree_util.keystr(path) for part in ("conv1d", "A_log"))
             assert bool(jnp.array_equal(old, new)) is not trained
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("mamba3", MAMBA3["state-spaces"]["mimo"]),
+        ("hybrid", HYBRIDS["state-spaces"]["mamba2"]),
+    ],
+)
+def test_finetune_models_of_the_official_layout(run, tmp_path, name, config):
+    config = dataclasses.replace(config, vocab_size=256, padded_vocab_size=256)
+    model = config.build(key=jax.random.key(0))
+    mbx.save_pretrained(model, tmp_path / "base", layout="state-spaces")
+    (tmp_path / "text").write_bytes(b"A text of some length, again and again. " * 5)
+    run(
+        "finetune", "--model", str(tmp_path / "base"), "--text", str(tmp_path / "text"),
+        "--out", str(tmp_path / "tuned"), "--steps", "1", "--batch", "1", "--length", "8",
+    )  # fmt: skip
+    training.load_lora(tmp_path / "tuned", model, layout="state-spaces")
+
+
+def test_attention_has_no_initial_state_to_train(run, tmp_path, capsys):
+    config = HYBRIDS["state-spaces"]["mamba2"]
+    config = dataclasses.replace(config, vocab_size=256, padded_vocab_size=256)
+    model = config.build(key=jax.random.key(0))
+    mbx.save_pretrained(model, tmp_path / "base", layout="state-spaces")
+    args = ("--method", "state", "--model", str(tmp_path / "base"), "--out", str(tmp_path / "run"))
+    with pytest.raises(SystemExit) as stopped:
+        run("finetune", *args)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "finetune: error: argument --method: state does not fit the model: " in error
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

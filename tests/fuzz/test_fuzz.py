@@ -9,11 +9,14 @@ import importlib.util
 import os
 import shutil
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from tests.support import torch_files
 from tests.support.fuzz_kinds import KINDS, Kind
 from tests.support.mutants import Mutant, make_mutant, write_mutant
+from tests.support.mutants._json import Pairs, dump, mutate_tree
 from tests.support.watched import SlowError, watched
 
 
@@ -111,6 +114,30 @@ def _check(kind: str, numbers: range, scratch: Path) -> None:
         faults += more
     print(f"{kind}: {len(numbers)} mutants, {dict(outcomes.most_common())}")
     assert not faults, f"{len(faults)} faults:\n" + "\n".join(faults[:40])
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.safetensors", "a.bin", "a.npy", "a.xz"])
+def test_mutates_what_is_damaged_already(name):
+    """A mutant can have several mutations, and the tests must not fail in the second one."""
+    json_with_infinity = b'{"a": 1e999, "b": [0.5, true, "x", 3]}'
+    header = len(json_with_infinity).to_bytes(8, "little")
+    archive = torch_files.zip_bytes([torch_files.Entry("archive/data.pkl", b"\x80\x02N.")])
+    start = {"a.safetensors": header + json_with_infinity, "a.bin": archive}
+    files = {name: start.get(name, json_with_infinity)}
+    for number in range(600):
+        mutant = make_mutant(f"{name} {number}", files, ["*"], ())
+        content = mutant.files[name]
+        assert isinstance(content, bytes)
+        start_again = number % 6 == 5 or len(content) > 10_000
+        files = {name: start.get(name, json_with_infinity) if start_again else content}
+
+
+def test_mutated_trees_have_an_end():
+    for seed in range(300):
+        tree: object = Pairs([["a", Pairs([["b", [1, [2]]], ["c", Pairs([["d", 3]])]])]])
+        for number in range(4):
+            tree = mutate_tree(tree, Random(f"{seed} {number}"))
+        assert len(dump(tree)) < 10**7  # A tree that contains itself is a RecursionError.
 
 
 def test_few_mutants(tmp_path):

@@ -36,8 +36,9 @@ def test_row_ends_with_its_first_stop_token(prompt, n, stop):
     assert bool(out.stopped) == (tokens[-1] in stop)
 
 
-@given(st.lists(PROMPT, min_size=3, max_size=3), st.integers(1, 12), st.booleans())
-def test_rows_do_not_influence_each_other(prompts, n, sampling):
+@pytest.mark.parametrize("sampling", [True, pytest.param(False, marks=pytest.mark.slow)])
+@given(st.lists(PROMPT, min_size=3, max_size=3), st.integers(1, 12))
+def test_rows_do_not_influence_each_other(sampling, prompts, n):
     # Rows end at different times, since token 0 is a stop token.
     options = mbx.Sampling(**FILTERS if sampling else {}, stop_tokens=[0])
     out = mbx.generate(MODEL, prompts, n, options, key=KEY)
@@ -94,6 +95,17 @@ def test_long_prompts_run_in_chunks(a, b):
         jax.tree.leaves(chunked.state), jax.tree.leaves(whole.state), strict=True
     ):
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_caches_grow_when_a_state_is_continued():
+    """The room covers the tokens of the state as well as those of the prompt."""
+    mixers = mbx.AttentionConfig(6, nheads=2), mbx.Mamba1Config(6, d_state=4)
+    blocks = tuple(mbx.BlockConfig(mixer) for mixer in mixers)
+    model = mbx.LanguageModelConfig(VOCAB, blocks).build(key=KEY)
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    first = mbx.generate(model, prompt, 5)
+    second = mbx.generate(model, [3, 2, 1], 5, state=first.state)
+    assert row(second) == row(mbx.generate(model, prompt + row(first) + [3, 2, 1], 5))
 
 
 def test_prompts_can_be_arrays():

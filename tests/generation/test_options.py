@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 import mamba_eqx as mbx
 from mamba_eqx.text import stop_table
@@ -191,6 +191,7 @@ def test_stop_table_is_built_once_for_each_tokenizer():
         table[0, 0] = 1
 
 
+@settings(max_examples=4)  # Every new shape of the table of stop strings is compiled.
 @given(PROMPT, st.integers(1, 16), STRINGS)
 def test_row_ends_with_its_first_stop_string(prompt, n, strings):
     sampling = mbx.Sampling(stop_tokens=[9], stop_strings=strings, tokenizer=Letters())

@@ -42,11 +42,15 @@ TRANSFORMERS = Names(
     norm="input_layernorm.weight",
     norm2="pre_ff_layernorm.weight",
 )
+GRANITE = dataclasses.replace(
+    TRANSFORMERS, final="model.norm.weight", norm2="post_attention_layernorm.weight"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The kind of each layer, `"1"`, `"2"` (Mamba) or `"a"` (attention), and the sizes of parts."""
+    """The kind of each layer, `"1"`, `"2"` (Mamba), `"a"` (attention) or `"p"` (Mamba-2 and
+    attention side by side), and the sizes of parts."""
 
     names: Names
     kinds: str
@@ -60,6 +64,14 @@ class Sizes:
     dt_limit: tuple[float, float] = (0.0, float("inf"))
     rotary: tuple[int, float, bool] = (0, 1.0, False)  # features, base, interleaved
     scale: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+    ssm_multipliers: tuple[float, ...] = (1.0,) * 5
+    mlp_multipliers: tuple[float, float] = (1.0, 1.0)  # of the gate and the output
+    key_multiplier: float = 1.0
+    mamba_in_out: tuple[float, float] = (1.0, 1.0)  # multipliers of input and output
+    attention_in_out: tuple[float, float] = (1.0, 1.0)
 
 
 def loop(weights: Tensors, tokens: torch.Tensor, sizes: Sizes) -> Tensors:
@@ -71,26 +83,35 @@ def loop(weights: Tensors, tokens: torch.Tensor, sizes: Sizes) -> Tensors:
     stream |= {"hidden_states.norm_f": [], "logits": []}
     layers = [_within(weights, n.layer.format(i)) for i in range(len(s.kinds))]
     for token in tokens.tolist():
-        h = embedding[token]
+        h = s.embedding_multiplier * embedding[token]
         for i, kind in enumerate(s.kinds):
             w = layers[i]
-            mixer = _within(w, n.attention if kind == "a" else n.mamba)
-            run = {"1": _mamba1, "2": _mamba2, "a": _attention}[kind]
-            h = h + run(mixer, rms_norm(h, w[n.norm], s.eps), memory[i], s)
-            h = h + _mlp(w, rms_norm(h, w[n.norm2], s.eps))
+            out = _mix(w, kind, rms_norm(h, w[n.norm], s.eps), memory[i], s)
+            h = h + s.residual_multiplier * out
+            h = h + s.residual_multiplier * _mlp(w, rms_norm(h, w[n.norm2], s.eps), s)
             stream[f"hidden_states.{i}"].append(h)
         h = rms_norm(h, weights[n.final], s.eps)
         stream["hidden_states.norm_f"].append(h)
-        stream["logits"].append(weights.get("lm_head.weight", embedding) @ h)
+        logits = weights.get("lm_head.weight", embedding) @ h
+        stream["logits"].append(logits / s.logits_divisor)
     answer = {name: torch.stack(rows) for name, rows in stream.items()}
     for i, kind in enumerate(s.kinds):
-        for name in ("k", "v") if kind == "a" else ("conv", "ssm"):
+        for name in {"a": ("k", "v"), "p": ("conv", "ssm", "k", "v")}.get(kind, ("conv", "ssm")):
             value = memory[i][name]
             # The heads come first, then the tokens of a cache.
             if kind != "1" and name != "conv":
-                value = torch.stack(value, dim=1 if kind == "a" else 0)
+                value = torch.stack(value, dim=0 if name == "ssm" else 1)
             answer[f"state.{i}.{name}"] = value
     return answer
+
+
+def _mix(w: Tensors, kind: str, u: torch.Tensor, memory: dict[str, Any], s: Sizes) -> torch.Tensor:
+    if kind == "p":
+        (in_2, out_2), (in_a, out_a) = s.mamba_in_out, s.attention_in_out
+        mixed = out_2 * _mix(w, "2", in_2 * u, memory, s)
+        return mixed + out_a * _mix(w, "a", in_a * u, memory, s)
+    run = {"1": _mamba1, "2": _mamba2, "a": _attention}[kind]
+    return run(_within(w, s.names.attention if kind == "a" else s.names.mamba), u, memory, s)
 
 
 def _within(weights: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
@@ -126,7 +147,9 @@ def _mamba1(w: Tensors, u: torch.Tensor, memory: dict[str, Any], s: Sizes) -> to
 
 def _mamba2(w: Tensors, u: torch.Tensor, memory: dict[str, Any], s: Sizes) -> torch.Tensor:
     of_groups, headdim = s.ngroups * s.d_state, s.d_inner // s.nheads
-    row = _project(w, "in_proj", u)
+    parts = [s.d_inner, s.d_inner, of_groups, of_groups, s.nheads]
+    row = _project(w, "in_proj", u).split(parts)
+    row = torch.cat([m * part for m, part in zip(s.ssm_multipliers, row, strict=True)])
     z, xbc, dt = row.split([s.d_inner, s.d_inner + 2 * of_groups, s.nheads])
     x, b, c = silu(_conv(w, xbc, memory)).split([s.d_inner, of_groups, of_groups])
     dt = torch.logaddexp(dt + w["dt_bias"], torch.zeros_like(dt)).clamp(*s.dt_limit)
@@ -139,8 +162,11 @@ def _mamba2(w: Tensors, u: torch.Tensor, memory: dict[str, Any], s: Sizes) -> to
         states.append(decay * state + dt[k] * x_k[:, None] * b[group][None, :])
         y.append((states[k] * c[group][None, :]).sum(1) + w["D"][k] * x_k)
     memory["ssm"] = states
+    y = torch.cat(y) * silu(z)
+    if "norm.weight" not in w:
+        return _project(w, "out_proj", y)
     pairs = zip(
-        (torch.cat(y) * silu(z)).split(s.d_inner // s.ngroups),
+        y.split(s.d_inner // s.ngroups),
         w["norm.weight"].split(s.d_inner // s.ngroups),
         strict=True,
     )
@@ -159,6 +185,7 @@ def _attention(w: Tensors, u: torch.Tensor, memory: dict[str, Any], s: Sizes) ->
         qkv = _conv(w, qkv, memory)
     heads = qkv.reshape(-1, headdim)
     q, k, v = heads.split([nheads, nheads_kv, nheads_kv])
+    k = s.key_multiplier * k
     at = len(memory.setdefault("k", []))
     memory["k"].append(_rotated(k, at, s))
     memory.setdefault("v", []).append(v)
@@ -186,12 +213,16 @@ def _rotated(x: torch.Tensor, at: int, s: Sizes) -> torch.Tensor:
     return torch.cat([(pairs if interleaved else pairs.mT).flatten(1), rest], dim=1)
 
 
-def _mlp(w: Tensors, x: torch.Tensor) -> torch.Tensor:
+def _mlp(w: Tensors, x: torch.Tensor, s: Sizes) -> torch.Tensor:
     if "mlp.fc1.weight" in w:
         up, gate = _project(w, "mlp.fc1", x).chunk(2)
         return _project(w, "mlp.fc2", up * silu(gate))
+    if "shared_mlp.input_linear.weight" in w:
+        gate, up = _project(w, "shared_mlp.input_linear", x).chunk(2)
+        return _project(w, "shared_mlp.output_linear", up * silu(gate))
     up, gate = (_project(w, f"feed_forward.{part}_proj", x) for part in ("up", "gate"))
-    return _project(w, "feed_forward.down_proj", up * silu(gate))
+    of_gate, of_output = s.mlp_multipliers
+    return of_output * _project(w, "feed_forward.down_proj", up * silu(of_gate * gate))
 
 
 def random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -209,6 +240,7 @@ def random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -
     elif (
         name.endswith(("v_proj.weight", "o_proj.weight", "fc1.weight", "fc2.weight"))
         or "feed_forward" in name
+        or "shared_mlp" in name
     ):
         draw = normal(1.1 / shape[-1] ** 0.5)
     elif name.endswith("_proj.bias"):

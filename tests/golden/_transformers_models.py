@@ -59,16 +59,17 @@ def mamba_answers(model: Any, tokens: torch.Tensor) -> Tensors:
 
 def hybrid_answers(model: Any, tokens: torch.Tensor, kinds: str) -> Tensors:
     """Runs a hybrid of Mamba and attention in float64."""
-    if model.config.model_type == "bamba":
+    if model.config.model_type in ("bamba", "falcon_h1"):
         # The frequencies were computed in float32 before the model was cast to float64.
         rotary, c = model.model.rotary_emb, model.config
         with honest_float64():
-            dim = int(c.head_dim * c.rope_parameters["partial_rotary_factor"])
+            dim = int(c.head_dim * c.rope_parameters.get("partial_rotary_factor", 1.0))
             powers = torch.arange(0, dim, 2, dtype=torch.float64) / dim
             rotary.inv_freq = c.rope_parameters["rope_theta"] ** -powers
     # `output_hidden_states` would leave out the stream after the last block.
     hidden = []
-    for module in (*model.model.layers, model.model.final_layernorm):
+    final = "norm" if model.config.model_type == "granitemoehybrid" else "final_layernorm"
+    for module in (*model.model.layers, getattr(model.model, final)):
         module.register_forward_hook(
             lambda module, args, out: hidden.append(out[0] if isinstance(out, tuple) else out)
         )
@@ -83,9 +84,9 @@ def hybrid_answers(model: Any, tokens: torch.Tensor, kinds: str) -> Tensors:
             chosen = greedy(lambda t: model(t[None], use_cache=False).logits[0], tokens)
     answer |= {"logits": out.logits[0], "loss": loss, "greedy": chosen}
     for i, (kind, layer) in enumerate(zip(kinds, cached.cache.layers, strict=True)):
-        if kind == "a":
+        if kind in "ap":
             answer |= {f"state.{i}.k": layer.keys[0], f"state.{i}.v": layer.values[0]}
-        else:
+        if kind != "a":
             answer[f"state.{i}.conv"] = layer.conv_states[0][0]
             answer[f"state.{i}.ssm"] = layer.recurrent_states[0][0]
     answer |= {f"grad.{name}": p.grad for name, p in model.named_parameters()}
@@ -152,6 +153,48 @@ def jamba_sizes(config: Any) -> _loop_hybrid.Sizes:
     )
 
 
+def granite_sizes(config: Any) -> _loop_hybrid.Sizes:
+    """Returns the sizes of the Granite case."""
+    return _loop_hybrid.Sizes(
+        names=_loop_hybrid.GRANITE,
+        kinds="2a2",
+        eps=config.rms_norm_eps,
+        d_inner=20,
+        d_state=3,
+        heads=(6, 2, 4),
+        nheads=4,
+        ngroups=2,
+        dt_limit=(0.2, 0.9),
+        scale=0.4,
+        embedding_multiplier=0.6,
+        residual_multiplier=1.3,
+        logits_divisor=1.5,
+    )
+
+
+def falcon_h1_sizes(config: Any) -> _loop_hybrid.Sizes:
+    """Returns the sizes of the Falcon-H1 case."""
+    return _loop_hybrid.Sizes(
+        names=_loop_hybrid.TRANSFORMERS,
+        kinds="pp",
+        eps=config.rms_norm_eps,
+        d_inner=15,
+        d_state=3,
+        heads=(6, 2, 4),
+        nheads=5,
+        ngroups=5,
+        dt_limit=(0.2, 0.9),
+        rotary=(4, 1e11, False),
+        embedding_multiplier=1.7,
+        logits_divisor=1 / 0.6,
+        ssm_multipliers=tuple(config.ssm_multipliers),
+        mlp_multipliers=(0.7, 1.3),
+        key_multiplier=0.8,
+        mamba_in_out=(1.25, 0.6),
+        attention_in_out=(1.2, 0.9),
+    )
+
+
 MAMBA = Kind("Mamba", _witness.random_weight, _loop_mamba1.loop, mamba1_sizes, mamba_answers)
 FALCON = MAMBA._replace(model="FalconMamba")
 MAMBA2 = Kind("Mamba2", _loop_mamba2.random_weight, _loop_mamba2.loop, mamba2_sizes, mamba_answers)
@@ -166,4 +209,10 @@ JAMBA = BAMBA._replace(
     model="Jamba",
     sizes=jamba_sizes,
     answers=lambda model, tokens: hybrid_answers(model, tokens, "1a1"),
+)
+GRANITE = BAMBA._replace(model="GraniteMoeHybrid", sizes=granite_sizes)
+FALCON_H1 = BAMBA._replace(
+    model="FalconH1",
+    sizes=falcon_h1_sizes,
+    answers=lambda model, tokens: hybrid_answers(model, tokens, "pp"),
 )

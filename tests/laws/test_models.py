@@ -23,7 +23,12 @@ from tests.support.cases import (
 )
 from tests.support.configs import CONFIGS
 from tests.support.laws import all_layers
-from tests.support.registry import MIXERS, SIZES, make_inputs, make_layer
+from tests.support.registry import (
+    MIXERS,
+    SIZES,
+    make_inputs,
+    make_layer,
+)
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")

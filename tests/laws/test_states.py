@@ -19,7 +19,7 @@ from tests.support.cases import (
     scan_uncompiled,
     step,
 )
-from tests.support.laws import all_dtypes, all_layers, all_layers_quickly
+from tests.support.laws import all_layers, all_layers_quickly
 from tests.support.registry import (
     LAYERS,
     MIXERS,
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 @all_layers
-@all_dtypes
+@pytest.mark.parametrize("dtype", [*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.slow)])
 def test_closure(name: str, dtype: str):
     """`init_state`, `scan` and `step` return the same structure, shapes and dtypes."""
     with precision(dtype):

@@ -76,7 +76,9 @@ def test_packed_documents_are_independent(name: str, shared: bool, data: Any):
 
 
 @shared
-@pytest.mark.parametrize("length", range(4))
+@pytest.mark.parametrize(
+    "length", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2)), 3]
+)
 def test_padding_has_no_effect(shared: bool, length: int):
     """`length` gives the outputs of the shorter sequence."""
     layer, x = make("mamba1", shared), inputs("mamba1")

@@ -144,6 +144,12 @@ def test_invalid_options_of_mamba1_raise(options: dict[str, Any], message: str):
         ({"norm_eps": -1.0}, "`norm_eps` must be a number between 0 and 1.*-1"),
         ({"norm_eps": 2.0}, "`norm_eps` must be a number between 0 and 1.*2"),
         ({"rms_norm": 1}, "`rms_norm` must be True or False.*1"),
+        ({"ssm_multipliers": (1.0,) * 4}, r"`ssm_multipliers` must be a tuple of 5 positive.*`dt`"),
+        ({"ssm_multipliers": (1.0, 1.0, 0.0, 1.0, 1.0)}, r"`ssm_multipliers`.*\(1.0, 1.0, 0.0"),
+        ({"ssm_multipliers": (1.0, 1.0, -1, 1.0, 1.0)}, "`ssm_multipliers`.*-1"),
+        ({"ssm_multipliers": (float("inf"),) * 5}, "`ssm_multipliers`.*inf"),
+        ({"ssm_multipliers": (True,) * 5}, "`ssm_multipliers`.*True"),
+        ({"ssm_multipliers": 2.0}, "`ssm_multipliers`.*=2.0"),
         (
             {"norm_before_gate": True, "rms_norm": False},
             "`norm_before_gate.*needs the norm.*=False",

@@ -9,6 +9,9 @@ import pytest
 import mamba_eqx as mbx
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32"])
 def test_tokens_have_any_integer_dtype(dtype: str):
     """The vocabulary may be larger than the dtype: JAX adds its size to negative indices."""

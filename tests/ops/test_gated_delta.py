@@ -9,11 +9,18 @@ import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
 from jaxtyping import PyTree
 
 from mamba_eqx import ops
-from tests.support.ops import assert_close, assert_finite
+from tests.support.ops import (
+    CASES,
+    Case,
+    ScanOptions,
+    assert_close,
+    assert_finite,
+    assert_methods_agree,
+)
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -77,44 +84,15 @@ def test_matches_equations(method: Method, ngroups: int, heads: int):
 
 
 @pytest.mark.slow
-@given(
-    seq=st.sampled_from([0, 1, 9, 10]),
-    chunk_size=st.sampled_from([1, 4, 5, 64, None]),
-    # On, beside and away from the borders of chunks; in a row; at both ends.
-    resets=st.sampled_from([None, (), (0,), (4, 5), (3, 8, 9), tuple(range(10))]),
-    length=st.sampled_from([None, 0, 4, 5, 7]),
-)
-def test_methods_agree(
-    seq: int, chunk_size: int | None, resets: tuple[int, ...] | None, length: int | None
-):
+@given(CASES)
+def test_methods_agree(case: Case):
     """Outputs, final state and all gradients agree for every chunk size and with NaN as padding."""
-    *arrays, state = inputs(seq)
-    reset = None if resets is None else jnp.isin(jnp.arange(seq), jnp.array(resets, int))
-    real = jnp.ones(seq, bool)
-    if length is not None:
-        length = min(length, seq)
-        real = jnp.arange(seq) < length
-        arrays = [jnp.where(real.reshape((-1,) + (1,) * (a.ndim - 1)), a, jnp.nan) for a in arrays]
+    *arrays, state = inputs(case.seq)
 
-    def run(method: Method) -> PyTree:
-        def loss(arrays: list[jax.Array], state: jax.Array) -> tuple[jax.Array, PyTree]:
-            y, state = ops.gated_delta(
-                *arrays,
-                state=state,
-                reset=reset,
-                length=length,
-                method=method,
-                chunk_size=chunk_size,
-            )
-            y = jnp.where(real[:, None, None], y, 0.0)
-            weight = jnp.cos(jnp.arange(float(seq)))[:, None, None]
-            return jnp.sum(weight * y) + jnp.sum(jnp.sin(state)), (y, state)
+    def scan(arrays: list[jax.Array], state: jax.Array, options: ScanOptions) -> PyTree:
+        return ops.gated_delta(*arrays, state=state, **options._asdict())
 
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(arrays, state)
-
-    got, want = run("chunked"), run("sequential")
-    assert_close(got, want)
-    assert_finite(got)
+    assert_methods_agree(scan, arrays, state, case, per_token=range(5))
 
 
 @pytest.mark.slow

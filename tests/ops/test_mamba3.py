@@ -17,7 +17,15 @@ from jaxtyping import PyTree
 from mamba_eqx import ops
 from mamba_eqx.ops._rotary import cos_sin, wrap
 from tests.support.cases import quick
-from tests.support.ops import assert_close, assert_finite, largest_array
+from tests.support.ops import (
+    CASES,
+    Case,
+    ScanOptions,
+    assert_close,
+    assert_finite,
+    assert_methods_agree,
+    largest_array,
+)
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -143,53 +151,17 @@ def test_matches_equations(
 
 
 @pytest.mark.slow
-@given(
-    seq=st.sampled_from([0, 1, 10]),
-    chunk_size=st.sampled_from([1, 4, 5, None]),
-    # On, beside and away from the borders of chunks; in a row; at both ends.
-    resets=st.sampled_from([None, (0,), (4, 5), (3, 8, 9), tuple(range(10))]),
-    length=st.sampled_from([None, 0, 4, 5, 7]),
-    rank=st.sampled_from([None, 2]),
-)
-@example(seq=10, chunk_size=4, resets=(3, 8, 9), length=5, rank=2)
-def test_methods_agree(
-    seq: int,
-    chunk_size: int | None,
-    resets: tuple[int, ...] | None,
-    length: int | None,
-    rank: int | None,
-):
+@given(CASES, st.sampled_from([None, 2]))
+@example(case=Case(seq=10, chunk_size=4, resets=(3, 8, 9), length=5), rank=2)
+def test_methods_agree(case: Case, rank: int | None):
     """Outputs, final state and all gradients agree for every chunk size and with NaN as padding."""
-    arrays, state = inputs(seq, rank=rank)
-    reset = None if resets is None else jnp.isin(jnp.arange(seq), jnp.array(resets, int))
-    real = jnp.ones(seq, bool)
-    if length is not None:
-        length = min(length, seq)
-        real = jnp.arange(seq) < length
-        for name in ("x", "dt", "A", "B", "C", "trap", "angles"):
-            mask = real.reshape((-1,) + (1,) * (arrays[name].ndim - 1))
-            arrays[name] = jnp.where(mask, arrays[name], jnp.nan)
+    arrays, state = inputs(case.seq, rank=rank)
 
-    def run(method: Method) -> PyTree:
-        def loss(arrays: Arrays, state: State) -> tuple[jax.Array, PyTree]:
-            options: Any = {"method": method, "chunk_size": chunk_size}
-            y, state = call(
-                arrays,
-                state=state,
-                reset=reset,
-                length=length,
-                interleaved=rank is None,
-                **options,
-            )
-            y = jnp.where(real[:, None, None, None], y, 0.0)
-            weight = jnp.cos(jnp.arange(float(seq)))[:, None, None, None]
-            return jnp.sum(weight * y) + sum(jnp.sum(jnp.sin(t)) for t in state), (y, state)
+    def scan(arrays: Arrays, state: State, options: ScanOptions) -> PyTree:
+        return call(arrays, state=state, interleaved=rank is None, **options._asdict())
 
-        return quick(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(arrays, state)
-
-    got = run("chunked")
-    assert_close(got, run("sequential"))
-    assert_finite(got)
+    per_token = ("x", "dt", "A", "B", "C", "trap", "angles")
+    assert_methods_agree(scan, arrays, state, case, per_token=per_token)
 
 
 @pytest.mark.slow

@@ -14,6 +14,9 @@ from tests.support.cases import quick
 from tests.support.ops import assert_close
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
 SEQ, REAL = 7, 4
 HEADS, GROUPED, STATE = (4, 3), (2, 5), (5, 4, 3)
 

@@ -16,7 +16,16 @@ from jaxtyping import PyTree
 from safetensors.numpy import load_file
 
 from mamba_eqx import ops
-from tests.support.ops import GOLDEN, assert_close, assert_finite, largest_array
+from tests.support.ops import (
+    CASES,
+    GOLDEN,
+    Case,
+    ScanOptions,
+    assert_close,
+    assert_finite,
+    assert_methods_agree,
+    largest_array,
+)
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -110,54 +119,16 @@ def test_matches_official_reference(method: Method, chunk_size: int | None):
 
 
 @pytest.mark.slow
-@given(
-    seq=st.sampled_from([0, 1, 9, 10]),
-    chunk_size=st.sampled_from([1, 4, 5, 64, None]),
-    # On, beside and away from the borders of chunks; in a row; at both ends.
-    resets=st.sampled_from([None, (), (0,), (4, 5), (3, 8, 9), tuple(range(10))]),
-    length=st.sampled_from([None, 0, 4, 5, 7]),
-    per_channel=st.booleans(),
-)
-def test_methods_agree(
-    seq: int,
-    chunk_size: int | None,
-    resets: tuple[int, ...] | None,
-    length: int | None,
-    per_channel: bool,
-):
+@given(CASES, st.booleans())
+def test_methods_agree(case: Case, per_channel: bool):
     """Outputs, final state and all gradients agree for every chunk size and with NaN as padding."""
-    *arrays, state = inputs(seq, per_channel=per_channel)
-    reset = None if resets is None else jnp.isin(jnp.arange(seq), jnp.array(resets, int))
-    real = jnp.ones(seq, bool)
-    if length is not None:
-        length = min(length, seq)
-        real = jnp.arange(seq) < length
-        for i in (0, 1, 3, 4):
-            mask = real.reshape((-1,) + (1,) * (arrays[i].ndim - 1))
-            arrays[i] = jnp.where(mask, arrays[i], jnp.nan)
+    *arrays, state = inputs(case.seq, per_channel=per_channel)
 
-    def run(method: Method) -> PyTree:
-        def loss(arrays: list[jax.Array], state: jax.Array) -> tuple[jax.Array, PyTree]:
-            y, state = ops.ssd(
-                *arrays,
-                state=state,
-                reset=reset,
-                length=length,
-                method=method,
-                chunk_size=chunk_size,
-            )
-            y = jnp.where(real[:, None, None], y, 0.0)
-            weight = jnp.cos(jnp.arange(float(seq)))[:, None, None]
-            return jnp.sum(weight * y) + jnp.sum(jnp.sin(state)), (y, state)
+    def scan(arrays: list[jax.Array], state: jax.Array, options: ScanOptions) -> PyTree:
+        return ops.ssd(*arrays, state=state, **options._asdict())
 
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(arrays, state)
-
-    got, want = run("chunked"), run("sequential")
-    assert_close(got, want)
-    (_, out), (gradients, state_bar) = got
     # The gradient of D is NaN, because the skip connection multiplies D by the padding.
-    gradients = [g for i, g in enumerate(gradients) if i != 5]
-    assert_finite((out, gradients, state_bar))
+    assert_methods_agree(scan, arrays, state, case, per_token=(0, 1, 3, 4), not_finite=(5,))
 
 
 @pytest.mark.parametrize("method", METHODS)

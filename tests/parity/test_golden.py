@@ -1,5 +1,6 @@
 """Agreement with golden files, which other implementations have computed in float64."""
 
+import os
 from typing import Any
 
 import equinox as eqx
@@ -14,6 +15,10 @@ from mamba_eqx.pretrained import from_pretrained, state_dict
 from tests.support.parity import GOLDEN, GOLDEN_LAYOUTS, difference, named_state, run
 
 
+# `XLA_FLAGS= pytest` compiles as users do, and the newest Python is tested with nothing else.
+pytestmark = [pytest.mark.usefixtures("compile_fast")] if os.environ.get("XLA_FLAGS") else []
+
+
 # The quick run omits these cases, because similar cases cover most of their code.
 SLOW = {
     "mamba_tied",
@@ -21,11 +26,13 @@ SLOW = {
     "state_spaces_mamba2",
     "bamba_tiny",
     "jamba_tiny",
+    "granite_tiny",
+    "falcon_h1_tiny",
     "state_spaces_hybrid",
     "state_spaces_mamba3",
     "state_spaces_mamba3_mimo",
 }
-HYBRIDS = {"bamba_tiny", "jamba_tiny", "state_spaces_hybrid"}
+HYBRIDS = {"bamba_tiny", "jamba_tiny", "granite_tiny", "falcon_h1_tiny", "state_spaces_hybrid"}
 CASES = [
     pytest.param(case, marks=[pytest.mark.slow] if case in SLOW else []) for case in GOLDEN_LAYOUTS
 ]

@@ -33,9 +33,10 @@ def value_first(weight: jax.Array) -> jax.Array:
 
 
 def granite() -> tuple[Any, mbx.MixtureOfExperts, dict[str, Any]]:
+    from transformers import GraniteMoeHybridConfig
     from transformers.models.granitemoehybrid import modeling_granitemoehybrid as granite
 
-    config = granite.GraniteMoeHybridConfig(
+    config = GraniteMoeHybridConfig(
         hidden_size=D,
         mamba_n_heads=2,
         intermediate_size=WIDTH,
@@ -47,9 +48,10 @@ def granite() -> tuple[Any, mbx.MixtureOfExperts, dict[str, Any]]:
 
 
 def jamba() -> tuple[Any, mbx.MixtureOfExperts, dict[str, Any]]:
+    from transformers import JambaConfig
     from transformers.models.jamba import modeling_jamba as jamba
 
-    config = jamba.JambaConfig(
+    config = JambaConfig(
         hidden_size=D, intermediate_size=WIDTH, num_experts=5, num_experts_per_tok=2
     )
     mixture = mbx.MixtureOfExperts(D, WIDTH, n_experts=5, top_k=2, routing="softmax", key=jr.key(0))
@@ -59,9 +61,10 @@ def jamba() -> tuple[Any, mbx.MixtureOfExperts, dict[str, Any]]:
 def nemotron(
     d_latent: int | None, renormalise: bool
 ) -> tuple[Any, mbx.MixtureOfExperts, dict[str, Any]]:
+    from transformers import NemotronHConfig
     from transformers.models.nemotron_h import modeling_nemotron_h as nemotron
 
-    config = nemotron.NemotronHConfig(
+    config = NemotronHConfig(
         hidden_size=D,
         moe_intermediate_size=WIDTH,
         moe_shared_expert_intermediate_size=7,

@@ -13,13 +13,13 @@ import pytest
 import mamba_eqx as mbx
 from mamba_eqx.pretrained import from_pretrained, save_pretrained, state_dict
 from tests.support.parity import (
-    THEIRS,
     difference,
     named_state,
     run,
     their_logits,
     their_model,
 )
+from tests.support.parity_models import THEIRS
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.parity]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Callable
 
 import equinox as eqx
@@ -21,6 +20,9 @@ from mamba_eqx.pretrained import (
 )
 from mamba_eqx.pretrained.layouts import LAYOUTS
 from tests.support.checkpoints import FAMILIES, STORED, Stored, assert_same, edit_config, make
+
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 # Compile more than the others, which stand for them in a quick run.
@@ -132,12 +134,26 @@ RECURRENCE: dict[type, tuple[str, ...]] = {
     type(None): (),
     mbx.GatedMLPConfig: (),
     mbx.MLPConfig: (),
-    mbx.MixtureOfExpertsConfig: ("gate.weight", "gate.e_score_correction_bias"),
     mbx.Mamba1Config: ("A_log", "D", "dt_proj.bias"),
     mbx.Mamba2Config: ("A_log", "D", "dt_bias"),
     mbx.Mamba3Config: ("D", "dt_bias"),
     mbx.AttentionConfig: (),
+    # Mamba-2 and attention.
+    mbx.ParallelConfig: ("A_log", "D", "dt_bias"),
 }
+# A family for each kind of routing.
+ROUTERS = {
+    "sigmoid": ("gate.weight", "gate.e_score_correction_bias"),
+    "softmax": ("router.weight",),
+    "softmax_of_chosen": ("block_sparse_moe.router.layer.weight",),
+}
+
+
+def recurrence_names(part: object) -> tuple[str, ...]:
+    """Returns the ends of the names of a part's parameters that stay in float32."""
+    if isinstance(part, mbx.MixtureOfExpertsConfig):
+        return ROUTERS[part.routing]
+    return RECURRENCE[type(part)]
 
 
 @cases_with_stacks(parts_suffice)
@@ -147,8 +163,9 @@ def test_part_of_a_model_has_part_of_the_names(stored, stacked):
     named = state_dict(part, layout=layout)
     assert named.keys() <= state_dict(model, layout=layout).keys()
     parts = [part for layer in stored.config.layers for part in (layer.mixer, layer.mlp)]
-    ends = [end for part in parts for end in RECURRENCE[type(part)]]
-    assert sorted(re.split(r"\.(?:mixer|mamba)\.", key)[1] for key in named) == sorted(ends)
+    ends = [end for part in parts for end in recurrence_names(part)]
+    # Names such as "backbone.layers.0.mixer.A_log" and "model.layers.0.mamba.A_log".
+    assert sorted(key.split(".", 4)[4] for key in named) == sorted(ends)
     assert_same(load_state_dict(part, named, layout=layout), part)
 
 

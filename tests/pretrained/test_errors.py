@@ -21,6 +21,9 @@ from tests.support.bounded import bounded
 from tests.support.checkpoints import BOTH, config, make
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A function that saves a model in either layout, its config and tensors altered."""

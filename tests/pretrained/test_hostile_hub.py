@@ -1,17 +1,11 @@
 """Hubs that are hostile, broken or slow: nothing but `CheckpointError`, and nothing outside the
 cache, whatever they answer."""
 
-import base64
 import contextlib
 import gzip
-import logging
 import os
 import random
-import tempfile
 import time
-import traceback
-from pathlib import Path
-from urllib.parse import quote
 
 import pytest
 
@@ -22,60 +16,13 @@ from mamba_eqx.pretrained import (
     open_source,
     save_pretrained,
 )
-from tests.support.checkpoints import BOTH, assert_same, make
-from tests.support.hub_server import Fault, Hub
+from tests.support.checkpoints import assert_same
+from tests.support.hostile_hub import CONFIG, FILES, MODEL, NAME, WEIGHTS
+from tests.support.hub_server import Fault
 
 
-NAME = "me/mine"
-MODEL = make(BOTH["tied"])
 REQUESTS = "mamba_eqx.pretrained._hub_requests."
-
-
-def _files() -> dict[str, bytes]:
-    with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(MODEL, folder)
-        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-
-FILES = _files()
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ABSENT = {"X-Error-Code": "EntryNotFound"}
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A folder with a cache in it, and files around it that nobody may touch."""
-    (tmp_path / "cache").mkdir()
-    for name in ("a" * 40, "b" * 64, "x"):
-        (tmp_path / name).write_text("precious")
-    return tmp_path
-
-
-@pytest.fixture
-def find(hub: Hub, root: Path):
-    """Finds a file like the functions that load, and checks that nothing outside was touched."""
-    hub.add(NAME, FILES)
-    hub.sent = 0
-
-    def call(*names: str, headers: Path | None = None, **options) -> list[bytes]:
-        options = {"endpoint": hub.endpoint, "cache_dir": root / "cache"} | options
-        before = _outside(root)
-        try:
-            source = open_source(NAME, Options(**options), header_folder=headers)
-            paths = [source.find(name) for name in names]
-            return [path.read_bytes() for path in paths if path is not None]
-        finally:
-            assert _outside(root) == before
-
-    return call
-
-
-def _outside(root: Path) -> dict[str, str]:
-    files = {path for path in root.rglob("*") if path.is_file()}
-    cached = {path for path in files if path.is_relative_to(root / "cache")}
-    assert all("precious" not in path.read_bytes().decode("latin-1") for path in cached)
-    return {str(path): path.read_text() for path in files - cached if "headers" not in path.parts}
-
 
 NO_NAMES = ["../../../../x", "../" * 9 + "a" * 40, ".", "..", "a/b", "a\\b", ".hidden", "x" * 300]
 
@@ -126,68 +73,6 @@ def test_revisions_stay_in_the_cache(revision, hub, find):
 def test_names_of_files_are_plain(name, find):
     with pytest.raises(CheckpointError, match="not the plain name of a file"):
         find(name)
-
-
-# Secrets.
-
-
-def test_token_may_end_with_a_line(hub, find):
-    hub.repositories[NAME].private = True
-    assert find(CONFIG, token=" hf_good\n") == [FILES[CONFIG]]
-
-
-@pytest.mark.parametrize("token", ["hf_secret\nx", "hf_sec ret", "hf_sécret", " \n", ""])
-def test_invalid_token_raises_without_showing_it(token, hub, find):
-    with pytest.raises(ValueError, match="`token` must be") as error:
-        find(CONFIG, token=token)
-    assert "secret" not in _printed(error.value)
-    assert hub.requests == []
-
-
-SECRET = "s3cr3t!" * 2
-
-
-def test_secrets_are_not_shown(hub, find, caplog, monkeypatch):
-    user = f"someone:{quote(SECRET)}@"
-    endpoint = hub.endpoint.replace("//", f"//{user}")
-    options = {"endpoint": endpoint, "token": "hf_" + "a1" * 17}
-    shown = repr(Options(**options))
-    password = "Basic " + base64.b64encode(f"someone:{SECRET}".encode()).decode()
-    monkeypatch.setattr(hub, "valid_tokens", {password})
-    faults = [
-        Fault("HEAD", 99, status=503, headers={"Retry-After": "0"}),
-        Fault("HEAD", 99, status=401),
-        Fault("HEAD", 99, headers={"ETag": ""}),
-        Fault("GET", 99, cut=0),
-    ]
-    with caplog.at_level(logging.DEBUG):
-        assert find(CONFIG, endpoint=endpoint) == [FILES[CONFIG]]
-        for fault in faults:
-            hub.faults[:] = [fault]
-            with pytest.raises(CheckpointError, match=f"{hub.endpoint}\\)") as error:
-                find(CONFIG, **options, force_download=True)
-            shown += _printed(error.value)
-        hub.faults.clear()
-        for wrong in (f"http://{user}127.0.0.1:9", f"ftp://{user}host"):
-            with pytest.raises(ValueError, match=r"`endpoint`|could not be reached") as error:
-                find(CONFIG, endpoint=wrong, force_download=True)
-            shown += _printed(error.value)
-    assert {request.headers.get("authorization") for request in hub.requests} == {password}
-    shown += caplog.text
-    for secret in (SECRET, quote(SECRET), password[6:], "a1a1"):
-        assert secret not in shown
-
-
-def _printed(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error))
-
-
-@pytest.mark.parametrize(
-    "endpoint", ["huggingface.co", "ftp://x", "http://", "http://[", "http://x:y", "http://a b", ""]
-)
-def test_invalid_endpoint_raises(endpoint, find):
-    with pytest.raises(ValueError, match="`endpoint` must be the address of a Hub"):
-        find(CONFIG, endpoint=endpoint)
 
 
 # Passing failures.

@@ -1,9 +1,11 @@
 """Hybrid checkpoints: what the laws of all checkpoints do not cover."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from mamba_eqx.pretrained import (
     state_dict,
 )
 from mamba_eqx.pretrained._arrays import to_jax
-from mamba_eqx.pretrained.layouts import Slot, group_by_leaf
+from mamba_eqx.pretrained.layouts import LAYOUTS, Slot, group_by_leaf
 from tests.support.checkpoints import DROPPED, HYBRIDS as MODELS, assert_same, make, save_edited
 
 
@@ -42,6 +44,76 @@ def test_leaf_is_split_into_tensors():
         load_state_dict(model, named | {key: named[key][:15]})
     with pytest.raises(CheckpointError, match=r"k_proj.weight is bfloat16.*the same dtype"):
         load_state_dict(model, named | {key: named[key].astype(jnp.bfloat16)})
+
+
+def test_gate_precedes_value_in_granite():
+    model = make(MODELS["transformers"]["granite"])
+    block = model.layers.unstack()[0]
+    assert isinstance(block, mbx.Block)
+    assert isinstance(block.mlp, mbx.GatedMLP)
+    value, gate = jnp.split(block.mlp.fc1.weight, 2)
+    weight = state_dict(model)["model.layers.0.shared_mlp.input_linear.weight"]
+    assert np.array_equal(weight, jnp.concatenate([gate, value]))
+
+
+def test_experts_are_read_under_the_names_of_transformers_in_memory():
+    model = make(MODELS["transformers"]["granite_experts"])
+    named = state_dict(model)
+    in_memory = {
+        "input_linear.weight": "experts.gate_up_proj",
+        "output_linear.weight": "experts.down_proj",
+        "router.layer.weight": "router.weight",
+    }
+    for i in range(2):
+        for name, other in in_memory.items():
+            prefix = f"model.layers.{i}.block_sparse_moe."
+            named[prefix + other] = named.pop(prefix + name)
+    assert_same(load_state_dict(model, named), model)
+    # Not both at once.
+    both = named | {prefix + name: named[prefix + other]}
+    with pytest.raises(CheckpointError, match=rf"1 unexpected: '{prefix}router.weight'"):
+        load_state_dict(model, both)
+
+
+def test_gate_precedes_value_in_experts_of_granite():
+    model = make(MODELS["transformers"]["granite_experts"])
+    block = model.layers.unstack()[1]
+    assert isinstance(block, mbx.Block)
+    assert isinstance(block.mlp, mbx.MixtureOfExperts)
+    value, gate = jnp.split(block.mlp.fc1, 2, axis=1)
+    named = state_dict(model)
+    weight = named["model.layers.1.block_sparse_moe.input_linear.weight"]
+    assert np.array_equal(weight, jnp.concatenate([gate, value], axis=1))
+
+
+def test_file_has_the_names_of_its_own_model_type(tmp_path):
+    # Without multipliers, the same model would be saved as a Bamba model.
+    multipliers: list[str] = ["residual_multiplier", "embedding_multiplier", "logits_scaling"]
+    model = MODELS["transformers"]["granite_mamba"]
+    fields = dict.fromkeys(multipliers, DROPPED)
+    loaded = from_pretrained(save_edited(model, tmp_path / "1", "transformers", fields))
+    blocks = tuple(dataclasses.replace(b, residual_multiplier=1.0) for b in model.layers)
+    plain = mbx.LanguageModelConfig(13, blocks)
+    assert mbx.LanguageModelConfig.of(loaded) == plain
+    assert all(map(np.array_equal, jax.tree.leaves(loaded), jax.tree.leaves(make(model))))
+    save_pretrained(loaded, tmp_path / "2")
+    assert json.loads((tmp_path / "2" / "config.json").read_text())["model_type"] == "bamba"
+    assert_same(from_pretrained(tmp_path / "2"), loaded)
+
+
+def test_logits_scaling_is_kept_exactly():
+    for divisor in (1, 3, 6, 8, 10, 49, 0.3):
+        model = dataclasses.replace(
+            MODELS["transformers"]["granite"], logits_multiplier=1 / divisor
+        )
+        fields = LAYOUTS["transformers"].write_config(model, np.dtype(np.float32))
+        assert fields["logits_scaling"] == divisor
+        assert "logits_multiplier" not in fields
+        assert LAYOUTS["transformers"].read_config(fields) == model
+    # No number has this reciprocal.
+    model = dataclasses.replace(MODELS["transformers"]["granite"], logits_multiplier=1.9)
+    fields = LAYOUTS["transformers"].write_config(model, np.dtype(np.float32))
+    assert (fields["logits_scaling"], fields["logits_multiplier"]) == (1 / 1.9, 1.9)
 
 
 def test_leaf_of_experts_is_split_by_experts_and_rows():
@@ -126,6 +198,42 @@ def test_written_fields(tmp_path):
                 "num_key_value_heads": None,
                 "n_ctx": 262144,
                 "use_mamba_kernels": True,
+            },
+        ),
+        # Like `granite-4.0-h-350m`, whose attention has no positions.
+        (
+            "transformers",
+            "granite",
+            {
+                "attention_dropout": 0.0,
+                "init_method": "mup",
+                "intermediate_size": 2048,
+                "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+                "mamba_chunk_size": 256,
+                "normalization_function": "rmsnorm",
+                "num_experts_per_tok": 0,
+                "output_router_logits": False,
+                "position_embedding_type": None,
+                "rope_scaling": None,
+                "rope_theta": 10000,
+                "router_aux_loss_coef": 0.0,
+            },
+        ),
+        # Like `granite-4.0-350m`, which has Mamba-2's fields but no such layer.
+        (
+            "transformers",
+            "granite_attention",
+            {
+                "mamba_conv_bias": True,
+                "mamba_d_conv": 4,
+                "mamba_d_head": 64,
+                "mamba_d_state": 256,
+                "mamba_expand": 2,
+                "mamba_n_groups": 1,
+                "mamba_n_heads": 128,
+                "mamba_proj_bias": False,
+                "rope_parameters": DROPPED,
+                "rope_theta": 50,
             },
         ),
         # Like `mamba2attn-2.7b`.

@@ -21,7 +21,18 @@ from mamba_eqx.pretrained import (
     save_pretrained,
     state_dict,
 )
-from tests.support.checkpoints import BOTH, MAMBA1 as MODELS, assert_same, config, make, mamba2
+from tests.support.checkpoints import (
+    BOTH,
+    MAMBA1 as MODELS,
+    assert_same,
+    config,
+    make,
+    mamba2,
+    save_edited,
+)
+
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 @pytest.mark.parametrize("stacked", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -251,3 +262,10 @@ def test_only_whole_models_are_saved(tmp_path):
     with pytest.raises(CheckpointError, match="22 not of a floating-point dtype"):
         save_pretrained(counts, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_width_of_state_spaces_is_rounded_down(tmp_path):
+    """The official width is `int(expand * d_model)`."""
+    want = config(mbx.Mamba1Config(d_model=5, d_inner=7), n_layer=1)
+    folder = save_edited(want, tmp_path, "state-spaces", {"ssm_cfg.expand": 1.5})
+    assert_same(from_pretrained(folder), make(want))

@@ -11,6 +11,9 @@ from mamba_eqx.text import SpecialIds
 from tests.support.checkpoints import BOTH, FAMILIES, assert_same, edit_config, make
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
 MODEL, OTHER = make(BOTH["tied"]), make(BOTH["untied"])  # Of 16 and 13 rows.
 BYTES = {"tokenizer_class": "ByteTokenizer"}
 LAST = SpecialIds(eos=(15,))  # The last id of the vocabulary.

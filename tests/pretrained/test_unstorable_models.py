@@ -11,13 +11,18 @@ from mamba_eqx.pretrained.layouts import LAYOUTS
 from tests.support.checkpoints import (
     BIASED,
     EXPERTS,
+    GATED,
+    GRANITE_EXPERTS,
     NORMALISED,
     ODD,
     OFFICIAL,
     ROTARY,
     WEIGHTLESS,
+    WHOLE,
     attention,
     config,
+    falcon_h1,
+    granite,
     hybrid,
     make,
     mamba2,
@@ -26,8 +31,12 @@ from tests.support.checkpoints import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
 UNGATED = mbx.MLPConfig(9)
 DELTA = mbx.GatedDeltaNetConfig(d_model=6, headdim=4)
+PARALLEL = mbx.ParallelConfig((mamba2(), ROTARY))
 
 # Models that a layout cannot store: the layout, the model, what the error says, and the layout that
 # it recommends, if any.
@@ -105,12 +114,104 @@ UNSTORABLE = [
     ("state-spaces", config(mamba2(norm_eps=1e-4)), "norm_eps=0.0001", None),
     ("transformers", config(mamba3()), "Mamba3 layers", "state-spaces"),
     ("state-spaces", config(mamba3(norm_eps=1e-4)), "norm_eps=0.0001", None),
+    (
+        "transformers",
+        config(mamba2(ssm_multipliers=(1.0, 1.0, 0.5, 1.0, 1.0))),
+        r"with multipliers \(ssm_multipliers=\(1.0, 1.0, 0.5, 1.0, 1.0\)",
+        None,
+    ),
+    (
+        "state-spaces",
+        config(mamba2(ssm_multipliers=(1.0, 1.0, 1.0, 1.0, 2.0))),
+        "with multipliers",
+        None,
+    ),
+    ("transformers", config(PARALLEL), "layers without an MLP", None),
+    ("transformers", hybrid(PARALLEL, ROTARY), r"Attention and .*Parallel layers", None),
+    (
+        "transformers",
+        falcon_h1(mamba2(), ROTARY),
+        "rotary embedding of a part of each head",
+        None,
+    ),
+    ("transformers", falcon_h1(mamba2(d_ssm=12), WHOLE), "some channels as an MLP", None),
+    ("transformers", falcon_h1(mamba2(norm_eps=1e-4), WHOLE), "norm_eps=0.0001", None),
+    ("transformers", falcon_h1(mamba2(), attention(window=4)), "with a window", None),
+    (
+        "transformers",
+        hybrid(mbx.ParallelConfig((WHOLE, mamba2()))),
+        r"other than Mamba2 and Attention, in this order \(Attention, Mamba2\)",
+        None,
+    ),
+    (
+        "transformers",
+        hybrid(mbx.ParallelConfig((mamba2(), mamba2(), WHOLE))),
+        r"in this order \(Mamba2, Mamba2, Attention\)",
+        None,
+    ),
+    ("state-spaces", config(PARALLEL), "Parallel layers", None),
     ("transformers", config(DELTA), "GatedDeltaNet layers", None),
     ("state-spaces", config(DELTA), "GatedDeltaNet layers", None),
-    ("transformers", hybrid(mamba2(), attention()), "without a rotary embedding", None),
+    (
+        "transformers",
+        hybrid(mamba2(), attention(rotary_emb_dim=8, rotary_emb_interleaved=True)),
+        "or with an interleaved one .*or an interleaved one",
+        None,
+    ),
+    (
+        "transformers",
+        granite(mamba2(), attention(rotary_emb_dim=4)),
+        "a multiplier of .*rotary embedding of a part of each head",
+        None,
+    ),
+    (
+        "transformers",
+        granite(mamba2(), mlp=dataclasses.replace(GRANITE_EXPERTS, d_shared=None)),
+        r"experts without a shared expert \(d_shared=None\)",
+        None,
+    ),
+    (
+        "transformers",
+        granite(mamba2(), mlp=dataclasses.replace(GRANITE_EXPERTS, routing="softmax")),
+        "experts with another routing .*routing='softmax'",
+        None,
+    ),
+    (
+        "transformers",
+        granite(mamba2(), mlp=dataclasses.replace(GRANITE_EXPERTS, gated=False)),
+        "experts without a gate",
+        None,
+    ),
+    (
+        "transformers",
+        granite(mamba2(), mlp=dataclasses.replace(GRANITE_EXPERTS, d_latent=4)),
+        "experts in a smaller space",
+        None,
+    ),
+    (
+        "transformers",
+        mbx.LanguageModelConfig(
+            13,
+            (mbx.BlockConfig(mamba2(), mlp=GRANITE_EXPERTS), mbx.BlockConfig(mamba2(), mlp=GATED)),
+        ),
+        "experts in some of the layers only",
+        None,
+    ),
+    ("transformers", granite(mamba2(), attention(headdim=3)), "an odd number of features", None),
+    (
+        "transformers",
+        granite(mamba2(), attention(out_proj_bias=True)),
+        "a bias in one projection only",
+        None,
+    ),
     ("transformers", hybrid(mamba2(), OFFICIAL), "attention with a convolution", None),
     ("transformers", hybrid(mamba2(), attention(window=4)), "attention with a window", None),
-    ("transformers", hybrid(mamba2(), attention(softmax_scale=0.3)), "softmax_scale=0.3", None),
+    (
+        "transformers",
+        hybrid(mamba2(), attention(rotary_emb_dim=4, softmax_scale=0.3)),
+        "softmax_scale=0.3.*rotary embedding of a part",
+        None,
+    ),
     (
         "transformers",
         hybrid(mamba2(), ROTARY, attention()),

@@ -77,11 +77,9 @@ class Case(NamedTuple):
 
 
 @st.composite
-def plans(draw: st.DrawFn, name: str, dtype: str = "float32") -> Plan:
-    """Chooses a case for the layer `name`."""
-    # The mathematics is the same in all dtypes, and float64 reveals the smallest mistakes.
-    all_sizes = THOROUGH or (name in MIXERS and dtype == "float64")
-    sizes = draw(st.sampled_from(SIZES if all_sizes else SIZES[:1]))
+def plans(draw: st.DrawFn, name: str, among: list[Sizes] | None = None) -> Plan:
+    """Chooses a case for the layer `name`, in one of the sizes `among`."""
+    sizes = draw(st.sampled_from(among or (SIZES if THOROUGH else SIZES[:1])))
     if THOROUGH:
         seq = draw(st.integers(1, 80))
         cut = draw(st.integers(0, seq))
@@ -165,6 +163,7 @@ CONFIG_TYPES = {
     mbx.Mamba3: mbx.Mamba3Config,
     mbx.GatedDeltaNet: mbx.GatedDeltaNetConfig,
     mbx.Attention: mbx.AttentionConfig,
+    mbx.Parallel: mbx.ParallelConfig,
 }
 
 

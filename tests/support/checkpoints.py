@@ -120,6 +120,52 @@ _MAMBA2_BOTH = {
     "limits": config(mamba2(dt_limit=(0.25, 0.75)), residual_in_fp32=False),
 }
 
+
+GATED = mbx.GatedMLPConfig(9)
+GRANITE_EXPERTS = mbx.MixtureOfExpertsConfig(7, n_experts=5, top_k=3, d_shared=9)
+
+
+def granite(
+    *mixers: mbx.models.AbstractMixerConfig,
+    mlp: mbx.models.AbstractMLPConfig = GATED,
+    logits_multiplier: float = 1 / 6,
+    **fields: Any,
+) -> mbx.LanguageModelConfig:
+    """Returns the config of a model with multipliers, and one layer for each mixer."""
+    blocks = [mbx.BlockConfig(mixer, mlp=mlp, residual_multiplier=0.22) for mixer in mixers]
+    return mbx.LanguageModelConfig(
+        13,
+        tuple(blocks),
+        embedding_multiplier=12.0,
+        logits_multiplier=logits_multiplier,
+        **fields,
+    )
+
+
+def falcon_h1(
+    mamba: mbx.Mamba2Config,
+    heads: mbx.AttentionConfig,
+    *,
+    scales: tuple[float, ...] = (0.6, 1.4),
+    mlp_bias: bool = False,
+    **fields: Any,
+) -> mbx.LanguageModelConfig:
+    """Returns the config of a model with Mamba-2 and attention side by side, and multipliers."""
+    mlp = mbx.GatedMLPConfig(9, bias=mlp_bias, gate_multiplier=0.7, out_multiplier=1.3)
+    block = mbx.BlockConfig(mbx.ParallelConfig((mamba, heads), scales=scales), mlp=mlp)
+    return mbx.LanguageModelConfig(
+        13, (block,) * 2, embedding_multiplier=5.7, logits_multiplier=0.4, **fields
+    )
+
+
+# Mamba-2 as Falcon-H1 has it: a width of its own, multipliers, and a gate without a norm.
+MULTIPLIED = mamba2(
+    d_inner=15, ngroups=5, rms_norm=False, ssm_multipliers=(0.4, 0.2, 0.7, 0.5, 1.3)
+)
+# Attention with a softmax scale of its own: without positions, and rotated as a whole.
+NOPE = attention(softmax_scale=0.3)
+WHOLE = attention(rotary_emb_dim=8, rotary_emb_base=50.0, softmax_scale=0.3)
+
 # The models of each family by layout and name.
 Models = Mapping[str, Mapping[str, mbx.LanguageModelConfig]]
 
@@ -159,6 +205,7 @@ MAMBA3: Models = {
         "mlp": config(mamba3(d_inner=15, ngroups=5, mimo_rank=1), d_intermediate=128),
     }
 }
+JAMBA_EXPERTS = mbx.MixtureOfExpertsConfig(9, n_experts=5, top_k=3, routing="softmax")
 HYBRIDS: Models = {
     "transformers": {
         "bamba": hybrid(mamba2(), ROTARY, mamba2(), padded_vocab_size=16),
@@ -178,6 +225,50 @@ HYBRIDS: Models = {
         "no_attention": hybrid(mamba2(), mamba2()),
         "jamba": hybrid(
             NORMALISED, attention(nheads=3, nheads_kv=3, headdim=2), NORMALISED, NORMALISED
+        ),
+        "granite": granite(mamba2(), NOPE, mamba2(), padded_vocab_size=16),
+        "granite_rope": granite(
+            attention(rotary_emb_dim=8, qkv_proj_bias=True, out_proj_bias=True),
+            mamba2(bias=True, dt_limit=(0.25, 0.75)),
+            # This number is the reciprocal of no other number.
+            logits_multiplier=1.9,
+            tie_embeddings=False,
+            residual_in_fp32=False,
+        ),
+        "granite_attention": granite(WHOLE, WHOLE),
+        "granite_mamba": granite(mamba2(), mamba2()),
+        "granite_experts": granite(mamba2(), NOPE, mlp=GRANITE_EXPERTS),
+        "granite_equal_experts": granite(
+            mamba2(), mamba2(), mlp=GRANITE_EXPERTS, logits_multiplier=1.0, tie_embeddings=False
+        ),
+        "falcon_h1": falcon_h1(
+            MULTIPLIED, attention(rotary_emb_dim=8, rotary_emb_base=1e11), padded_vocab_size=16
+        ),
+        "falcon_h1_norm": falcon_h1(
+            mamba2(norm_before_gate=True, bias=True, conv_bias=False, dt_limit=(0.25, 0.75)),
+            # This scale is the product of no number with the usual scale.
+            attention(
+                headdim=6,
+                rotary_emb_dim=6,
+                softmax_scale=0.42,
+                qkv_proj_bias=True,
+                out_proj_bias=True,
+            ),
+            mlp_bias=True,
+            tie_embeddings=False,
+            residual_in_fp32=False,
+        ),
+        "jamba_experts": mbx.LanguageModelConfig(
+            13,
+            tuple(
+                mbx.BlockConfig(mixer, mlp=mlp)
+                for mixer, mlp in (
+                    (NORMALISED, mbx.GatedMLPConfig(9)),
+                    (NORMALISED, JAMBA_EXPERTS),
+                    (attention(), mbx.GatedMLPConfig(9)),
+                    (NORMALISED, JAMBA_EXPERTS),
+                )
+            ),
         ),
         "jamba_untied": hybrid(*[NORMALISED, NORMALISED, attention()] * 2, tie_embeddings=False),
         "nemotron_h": nemotron_h(

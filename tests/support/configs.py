@@ -1,24 +1,25 @@
-"""Configs of models, with defaults and with every field set, for the laws of configs."""
+"""Configs of models. Each class of config has one with every field off its default."""
 
 from typing import Any
 
 import mamba_eqx as mbx
+from tests.support.registry import VOCAB_SIZE
 
 
-def _config(
+def config(
     mixer: mbx.models.AbstractMixerConfig[Any],
     block: dict[str, Any] | None = None,
     **model: Any,
 ) -> mbx.LanguageModelConfig:
     """Makes the config of a model with two equal layers."""
     layer = mbx.BlockConfig(mixer, **(block or {}))
-    return mbx.LanguageModelConfig(vocab_size=11, layers=(layer, layer), **model)
+    return mbx.LanguageModelConfig(vocab_size=VOCAB_SIZE, layers=(layer, layer), **model)
 
 
 CONFIGS: dict[str, mbx.LanguageModelConfig] = {
-    "mamba1": _config(mbx.Mamba1Config(d_model=5)),
-    "mamba1_weightless": _config(mbx.Mamba1Config(d_model=5, select_norm="weightless")),
-    "mamba1_every_field": _config(
+    "mamba1": config(mbx.Mamba1Config(d_model=5)),
+    "mamba1_weightless": config(mbx.Mamba1Config(d_model=5, select_norm="weightless")),
+    "mamba1_every_field": config(
         mbx.Mamba1Config(
             d_model=5,
             d_inner=7,
@@ -44,8 +45,8 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
         embedding_multiplier=3.0,
         logits_multiplier=0.4,
     ),
-    "mamba2": _config(mbx.Mamba2Config(d_model=5, headdim=2)),
-    "mamba2_every_field": _config(
+    "mamba2": config(mbx.Mamba2Config(d_model=5, headdim=2)),
+    "mamba2_every_field": config(
         mbx.Mamba2Config(
             d_model=5,
             d_inner=15,
@@ -60,11 +61,12 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
             conv_bias=False,
             norm_before_gate=True,
             norm_eps=1e-3,
+            ssm_multipliers=(0.5, 2.0, 0.25, 3.0, 0.75),
         )
     ),
-    "mamba2_without_norm": _config(mbx.Mamba2Config(d_model=4, headdim=2, rms_norm=False)),
-    "mamba3": _config(mbx.Mamba3Config(d_model=5, headdim=2)),
-    "mamba3_every_field": _config(
+    "mamba2_without_norm": config(mbx.Mamba2Config(d_model=4, headdim=2, rms_norm=False)),
+    "mamba3": config(mbx.Mamba3Config(d_model=5, headdim=2)),
+    "mamba3_every_field": config(
         mbx.Mamba3Config(
             d_model=5,
             d_inner=12,
@@ -79,10 +81,10 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
             norm_eps=1e-3,
         )
     ),
-    "mixture": _config(
+    "mixture": config(
         mbx.Mamba1Config(d_model=5), block={"mlp": mbx.MixtureOfExpertsConfig(3, 4, 2)}
     ),
-    "mixture_every_field": _config(
+    "mixture_every_field": config(
         mbx.Mamba1Config(d_model=5),
         block={
             "mlp": mbx.MixtureOfExpertsConfig(
@@ -100,14 +102,14 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
             )
         },
     ),
-    "gated_delta_net": _config(mbx.GatedDeltaNetConfig(d_model=4, headdim=2)),
-    "gated_delta_net_every_field": _config(
+    "gated_delta_net": config(mbx.GatedDeltaNetConfig(d_model=4, headdim=2)),
+    "gated_delta_net_every_field": config(
         mbx.GatedDeltaNetConfig(
             d_model=5, d_inner=12, d_state=3, d_conv=2, headdim=2, ngroups=3, norm_eps=1e-3
         )
     ),
-    "attention": _config(mbx.AttentionConfig(d_model=6, nheads=3)),
-    "attention_every_field": _config(
+    "attention": config(mbx.AttentionConfig(d_model=6, nheads=3)),
+    "attention_every_field": config(
         mbx.AttentionConfig(
             d_model=5,
             nheads=4,
@@ -123,5 +125,11 @@ CONFIGS: dict[str, mbx.LanguageModelConfig] = {
             out_proj_bias=True,
         ),
         block={"mlp": mbx.MLPConfig(9, bias=True)},
+    ),
+    "parallel_every_field": config(
+        mbx.ParallelConfig(
+            (mbx.Mamba2Config(5, headdim=2), mbx.ParallelConfig((mbx.AttentionConfig(5, 1),))),
+            scales=(0.25, 2.0),
+        )
     ),
 }

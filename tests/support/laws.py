@@ -3,10 +3,7 @@
 import pytest
 
 from tests.support.cases import DTYPES, THOROUGH
-from tests.support.registry import EVERYTHING, MIXERS
-
-
-all_dtypes = pytest.mark.parametrize("dtype", DTYPES)
+from tests.support.registry import EVERYTHING, MIXERS, SIZES
 
 
 def all_layers_quickly(*quick: str) -> pytest.MarkDecorator:
@@ -35,12 +32,26 @@ mixers_in_all_dtypes = pytest.mark.parametrize(
     ],
 )
 # Once *recurrence* holds in all dtypes, one dtype is enough for the laws that concern the same
-# arithmetic, and float64 reveals the smallest mistakes.
-mixers_in_float64 = (
-    mixers_in_all_dtypes
+# arithmetic, and float64 reveals the smallest mistakes. Every size has to be compiled, so the quick
+# run checks one.
+mixers_in_float64 = pytest.mark.parametrize(
+    ("name", "dtype", "sizes"),
+    [
+        pytest.param(name, dtype, SIZES, id=f"{name}-{dtype}")
+        for name in EVERYTHING
+        for dtype in DTYPES
+        if name in MIXERS or dtype == "float32"
+    ]
     if THOROUGH
-    else pytest.mark.parametrize(
-        ("name", "dtype"),
-        [(name, "float64" if name in MIXERS else "float32") for name in EVERYTHING],
-    )
+    else [
+        pytest.param(name, dtype, SIZES[:1], id=f"{name}-{dtype}")
+        for name in EVERYTHING
+        for dtype in ["float64" if name in MIXERS else "float32"]
+    ]
+    + [
+        pytest.param(
+            name, "float64", SIZES[1:], id=f"{name}-float64-other_sizes", marks=pytest.mark.slow
+        )
+        for name in MIXERS
+    ],
 )

@@ -171,11 +171,11 @@ def block(mixer: Make, *, mlp: Make | None = None, rms_norm: bool = True) -> Mak
     return make
 
 
-def stack(kind: Callable[..., Any], *layers: Make, remat: bool = False) -> Make:
-    def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.layers.AbstractStack:
+def stack(kind: Callable[..., Any], *layers: Make, **options: Any) -> Make:
+    def make(s: Sizes, dtype: Any, key: jax.Array) -> Any:
         keys = jr.split(key, len(layers))
         parts = [layer(s, dtype, k) for layer, k in zip(layers, keys, strict=True)]
-        return kind(parts, remat=remat)
+        return kind(parts, **options)
 
     return make
 
@@ -210,6 +210,7 @@ MIXERS: dict[str, Make] = {
         dt_limit=(0.3, 1.1),
         norm_before_gate=True,
         norm_eps=0.03,
+        ssm_multipliers=(0.7, 1.3, 0.6, 1.7, 0.4),
         d_mlp=4,
     ),
     "mamba2_without_norm": mamba2(ngroups=3, heads_per_group=1, rms_norm=False),
@@ -230,6 +231,14 @@ MIXERS: dict[str, Make] = {
     ),
     "gated_delta_net": gated_delta_net(ngroups=2, heads_per_group=3, norm_eps=0.03),
 }
+
+# As in Falcon-H1.
+HEADS = stack(
+    mbx.Parallel,
+    mamba2(ngroups=1, heads_per_group=2, rms_norm=False, ssm_multipliers=(0.7, 1.3, 0.6, 1.7, 0.4)),
+    attention(nheads_kv=1, shared=2),
+    scales=(0.6, 1.4),
+)
 
 # Layers made of other layers, and small variations, are checked in one size.
 COMPOSITES: dict[str, Make] = {
@@ -255,6 +264,8 @@ COMPOSITES: dict[str, Make] = {
     "block_layernorm": block(mamba1, rms_norm=False),
     "unrolled": stack(mbx.Unrolled, block(mamba1), conv, mamba1_normed("weightless")),
     "unrolled_remat": stack(mbx.Unrolled, block(mamba1), block(mamba1, mlp=gated_mlp), remat=True),
+    "parallel": HEADS,
+    "stacked_parallel": stack(mbx.Stacked, *[block(HEADS, mlp=gated_mlp)] * 2, remat=True),
     "stacked": stack(mbx.Stacked, block(mamba1), block(mamba1), block(mamba1)),
     "stacked_attention": stack(mbx.Stacked, *[block(attention(nheads_kv=1, shared=2))] * 2),
     "stacked_remat": stack(
@@ -299,6 +310,8 @@ VARIANTS = {
     "block_layernorm",
     "unrolled",
     "unrolled_remat",
+    "parallel",
+    "stacked_parallel",
     "stacked",
     "stacked_attention",
     "stacked_remat",

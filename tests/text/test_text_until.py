@@ -19,3 +19,8 @@ def test_text_until_yields_everything_before_the_stop(stop, pieces):
 
 def test_text_until_holds_back_only_a_possible_stop():
     assert list(text_until(["end"], iter(["a", "e", "n", "x"]))) == ["a", "", "", "enx"]
+
+
+def test_text_until_ends_at_the_stop_that_is_completed_first():
+    for stops in (["cd", "b"], ["b", "cd"]):
+        assert "".join(text_until(stops, iter(["abcd"]))) == "a"

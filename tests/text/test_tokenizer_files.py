@@ -1,5 +1,6 @@
 """Damaged, hostile and unusual files of tokenizers."""
 
+import importlib.metadata
 import json
 import re
 from collections.abc import Mapping
@@ -184,6 +185,58 @@ def test_many_replacements_of_different_texts_are_allowed():
 def test_other_files_are_refused(file: str):
     with pytest.raises(ValueError, match=r"not the content of a tokenizer\.json"):
         mbx.TextTokenizer(file)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "part"), [(".", "\u00e9"), ("..", "b"), ("....", "b"), ("\u00e9", "b\u00e9")]
+)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_prefixes_that_end_within_a_character_are_refused(prefix: str, part: str, as_text: bool):
+    """`tokenizers` cuts strings at bytes, and aborted the process."""
+    model = {
+        "type": "BPE",
+        "vocab": {"a": 0, part: 1, f"a{part}": 2},
+        "merges": [f"a {part}" if as_text else ["a", part]],
+        "continuing_subword_prefix": prefix,
+    }
+    with pytest.raises(ValueError, match="must begin with the `continuing_subword_prefix`, but"):
+        mbx.TextTokenizer(_word_level({"a": 0}, model=model))
+
+
+def test_templates_that_name_an_unknown_token_are_refused(capfd):
+    special = {"SpecialToken": {"id": "a", "type_id": 0}}
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    entry = {"type": "TemplateProcessing", "single": [special, sequence], "pair": [sequence]}
+    entry["special_tokens"] = {"a": {"id": "a", "ids": [0], "tokens": ["a"]}}
+    mbx.TextTokenizer(_word_level({"a": 0}, post_processor=entry))
+    entry["special_tokens"] = {}
+    with pytest.raises(ValueError, match=r"not the content of a tokenizer\.json"):
+        mbx.TextTokenizer(_word_level({"a": 0}, post_processor=entry))
+    capfd.readouterr()  # Rust writes a trace.
+
+
+@pytest.mark.skipif(
+    importlib.metadata.version("tokenizers") < "0.23", reason="cut prefixes at characters"
+)
+def test_prefixes_of_several_bytes():
+    vocab = {"a": 0, "\u00e9b": 1, "ab": 2}
+    model = {"type": "BPE", "vocab": vocab, "merges": [["a", "\u00e9b"]]}
+    model["continuing_subword_prefix"] = "\u00e9"
+    assert mbx.TextTokenizer(_word_level({"a": 0}, model=model)).encode("ab") == [2]
+    # Special tokens have no merges.
+    added = [_added("ab", 2, special=True)]
+    special = mbx.TextTokenizer(_word_level({"a": 0}, model=model, added_tokens=added))
+    assert special.encode("ab") == [0, 1]
+
+
+@pytest.mark.parametrize("text", ["x" * 100_000, "\u202e\u2028\x1b"])
+def test_errors_quote_a_file_in_few_printable_characters(text: str):
+    """`tokenizers` quotes what it refuses as it is."""
+    with pytest.raises(ValueError, match=r"not the content of a tokenizer\.json") as error:
+        mbx.TextTokenizer(_word_level({"a": 0}, version=text))
+    assert text not in str(error.value)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 500
 
 
 def test_panics_are_value_errors(capfd):

@@ -213,8 +213,14 @@ def test_other_adapters_are_refused(tmp_path):
         (tmp_path / "adapter_config.json").write_text(text)
     edit(tmp_path, use_rslora=True, rank_pattern={}, layer_replication=None)
     assert load_lora(tmp_path, model).scale == pytest.approx(2 / 2**0.5)
-    with pytest.raises(mbx.CheckpointError, match=r"lm_head.lora_A.weight is unexpected"):
+    with pytest.raises(mbx.CheckpointError, match=r"lm_head.lora_A.weight' is unexpected"):
         load_lora(tmp_path, make(tied=True))
+    # A name has one byte changed; the message is fit for a terminal.
+    weights = tmp_path / WEIGHTS
+    weights.write_bytes(weights.read_bytes().replace(b"lm_head.lora_A", b"lm_head.lora\x7fA"))
+    with pytest.raises(mbx.CheckpointError, match=r"lora\\x7fA.weight' is unexpected") as error:
+        load_lora(tmp_path, model)
+    assert str(error.value).isprintable()
 
 
 @pytest.mark.slow

@@ -218,8 +218,10 @@ def test_loss_is_zero_without_targets():
 
 @pytest.mark.parametrize(
     "mixer",
-    [mbx.Mamba1Config(8, d_state=4), mbx.AttentionConfig(8, nheads=2)],
-    ids=["mamba1", "attention"],
+    [
+        pytest.param(mbx.Mamba1Config(8, d_state=4), id="mamba1", marks=pytest.mark.slow),
+        pytest.param(mbx.AttentionConfig(8, nheads=2), id="attention"),
+    ],
 )
 def test_packed_documents_match_separate_documents(mixer):
     """Both the loss and its gradient are compared."""

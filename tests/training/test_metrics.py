@@ -37,9 +37,9 @@ def test_damaged_byte_loses_one_line_and_the_file_is_kept(tmp_path):
     lines[2] = b"\xff" + lines[2][1:]
     damaged = b"".join(lines)
     file.write_bytes(damaged)
-    with pytest.warns(UserWarning, match="has 1 damaged lines, which are left out"):
+    with pytest.warns(UserWarning, match="has 1 damaged line, which is left out"):
         assert logged(tmp_path) == [1, 2, *range(4, 51)]
-    with pytest.warns(UserWarning, match=r"metrics.jsonl has 1 damaged lines. It was copied to"):
+    with pytest.warns(UserWarning, match=r"metrics.jsonl has 1 damaged line. It was copied to"):
         run(tmp_path, 60)
     assert logged(tmp_path) == [1, 2, *range(4, 61)]
     assert [path.read_bytes() for path in asides(tmp_path)] == [damaged]
@@ -59,7 +59,7 @@ def test_lines_that_are_no_metrics(tmp_path, line):
     whole = file.read_bytes()
     lines = whole.splitlines(keepends=True)
     file.write_bytes(b"".join([*lines[:2], line + b"\n", *lines[2:]]))
-    with pytest.warns(UserWarning, match="damaged lines"):
+    with pytest.warns(UserWarning, match="1 damaged line[., ]"):
         run(tmp_path, 5)
     assert file.read_bytes() == whole
 
@@ -97,7 +97,7 @@ def test_incomplete_line_of_a_finished_step_is_damage(tmp_path):
     run(tmp_path, 5)
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(file.read_bytes()[:-3])
-    with pytest.warns(UserWarning, match="has 1 damaged lines"):
+    with pytest.warns(UserWarning, match="has 1 damaged line. It was"):
         run(tmp_path, 5)
     assert logged(tmp_path) == [1, 2, 3, 4]
 

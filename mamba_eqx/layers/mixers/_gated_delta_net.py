@@ -13,7 +13,7 @@ from ..._checks import to_python
 from ..._dtypes import at_least_float32, default_dtype
 from .._arguments import check_token, checked_sequence, checked_state
 from .._conv import CausalConv1d
-from .._initialisers import init_dt_bias
+from .._initialisers import init_heads
 from .._linear import Linear
 from .._norm import GatedRMSNorm
 from .._protocol import AbstractSequenceLayer, Length, Reset
@@ -156,15 +156,16 @@ class GatedDeltaNet(AbstractSequenceLayer[GatedDeltaNetState]):
             d_model, channels + d_inner + 2 * nheads, use_bias=False, dtype=dtype, key=in_key
         )
         self.conv1d = CausalConv1d(channels, d_conv, use_bias=False, dtype=dtype, key=conv_key)
-        self.dt_bias = init_dt_bias(
+        self.dt_bias, self.A_log = init_heads(
             bias_key,
-            (nheads,),
+            A_key,
+            nheads,
             dt_min=dt_min,
             dt_max=dt_max,
             dt_init_floor=dt_init_floor,
+            A_init_range=A_init_range,
             dtype=wide,
         )
-        self.A_log = jnp.log(jr.uniform(A_key, (nheads,), wide, *A_init_range))
         self.norm = GatedRMSNorm(headdim, eps=norm_eps, norm_before_gate=True, dtype=dtype)
         self.out_proj = Linear(
             d_inner, d_model, use_bias=False, dtype=dtype, scale=residual_scale, key=out_key

@@ -5,6 +5,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -13,7 +14,7 @@ from ..._checks import to_python
 from ..._dtypes import at_least_float32, default_dtype
 from .._arguments import check_token, checked_sequence, checked_state
 from .._conv import CausalConv1d
-from .._initialisers import init_dt_bias
+from .._initialisers import init_heads
 from .._linear import Linear
 from .._norm import GatedRMSNorm
 from .._protocol import AbstractSequenceLayer, Length, Reset
@@ -59,7 +60,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
     With $\sigma$ = SiLU, and for every head, with $P$ = `headdim` channels and $N$ = `d_state`,
 
     $$\begin{aligned}
-    z, u, B, C, \delta &= W_\mathrm{in} x, \\
+    z, u, B, C, \delta &= \mu \odot (W_\mathrm{in} x), \\
     [u, B, C] &\leftarrow \sigma(\mathrm{conv1d}([u, B, C])), \\
     \Delta &= \mathrm{clip}(\mathrm{softplus}(\delta + b_\mathrm{dt})), \\
     h_t &= \exp(\Delta_t A)\, h_{t-1} + \Delta_t B_t u_t^\top, \\
@@ -69,7 +70,9 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
 
     where $A = -\exp(\texttt{A\_log})$ is one number per head. (The paper swaps the letters $x$ and
     $u$; here $x$ is the input, as for every layer.) The heads of a group share $B$ and $C$, and the
-    norm is over the channels of a group.
+    norm is over the channels of a group. The vector $\mu$ repeats the five numbers
+    `ssm_multipliers`, one for each of $z$, $u$, $B$, $C$ and $\delta$, which are 1 except in models
+    like Falcon-H1.
 
     The state-space model has `d_ssm` of the `d_inner` channels, by default all. The other channels
     form a gated MLP, $\sigma(z_0) \odot u_0$, whose output precedes the state-space model's
@@ -102,6 +105,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
     ngroups: int = eqx.field(static=True)
     D_has_hdim: bool = eqx.field(static=True)
     dt_limit: tuple[float, float] = eqx.field(static=True)
+    ssm_multipliers: tuple[float, ...] = eqx.field(static=True)
 
     def __init__(
         self,
@@ -124,6 +128,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         rms_norm: bool = True,
         norm_before_gate: bool = False,
         norm_eps: float = 1e-5,
+        ssm_multipliers: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0),
         residual_scale: float = 1.0,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
@@ -153,6 +158,8 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
             gate alone.
         - `norm_before_gate`: whether to normalise before the gate is applied, rather than after.
         - `norm_eps`: a number between 0 and 1, added to the mean square in the norm.
+        - `ssm_multipliers`: five positive numbers, which multiply the parts `z`, `u`, `B`, `C` and
+            `dt` of the output of `in_proj`. The channels of the MLP are not multiplied.
         - `residual_scale`: multiplies the initial weight of `out_proj`. In a model of `n` layers
             the official value is `1 / sqrt(n)`, which keeps the size of the residual stream
             independent of `n`.
@@ -164,6 +171,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         a range is empty, an option is invalid, or `norm_before_gate` is set without a norm.
         """
         dt_limit, norm_eps = to_python(dt_limit), to_python(norm_eps)
+        ssm_multipliers = to_python(ssm_multipliers)
         d_inner, d_ssm = check_mamba2(
             d_model=d_model,
             d_inner=d_inner,
@@ -179,6 +187,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
             rms_norm=rms_norm,
             norm_before_gate=norm_before_gate,
             norm_eps=norm_eps,
+            ssm_multipliers=ssm_multipliers,
         )
         check_dt(dt_min, dt_max, dt_init_floor)
         check_A_init_range(A_init_range)
@@ -195,15 +204,16 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
             key=in_key,
         )
         self.conv1d = CausalConv1d(channels, d_conv, use_bias=conv_bias, dtype=dtype, key=conv_key)
-        self.dt_bias = init_dt_bias(
+        self.dt_bias, self.A_log = init_heads(
             bias_key,
-            (nheads,),
+            A_key,
+            nheads,
             dt_min=dt_min,
             dt_max=dt_max,
             dt_init_floor=dt_init_floor,
+            A_init_range=A_init_range,
             dtype=wide,
         )
-        self.A_log = jnp.log(jr.uniform(A_key, (nheads,), wide, *A_init_range))
         self.D = jnp.ones((nheads, headdim) if D_has_hdim else nheads, wide)
         self.norm = None
         if rms_norm:
@@ -225,6 +235,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         self.ngroups = ngroups
         self.D_has_hdim = D_has_hdim
         self.dt_limit = (float(dt_limit[0]), float(dt_limit[1]))
+        self.ssm_multipliers = tuple(map(float, ssm_multipliers))
 
     @property
     def nheads(self) -> int:
@@ -280,6 +291,11 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
     def _project(self, x: Float[Array, "*seq {self.d_model}"]) -> _Projected:
         projected = self.in_proj(x.astype(self.in_proj.weight.dtype))
         end_of_mlp = 2 * (self.d_inner - self.d_ssm)
+        if set(self.ssm_multipliers) != {1}:
+            groups = self.ngroups * self.d_state
+            sizes = (end_of_mlp, self.d_ssm, self.d_ssm, groups, groups, self.nheads)
+            multipliers = np.repeat((1.0, *self.ssm_multipliers), sizes)
+            projected *= multipliers.astype(projected.dtype)
         ends = [end_of_mlp, end_of_mlp + self.d_ssm, projected.shape[-1] - self.nheads]
         return _Projected(*jnp.split(projected, ends, axis=-1))
 

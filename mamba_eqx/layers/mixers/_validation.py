@@ -5,8 +5,15 @@ the options that have a default computed from others.
 """
 
 import math
+from collections.abc import Sequence
 
-from ..._checks import check_flag, check_fraction, check_positive, check_positive_number
+from ..._checks import (
+    check_flag,
+    check_fraction,
+    check_positive,
+    check_positive_number,
+    check_positive_numbers,
+)
 
 
 def check_mamba1(
@@ -61,6 +68,7 @@ def check_mamba2(
     rms_norm: bool,
     norm_before_gate: bool,
     norm_eps: float,
+    ssm_multipliers: tuple[float, ...],
 ) -> tuple[int, int]:
     """Validates the options of `Mamba2`.
 
@@ -92,6 +100,7 @@ def check_mamba2(
             "`norm_before_gate=True` needs the norm, but got rms_norm=False. Set `rms_norm=True`."
         )
     check_fraction("norm_eps", norm_eps)
+    check_positive_numbers("ssm_multipliers", ssm_multipliers, 5, "of `z`, `u`, `B`, `C` and `dt`")
     return d_inner, d_ssm
 
 
@@ -227,6 +236,32 @@ def check_attention(
     check_flag("qkv_proj_bias", qkv_proj_bias)
     check_flag("out_proj_bias", out_proj_bias)
     return nheads_kv, headdim, float(scale)
+
+
+def check_parallel(
+    name: str, widths: Sequence[int], scales: tuple[float, ...] | None
+) -> tuple[float, ...]:
+    """Validates the options of `Parallel`.
+
+    **Arguments:**
+
+    - `name`: the name of the argument with the layers or their configs.
+    - `widths`: `d_model` of each of these.
+    - `scales`: the scales, or `None`.
+
+    **Returns:**
+
+    `scales`, with its default if it is `None`.
+    """
+    if not widths:
+        raise ValueError(f"`{name}` of `Parallel` must be one or more, but got none.")
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"The `{name}` of `Parallel` must share `d_model`, but got d_model={list(widths)}."
+        )
+    scales = (1.0,) * len(widths) if scales is None else scales
+    check_positive_numbers("scales", scales, len(widths), f"of the `{name}`")
+    return tuple(map(float, scales))
 
 
 def check_dt(dt_min: float, dt_max: float, dt_init_floor: float) -> None:

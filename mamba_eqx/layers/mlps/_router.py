@@ -141,7 +141,8 @@ class Router(eqx.Module):
         if self.correction_bias is not None:
             scores = scores + lax.stop_gradient(self.correction_bias).astype(scores.dtype)
         if self.topk_group < self.n_group:
-            groups = scores.reshape(*scores.shape[:-1], self.n_group, -1)
+            size = self.n_experts // self.n_group
+            groups = scores.reshape(*scores.shape[:-1], self.n_group, size)
             ranks = jnp.sum(lax.top_k(groups, 2)[0], axis=-1)
             best = lax.top_k(ranks, self.topk_group)[1]
             allowed = jnp.any(

@@ -38,11 +38,13 @@ class Mamba2Config(AbstractMixerConfig[Mamba2]):
     rms_norm: bool = True
     norm_before_gate: bool = False
     norm_eps: float = _EPS
+    ssm_multipliers: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
 
     def __post_init__(self):
         d_inner, d_ssm = check_mamba2(**vars(self))
         low, high = self.dt_limit
         set_fields(self, d_inner=d_inner, d_ssm=d_ssm, dt_limit=(float(low), float(high)))
+        set_fields(self, ssm_multipliers=tuple(map(float, self.ssm_multipliers)))
         if not self.rms_norm:
             set_fields(self, norm_eps=_EPS)
 
@@ -65,5 +67,6 @@ class Mamba2Config(AbstractMixerConfig[Mamba2]):
             rms_norm=norm is not None,
             norm_before_gate=norm is not None and norm.norm_before_gate,
             norm_eps=_EPS if norm is None else norm.eps,
+            ssm_multipliers=mixer.ssm_multipliers,
         )
         return checked_config(config, mixer)

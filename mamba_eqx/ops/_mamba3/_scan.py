@@ -65,8 +65,8 @@ def mamba3(
         adds its term for the next token ahead of time: except in its own output, token $s$ has the
         weight $\gamma_s + (1 - \lambda_{s+1}) \Delta_{s+1}$. The angles of all tokens are in memory
         at once, but the states and the attention of one chunk only. The reverse pass keeps the
-        states at the starts of the chunks. A non-finite token makes its whole chunk non-finite,
-        earlier tokens included.
+        states at the starts of the chunks. A non-finite token makes its whole chunk and the
+        state after it non-finite, even if a reset follows in the same chunk.
     - `"sequential"`: a `jax.lax.scan` over [`mamba_eqx.ops.mamba3_step`][]. It is slower, and its
         reverse pass keeps the state of every token.
 

@@ -18,4 +18,7 @@ from ._skeleton import (
     skeleton as skeleton,
     unrolled as unrolled,
 )
-from .transformers import TRANSFORMERS as TRANSFORMERS
+from .transformers import (
+    TRANSFORMERS as TRANSFORMERS,
+    transformers_layout as transformers_layout,
+)

@@ -134,14 +134,41 @@ class Fields:
             raise self.error(key, "must be true or false")
         return value
 
-    def number(self, key: str, default: int | float) -> float:
-        """Reads a finite number above 0."""
+    def number(self, key: str, default: int | float, *, limit: int = _MAX_SIZE) -> float:
+        """Reads a number above 0 and at most `limit`."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(key, "must be a number")
-        if not (0 < value <= _MAX_SIZE):
-            raise self.error(key, f"must be above 0 and at most {_MAX_SIZE}")
+        if not (0 < value <= limit):
+            raise self.error(key, f"must be above 0 and at most {limit}")
         return float(value)
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """Reads a list of `count` numbers above 0; ones if the field is missing or null."""
+        value = self.get(key, None)
+        value = [1.0] * count if value is None else value
+        if (
+            not isinstance(value, list)
+            or len(value) != count
+            or any(isinstance(v, bool) or not isinstance(v, int | float) for v in value)
+            or not all(0 < v <= _MAX_SIZE for v in value)
+        ):
+            raise self.error(key, f"must be {count} numbers above 0 and at most {_MAX_SIZE}")
+        return tuple(map(float, value))
+
+    def refined(self, key: str, near: float, meaning: str) -> float:
+        """Reads a number that other fields give up to rounding; `near` if the field is missing.
+
+        **Arguments:**
+
+        - `key`: the name of the field.
+        - `near`: the number that the other fields give.
+        - `meaning`: the formula of that number.
+        """
+        value = self.number(key, near)
+        if not math.isclose(value, near, rel_tol=1e-15):
+            raise self.error(key, f"must be {meaning} = {near}")
+        return value
 
     def multiple_of(self, size: int, key: str, default: int | float) -> int:
         """Reads a number, and returns `int(number * size)` as upstream does."""

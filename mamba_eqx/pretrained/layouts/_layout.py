@@ -27,7 +27,7 @@ class Described(Protocol):
 
 @runtime_checkable
 class View(Protocol):
-    """A function from a NumPy or JAX array to a view of it."""
+    """A function from a NumPy or JAX array to a view of it, or to a rearranged copy."""
 
     def __call__(self, array: AnyArray, /) -> AnyArray: ...
 
@@ -38,7 +38,7 @@ def _same(array: AnyArray, /) -> AnyArray:
 
 @dataclass(frozen=True)
 class Transform:
-    """A reversible view that maps an array of the model to one in the file.
+    """A reversible rearrangement that maps an array of the model to one in the file.
 
     - `to_file`: maps an array of the model to an array in the file.
     - `from_file`: the inverse of `to_file`.
@@ -115,8 +115,8 @@ class Layout:
     - `table`: returns the slots of a model, for a config that `check` accepts.
     - `embedding`: returns the name of the embedding's weight, for a config that `check` accepts.
     - `keeps_tied_head`: whether files of a model with tied embeddings store the head as well.
-    - `renames`: returns the beginnings of older tensor names, which files may have, and those in
-        the table that they stand for, for a config that `check` accepts.
+    - `renames`: returns the beginnings and endings of tensor names in other versions, which files
+        may have, and those in the table that they stand for, for a config that `check` accepts.
     - `ignored`: returns the beginnings of the names of tensors that files may have and that are not
         a part of the model, for a config that `check` accepts.
     - `head`: the name of the head's weight.

@@ -49,7 +49,7 @@ def renamed(
 ) -> dict[str, Tensor]:
     """Returns the tensors of the model under the names in the layout's table.
 
-    Files may have names of older versions, and tensors that are not a part of the model. They may
+    Files may have names of other versions, and tensors that are not a part of the model. They may
     also hold the model without its head, as transformers' `MambaModel` saves it: every name then
     lacks the first part, `backbone.`.
 
@@ -71,13 +71,19 @@ def renamed(
 def _current(renames: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     current: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        new_name = name
-        for old, new in renames.items():
-            if name.startswith(old):
-                new_name = new + name.removeprefix(old)
-        # If both names are present, the older one is kept, to be reported as unexpected.
+        new_name = _current_name(renames, name)
+        # If both names are present, the other one is kept, to be reported as unexpected.
         current[name if new_name in tensors else new_name] = tensor
     return current
+
+
+def _current_name(renames: Mapping[str, str], name: str) -> str:
+    for old, new in renames.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+        if name.endswith(f".{old}"):
+            return name.removesuffix(old) + new
+    return name
 
 
 def match(

@@ -138,13 +138,16 @@ def gated_mlp(width: Row[GatedMLPConfig]) -> Table[GatedMLPConfig]:
     )
 
 
-# The rows of the multipliers of a model and of its blocks, for layouts that have none.
+# The rows of the multipliers of a model and of its parts, for layouts that have none.
 UNSCALED: tuple[Row[object], ...] = (
     fixed("embedding_multiplier", 1.0, "models with a multiplier of the embedding"),
     fixed("logits_multiplier", 1.0, "models with a multiplier of the logits"),
 )
 UNSCALED_BLOCK: tuple[Row[object], ...] = (
     fixed("residual_multiplier", 1.0, "blocks with a multiplier of their residuals"),
+)
+UNSCALED_MAMBA2: tuple[Row[object], ...] = (
+    fixed("ssm_multipliers", (1.0,) * 5, "Mamba-2 layers with multipliers"),
 )
 
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ...models import AbstractMixerConfig, AttentionConfig, Mamba1Config, Mamba2Config, Mamba3Config
-from ._mixers import D_MODEL, dt_rank, expand, whole_expand
+from ._mixers import D_MODEL, UNSCALED_MAMBA2, dt_rank, expand, whole_expand
 from ._tables import (
     JSON,
     Arguments,
@@ -78,6 +78,7 @@ _MAMBA2 = Table(
         Row(_read_d_ssm, _write_d_ssm),
         # The official code writes infinity in a way that is not valid JSON.
         limit("dt_limit", "dt_limit"),
+        *UNSCALED_MAMBA2,
         shared_eps(),
     ),
     ignored=(

@@ -180,6 +180,20 @@ def fixed(name: str, value: object, otherwise: str) -> Row[object]:
     return Row(read=lambda given: {name: value}, write=lambda config: {}, check=check)
 
 
+def inverse(function: Callable[[float], float], value: float, near: float) -> float | None:
+    """Returns the positive number that a function maps to a value exactly, or `None`.
+
+    **Arguments:**
+
+    - `function`: an increasing or decreasing function of one multiplication or division.
+    - `value`: the value.
+    - `near`: the number up to rounding.
+    """
+    # Rounding may give a neighbour of the number, and some values are those of no number.
+    candidates = (float(round(near)), near, math.nextafter(near, 0), math.nextafter(near, math.inf))
+    return next((x for x in candidates if x > 0 and function(x) == value), None)
+
+
 _SAME = object()
 
 

@@ -17,6 +17,7 @@ from ...formats import (
     CheckpointError,
     StoredTensor,
     open_safetensors,
+    quote,
     read_config,
     write_safetensors,
 )
@@ -194,7 +195,7 @@ def load_lora(
                 pairs[layer] = LoRAPair(a, b)
             else:
                 pairs[layer] = _join(found, target.weight.shape[0], whole=whole)
-    faults += [f"{name} is unexpected" for name in stored]
+    faults += [f"{quote(name)} is unexpected" for name in stored]
     if faults or not pairs:
         raise CheckpointError(
             f"{source.where} does not fit the model in the {layout!r} layout: "

@@ -4,7 +4,9 @@ import io
 import json
 import lzma
 import pickletools
+import struct
 import zipfile
+import zlib
 from dataclasses import replace
 from random import Random
 
@@ -95,6 +97,17 @@ _PIECES = (
 
 _NAMES = ("", "archive/data/9", "../x", "/etc/passwd", "archive/code/x", "a\0b", "x" * 300)
 
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    ValueError,
+    OSError,
+    EOFError,
+    RuntimeError,
+)
+
 
 def mutate_torch(content: bytes, random: Random) -> bytes:
     """Returns an archive of `torch.save` with a change of its pickle or of an entry.
@@ -104,7 +117,7 @@ def mutate_torch(content: bytes, random: Random) -> bytes:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = [torch_files.Entry(name, archive.read(name)) for name in archive.namelist()]
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, EOFError):
+    except _UNREADABLE:  # because of an earlier mutation
         return content
     if not entries:
         return content

@@ -1,6 +1,9 @@
 """Mutations of JSON that leave it well-formed, or nearly."""
 
+import contextlib
+import copy
 import json
+import math
 from random import Random
 
 
@@ -143,7 +146,8 @@ def _value(old: object, tree: object, random: Random) -> object:
         if isinstance(old, int):
             return random.choice((old + 1, old - 1, -old, 2 * old, old * 10**6, old / 2, str(old)))
         if isinstance(old, float):
-            return random.choice((-old, old * 1e6, old / 1e6, int(old), old + 1))
+            whole = int(old) if math.isfinite(old) else 0
+            return random.choice((-old, old * 1e6, old / 1e6, whole, old + 1))
         if isinstance(old, str):
             return random.choice((old + "x", old[:-1], old.upper(), old * 50, f"../{old}", [old]))
         if isinstance(old, list):
@@ -152,7 +156,11 @@ def _value(old: object, tree: object, random: Random) -> object:
         places = _places(tree)
         if places:
             parent, index = random.choice(places)
-            return parent[index][1] if isinstance(parent, Pairs) else parent[index]
+            # A copy, because a tree that contained itself would have no end.
+            with contextlib.suppress(RecursionError):
+                return copy.deepcopy(
+                    parent[index][1] if isinstance(parent, Pairs) else parent[index]
+                )
     return Raw(random.choice(RAW)) if random.random() < 0.7 else random.choice(STRINGS)
 
 

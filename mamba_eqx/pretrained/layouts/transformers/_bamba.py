@@ -3,92 +3,33 @@
 The defaults are those of `BambaConfig`.
 """
 
-from ....models import AttentionConfig, LanguageModelConfig, Mamba2Config
+from ....models import AttentionConfig, LanguageModelConfig
 from .._fields import Fields
 from .._layout import Unstorable
-from .._mixers import D_MODEL, UNSCALED, gated_mlp as mlp_table, whole_expand
-from .._names import mamba2
-from .._tables import (
-    JSON,
-    Arguments,
-    Row,
-    RowInput,
-    Shared,
-    Table,
-    constant,
-    flag,
-    limit,
-    shared_eps,
-    size,
-)
+from .._mixers import D_MODEL, UNSCALED, gated_mlp as mlp_table
+from .._tables import JSON, Arguments, Row, RowInput, Shared, Table, constant, size
 from ._family import Family, Kinds, Part, Pattern, model_rows
 from ._hybrid import (
+    ATTENTION_BIAS,
+    BAMBA_MAMBA2,
     HYBRID_IGNORED,
+    USUAL_SCALE,
     attention_and,
     attention_layers,
     check_hybrid,
     heads,
+    read_rope,
 )
 from ._hybrid_names import LLAMA_NAMES, attention, gated_mlp
-from ._mamba2 import UNSUPPORTED
-
-
-_PARTIAL = 0.5  # The default for the share of a head that is rotated.
-
-
-def _read_mamba_heads(given: RowInput) -> Arguments:
-    fields, d_inner = given.fields, given.known["d_inner"]
-    nheads = fields.size("mamba_n_heads", 128)
-    if fields.get("mamba_d_head", "auto") == "auto":
-        headdim = max(1, d_inner // nheads)
-    else:
-        headdim = fields.size("mamba_d_head")
-    if nheads * headdim != d_inner:
-        raise fields.error(
-            "mamba_n_heads",
-            f"times {headdim} per head must be hidden_size * mamba_expand = {d_inner}",
-        )
-    return {"headdim": headdim}
-
-
-def _write_mamba_heads(config: Mamba2Config) -> JSON:
-    return {"mamba_n_heads": config.d_inner // config.headdim, "mamba_d_head": config.headdim}
-
-
-def _read_bias(given: RowInput) -> Arguments:
-    bias = given.fields.flag("attention_bias", False)
-    return {"qkv_proj_bias": bias, "out_proj_bias": bias}
-
-
-def _write_bias(config: AttentionConfig) -> JSON:
-    return {"attention_bias": config.qkv_proj_bias}
-
-
-def _check_bias(config: AttentionConfig, _: Shared) -> None:
-    if config.qkv_proj_bias != config.out_proj_bias:
-        raise Unstorable(
-            "attention with a bias in one projection only "
-            f"(qkv_proj_bias={config.qkv_proj_bias}, out_proj_bias={config.out_proj_bias})"
-        )
 
 
 def _read_rotary(given: RowInput) -> Arguments:
     fields, headdim = given.fields, given.known["headdim"]
-    # Older configs have the base at the top level, and a share that transformers never reads.
-    base, partial = fields.number("rope_theta", 10000.0), _PARTIAL
-    fields.only("partial_rotary_factor", [_PARTIAL], _PARTIAL)
-    fields.only("rope_scaling", [None], None)
-    parameters = fields.get("rope_parameters", None)
-    if parameters is not None:
-        rope = Fields(parameters, "`rope_parameters`")
-        rope.only("rope_type", ["default"], "default")
-        base = rope.number("rope_theta", base)
-        partial = rope.number("partial_rotary_factor", partial)
-        rope.finish()
-    dim = int(headdim * partial)
+    base, share = read_rope(fields, 0.5)
+    dim = int(headdim * share)
     if "attn_rotary_emb" in fields and fields.size("attn_rotary_emb") != dim:
         raise fields.error(
-            "attn_rotary_emb", f"must be {partial} of the {headdim} features of a head"
+            "attn_rotary_emb", f"must be {share} of the {headdim} features of a head"
         )
     return {"rotary_emb_dim": dim, "rotary_emb_base": base}
 
@@ -129,35 +70,15 @@ BAMBA = Family(
     d_model=4096,
     norm_eps=("rms_norm_eps", 1e-5),
     mixers={
-        "mamba": Part(
-            Table(
-                Mamba2Config,
-                (
-                    D_MODEL,
-                    whole_expand("mamba_expand"),
-                    *UNSUPPORTED,
-                    Row(_read_mamba_heads, _write_mamba_heads),
-                    size("mamba_n_groups", "ngroups", 1),
-                    size("mamba_d_state", "d_state", 256),
-                    size("mamba_d_conv", "d_conv", 4),
-                    flag("mamba_proj_bias", "bias", False),
-                    flag("mamba_conv_bias", "conv_bias", True),
-                    limit("time_step_limit", "dt_limit"),
-                    shared_eps(),
-                ),
-                # The chunk size does not affect the result.
-                ignored=("mamba_chunk_size",),
-            ),
-            mamba2,
-            "mamba",
-        ),
+        "mamba": BAMBA_MAMBA2,
         "attention": Part(
             Table(
                 AttentionConfig,
                 (
                     D_MODEL,
                     *heads(nheads=32, nheads_kv=8),
-                    Row(_read_bias, _write_bias, _check_bias),
+                    USUAL_SCALE,
+                    ATTENTION_BIAS,
                     Row(_read_rotary, _write_rotary, _check_rotary),
                 ),
             ),

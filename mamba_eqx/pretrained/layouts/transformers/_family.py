@@ -125,7 +125,8 @@ class Names:
     - `layers`: the list of the layers.
     - `norm`, `norm2`: the norms of a layer: that of the mixer, and that of the MLP.
     - `places`: returns the index in `layers` of the mixer and of the MLP of each layer.
-    - `older`: the beginnings of names that files may have, and those that they stand for.
+    - `older`: the beginnings and endings of names in other versions, which files may have, and
+        those that they stand for.
     - `ignored`: the beginnings of the names of tensors that are not a part of the model.
     """
 

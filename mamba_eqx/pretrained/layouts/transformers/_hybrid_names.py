@@ -25,12 +25,12 @@ def attention(config: AttentionConfig) -> list[Slot]:
 
 
 def gated_mlp(config: GatedMLPConfig) -> list[Slot]:
-    """Returns the slots of a gated MLP without biases, with one tensor each for value and gate."""
+    """Returns the slots of a gated MLP, with one tensor each for value and gate."""
     fc1 = {"up_proj": config.d_intermediate, "gate_proj": config.d_intermediate}
-    return [
-        *split(fc1, "weight", "fc1.weight"),
-        Slot("down_proj.weight", "fc2.weight"),
-    ]
+    slots = [*split(fc1, "weight", "fc1.weight"), Slot("down_proj.weight", "fc2.weight")]
+    if config.bias:
+        slots += [*split(fc1, "bias", "fc1.bias"), Slot("down_proj.bias", "fc2.bias")]
+    return slots
 
 
 def mlp(config: MLPConfig) -> list[Slot]:

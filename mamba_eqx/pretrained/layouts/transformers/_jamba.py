@@ -1,43 +1,93 @@
-"""transformers' model type `jamba` without experts: Mamba-1 with norms of `dt`, `B` and `C`,
-attention without positions, and an MLP in every block.
+"""transformers' model type `jamba`: Mamba-1 with norms of `dt`, `B` and `C`, attention without
+positions, and in every block an MLP or a mixture of experts.
 
 The defaults are those of `JambaConfig`.
 """
 
-from ....models import AttentionConfig, LanguageModelConfig, Mamba1Config
+from ....models import (
+    AttentionConfig,
+    GatedMLPConfig,
+    LanguageModelConfig,
+    Mamba1Config,
+    MixtureOfExpertsConfig,
+)
 from .._fields import Fields
 from .._layout import Slot, Unstorable
 from .._mixers import D_MODEL, UNSCALED, dt_rank, gated_mlp as mlp_table, whole_expand
-from .._names import mamba1, norm
-from .._tables import JSON, Table, constant, fixed, flag, shared_eps, size
+from .._names import mamba1, norm, same
+from .._tables import JSON, Row, Shared, Table, constant, fixed, flag, shared_eps, size
 from ._family import Family, Kinds, Part, Pattern, model_rows
-from ._hybrid import HYBRID_IGNORED, attention_and, attention_layers, check_hybrid, heads
-from ._hybrid_names import LLAMA_NAMES, attention, gated_mlp
+from ._hybrid import (
+    HYBRID_IGNORED,
+    USUAL_SCALE,
+    attention_and,
+    attention_layers,
+    check_hybrid,
+    heads,
+)
+from ._hybrid_names import LLAMA_NAMES, attention, experts, gated_mlp, split
 
 
-# Options of experts (the only supported number is 1) and of training, the choice of an
-# implementation, and fields of older versions.
+# Options of training, the choice of an implementation, and fields of older versions.
 _IGNORED = HYBRID_IGNORED | set(
     """
-    expert_layer_offset expert_layer_period num_experts_per_tok output_router_logits
-    router_aux_loss_coef use_associative_scan use_mambapy calc_logits_for_entire_prompt n_ctx
+    output_router_logits router_aux_loss_coef use_associative_scan use_mambapy
+    calc_logits_for_entire_prompt n_ctx
     """.split()  # noqa: SIM905
 )
 
 
 def _read_pattern(fields: Fields) -> Kinds:
     n_layer = fields.layers("num_hidden_layers", 32)
-    period = fields.size("attn_layer_period", 8)
-    offset = fields.natural("attn_layer_offset", 4)
+    kinds = attention_and("mamba")(_read_period(fields, "attn_layer", n_layer, 8, 4), n_layer)
+    experts = _read_period(fields, "expert_layer", n_layer, 2, 1)
+    if fields.size("num_experts", 16) == 1:
+        return kinds
+    return [kind._replace(mlp="experts") if i in experts else kind for i, kind in enumerate(kinds)]
+
+
+def _read_period(
+    fields: Fields, key: str, n_layer: int, default_period: int, default_offset: int
+) -> range:
+    """Reads the indices of layers that are at regular intervals."""
+    period = fields.size(f"{key}_period", default_period)
+    offset = fields.natural(f"{key}_offset", default_offset)
     if offset >= period:
-        raise fields.error("attn_layer_offset", f"must be below attn_layer_period={period}")
-    return attention_and("mamba")(range(offset, n_layer, period), n_layer)
+        raise fields.error(f"{key}_offset", f"must be below {key}_period={period}")
+    return range(offset, n_layer, period)
 
 
-def _find_period(kinds: Kinds) -> tuple[int, int] | None:
-    """Returns the period and the offset of the attention layers, if they are periodic."""
-    indices, n_layer = attention_layers(kinds), len(kinds)
-    # The last period is longer than the model, which expresses a model without attention.
+def _write_pattern(kinds: Kinds) -> JSON:
+    experts = _experts(kinds)
+    periods = _write_period("attn_layer", attention_layers(kinds), len(kinds))
+    if experts:
+        periods |= _write_period("expert_layer", experts, len(kinds))
+    return {"num_hidden_layers": len(kinds), **periods}
+
+
+def _write_period(key: str, indices: list[int], n_layer: int) -> JSON:
+    found = _find_period(indices, n_layer)
+    assert found is not None  # As `_check_pattern` ensures.
+    return {f"{key}_period": found[0], f"{key}_offset": found[1]}
+
+
+def _check_pattern(kinds: Kinds) -> None:
+    check_hybrid(kinds)
+    for what, indices in (("attention", attention_layers(kinds)), ("experts", _experts(kinds))):
+        if _find_period(indices, len(kinds)) is None:
+            raise Unstorable(
+                f"{what} beside Mamba-1 at irregular intervals "
+                f"(in layers {indices} of {len(kinds)})"
+            )
+
+
+def _experts(kinds: Kinds) -> list[int]:
+    return [i for i, kind in enumerate(kinds) if kind.mlp == "experts"]
+
+
+def _find_period(indices: list[int], n_layer: int) -> tuple[int, int] | None:
+    """Returns the period and the offset of layers, if they are periodic."""
+    # The last period is longer than the model, which expresses a model without such layers.
     for period in range(1, n_layer + 2):
         for offset in range(period):
             if indices == list(range(offset, n_layer, period)):
@@ -45,23 +95,25 @@ def _find_period(kinds: Kinds) -> tuple[int, int] | None:
     return None
 
 
-def _write_pattern(kinds: Kinds) -> JSON:
-    found = _find_period(kinds)
-    assert found is not None  # As `_check_pattern` ensures.
-    return {
-        "num_hidden_layers": len(kinds),
-        "attn_layer_period": found[0],
-        "attn_layer_offset": found[1],
+def _check_widths(config: LanguageModelConfig, _: Shared) -> None:
+    widths = {
+        layer.mlp.d_intermediate
+        for layer in config.layers
+        if isinstance(layer.mlp, GatedMLPConfig | MixtureOfExpertsConfig)
     }
-
-
-def _check_pattern(kinds: Kinds) -> None:
-    check_hybrid(kinds)
-    if _find_period(kinds) is None:
+    if len(widths) > 1:
         raise Unstorable(
-            "attention beside Mamba-1 at irregular intervals "
-            f"(in layers {attention_layers(kinds)} of {len(kinds)})"
+            f"MLPs and experts of different widths beside Mamba-1 (d_intermediate={sorted(widths)})"
         )
+
+
+def _mixture(config: MixtureOfExpertsConfig) -> list[Slot]:
+    width = config.d_intermediate
+    one = split({"up_proj": width, "gate_proj": width}, "weight", "fc1")
+    return [
+        *same("router.weight"),
+        *experts([*one, Slot("down_proj.weight", "fc2")], config.n_experts),
+    ]
 
 
 def _mamba(config: Mamba1Config) -> list[Slot]:
@@ -107,6 +159,7 @@ JAMBA = Family(
                 (
                     D_MODEL,
                     *heads(nheads=32, nheads_kv=8),
+                    USUAL_SCALE,
                     fixed("rotary_emb_dim", 0, "attention beside Mamba-1 with a rotary embedding"),
                     fixed("qkv_proj_bias", False, "attention beside Mamba-1 with biases"),
                     fixed("out_proj_bias", False, "attention beside Mamba-1 with biases"),
@@ -123,7 +176,25 @@ JAMBA = Family(
             mlp_table(size("intermediate_size", "d_intermediate", 14336)),
             gated_mlp,
             "feed_forward",
-        )
+        ),
+        "experts": Part(
+            Table(
+                MixtureOfExpertsConfig,
+                (
+                    size("num_experts", "n_experts", 16),
+                    size("num_experts_per_tok", "top_k", 2),
+                    size("intermediate_size", "d_intermediate", 14336),
+                    fixed("routing", "softmax", "experts beside Mamba-1 with another routing"),
+                    fixed("gated", True, "ungated experts beside Mamba-1"),
+                    fixed("d_shared", None, "shared experts beside Mamba-1"),
+                    fixed("d_latent", None, "experts in a smaller space beside Mamba-1"),
+                ),
+            ),
+            _mixture,
+            "feed_forward",
+            absent={"num_experts": 1},
+            unused={"num_experts_per_tok"},
+        ),
     },
     pattern=Pattern(_read_pattern, _write_pattern, _check_pattern),
     model=Table(
@@ -131,7 +202,7 @@ JAMBA = Family(
         (
             *model_rows(vocab_size=65536, tie_embeddings=False, residual_in_fp32=False),
             *UNSCALED,
-            constant("num_experts", 1, default=16, written=True),
+            Row(lambda given: {}, lambda config: {}, _check_widths),
         ),
         ignored=_IGNORED,
     ),

@@ -2,7 +2,7 @@
 
 from ....models import LanguageModelConfig, Mamba2Config
 from .._layout import Unstorable
-from .._mixers import D_MODEL, UNSCALED, whole_expand
+from .._mixers import D_MODEL, UNSCALED, UNSCALED_MAMBA2, whole_expand
 from .._names import mamba2
 from .._tables import (
     JSON,
@@ -29,12 +29,16 @@ def _check_d_ssm(config: Mamba2Config, _: Shared) -> None:
         )
 
 
-# The options of Mamba-2 that no model type of transformers has.
-UNSUPPORTED: tuple[Row[Mamba2Config], ...] = (
+# The options of Mamba-2 that no model type of transformers has, and those that most do not have.
+NEVER_SUPPORTED: tuple[Row[Mamba2Config], ...] = (
     Row(lambda given: {}, lambda config: {}, _check_d_ssm),
     fixed("D_has_hdim", False, "Mamba-2 layers whose `D` has a weight for each channel"),
+)
+UNSUPPORTED: tuple[Row[Mamba2Config], ...] = (
+    *NEVER_SUPPORTED,
     fixed("rms_norm", True, "Mamba-2 layers without a norm"),
     fixed("norm_before_gate", False, "Mamba-2 layers with the norm before the gate"),
+    *UNSCALED_MAMBA2,
 )
 
 

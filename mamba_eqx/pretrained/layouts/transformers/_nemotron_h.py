@@ -31,7 +31,7 @@ from .._tables import (
     size,
 )
 from ._family import MAMBA_IGNORED, Family, Part, vocabulary
-from ._hybrid import HYBRID_IGNORED, heads
+from ._hybrid import HYBRID_IGNORED, USUAL_SCALE, heads
 from ._hybrid_names import attention, mlp
 from ._mamba import OFFICIAL_NAMES
 from ._mamba2 import UNSUPPORTED
@@ -129,6 +129,7 @@ NEMOTRON_H = Family(
                 (
                     D_MODEL,
                     *heads(nheads=32, nheads_kv=8, headdim=128),
+                    USUAL_SCALE,
                     Row(_read_headdim, lambda config: {}),
                     fixed("rotary_emb_dim", 0, "attention with a rotary embedding"),
                     # transformers ignores the field, and never has biases.

@@ -1,15 +1,18 @@
 """The layout of Hugging Face transformers: a `config.json` with a `model_type`."""
 
+from collections.abc import Callable
 from types import MappingProxyType
 
 import numpy as np
 
 from ....models import LanguageModelConfig
 from .._fields import Fields
-from .._layout import Layout, Slot, Unstorable
+from .._layout import Layout, Unstorable
 from .._tables import JSON
 from ._bamba import BAMBA
+from ._falcon_h1 import FALCON_H1
 from ._family import Family, describe_parts
+from ._granite import GRANITE
 from ._jamba import JAMBA
 from ._mamba import FALCON_MAMBA, MAMBA
 from ._mamba2 import MAMBA2
@@ -17,7 +20,7 @@ from ._nemotron_h import NEMOTRON_H
 
 
 # In the order in which they are tried for saving a model.
-_ALL = (MAMBA, MAMBA2, FALCON_MAMBA, BAMBA, JAMBA, NEMOTRON_H)
+_ALL = (MAMBA, MAMBA2, FALCON_MAMBA, BAMBA, JAMBA, GRANITE, NEMOTRON_H, FALCON_H1)
 _FAMILIES = MappingProxyType({family.model_type: family for family in _ALL})
 
 
@@ -49,34 +52,54 @@ def _family(config: LanguageModelConfig) -> Family:
 
 def _read_transformers(values: object) -> LanguageModelConfig:
     fields = Fields(values, "the config")
-    family = _FAMILIES[fields.only("model_type", list(_FAMILIES), None)]
+    family = _family_of(fields)
     fields.ignore_common()
     config = family.read(fields)
     fields.finish()
     return config
 
 
-def _validate_transformers(config: LanguageModelConfig) -> None:
-    _family(config)
+def _family_of(fields: Fields) -> Family:
+    return _FAMILIES[fields.only("model_type", list(_FAMILIES), None)]
 
 
-def _write_transformers(config: LanguageModelConfig, dtype: np.dtype) -> JSON:
-    return _family(config).write(config) | {"dtype": dtype.name}
+def _layout(choose: Callable[[LanguageModelConfig], Family]) -> Layout:
+    """Returns the layout, given the function that chooses the family of a config."""
+
+    def validate(config: LanguageModelConfig) -> None:
+        choose(config).validate(config)
+
+    def write(config: LanguageModelConfig, dtype: np.dtype) -> JSON:
+        return choose(config).write(config) | {"dtype": dtype.name}
+
+    return Layout(
+        name="transformers",
+        read_config=_read_transformers,
+        validate=validate,
+        write_config=write,
+        table=lambda config: choose(config).slots(config),
+        embedding=lambda config: choose(config).names.embedding,
+        keeps_tied_head=False,
+        renames=lambda config: choose(config).names.older,
+        ignored=lambda config: choose(config).names.ignored,
+        declares_ids=True,
+    )
 
 
-def _name_transformers(config: LanguageModelConfig) -> list[Slot]:
-    return _family(config).slots(config)
+TRANSFORMERS = _layout(_family)
 
 
-TRANSFORMERS = Layout(
-    name="transformers",
-    read_config=_read_transformers,
-    validate=_validate_transformers,
-    write_config=_write_transformers,
-    table=_name_transformers,
-    embedding=lambda config: _family(config).names.embedding,
-    keeps_tied_head=False,
-    renames=lambda config: _family(config).names.older,
-    ignored=lambda config: _family(config).names.ignored,
-    declares_ids=True,
-)
+def transformers_layout(values: object) -> Layout:
+    """Returns the layout with the names of the family that a config file declares.
+
+    Two families can store the same model under different names. `TRANSFORMERS` chooses one of them
+    for writing, but a file has the names of its own family.
+
+    **Arguments:**
+
+    - `values`: the content of the config file.
+
+    **Raises:** `CheckpointError` if there is no such family.
+    """
+    family = _family_of(Fields(values, "the config"))
+    return _layout(lambda config: family)
