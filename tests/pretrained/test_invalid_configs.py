@@ -110,6 +110,8 @@ INVALID = {
         ({"layers_block_type": ["mamba", 3]}, "must be 1 to 1024 of 'mamba'"),
         ({"mamba_num_heads": 4}, "`ngroups` must divide.*ngroups=5 and 4 heads"),
         ({"mamba_num_heads": 10}, "should be"),
+        ({"mamba_num_heads": 5.0}, "`mamba_num_heads`.*integer.*5.0"),
+        ({"mamba_num_heads": 2**24, "mamba_head_dim": 2}, "`mamba_num_heads`.*times 2 must be"),
         ({"attention_head_dim": 16}, "`attention_head_dim`.*must be head_dim=8"),
         ({"rms_norm_eps": 1e-6}, "`rms_norm_eps`.*must be layer_norm_epsilon=1e-05"),
         ({"norm_eps": 1e-6}, "`norm_eps`.*must be layer_norm_epsilon=1e-05"),
@@ -155,6 +157,7 @@ INVALID = {
         ({"hybrid_override_pattern": "ME*E*E"}, "missing: .*experts.0.up_proj.weight"),
         ({"hybrid_override_pattern": "M-*-*E"}, "missing: .*layers.1.mixer.up_proj.weight"),
         ({"hybrid_override_pattern": "MEE*-*"}, "a mixer directly before the MLP at index 2"),
+        ({"n_routed_experts": 2**24}, "`n_routed_experts`.*integer from 1 to 1024"),
         ({"n_routed_experts": 9}, "missing: .*layers.1.mixer.experts.6.up_proj.weight"),
         (
             {"n_routed_experts": 3, "n_group": 1, "topk_group": 1},
