@@ -1,0 +1,76 @@
+"""Configs of hybrids that transformers saves and we load."""
+
+from typing import Any
+
+
+# By model type and name. Every field that matters is off its default in one of the models.
+THEIR_HYBRIDS: dict[str, dict[str, dict[str, Any]]] = {
+    "granitemoehybrid": {
+        "every_field": {
+            "vocab_size": 30,
+            "hidden_size": 24,
+            "shared_intermediate_size": 7,
+            "num_hidden_layers": 3,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "attention_bias": True,
+            "attention_multiplier": 0.3,
+            "position_embedding_type": "rope",
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+            "embedding_multiplier": 12,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 3,
+            "mamba_expand": 3,
+            "mamba_n_heads": 8,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 5,
+            "mamba_d_conv": 3,
+            "mamba_conv_bias": False,
+            "mamba_proj_bias": True,
+            "time_step_limit": [0.4, 1.0],
+            "rms_norm_eps": 1e-3,
+            "num_local_experts": 0,
+            "tie_word_embeddings": True,
+        },
+        # Without any multiplier, we would save it as a Bamba model.
+        "default": {
+            "vocab_size": 30,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "layer_types": ["mamba", "attention"],
+            "num_attention_heads": 4,
+            "num_local_experts": 0,
+            "attention_multiplier": 0.25,
+            "residual_multiplier": 0.5,
+            "position_embedding_type": "rope",
+        },
+        "attention_alone": {
+            "vocab_size": 30,
+            "hidden_size": 32,
+            "shared_intermediate_size": 7,
+            "num_hidden_layers": 2,
+            "layer_types": ["full_attention"] * 2,
+            "num_attention_heads": 4,
+            "mamba_n_heads": 1,
+            "num_local_experts": 0,
+            "attention_multiplier": 0.2,
+            "position_embedding_type": "nope",
+        },
+        "experts": {
+            "vocab_size": 30,
+            "hidden_size": 24,
+            "intermediate_size": 5,
+            "shared_intermediate_size": 7,
+            "num_hidden_layers": 2,
+            "layer_types": ["attention", "mamba"],
+            "num_attention_heads": 4,
+            "position_embedding_type": "nope",
+            "residual_multiplier": 0.22,
+            "mamba_n_heads": 8,
+            "mamba_d_state": 5,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+        },
+    },
+}
