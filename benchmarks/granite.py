@@ -6,8 +6,10 @@ The model is a hybrid: 28 layers of Mamba-2 and 4 of attention, each with a gate
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from _common import (
@@ -64,15 +66,13 @@ def our_prefill(model: mbx.LanguageModel) -> Prefill:
         return model(tokens)
 
     return lambda tokens, all_logits: compiled(
-        everything if all_logits else last, model, jax.numpy.asarray(tokens, jax.numpy.int32)
+        everything if all_logits else last, model, jnp.asarray(tokens, jnp.int32)
     )[0]
 
 
-def their_prefill(model: object) -> Prefill:
+def their_prefill(model: Any) -> Prefill:
     """Returns the same for a model of transformers."""
     import torch
-
-    assert callable(model)
 
     def prefill(tokens: np.ndarray, all_logits: bool) -> Run:
         def run() -> np.ndarray:
@@ -89,15 +89,13 @@ def their_prefill(model: object) -> Prefill:
     return prefill
 
 
-def their_decoding(model: object, new: int) -> Run:
+def their_decoding(model: Any, new: int) -> Run:
     """Returns a call that decodes greedily in transformers, after a prompt of one token."""
     import torch
 
-    generate = getattr(model, "generate")  # noqa: B009
-
     def run() -> np.ndarray:
         with torch.inference_mode():
-            return generate(
+            return model.generate(
                 torch.ones((1, 1), dtype=torch.int64),
                 max_new_tokens=new,
                 min_new_tokens=new,

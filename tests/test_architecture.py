@@ -100,7 +100,7 @@ LEVELS = {
     "pretrained/layouts/transformers": [
         "_family",
         "_granite_mlps _hybrid_names",
-        "_mamba",
+        "_mamba _nemotron_experts _nemotron_pattern",
         "_mamba2",
         "_hybrid",
         "_bamba _falcon_h1 _granite _jamba _nemotron_h",

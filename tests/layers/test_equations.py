@@ -11,7 +11,15 @@ import pytest
 
 import mamba_eqx as mbx
 from tests.support.cases import assert_close, fold, scan, step
-from tests.support.registry import SIZES, block, gated_delta_net, make_inputs, make_layer, mamba1
+from tests.support.registry import (
+    SIZES,
+    block,
+    gated_delta_net,
+    gated_mlp,
+    make_inputs,
+    make_layer,
+    mamba1,
+)
 
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -49,7 +57,7 @@ def test_floor_of_mamba3_bounds_the_rate_of_decay():
 
 
 def test_block_normalises_the_input_of_its_mlp():
-    layer = block(mamba1, mlp=True)(S, "float32", KEY)
+    layer = block(mamba1, mlp=gated_mlp)(S, "float32", KEY)
     weight = jnp.linspace(0.5, 1.5, S.d_model)
     layer = eqx.tree_at(lambda b: b.norm2.weight, layer, weight)
     without_mlp = eqx.tree_at(lambda b: (b.norm2, b.mlp), layer, (None, None))

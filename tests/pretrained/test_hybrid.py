@@ -58,20 +58,20 @@ def test_gate_precedes_value_in_granite():
 
 def test_experts_are_read_under_the_names_of_transformers_in_memory():
     model = make(MODELS["transformers"]["granite_experts"])
-    named = state_dict(model)
     in_memory = {
         "input_linear.weight": "experts.gate_up_proj",
         "output_linear.weight": "experts.down_proj",
         "router.layer.weight": "router.weight",
     }
-    for i in range(2):
-        for name, other in in_memory.items():
-            prefix = f"model.layers.{i}.block_sparse_moe."
-            named[prefix + other] = named.pop(prefix + name)
+    named = state_dict(model)
+    for key in [key for key in named if ".block_sparse_moe." in key]:
+        layer, _, name = key.partition(".block_sparse_moe.")
+        named[f"{layer}.block_sparse_moe.{in_memory[name]}"] = named.pop(key)
     assert_same(load_state_dict(model, named), model)
     # Not both at once.
-    both = named | {prefix + name: named[prefix + other]}
-    with pytest.raises(CheckpointError, match=rf"1 unexpected: '{prefix}router.weight'"):
+    router = "model.layers.1.block_sparse_moe.router"
+    both = named | {f"{router}.layer.weight": named[f"{router}.weight"]}
+    with pytest.raises(CheckpointError, match=rf"1 unexpected: '{router}.weight'"):
         load_state_dict(model, both)
 
 

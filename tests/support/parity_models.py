@@ -1,5 +1,6 @@
 """The models that are compared with transformers as installed."""
 
+import math
 from typing import Any
 
 import mamba_eqx as mbx

@@ -88,7 +88,7 @@ class Fields:
         return default if self.get(key, None) is None else self.size(key)
 
     def layers(self, key: str, default: int | None = None) -> int:
-        """Reads the number of layers."""
+        """Reads the number of layers, or of experts with names of their own."""
         return self._integer(key, self.size(key, default), 1, _MAX_LAYERS)
 
     def natural(self, key: str, default: int) -> int:

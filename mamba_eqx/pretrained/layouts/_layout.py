@@ -80,9 +80,10 @@ class Slot:
 
     def to_file(self, leaf: AnyArray) -> AnyArray:
         """Returns the part of a leaf that this tensor stores."""
+        rows = slice(None) if self.rows is None else slice(*self.rows)
         if self.expert is not None:
-            leaf = leaf[self.expert]
-        return self.transform.to_file(leaf if self.rows is None else leaf[slice(*self.rows)])
+            return self.transform.to_file(leaf[self.expert, rows])
+        return self.transform.to_file(leaf if self.rows is None else leaf[rows])
 
     def from_file(self, tensor: AnyArray) -> AnyArray:
         """Returns the part of the leaf that a tensor stores: the inverse of `to_file`."""

@@ -13,10 +13,9 @@ from ....models import (
     MixtureOfExpertsConfig,
     MLPConfig,
 )
-from .._fields import Fields
-from .._layout import Slot, Unstorable
+from .._layout import Unstorable
 from .._mixers import D_MODEL, UNSCALED
-from .._names import mamba2, within
+from .._names import mamba2
 from .._tables import (
     JSON,
     Arguments,
@@ -28,21 +27,18 @@ from .._tables import (
     fixed,
     flag,
     limit,
-    number,
     shared_eps,
     size,
 )
-from ._family import MAMBA_IGNORED, Family, Kind, Kinds, Part, Pattern, vocabulary
+from ._family import MAMBA_IGNORED, Family, Part, vocabulary
 from ._hybrid import HYBRID_IGNORED, USUAL_SCALE, heads
-from ._hybrid_names import attention, experts, mlp
+from ._hybrid_names import attention, mlp
 from ._mamba import OFFICIAL_NAMES
 from ._mamba2 import UNSUPPORTED
+from ._nemotron_experts import EXPERTS
+from ._nemotron_pattern import PATTERN, places
 
 
-_MIXERS = {"mamba": "M", "attention": "*"}
-_MLPS = {"mlp": "-", "moe": "E"}
-# The letters of a pattern by the names that older and newer versions have for the layers.
-_LETTERS = _MIXERS | _MLPS | {"linear_attention": "M", "full_attention": "*"}
 # The prediction of several tokens at once, positions that no layer uses, and the choice of an
 # implementation.
 _IGNORED = HYBRID_IGNORED | set(
@@ -52,59 +48,14 @@ _IGNORED = HYBRID_IGNORED | set(
     num_nextn_predict_layers output_router_logits partial_rotary_factor rope_theta
     """.split()  # noqa: SIM905
 )
-# The fields of experts, which configs of models without experts have as well.
-_EXPERTS = frozenset(
-    """
-    mlp_bias moe_intermediate_size moe_latent_size moe_shared_expert_intermediate_size n_group
-    n_routed_experts n_shared_experts norm_topk_prob num_experts_per_tok routed_scaling_factor
-    topk_group
-    """.split()  # noqa: SIM905
-)
-
-
-def _read_pattern(fields: Fields) -> Kinds:
-    letters = fields.series("hybrid_override_pattern", {a: a for a in _LETTERS.values()})
-    key = "layers_block_type" if letters is None else "hybrid_override_pattern"
-    named = fields.series("layers_block_type", _LETTERS)
-    if letters is None and named is None:
-        raise fields.error("hybrid_override_pattern", "is required")
-    if letters is not None and named is not None and letters != named:
-        raise fields.error("layers_block_type", "must agree with `hybrid_override_pattern`")
-    letters = letters or named or []
-    if fields.layers("num_hidden_layers", len(letters)) != len(letters):
-        raise fields.error("num_hidden_layers", f"must be the length of `{key}`, {len(letters)}")
-    mixers, mlps = ({letter: name for name, letter in kinds.items()} for kinds in (_MIXERS, _MLPS))
-    kinds: list[Kind] = []
-    for i, letter in enumerate(letters):
-        if letter in mixers:
-            kinds.append(Kind(mixers[letter], None))
-        elif kinds and kinds[-1].mlp is None:
-            kinds[-1] = kinds[-1]._replace(mlp=mlps[letter])
-        else:
-            raise fields.error(key, f"must have a mixer directly before the MLP at index {i}")
-    return kinds
-
-
-def _write_pattern(kinds: Kinds) -> JSON:
-    pattern = "".join(
-        _MIXERS[kind.mixer] + ("" if kind.mlp is None else _MLPS[kind.mlp]) for kind in kinds
-    )
-    return {"num_hidden_layers": len(pattern), "hybrid_override_pattern": pattern}
-
-
-def _places(kinds: Kinds) -> list[tuple[int, int]]:
-    places: list[tuple[int, int]] = []
-    for kind in kinds:
-        mixer = places[-1][1] + 1 if places else 0
-        places.append((mixer, mixer if kind.mlp is None else mixer + 1))
-    return places
 
 
 def _read_width(given: RowInput) -> Arguments:
     # Other than in Mamba-2 and Bamba, the width is no multiple of `hidden_size`.
-    nheads = given.fields.size("mamba_num_heads", 128)
     headdim = given.fields.size("mamba_head_dim", 64)
-    return {"d_inner": nheads * headdim, "headdim": headdim}
+    given.fields.size("mamba_num_heads", 128)  # Checks that the number is an integer.
+    d_inner = given.fields.multiple_of(headdim, "mamba_num_heads", 128)
+    return {"d_inner": d_inner, "headdim": headdim}
 
 
 def _write_width(config: Mamba2Config) -> JSON:
@@ -135,42 +86,12 @@ def _read_eps(given: RowInput) -> Arguments:
     return {}
 
 
-def _check_shared(config: MixtureOfExpertsConfig, _: Shared) -> None:
-    if config.d_shared is None:
-        raise Unstorable("experts of Nemotron-H without a shared expert (d_shared=None)")
-
-
-def _read_latent(given: RowInput) -> Arguments:
-    key = "moe_latent_size"
-    return {"d_latent": None if given.fields.get(key, None) is None else given.fields.size(key)}
-
-
-def _write_latent(config: MixtureOfExpertsConfig) -> JSON:
-    return {} if config.d_latent is None else {"moe_latent_size": config.d_latent}
-
-
 def _check_biases(config: LanguageModelConfig, _: Shared) -> None:
     mlps = [layer.mlp for layer in config.layers]
     experts = any(isinstance(one, MixtureOfExpertsConfig) for one in mlps)
     if experts and any(isinstance(one, MLPConfig) and one.bias for one in mlps):
         # The field `mlp_bias` concerns the shared expert as well.
         raise Unstorable("MLPs with biases beside experts of Nemotron-H (bias=True)")
-
-
-def _mixture(config: MixtureOfExpertsConfig) -> list[Slot]:
-    one = [Slot("up_proj.weight", "fc1"), Slot("down_proj.weight", "fc2")]
-    slots = [
-        Slot("gate.weight", "router.weight"),
-        Slot("gate.e_score_correction_bias", "router.correction_bias"),
-        *experts(one, config.n_experts),
-    ]
-    if config.d_shared is not None:
-        slots += within(mlp(MLPConfig(config.d_shared)), "shared_experts", "shared")
-    if config.d_latent is not None:
-        slots += [
-            Slot(f"{name}_latent_proj.weight", f"{name}_latent.weight") for name in ("fc1", "fc2")
-        ]
-    return slots
 
 
 NEMOTRON_H = Family(
@@ -235,33 +156,9 @@ NEMOTRON_H = Family(
             "mixer",
             unused={"intermediate_size", "mlp_bias"},
         ),
-        "moe": Part(
-            Table(
-                MixtureOfExpertsConfig,
-                (
-                    size("n_routed_experts", "n_experts", 8),
-                    size("num_experts_per_tok", "top_k", 2),
-                    size("moe_intermediate_size", "d_intermediate", 7688),
-                    size("moe_shared_expert_intermediate_size", "d_shared", 7688),
-                    Row(lambda given: {}, lambda config: {}, _check_shared),
-                    constant("n_shared_experts", 1, written=True),
-                    Row(_read_latent, _write_latent),
-                    fixed("routing", "sigmoid", "experts of Nemotron-H with another routing"),
-                    size("n_group", "n_group", 1),
-                    size("topk_group", "topk_group", 1),
-                    flag("norm_topk_prob", "renormalise", True),
-                    number("routed_scaling_factor", "scaling", 1.0),
-                    fixed("gated", False, "gated experts of Nemotron-H"),
-                    constant("mlp_bias", False, written=True),
-                ),
-            ),
-            _mixture,
-            "mixer",
-            unused=_EXPERTS,
-        ),
+        "moe": EXPERTS,
     },
-    # Every sequence of kinds has a pattern.
-    pattern=Pattern(_read_pattern, _write_pattern, lambda kinds: None),
+    pattern=PATTERN,
     model=Table(
         LanguageModelConfig,
         (
@@ -281,7 +178,7 @@ NEMOTRON_H = Family(
     names=replace(
         OFFICIAL_NAMES,
         norm2="norm",
-        places=_places,
+        places=places,
         # The names in transformers' own modules.
         older={**OFFICIAL_NAMES.older, "model.": "backbone."},
         # The layers that predict several tokens at once.
