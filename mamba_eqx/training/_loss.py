@@ -60,8 +60,9 @@ def next_token_loss(
         unless it is differentiated.
     - `label_smoothing`, `z_loss`, `chunk`: see [`mamba_eqx.training.cross_entropy`][].
     - `balance`: a factor, at least 0, of [`mamba_eqx.training.load_balancing_loss`][] of the tokens
-        whose targets count, which is added for a model with experts. It is `0.001` by default in
-        transformers.
+        whose targets count, which is added for a model with experts. transformers' default is
+        `0.001`. With gradient accumulation, it is the mean over the groups of rows, each balanced
+        by itself.
 
     **Returns:**
 
