@@ -55,6 +55,36 @@ def test_gate_precedes_value_in_granite():
     assert np.array_equal(weight, jnp.concatenate([gate, value]))
 
 
+def test_experts_are_read_under_the_names_of_transformers_in_memory():
+    model = make(MODELS["transformers"]["granite_experts"])
+    named = state_dict(model)
+    in_memory = {
+        "input_linear.weight": "experts.gate_up_proj",
+        "output_linear.weight": "experts.down_proj",
+        "router.layer.weight": "router.weight",
+    }
+    for i in range(2):
+        for name, other in in_memory.items():
+            prefix = f"model.layers.{i}.block_sparse_moe."
+            named[prefix + other] = named.pop(prefix + name)
+    assert_same(load_state_dict(model, named), model)
+    # Not both at once.
+    both = named | {prefix + name: named[prefix + other]}
+    with pytest.raises(CheckpointError, match=rf"1 unexpected: '{prefix}router.weight'"):
+        load_state_dict(model, both)
+
+
+def test_gate_precedes_value_in_experts_of_granite():
+    model = make(MODELS["transformers"]["granite_experts"])
+    block = model.layers.unstack()[1]
+    assert isinstance(block, mbx.Block)
+    assert isinstance(block.mlp, mbx.MixtureOfExperts)
+    value, gate = jnp.split(block.mlp.fc1, 2, axis=1)
+    named = state_dict(model)
+    weight = named["model.layers.1.block_sparse_moe.input_linear.weight"]
+    assert np.array_equal(weight, jnp.concatenate([gate, value], axis=1))
+
+
 def test_file_has_the_names_of_its_own_model_type(tmp_path):
     # Without multipliers, the same model would be saved as a Bamba model.
     multipliers: list[str] = ["residual_multiplier", "embedding_multiplier", "logits_scaling"]

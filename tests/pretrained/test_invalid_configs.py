@@ -87,7 +87,8 @@ INVALID = {
         ({"attention_bias": True}, "unknown meaning"),
     ],
     ("hybrid", "transformers", "granite"): [
-        ({"num_local_experts": DROPPED}, "`num_local_experts`.*must be 0"),
+        ({"num_local_experts": DROPPED}, "missing: .*layers.0.block_sparse_moe.router"),
+        ({"num_local_experts": -1}, "`num_local_experts`.*must be an integer from 0"),
         ({"layer_types": ["mamba"] * 2}, "`layer_types`.*num_hidden_layers=3 times"),
         ({"layer_types": ["mamba", "moe", "mamba"]}, "`layer_types`.*num_hidden_layers=3 times"),
         ({"layer_types": ["mamba", [], "mamba"]}, "`layer_types`.*num_hidden_layers=3 times"),
@@ -101,6 +102,14 @@ INVALID = {
         ({"shared_intermediate_size": 8}, r"input_linear.weight is \(18, 6\).*be \(16, 6\)"),
         ({"mlp_bias": True}, "`mlp_bias`.*must be False"),
         ({"sliding_window": 4}, "unknown meaning.*'sliding_window'"),
+    ],
+    ("hybrid", "transformers", "granite_experts"): [
+        ({"num_local_experts": 0}, "unexpected: .*block_sparse_moe"),
+        ({"num_local_experts": 4}, r"output_linear.weight is \(5, 6, 7\).*be \(4, 6, 7\)"),
+        ({"num_experts_per_tok": 6}, "`top_k` must be .*n_experts"),
+        ({"num_experts_per_tok": 0}, "`num_experts_per_tok`.*must be an integer from 1"),
+        ({"intermediate_size": 8}, r"input_linear.weight is \(5, 14, 6\).*be \(5, 16, 6\)"),
+        ({"shared_intermediate_size": 0}, "`shared_intermediate_size`.*must be an integer from 1"),
     ],
     ("hybrid", "transformers", "granite_rope"): [
         ({"rope_parameters.partial_rotary_factor": 0.5}, "no `partial_rotary_factor` other than 1"),

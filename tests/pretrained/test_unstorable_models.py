@@ -1,5 +1,7 @@
 """Models that a layout cannot store, and what the errors say."""
 
+import dataclasses
+
 import equinox as eqx
 import pytest
 
@@ -8,6 +10,8 @@ from mamba_eqx.pretrained import CheckpointError, from_pretrained, save_pretrain
 from mamba_eqx.pretrained.layouts import LAYOUTS
 from tests.support.checkpoints import (
     BIASED,
+    EXPERTS,
+    GATED,
     NORMALISED,
     ODD,
     OFFICIAL,
@@ -152,6 +156,38 @@ UNSTORABLE = [
         "transformers",
         granite(mamba2(), attention(rotary_emb_dim=4)),
         "a multiplier of .*rotary embedding of a part of each head",
+        None,
+    ),
+    (
+        "transformers",
+        granite(mamba2(), mlp=dataclasses.replace(EXPERTS, d_shared=None)),
+        r"experts without a shared expert \(d_shared=None\)",
+        None,
+    ),
+    (
+        "transformers",
+        granite(mamba2(), mlp=dataclasses.replace(EXPERTS, routing="softmax")),
+        "experts with another routing .*routing='softmax'",
+        None,
+    ),
+    (
+        "transformers",
+        granite(mamba2(), mlp=dataclasses.replace(EXPERTS, gated=False)),
+        "experts without a gate",
+        None,
+    ),
+    (
+        "transformers",
+        granite(mamba2(), mlp=dataclasses.replace(EXPERTS, d_latent=4)),
+        "experts in a smaller space",
+        None,
+    ),
+    (
+        "transformers",
+        mbx.LanguageModelConfig(
+            13, (mbx.BlockConfig(mamba2(), mlp=EXPERTS), mbx.BlockConfig(mamba2(), mlp=GATED))
+        ),
+        "experts in some of the layers only",
         None,
     ),
     ("transformers", granite(mamba2(), attention(headdim=3)), "an odd number of features", None),
