@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 import mamba_eqx as mbx
 from tests.support import parity
 from tests.support.checkpoints import make
+from tests.support.parity_models import OURS, THEIRS
 
 
 def errors(pairs):
@@ -66,7 +67,7 @@ def live_rows():
         logits = eqx.filter_jit(model)(jnp.asarray(tokens))
         return errors([(logits, parity.their_logits(torch, theirs, tokens))])
 
-    for name, config in parity.OURS["mamba"].items():
+    for name, config in OURS["mamba"].items():
         model = jax.tree.map(lambda leaf: 0.5 * leaf, make(config))
         with tempfile.TemporaryDirectory() as folder:
             mbx.save_pretrained(model, folder)
@@ -75,7 +76,7 @@ def live_rows():
                 "transformers loads ours",
                 *compare(model, parity.load_theirs(folder), 7),
             )
-    for name, fields in parity.THEIRS["mamba"].items():
+    for name, fields in THEIRS["mamba"].items():
         theirs = parity.their_model(torch, fields)
         with tempfile.TemporaryDirectory() as folder:
             theirs.save_pretrained(folder)

@@ -6,7 +6,8 @@ import pytest
 import mamba_eqx as mbx
 from mamba_eqx import _cli
 from tests.support.checkpoints import edit_config
-from tests.support.parity import THEIRS, load_theirs, their_model
+from tests.support.parity import load_theirs, their_model
+from tests.support.parity_models import THEIRS
 
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow, pytest.mark.usefixtures("compile_fast")]

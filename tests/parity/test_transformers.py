@@ -10,8 +10,6 @@ import pytest
 from mamba_eqx.pretrained import from_pretrained, save_pretrained, state_dict
 from tests.support.checkpoints import make
 from tests.support.parity import (
-    OURS,
-    THEIRS,
     check_they_load,
     check_we_load,
     difference,
@@ -19,6 +17,7 @@ from tests.support.parity import (
     their_logits,
     their_model,
 )
+from tests.support.parity_models import OURS, THEIRS
 
 
 pytestmark = pytest.mark.parity
