@@ -11,9 +11,12 @@ import pytest
 from mamba_eqx._trees import named_leaves
 from mamba_eqx.pretrained._state_dict import LAYOUTS
 from mamba_eqx.pretrained.layouts import skeleton
+from tests.pretrained import table
 from tests.support.published_falcon_h1 import FALCON_H1
-from tests.support.published_hybrids import NEMOTRON_H_AND_GRANITE
+from tests.support.published_hybrids import HYBRIDS
 
+
+ROOT = Path(__file__).parents[2]
 
 MAMBA = {
     "vocab_size": 50277,
@@ -181,7 +184,7 @@ CHECKPOINTS = (
         "tiiuae/falcon-mamba-7b": (FALCON, 7_272_665_088),
         "mistralai/Mamba-Codestral-7B-v0.1": (CODESTRAL, 7_285_403_648),
     }
-    | NEMOTRON_H_AND_GRANITE
+    | HYBRIDS
     | FALCON_H1
 )
 
@@ -200,3 +203,8 @@ def test_config_gives_model_of_published_size(name):
     # Only parameters that are divided among several tensors have several names.
     whole = [slot.path for slot in slots if slot.rows is slot.expert is None]
     assert len(set(whole)) == len(whole)
+
+
+def test_docs_have_the_table_of_sizes():
+    text = (ROOT / "docs" / "pretrained.md").read_text("utf-8")
+    assert "\n".join([table.HEAD, *table.rows()]) in text

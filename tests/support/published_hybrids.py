@@ -1,4 +1,4 @@
-"""The published configs of Nemotron-H and Granite 4, and the sizes of the models."""
+"""The published configs of Nemotron-H, Granite 4 and Jamba, and the sizes of the models."""
 
 import math
 
@@ -130,7 +130,7 @@ NEMOTRON_3 = NEMOTRON_H | {
 
 
 # By repository, the config and the number of parameters.
-NEMOTRON_H_AND_GRANITE: dict[str, tuple[dict, int]] = {
+HYBRIDS: dict[str, tuple[dict, int]] = {
     "nvidia/NVIDIA-Nemotron-3-Nano-4B-BF16": (
         nemotron_h("M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-", 3136, 12544, 96, 80),
         3_973_556_832,
@@ -176,4 +176,6 @@ NEMOTRON_H_AND_GRANITE: dict[str, tuple[dict, int]] = {
         | {"position_embedding_type": "rope", "rope_theta": 10000000, "logits_scaling": 10},
         3_402_836_480,
     ),
+    # The config has the defaults of transformers. The published size, 52 billion, is rounded.
+    "ai21labs/Jamba-v0.1": ({"model_type": "jamba"}, 51_570_323_328),
 }
