@@ -108,7 +108,7 @@ LEVELS = {
         "__init__",
     ],
     "training": [
-        "_checkpoint_record _loss_scale _recipe _write_error data finetuning",
+        "_checkpoint_record _load_balance _loss_scale _recipe _write_error data finetuning",
         "_checkpoint_arrays _interruption _loss _metrics",
         "_checkpoints _gradients _plots _progress",
         "_fit _step",

@@ -11,7 +11,7 @@ from ._arguments import check_token, checked_sequence
 from ._norm import Norm, make_norm
 from ._protocol import AbstractSequenceLayer, Length, Reset, State
 from ._scaled import scaled
-from .mlps import AbstractMLP
+from .mlps import AbstractMLP, MixtureOfExperts, Routes
 
 
 TokenMap: TypeAlias = Callable[[Float[Array, " d_model"]], Float[Array, " d_model"]]
@@ -103,13 +103,48 @@ class Block(AbstractSequenceLayer[State]):
     ) -> tuple[Float[Array, "seq {self.d_model}"], State]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
         x = checked_sequence("Block", self.d_model, x, reset, length)
+        x, state, _ = self._run(x, state, reset, length)
+        return x, state
+
+    @jax.named_scope("mamba_eqx.Block.scan")
+    def scan_with_routes(
+        self,
+        x: Float[Array, "seq {self.d_model}"],
+        state: State | None = None,
+        *,
+        reset: Reset = None,
+        length: Length = None,
+    ) -> tuple[Float[Array, "seq {self.d_model}"], State, tuple[Routes, ...]]:
+        """Runs `scan`, and returns which experts the MLP chose too.
+
+        **Arguments:** as for `scan`.
+
+        **Returns:**
+
+        The outputs and the state of `scan`, and a tuple of the
+        [`mamba_eqx.layers.Routes`][] of a [`mamba_eqx.MixtureOfExperts`][], empty for any other
+        MLP. The routes of padding are arbitrary.
+
+        **Raises:** `ValueError` as `scan` does.
+        """
+        x = checked_sequence("Block", self.d_model, x, reset, length, verb="scan_with_routes")
+        return self._run(x, state, reset, length)
+
+    def _run(
+        self, x: Array, state: State | None, reset: Reset, length: Length
+    ) -> tuple[Array, State, tuple[Routes, ...]]:
         y, state = self.mixer.scan(jax.vmap(self.norm)(x), state, reset=reset, length=length)
         x += scaled(y, self.residual_multiplier)
         if self.mlp is None or self.norm2 is None:
-            return x, state
-        # Any other module is a map of one token.
-        mlp = self.mlp if isinstance(self.mlp, AbstractMLP) else jax.vmap(self.mlp)
-        return x + scaled(mlp(jax.vmap(self.norm2)(x)), self.residual_multiplier), state
+            return x, state, ()
+        tokens, routes = jax.vmap(self.norm2)(x), ()
+        if isinstance(self.mlp, MixtureOfExperts):
+            y, *routes = self.mlp.with_routes(tokens)
+        elif isinstance(self.mlp, AbstractMLP):
+            y = self.mlp(tokens)
+        else:
+            y = jax.vmap(self.mlp)(tokens)  # Any other module is a map of one token.
+        return x + scaled(y, self.residual_multiplier), state, tuple(routes)
 
     @jax.named_scope("mamba_eqx.Block.step")
     def step(

@@ -11,7 +11,8 @@ from jaxtyping import PyTree
 
 
 RECURRENCE: Mapping[str, str] = MappingProxyType({"mamba_eqx": "recurrence"})
-"""The metadata of fields that hold parameters of a recurrence: `A_log`, `D`, `dt_bias`.
+"""The metadata of fields that hold parameters of a recurrence (`A_log`, `D`, `dt_bias`), or of a
+router of experts.
 
 ```python
 class MyMixer(mbx.AbstractSequenceLayer):
@@ -20,12 +21,15 @@ class MyMixer(mbx.AbstractSequenceLayer):
 
 A recurrence compounds the rounding errors of such a parameter over the whole sequence. The
 parameter therefore stays in float32 when the model is cast to a narrower dtype
-([`mamba_eqx.cast`][]), and gets no weight decay in training ([`mamba_eqx.recurrence_mask`][]).
+([`mamba_eqx.cast`][]), and gets no weight decay in training ([`mamba_eqx.recurrence_mask`][]). So
+does that of a [`mamba_eqx.layers.Router`][]: where two experts are close, a rounding error decides
+between them.
 """
 
 
 def recurrence_mask(tree: PyTree) -> PyTree[bool]:
-    """Marks the leaves of a model that are parameters of a recurrence (`A_log`, `D`, `dt_bias`).
+    """Marks the leaves of a model that are parameters of a recurrence (`A_log`, `D`, `dt_bias`), or
+    of a router of experts ([`mamba_eqx.layers.Router`][]).
 
     These parameters stay in float32 in a bfloat16 model, and get no weight decay. (The official
     Mamba-1 code exempts only `A_log` and `D` from decay; the Mamba-2 code exempts `dt_bias` too.)
@@ -69,7 +73,7 @@ def cast(tree: PyTree, dtype: DTypeLike) -> PyTree:
     **Arguments:**
 
     - `tree`: a model, or any pytree of its structure.
-    - `dtype`: the dtype of the result. Parameters of recurrences (see
+    - `dtype`: the dtype of the result. Parameters of recurrences and of routers (see
         [`mamba_eqx.recurrence_mask`][]) stay in float32 if `dtype` is narrower than float32.
 
     **Returns:**

@@ -1,4 +1,5 @@
 import abc
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeAlias
 
@@ -9,7 +10,9 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from ._arguments import check_token, checked_sequence, checked_states, describe_state
+from ._block import Block
 from ._protocol import AbstractSequenceLayer, Length, Reset, State
+from .mlps import Routes
 
 
 # A stack may mix layers, whose states are of different types.
@@ -47,6 +50,28 @@ class AbstractStack(AbstractSequenceLayer[State]):
         **Returns:**
 
         An array of shape `(n_layer, seq, d_model)`, first layer first.
+
+        **Raises:** `ValueError` as `scan` does.
+        """
+
+    @abc.abstractmethod
+    def scan_with_routes(
+        self,
+        x: Float[Array, "seq {self.d_model}"],
+        state: State | None = None,
+        *,
+        reset: Reset = None,
+        length: Length = None,
+    ) -> tuple[Float[Array, "seq {self.d_model}"], State, tuple[Routes, ...]]:
+        """Runs `scan`, and returns which experts the layers chose too.
+
+        **Arguments:** as for `scan`.
+
+        **Returns:**
+
+        The outputs and the state of `scan`, and the [`mamba_eqx.layers.Routes`][] of every
+        [`mamba_eqx.Block`][] with a [`mamba_eqx.MixtureOfExperts`][], first layer first. The routes
+        of padding are arbitrary.
 
         **Raises:** `ValueError` as `scan` does.
         """
@@ -109,8 +134,22 @@ class Unrolled(AbstractStack[tuple[PyTree, ...]]):
     ) -> tuple[Float[Array, "seq {self.d_model}"], tuple[PyTree, ...]]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
         x = checked_sequence("Unrolled", self.d_model, x, reset, length)
-        outputs, states = self._run(x, state, reset, length)
+        outputs, states, _ = self._run(x, state, reset, length)
         return outputs[-1], states
+
+    @jax.named_scope("mamba_eqx.Unrolled.scan")
+    def scan_with_routes(
+        self,
+        x: Float[Array, "seq {self.d_model}"],
+        state: tuple[PyTree, ...] | None = None,
+        *,
+        reset: Reset = None,
+        length: Length = None,
+    ) -> tuple[Float[Array, "seq {self.d_model}"], tuple[PyTree, ...], tuple[Routes, ...]]:
+        """See [`mamba_eqx.layers.AbstractStack.scan_with_routes`][]."""
+        x = checked_sequence("Unrolled", self.d_model, x, reset, length, verb="scan_with_routes")
+        outputs, states, routes = self._run(x, state, reset, length, with_routes=True)
+        return outputs[-1], states, routes
 
     @jax.named_scope("mamba_eqx.Unrolled.step")
     def step(
@@ -137,18 +176,25 @@ class Unrolled(AbstractStack[tuple[PyTree, ...]]):
         return jnp.stack(self._run(x, None, reset, length)[0])
 
     def _run(
-        self, x: Array, state: tuple[PyTree, ...] | None, reset: Reset, length: Length
-    ) -> tuple[list[Array], tuple[PyTree, ...]]:
-        scan = _scan_layer(self.remat)
-        outputs, states = [], []
+        self,
+        x: Array,
+        state: tuple[PyTree, ...] | None,
+        reset: Reset,
+        length: Length,
+        *,
+        with_routes: bool = False,
+    ) -> tuple[list[Array], tuple[PyTree, ...], tuple[Routes, ...]]:
+        scan = _scan_layer(self.remat, with_routes=with_routes)
+        outputs, states, routes = [], [], ()
         if state is None:
             state = (None,) * self.n_layer
         state = checked_states("Unrolled", self.n_layer, state)
         for layer, layer_state in zip(self.layers, state, strict=True):
-            x, layer_state = scan(layer, x, layer_state, reset, length)
+            x, layer_state, layer_routes = scan(layer, x, layer_state, reset, length)
             outputs.append(x)
             states.append(layer_state)
-        return outputs, tuple(states)
+            routes += layer_routes
+        return outputs, tuple(states), routes
 
 
 class Stacked(AbstractStack[PyTree]):
@@ -195,10 +241,7 @@ class Stacked(AbstractStack[PyTree]):
     def unstack(self) -> tuple[Layer, ...]:
         """Returns the layers, first to last."""
         arrays, rest = eqx.partition(self.layers, eqx.is_array)
-        return tuple(
-            eqx.combine(jax.tree.map(lambda leaf: leaf[i], arrays), rest)  # noqa: B023
-            for i in range(self.n_layer)
-        )
+        return tuple(eqx.combine(_unstacked(arrays, i), rest) for i in range(self.n_layer))
 
     def init_state(self, *, max_len: int | None = None) -> PyTree:
         """Returns the layers' initial states, stacked along a new first axis."""
@@ -217,7 +260,28 @@ class Stacked(AbstractStack[PyTree]):
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
         x = checked_sequence("Stacked", self.d_model, x, reset, length)
         scan = _scan_layer(self.remat)
-        return self._loop(lambda layer, x, s: scan(layer, x, s, reset, length), x, state)
+        return self._loop(lambda layer, x, s: scan(layer, x, s, reset, length)[:2], x, state)
+
+    @jax.named_scope("mamba_eqx.Stacked.scan")
+    def scan_with_routes(
+        self,
+        x: Float[Array, "seq {self.d_model}"],
+        state: PyTree | None = None,
+        *,
+        reset: Reset = None,
+        length: Length = None,
+    ) -> tuple[Float[Array, "seq {self.d_model}"], PyTree, tuple[Routes, ...]]:
+        """See [`mamba_eqx.layers.AbstractStack.scan_with_routes`][]."""
+        x = checked_sequence("Stacked", self.d_model, x, reset, length, verb="scan_with_routes")
+        scan = _scan_layer(self.remat, with_routes=True)
+
+        def run(layer: Layer, x: Array, state: PyTree) -> tuple[Array, PyTree]:
+            y, *rest = scan(layer, x, state, reset, length)
+            return y, rest
+
+        y, (state, stacked) = self._loop(run, x, state)
+        routes = [_unstacked(stacked, i) for i in range(self.n_layer)]
+        return y, state, tuple(itertools.chain(*routes))
 
     @jax.named_scope("mamba_eqx.Stacked.step")
     def step(
@@ -240,7 +304,7 @@ class Stacked(AbstractStack[PyTree]):
         scan = _scan_layer(self.remat)
 
         def run(layer: Layer, x: Array, _: PyTree) -> tuple[Array, Array]:
-            y, _ = scan(layer, x, None, reset, length)
+            y, *_ = scan(layer, x, None, reset, length)
             return y, y
 
         return self._loop(run, x, None)[1]
@@ -279,19 +343,27 @@ class Stacked(AbstractStack[PyTree]):
 
 
 def _scan_layer(
-    remat: Remat,
-) -> Callable[[Layer, Array, PyTree, Reset, Length], tuple[Array, PyTree]]:
+    remat: Remat, *, with_routes: bool = False
+) -> Callable[[Layer, Array, PyTree, Reset, Length], tuple[Array, PyTree, tuple[Routes, ...]]]:
     """Returns the `scan` of layers as a function whose first argument is the layer, with the given
-    rematerialisation."""
+    rematerialisation. Its third result is empty if not `with_routes`, and for layers that have no
+    routes."""
 
     def scan(
         layer: Layer, x: Array, state: PyTree, reset: Array | None, length: Array | int | None
-    ) -> tuple[Array, PyTree]:
-        return layer.scan(x, state, reset=reset, length=length)
+    ) -> tuple[Array, PyTree, tuple[Routes, ...]]:
+        if with_routes and isinstance(layer, Block | AbstractStack):
+            return layer.scan_with_routes(x, state, reset=reset, length=length)
+        return (*layer.scan(x, state, reset=reset, length=length), ())
 
     if remat is False:
         return scan
     return eqx.filter_checkpoint(scan, policy=None if remat is True else remat)
+
+
+def _unstacked(tree: PyTree, i: int) -> PyTree:
+    """Returns the part of stacked arrays that belongs to layer `i`."""
+    return jax.tree.map(lambda leaf: leaf[i], tree)
 
 
 def _check_remat(name: str, remat: object) -> None:

@@ -13,6 +13,7 @@ from ..layers import (
     Linear,
     Norm,
     Reset,
+    Routes,
     check_reset_and_length,
     make_norm,
     product,
@@ -227,6 +228,34 @@ class LanguageModel(eqx.Module):
         check_reset_and_length("LanguageModel", tokens.shape[0], reset, length)
         x, state = self.layers.scan(self._embed(tokens), state, reset=reset, length=length)
         return jax.vmap(self.norm_f)(x), state
+
+    def backbone_with_routes(
+        self,
+        tokens: Integer[Array, " seq"],
+        state: PyTree | None = None,
+        *,
+        reset: Reset = None,
+        length: Length = None,
+    ) -> tuple[Float[Array, "seq {self.d_model}"], PyTree, tuple[Routes, ...]]:
+        """Runs `backbone`, and returns which experts the layers chose too, for
+        [`mamba_eqx.training.load_balancing_loss`][].
+
+        **Arguments:** as for `scan`.
+
+        **Returns:**
+
+        The features and the state of `backbone`; and the [`mamba_eqx.layers.Routes`][] of every
+        block with a [`mamba_eqx.MixtureOfExperts`][], first layer first, an empty tuple for a model
+        without experts. The routes of padding are arbitrary.
+
+        **Raises:** `ValueError` as `scan` does.
+        """
+        _check_tokens("backbone_with_routes", tokens, 1)
+        check_reset_and_length("LanguageModel", tokens.shape[0], reset, length)
+        x, state, routes = self.layers.scan_with_routes(
+            self._embed(tokens), state, reset=reset, length=length
+        )
+        return jax.vmap(self.norm_f)(x), state, routes
 
     def backbone_step(
         self, token: Integer[Array, ""], state: PyTree

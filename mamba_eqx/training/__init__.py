@@ -2,6 +2,7 @@
 
 from ._checkpoints import Checkpoints as Checkpoints
 from ._fit import Data as Data, Fit as Fit, fit as fit
+from ._load_balance import load_balancing_loss as load_balancing_loss
 from ._loss import (
     LossAux as LossAux,
     cross_entropy as cross_entropy,

@@ -12,7 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Num, PyTree
 from .._checks import check_positive
 from .._dtypes import at_least_float32
 from .._trees import cut_into_chunks, repeated
+from ..layers import Routes
 from ..models import LanguageModel
+from ._load_balance import load_balancing_loss
 from .data import Batch
 
 
@@ -37,6 +39,7 @@ def next_token_loss(
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    balance: float = 0.0,
     chunk: int = 256,
 ) -> tuple[Float[Array, ""], LossAux]:
     r"""Computes the mean cross-entropy of the next token, in nats, over the targets that count,
@@ -56,28 +59,40 @@ def next_token_loss(
         backpropagation through time; `None` for the empty state. No gradient flows through it
         unless it is differentiated.
     - `label_smoothing`, `z_loss`, `chunk`: see [`mamba_eqx.training.cross_entropy`][].
+    - `balance`: a factor, at least 0, of [`mamba_eqx.training.load_balancing_loss`][] of the tokens
+        whose targets count, which is added for a model with experts. It is `0.001` by default in
+        transformers.
 
     **Returns:**
 
     The loss, a scalar that is 0 if no target counts, and a
     [`mamba_eqx.training.LossAux`][].
 
-    **Raises:** `ValueError` for an option out of range, or a batch whose targets and mask have
-    different shapes.
+    **Raises:** `ValueError` for an option out of range, `balance` for a model without experts, or
+    a batch whose targets and mask have different shapes.
     """
+    if not 0 <= balance < float("inf"):
+        raise ValueError(f"`balance` must be finite and at least 0, but got balance={balance}.")
 
     tokens, targets, reset, mask = (jnp.asarray(array) for array in batch)
     tokens = tokens.astype(jnp.int32)  # Layers take signed integers.
 
-    def row(tokens: Array, reset: Array, carry: PyTree) -> tuple[Array, PyTree]:
-        return model.backbone(tokens, carry, reset=reset)
+    def row(tokens: Array, reset: Array, carry: PyTree) -> tuple[Array, PyTree, tuple[Routes, ...]]:
+        if balance:
+            return model.backbone_with_routes(tokens, carry, reset=reset)
+        return (*model.backbone(tokens, carry, reset=reset), ())
 
     if len(tokens) == 1:
         # `vmap` over one row is slower than the row alone.
         first = jax.tree.map(lambda leaf: leaf[0], (tokens, reset, carry))
-        features, carry = jax.tree.map(lambda leaf: leaf[None], row(*first))
+        features, carry, routes = jax.tree.map(lambda leaf: leaf[None], row(*first))
     else:
-        features, carry = jax.vmap(row)(tokens, reset, carry)
+        features, carry, routes = jax.vmap(row)(tokens, reset, carry)
+    if balance and not routes:
+        raise ValueError(
+            f"`balance` needs a model with experts, but got balance={balance} and a model without "
+            "a `MixtureOfExperts` in its blocks. Leave `balance` out."
+        )
     mask = _without_ignored(mask, targets)
     loss = cross_entropy(
         model,
@@ -88,6 +103,8 @@ def next_token_loss(
         z_loss=z_loss,
         chunk=chunk,
     )
+    if balance:
+        loss = loss + balance * load_balancing_loss(routes, mask)
     return loss, LossAux(_total(mask), carry)
 
 

@@ -22,7 +22,8 @@ def decay_mask(model: PyTree, *, embeddings: bool = True) -> PyTree[bool]:
     The parameters of recurrences (`A_log`, `D`, `dt_bias`), which set time scales, are not
     decayed; the official code marks exactly these with `_no_weight_decay`. Norms and biases are
     not decayed either, as usual, however many axes they have: Mamba-3's `B_bias` has three, and in
-    a [`mamba_eqx.Stacked`][] every parameter has one more.
+    a [`mamba_eqx.Stacked`][] every parameter has one more. Neither are routers of experts
+    ([`mamba_eqx.layers.Router`][]).
 
     **Arguments:**
 

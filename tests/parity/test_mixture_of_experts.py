@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import mamba_eqx as mbx
+from tests.support.checkpoints import HYBRIDS, make
 from tests.support.ops import assert_close
+from tests.support.parity import load_theirs
 
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("compile_fast")]
@@ -158,3 +160,57 @@ def test_values_and_gradients_match_transformers(make: Any, double: Any):
             assert_close(names[name](grads[0]), ordered(name, parameter.grad), rtol=1e-12)
         if ours.router.correction_bias is not None:
             assert not np.any(grads[0].router.correction_bias)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_load_balancing_loss_matches_transformers(masked: bool, double: Any):
+    """Value and gradients, over two layers and all rows together."""
+    from transformers.models.granitemoehybrid import modeling_granitemoehybrid as granite
+
+    torch, rng = double, np.random.default_rng(0)
+    logits = rng.standard_normal((2, 3, 7, 5))
+    mask = rng.random((3, 7)) < 0.6
+    theirs = torch.tensor(logits, requires_grad=True)
+    want: Any = granite.load_balancing_loss_func(
+        tuple(layer.reshape(-1, 5) for layer in theirs),
+        num_experts=5,
+        top_k=2,
+        attention_mask=torch.tensor(mask) if masked else None,
+    )
+    want.backward()
+
+    def loss(logits: jax.Array) -> jax.Array:
+        router = mbx.layers.Router(5, 5, 2, key=jr.key(0))
+        router = eqx.tree_at(lambda r: r.weight, router, jnp.eye(5))
+        routes = [router(layer) for layer in logits]
+        return mbx.training.load_balancing_loss(routes, mask if masked else None)
+
+    with jax.enable_x64(True):
+        got, grad = jax.value_and_grad(loss)(jnp.asarray(logits))
+        assert_close(got, jnp.asarray(want.item()), rtol=1e-13)
+        assert_close(grad, jnp.asarray(theirs.grad.numpy()), rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_balanced_loss_matches_transformers(torch: Any, tmp_path: Any):
+    """The loss of a model in training. The last token, which has no target, does not count."""
+    ours = make(HYBRIDS["transformers"]["granite_experts"])
+    mbx.save_pretrained(ours, tmp_path)
+    theirs = load_theirs(tmp_path, "GraniteMoeHybridForCausalLM").double()
+    theirs.router_aux_loss_coef = 0.5
+    text = np.arange(20).reshape(2, 10) * 7 % 13
+    real = np.ones_like(text)
+    real[:, -1] = 0
+    out = theirs(
+        torch.tensor(text),
+        attention_mask=torch.tensor(real),
+        labels=torch.tensor(text),
+        output_router_logits=True,
+        use_cache=False,
+    )
+    no, yes = np.zeros((2, 9), np.bool_), np.ones((2, 9), np.bool_)
+    batch = mbx.training.Batch(text[:, :-1], text[:, 1:], no, yes)
+    with jax.enable_x64(True):
+        got, _ = mbx.training.next_token_loss(mbx.cast(ours, "float64"), batch, balance=0.5)
+    assert abs(float(got) - out.loss.item()) < 1e-6
+    assert out.aux_loss.item() > 2

@@ -4,6 +4,7 @@ The weights, which are gigabytes, are not needed for that.
 """
 
 import math
+from pathlib import Path
 
 import jax
 import pytest

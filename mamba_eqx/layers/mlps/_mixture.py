@@ -145,13 +145,28 @@ class MixtureOfExperts(AbstractMLP):
         self, x: Float[Array, "*seq {self.d_model}"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*seq {self.d_model}"]:
         """See [`mamba_eqx.layers.AbstractMLP`][]."""
+        return self.with_routes(x)[0]
+
+    def with_routes(
+        self, x: Float[Array, "*seq {self.d_model}"]
+    ) -> tuple[Float[Array, "*seq {self.d_model}"], Routes]:
+        """Applies the map, and returns the choice of the router too.
+
+        **Arguments:**
+
+        - `x`: tokens, shape `(..., d_model)`.
+
+        **Returns:**
+
+        An array of the same shape and dtype, and the choice of experts for every token.
+        """
         routes = self.router(x)
         tokens = x.astype(self.fc1.dtype)
         latent = tokens if self.fc1_latent is None else self.fc1_latent(tokens)
         y = self._experts(latent, routes)
         y = y if self.fc2_latent is None else self.fc2_latent(y)
         y = y if self.shared is None else y + self.shared(tokens)
-        return y.astype(x.dtype)
+        return y.astype(x.dtype), routes
 
     def _experts(
         self, x: Float[Array, "*seq d_expert"], routes: Routes

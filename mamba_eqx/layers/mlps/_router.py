@@ -12,6 +12,10 @@ from .._recurrence_parameters import RECURRENCE
 from ._validation import Routing, check_routing
 
 
+_TINY = 1e-20
+"""The official term against a division by zero, if all scores are zero."""
+
+
 class Routes(eqx.Module):
     """The experts of tokens, as a [`mamba_eqx.layers.Router`][] chooses them."""
 
@@ -21,6 +25,17 @@ class Routes(eqx.Module):
     """The indices of the chosen experts of every token, the best first."""
     weights: Float[Array, "*seq top_k"]
     """The factors of the chosen experts' outputs."""
+    routing: Routing = eqx.field(static=True)
+    """How the experts were chosen; see [`mamba_eqx.layers.Router`][]."""
+
+    @property
+    def probabilities(self) -> Float[Array, "*seq n_experts"]:
+        r"""A distribution over all experts, which a loss can differentiate: the softmax of the
+        logits $r$, or $\sigma(r_e) / \sum_j \sigma(r_j)$ with sigmoid routing."""
+        if self.routing == "sigmoid":
+            scores = jax.nn.sigmoid(self.logits)
+            return scores / (jnp.sum(scores, axis=-1, keepdims=True) + _TINY)
+        return jax.nn.softmax(self.logits)
 
 
 class Router(eqx.Module):
@@ -124,17 +139,16 @@ class Router(eqx.Module):
         logits = jnp.matmul(x.astype(dtype), self.weight.astype(dtype).T)
         if self.routing == "softmax_of_chosen":
             chosen, experts = lax.top_k(logits, self.top_k)
-            return Routes(logits, experts, jax.nn.softmax(chosen))
+            return Routes(logits, experts, jax.nn.softmax(chosen), self.routing)
         if self.routing == "softmax":
             weights, experts = lax.top_k(jax.nn.softmax(logits), self.top_k)
-            return Routes(logits, experts, weights)
+            return Routes(logits, experts, weights, self.routing)
         scores = jax.nn.sigmoid(logits)
         experts = self._best(lax.stop_gradient(scores))
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if self.renormalise:
-            # The official term against a division by zero.
-            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-        return Routes(logits, experts, weights * self.scaling)
+            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + _TINY)
+        return Routes(logits, experts, weights * self.scaling, self.routing)
 
     def _best(self, scores: Float[Array, "*seq n_experts"]) -> Int[Array, "*seq top_k"]:
         """Returns the experts with the largest corrected scores within the best groups."""
