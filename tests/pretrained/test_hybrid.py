@@ -248,3 +248,30 @@ def test_written_fields(tmp_path):
 def test_fields_without_influence_are_ignored(layout, name, fields, tmp_path):
     folder = save_edited(MODELS[layout][name], tmp_path, layout, fields)
     assert_same(from_pretrained(folder), make(MODELS[layout][name]))
+
+
+def test_falcon_h1_multipliers_of_inputs_are_contained_in_others():
+    layout = LAYOUTS["transformers"]
+    model = MODELS["transformers"]["falcon_h1"]
+    fields = layout.write_config(model, np.dtype(np.float32))
+    of_inputs = {"ssm_in_multiplier": 0.25, "attention_in_multiplier": 3.0, "key_multiplier": 0.7}
+    mixer = layout.read_config(fields | of_inputs).layers[0].mixer
+    assert isinstance(mixer, mbx.ParallelConfig)
+    mamba, heads = mixer.mixers
+    assert isinstance(mamba, mbx.Mamba2Config)
+    assert isinstance(heads, mbx.AttentionConfig)
+    assert mamba.ssm_multipliers == (0.1, 0.05, 0.175, 0.125, 0.325)
+    assert heads.softmax_scale == pytest.approx(9 * 0.7 / 8**0.5, rel=1e-15)
+    assert mixer.scales == (0.6, 3.0 * 1.4)
+
+
+def test_falcon_h1_key_multiplier_is_kept_exactly():
+    layout = LAYOUTS["transformers"]
+    fields = layout.write_config(MODELS["transformers"]["falcon_h1"], np.dtype(np.float32))
+    # The first two are published.
+    for multiplier in (0.39062499999999994, 0.011048543456039804, 1.0, 0.3, 0.7, 1.9):
+        model = layout.read_config(fields | {"key_multiplier": multiplier})
+        written = layout.write_config(model, np.dtype(np.float32))
+        assert "softmax_scale" not in written
+        assert written["key_multiplier"] == pytest.approx(multiplier, rel=1e-15)
+        assert layout.read_config(written) == model

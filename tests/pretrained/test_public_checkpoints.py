@@ -4,6 +4,7 @@ The weights, which are gigabytes, are not needed for that.
 """
 
 import math
+from pathlib import Path
 
 import jax
 import pytest
@@ -11,7 +12,12 @@ import pytest
 from mamba_eqx._trees import named_leaves
 from mamba_eqx.pretrained._state_dict import LAYOUTS
 from mamba_eqx.pretrained.layouts import skeleton
+from tests.pretrained import table
+from tests.support.published_falcon_h1 import FALCON_H1
+from tests.support.published_hybrids import HYBRIDS
 
+
+ROOT = Path(__file__).parents[2]
 
 MAMBA = {
     "vocab_size": 50277,
@@ -126,205 +132,6 @@ MAMBA2_ATTENTION = MAMBA2 | {
         "rotary_emb_dim": 64,
     },
 }
-# The fields of the published configs, as other projects quote them. Those without influence are a
-# selection.
-NEMOTRON_H = {
-    "architectures": ["NemotronHForCausalLM"],
-    "model_type": "nemotron_h",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "chunk_size": 128,
-    "conv_kernel": 4,
-    "expand": 2,  # Ignored: the width is `mamba_num_heads * mamba_head_dim`.
-    "head_dim": 128,
-    "hidden_dropout": 0.0,
-    "initializer_range": 0.02,
-    "layer_norm_epsilon": 1e-5,
-    "mamba_hidden_act": "silu",
-    "mamba_proj_bias": False,
-    "max_position_embeddings": 131072,
-    "mlp_bias": False,
-    "mlp_hidden_act": "relu2",
-    "n_groups": 8,
-    "num_key_value_heads": 8,
-    "num_logits_to_keep": 1,
-    "rescale_prenorm_residual": True,
-    "residual_in_fp32": False,
-    "rms_norm_eps": 1e-5,
-    "sliding_window": None,
-    "ssm_state_size": 128,
-    "tie_word_embeddings": False,
-    "time_step_floor": 0.0001,
-    "time_step_limit": [0.0, math.inf],
-    "time_step_max": 0.1,
-    "time_step_min": 0.001,
-    "torch_dtype": "bfloat16",
-    "use_bias": False,
-    "use_cache": True,
-    "use_conv_bias": True,
-    "use_mamba_kernels": True,
-    "vocab_size": 131072,
-}
-
-
-def nemotron_h(pattern: str, d_model: int, d_intermediate: int, nheads: int, headdim: int) -> dict:
-    return NEMOTRON_H | {
-        "hybrid_override_pattern": pattern,
-        "num_hidden_layers": len(pattern),
-        "num_attention_heads": 40,
-        "hidden_size": d_model,
-        "intermediate_size": d_intermediate,
-        "mamba_num_heads": nheads,
-        "mamba_head_dim": headdim,
-    }
-
-
-# As other projects quote the published configs, without fields that nobody reads.
-GRANITE = {
-    "architectures": ["GraniteMoeHybridForCausalLM"],
-    "model_type": "granitemoehybrid",
-    "vocab_size": 100352,
-    "num_hidden_layers": 40,
-    "num_local_experts": 0,
-    "num_experts_per_tok": 0,
-    "num_key_value_heads": 4,
-    "attention_bias": False,
-    "attention_multiplier": 0.015625,
-    "embedding_multiplier": 12,
-    "residual_multiplier": 0.22,
-    "logits_scaling": 8,
-    "position_embedding_type": "nope",
-    "mamba_expand": 2,
-    "mamba_n_groups": 1,
-    "mamba_d_state": 128,
-    "mamba_d_conv": 4,
-    "mamba_chunk_size": 256,
-    "mamba_conv_bias": True,
-    "mamba_proj_bias": False,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": True,
-}
-
-
-def granite(
-    d_model: int,
-    nheads: int,
-    d_intermediate: int,
-    attention: tuple[int, ...] = (5, 15, 25, 35),
-    n_layer: int = 40,
-    **fields: object,
-) -> dict:
-    types = ["attention" if i in attention else "mamba" for i in range(n_layer)]
-    sizes = {"hidden_size": d_model, "num_attention_heads": nheads, "num_hidden_layers": n_layer}
-    widths = {"shared_intermediate_size": d_intermediate, "intermediate_size": d_intermediate}
-    return GRANITE | sizes | widths | {"layer_types": types} | fields
-
-
-def experts(d_intermediate: int, n_experts: int, top_k: int) -> dict:
-    sizes = {"num_local_experts": n_experts, "num_experts_per_tok": top_k}
-    return sizes | {"intermediate_size": d_intermediate}
-
-
-NEMOTRON_3 = NEMOTRON_H | {
-    "hidden_size": 2688,
-    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
-    "intermediate_size": 1856,
-    "mamba_head_dim": 64,
-    "mamba_num_heads": 64,
-    "mamba_ssm_cache_dtype": "float32",
-    "moe_intermediate_size": 1856,
-    "moe_shared_expert_intermediate_size": 3712,
-    "n_group": 1,
-    "n_routed_experts": 128,
-    "n_shared_experts": 1,
-    "norm_eps": 1e-5,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_experts_per_tok": 6,
-    "num_hidden_layers": 52,
-    "num_key_value_heads": 2,
-    "partial_rotary_factor": 1.0,
-    "rope_theta": 10000,
-    "routed_scaling_factor": 2.5,
-    "topk_group": 1,
-}
-
-
-# The published config of Falcon-H1-34B-Instruct.
-FALCON_H1 = {
-    "architectures": ["FalconH1ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "attention_in_multiplier": 1.0,
-    "attention_out_multiplier": 0.0375,
-    "attn_layer_indices": None,
-    "bos_token_id": 1,
-    "embedding_multiplier": 5.656854249492381,
-    "eos_token_id": 11,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 5120,
-    "initializer_range": 0.02,
-    "intermediate_size": 21504,
-    "key_multiplier": 0.011048543456039804,
-    "lm_head_multiplier": 0.0078125,
-    "mamba_chunk_size": 128,
-    "mamba_conv_bias": True,
-    "mamba_d_conv": 4,
-    "mamba_d_head": 128,
-    "mamba_d_ssm": 4096,
-    "mamba_d_state": 256,
-    "mamba_expand": 2,
-    "mamba_n_groups": 2,
-    "mamba_n_heads": 32,
-    "mamba_norm_before_gate": False,
-    "mamba_proj_bias": False,
-    "mamba_rms_norm": True,
-    "mamba_use_mlp": True,
-    "max_position_embeddings": 262144,
-    "mlp_bias": False,
-    "mlp_expansion_factor": 8,
-    "mlp_multipliers": [0.1767766952966369, 0.011160714285714284],
-    "model_type": "falcon_h1",
-    "num_attention_heads": 20,
-    "num_hidden_layers": 72,
-    "num_key_value_heads": 4,
-    "num_logits_to_keep": 1,
-    "pad_token_id": 0,
-    "projectors_bias": False,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "rope_theta": 100000000000.0,
-    "ssm_in_multiplier": 0.25,
-    "ssm_multipliers": [0.3535533905932738, 0.25, 0.1767766952966369, 0.5, 0.3535533905932738],
-    "ssm_out_multiplier": 0.08838834764831845,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.52.0.dev0",
-    "use_cache": True,
-    "vocab_size": 261120,
-}
-
-
-def falcon_h1(
-    n_layer: int, d_model: int, d_intermediate: int, *, heads: tuple[int, int], **fields: object
-) -> dict:
-    """Returns the config of a smaller model, given the number of attention heads and their size.
-
-    The multipliers, which have no influence on the size, are those of the largest model.
-    """
-    return FALCON_H1 | {
-        "num_hidden_layers": n_layer,
-        "hidden_size": d_model,
-        "intermediate_size": d_intermediate,
-        "num_attention_heads": heads[0],
-        "num_key_value_heads": 2,
-        "head_dim": heads[1],
-        "mamba_n_groups": 1,
-        **fields,
-    }
 
 
 def mamba3(n_layer: int, d_model: int, d_intermediate: int, **ssm_cfg: object) -> dict:
@@ -354,132 +161,33 @@ def converted(n_layer: int, d_model: int) -> dict:
     return MAMBA_HF | sizes | rank | {"d_model": d_model, "n_layer": n_layer}
 
 
-CHECKPOINTS = {
-    "state-spaces/mamba-130m": (official(MAMBA, 24, 768), 129_135_360),
-    "state-spaces/mamba-370m": (official(MAMBA, 48, 1024), 371_516_416),
-    "state-spaces/mamba-790m": (official(MAMBA, 48, 1536), 793_204_224),
-    "state-spaces/mamba-1.4b": (official(MAMBA, 48, 2048), 1_372_178_432),
-    "state-spaces/mamba-2.8b": (official(MAMBA, 64, 2560), 2_768_345_600),
-    "state-spaces/mamba-130m-hf": (converted(24, 768), 129_135_360),
-    "state-spaces/mamba-2.8b-hf": (converted(64, 2560), 2_768_345_600),
-    "state-spaces/mamba2-130m": (official(MAMBA2, 24, 768), 128_989_632),
-    "state-spaces/mamba2-370m": (official(MAMBA2, 48, 1024), 368_346_624),
-    "state-spaces/mamba2-780m": (official(MAMBA2, 48, 1536), 780_161_280),
-    "state-spaces/mamba2-1.3b": (official(MAMBA2, 48, 2048), 1_343_757_312),
-    "state-spaces/mamba2-2.7b": (official(MAMBA2, 64, 2560), 2_702_599_680),
-    "state-spaces/mamba2attn-2.7b": (official(MAMBA2_ATTENTION, 64, 2560), 2_697_590_880),
-    "state-spaces/mamba3-siso-187m": (mamba3(12, 768, 1536), 186_849_600),
-    # The width of the MLP is rounded up to 1280 in the weights.
-    "state-spaces/mamba3-mimo-187m": (
-        mamba3(12, 768, 1264, is_mimo=True, chunk_size=16),
-        187_291_968,
-    ),
-    "tiiuae/falcon-mamba-7b": (FALCON, 7_272_665_088),
-    "mistralai/Mamba-Codestral-7B-v0.1": (CODESTRAL, 7_285_403_648),
-    "nvidia/NVIDIA-Nemotron-3-Nano-4B-BF16": (
-        nemotron_h("M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-", 3136, 12544, 96, 80),
-        3_973_556_832,
-    ),
-    "nvidia/NVIDIA-Nemotron-Nano-9B-v2": (
-        nemotron_h(
-            "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", 4480, 15680, 128, 80
+CHECKPOINTS = (
+    {
+        "state-spaces/mamba-130m": (official(MAMBA, 24, 768), 129_135_360),
+        "state-spaces/mamba-370m": (official(MAMBA, 48, 1024), 371_516_416),
+        "state-spaces/mamba-790m": (official(MAMBA, 48, 1536), 793_204_224),
+        "state-spaces/mamba-1.4b": (official(MAMBA, 48, 2048), 1_372_178_432),
+        "state-spaces/mamba-2.8b": (official(MAMBA, 64, 2560), 2_768_345_600),
+        "state-spaces/mamba-130m-hf": (converted(24, 768), 129_135_360),
+        "state-spaces/mamba-2.8b-hf": (converted(64, 2560), 2_768_345_600),
+        "state-spaces/mamba2-130m": (official(MAMBA2, 24, 768), 128_989_632),
+        "state-spaces/mamba2-370m": (official(MAMBA2, 48, 1024), 368_346_624),
+        "state-spaces/mamba2-780m": (official(MAMBA2, 48, 1536), 780_161_280),
+        "state-spaces/mamba2-1.3b": (official(MAMBA2, 48, 2048), 1_343_757_312),
+        "state-spaces/mamba2-2.7b": (official(MAMBA2, 64, 2560), 2_702_599_680),
+        "state-spaces/mamba2attn-2.7b": (official(MAMBA2_ATTENTION, 64, 2560), 2_697_590_880),
+        "state-spaces/mamba3-siso-187m": (mamba3(12, 768, 1536), 186_849_600),
+        # The width of the MLP is rounded up to 1280 in the weights.
+        "state-spaces/mamba3-mimo-187m": (
+            mamba3(12, 768, 1264, is_mimo=True, chunk_size=16),
+            187_291_968,
         ),
-        8_888_227_328,
-    ),
-    # The published size leaves out the correction biases of the routers.
-    "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": (NEMOTRON_3, 31_577_937_344 + 23 * 128),
-    # The published size, 12.31 billion, is rounded.
-    "nvidia/NVIDIA-Nemotron-Nano-12B-v2": (
-        nemotron_h(f"{'M-M-M-M*-' * 6}M-M-M-M-", 5120, 20480, 128, 80),
-        12_310_001_152,
-    ),
-    "tiiuae/Falcon-H1-Tiny-90M-Base": (
-        falcon_h1(
-            24,
-            512,
-            768,
-            heads=(8, 64),
-            mamba_d_ssm=768,
-            mamba_d_head=32,
-            mamba_n_heads=24,
-            mamba_d_state=64,
-            mamba_rms_norm=False,
-            tie_word_embeddings=True,
-            vocab_size=32768,
-        ),
-        91_131_072,
-    ),
-    "tiiuae/Falcon-H1-0.5B-Base": (
-        falcon_h1(
-            36,
-            1024,
-            2048,
-            heads=(8, 64),
-            mamba_d_ssm=1536,
-            mamba_d_head=64,
-            mamba_n_heads=24,
-            mamba_d_state=128,
-            mamba_rms_norm=False,
-            vocab_size=32784,
-        ),
-        521_411_104,
-    ),
-    "tiiuae/Falcon-H1-1.5B-Instruct": (
-        falcon_h1(
-            24,
-            2048,
-            4608,
-            heads=(8, 128),
-            mamba_d_ssm=3072,
-            mamba_d_head=64,
-            mamba_n_heads=48,
-            vocab_size=65537,
-        ),
-        1_554_863_488,
-    ),
-    "tiiuae/Falcon-H1-7B-Base": (
-        falcon_h1(
-            44,
-            3072,
-            12288,
-            heads=(12, 128),
-            mamba_d_ssm=3072,
-            mamba_n_heads=24,
-            vocab_size=130048,
-        ),
-        7_585_648_736,
-    ),
-    # The published size, 34 billion, is rounded.
-    "tiiuae/Falcon-H1-34B-Instruct": (FALCON_H1, 33_642_516_224),
-    "ibm-granite/granite-4.0-h-350m": (
-        granite(768, 12, 2048, (10, 13, 17, 27), 32, mamba_n_heads=48, mamba_d_head=32)
-        | {"residual_multiplier": 0.246, "logits_scaling": 3},
-        340_332_224,
-    ),
-    "ibm-granite/granite-4.0-h-1b": (
-        granite(1536, 12, 4096, mamba_n_heads=48, mamba_d_head=64),
-        1_461_538_368,
-    ),
-    "ibm-granite/granite-4.0-h-micro": (
-        granite(2048, 32, 8192, num_key_value_heads=8, mamba_n_heads=64, mamba_d_head=64),
-        3_191_396_096,
-    ),
-    "ibm-granite/granite-4.0-h-tiny": (
-        granite(1536, 12, 1024, mamba_n_heads=48, mamba_d_head=64) | experts(512, 64, 6),
-        6_939_037_248,
-    ),
-    "ibm-granite/granite-4.0-h-small": (
-        granite(4096, 32, 1536, num_key_value_heads=8, mamba_n_heads=128, mamba_d_head=64)
-        | experts(768, 72, 10),
-        32_207_337_984,
-    ),
-    # Without Mamba-2.
-    "ibm-granite/granite-4.0-micro": (
-        granite(2560, 40, 8192, (*range(40),), num_key_value_heads=8)
-        | {"position_embedding_type": "rope", "rope_theta": 10000000, "logits_scaling": 10},
-        3_402_836_480,
-    ),
-}
+        "tiiuae/falcon-mamba-7b": (FALCON, 7_272_665_088),
+        "mistralai/Mamba-Codestral-7B-v0.1": (CODESTRAL, 7_285_403_648),
+    }
+    | HYBRIDS
+    | FALCON_H1
+)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -496,3 +204,8 @@ def test_config_gives_model_of_published_size(name):
     # Only parameters that are divided among several tensors have several names.
     whole = [slot.path for slot in slots if slot.rows is slot.expert is None]
     assert len(set(whole)) == len(whole)
+
+
+def test_docs_have_the_table_of_sizes():
+    text = (ROOT / "docs" / "pretrained.md").read_text("utf-8")
+    assert "\n".join([table.HEAD, *table.rows()]) in text
