@@ -221,7 +221,7 @@ UNSTORABLE = [
     (
         "transformers",
         hybrid(mamba2(), ROTARY, d_intermediate=None),
-        "attention layers without an MLP",
+        r"hybrids with a layer without an MLP \(mlp=None in layer 0\)",
         "state-spaces",
     ),
     ("transformers", hybrid(ROTARY, ROTARY), "attention alone", None),
