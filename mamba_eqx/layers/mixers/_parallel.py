@@ -40,8 +40,8 @@ class Parallel(AbstractSequenceLayer[tuple[PyTree, ...]]):
             [`mamba_eqx.Block`][]s: the sum of two blocks would add the residual stream twice.)
         - `scales`: a positive number for each layer, which multiplies its output; 1 by default.
 
-        **Raises:** `ValueError` if there is no layer, one is a config instead of a layer, the layers
-        differ in `d_model`, or `scales` is not a positive number for each layer.
+        **Raises:** `ValueError` if there is no layer, one is a config instead of a layer, the
+        layers differ in `d_model`, or `scales` is not a positive number for each layer.
         """
         self.layers = tuple(layers)
         for i, layer in enumerate(self.layers):
