@@ -10,6 +10,16 @@ from .. import ops
 from ._protocol import AbstractSequenceLayer, Length, State
 
 
+def check_layer(name: str, value: object) -> None:
+    """Validates a layer that another layer is made of. Its config in place of it is easily taken
+    for it, because a config of a mixer has a `d_model` too."""
+    if not callable(value):
+        raise ValueError(
+            f"`{name}` must be a layer, but got {name}={value!r}. The `build` of a config makes "
+            "its layer."
+        )
+
+
 def checked_sequence(
     name: str,
     d_model: int,

@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .._checks import check_positive_number, to_python
-from ._arguments import check_token, checked_sequence
+from ._arguments import check_layer, check_token, checked_sequence
 from ._norm import Norm, make_norm
 from ._protocol import AbstractSequenceLayer, Length, Reset, State
 from ._scaled import scaled
@@ -64,9 +64,12 @@ class Block(AbstractSequenceLayer[State]):
             mode).
 
         **Raises:** `ValueError` if `norm_eps` is not between 0 and 1, `rms_norm` is not a bool,
-        `residual_multiplier` is not a positive number, or the mixer and an MLP of this library
-        differ in `d_model`.
+        `residual_multiplier` is not a positive number, the mixer or the MLP is a config instead of
+        a layer, or the mixer and an MLP of this library differ in `d_model`.
         """
+        check_layer("mixer", mixer)
+        if mlp is not None:
+            check_layer("mlp", mlp)
         residual_multiplier = to_python(residual_multiplier)
         check_positive_number("residual_multiplier", residual_multiplier)
         if isinstance(mlp, AbstractMLP) and mlp.d_model != mixer.d_model:

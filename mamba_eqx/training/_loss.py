@@ -61,8 +61,8 @@ def next_token_loss(
     - `label_smoothing`, `z_loss`, `chunk`: see [`mamba_eqx.training.cross_entropy`][].
     - `balance`: a factor, at least 0, of [`mamba_eqx.training.load_balancing_loss`][] of the tokens
         whose targets count, which is added for a model with experts. transformers' default is
-        `0.001`. With gradient accumulation, it is the mean over the groups of rows, each balanced
-        by itself.
+        `0.001`. With `accumulate` of [`mamba_eqx.training.TrainStep`][], every group of rows is
+        balanced by itself.
 
     **Returns:**
 
@@ -72,9 +72,12 @@ def next_token_loss(
     **Raises:** `ValueError` for an option out of range, `balance` for a model without experts, or
     a batch whose targets and mask have different shapes.
     """
-    if not 0 <= balance < float("inf"):
-        raise ValueError(f"`balance` must be finite and at least 0, but got balance={balance}.")
-
+    # The factor `True` would be 1, hundreds of times the usual one.
+    if isinstance(balance, bool) or not 0 <= balance < float("inf"):
+        raise ValueError(
+            "`balance` must be a factor, finite and at least 0, such as 0.001, but got "
+            f"balance={balance}."
+        )
     tokens, targets, reset, mask = (jnp.asarray(array) for array in batch)
     tokens = tokens.astype(jnp.int32)  # Layers take signed integers.
 

@@ -84,7 +84,9 @@ class TrainStep:
 
     - *Gradient accumulation*: the rows of a batch go through the model in groups, one after
       another, so that the memory for one group suffices. The result is the gradient of the whole
-      batch: groups are weighted by the number of targets that count in them.
+      batch: groups are weighted by the number of targets that count in them. (The only exception is
+      `balance` of [`mamba_eqx.training.next_token_loss`][], which is no mean over targets: every
+      group is balanced by itself.)
     - *Mixed precision*: the step runs a copy of the model in `compute_dtype`, made by
       [`mamba_eqx.cast`][], which keeps the recurrences in float32. Gradients, moments and updates
       have the dtype of the model. In float16 the loss is scaled, so that small gradients are not

@@ -231,7 +231,7 @@ def test_convert_overwrites_only_on_request(run, tmp_path):
 
 def test_failed_convert_writes_nothing(run, tmp_path):
     save_pretrained(make(config(d_intermediate=128)), tmp_path / "mlp", layout="state-spaces")
-    assert "MLPs or attention beside Mamba-1" in fails(
+    assert "MLPs, experts or attention beside Mamba-1" in fails(
         run, "convert", tmp_path / "mlp", tmp_path / "out"
     )
     assert not (tmp_path / "out").exists()

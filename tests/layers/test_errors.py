@@ -248,6 +248,12 @@ def test_invalid_models_and_stacks_raise(layer: mbx.Mamba1):
             kind([layer], remat="products")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="at least one layer"):
         mbx.Unrolled([])
+    wrong: Any = mbx.Mamba1Config(6)
+    with pytest.raises(ValueError, match=r"`mixer` must be a layer, but .*Mamba1Config.*`build`"):
+        mbx.Block(wrong)
+    wrong = mbx.GatedMLPConfig(8)
+    with pytest.raises(ValueError, match=r"`mlp` must be a layer, but .*GatedMLPConfig.*`build`"):
+        mbx.Block(layer, mlp=wrong)
     with pytest.raises(ValueError, match="layer 0 has d_model=6 and layer 1 has d_model=7"):
         mbx.Unrolled([layer, mbx.Mamba1(7, key=key)])
     with pytest.raises(ValueError, match=r"layer 1.*differs from layer 0.*Unrolled"):

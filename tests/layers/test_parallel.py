@@ -36,7 +36,9 @@ def test_wrong_arguments_raise():
     with pytest.raises(ValueError, match=r"`layers` of.*share `d_model`, but got.*\[4, 6\]"):
         mbx.Parallel([MAMBA2, mbx.Mamba1(6, key=jr.key(0))])
     both = mbx.Mamba1Config(4), mbx.AttentionConfig(4, nheads=1)
-    wrong: Any
+    wrong: Any = [MAMBA2, both[1]]
+    with pytest.raises(ValueError, match=r"`layers\[1\]` must be a layer.*AttentionConfig.*build"):
+        mbx.Parallel(wrong)
     for wrong in ((1.0,), (1.0, 0.0), (1.0, float("nan")), (1.0, "1"), 2.0):
         message = "`scales` must be a tuple of 2 positive numbers, one for each of the `{}`, but "
         got = re.escape(f"got scales={wrong!r}.")

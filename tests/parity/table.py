@@ -47,14 +47,15 @@ def golden_rows():
                 tokens = jnp.asarray(golden["tokens"])
                 _, logits, states, hidden, grads = parity.run(model, tokens)
                 named = mbx.state_dict(grads, layout=layout)
-            layers = list(enumerate(states))
-            groups = {
-                "logits": [(logits, golden["logits"])],
-                "hidden states": [(hidden[i], golden[f"hidden_states.{i}"]) for i, _ in layers]
-                + [(hidden[-1], golden["hidden_states.norm_f"])],
-                "final states": [pair for i, s in layers for pair in state_pairs(i, s, golden)],
-                "gradients": [(grad, golden[f"grad.{name}"]) for name, grad in named.items()],
-            }
+                # Here, since outside JAX would round the scaled states to float32.
+                layers = list(enumerate(states))
+                groups = {
+                    "logits": [(logits, golden["logits"])],
+                    "hidden states": [(hidden[i], golden[f"hidden_states.{i}"]) for i, _ in layers]
+                    + [(hidden[-1], golden["hidden_states.norm_f"])],
+                    "final states": [pair for i, s in layers for pair in state_pairs(i, s, golden)],
+                    "gradients": [(grad, golden[f"grad.{name}"]) for name, grad in named.items()],
+                }
             for what, pairs in groups.items():
                 yield f"`{case}`", jnp.dtype(dtype).name, what, len(pairs), *errors(pairs)
 

@@ -41,8 +41,8 @@ PARALLEL = mbx.ParallelConfig((mamba2(), ROTARY))
 # Models that a layout cannot store: the layout, the model, what the error says, and the layout that
 # it recommends, if any.
 UNSTORABLE = [
-    ("transformers", config(d_intermediate=128), "MLPs or attention beside", "state-spaces"),
-    ("transformers", config(d_intermediate=12), "MLPs or attention beside", None),
+    ("transformers", config(d_intermediate=128), "experts or attention beside", "state-spaces"),
+    ("transformers", config(d_intermediate=12), "experts or attention beside", None),
     ("transformers", config(rms_norm=False), r"LayerNorm \(rms_norm=False\)", "state-spaces"),
     ("state-spaces", config(norm_eps=1e-6), "`norm_eps` other than 1e-05", "transformers"),
     ("state-spaces", config(d_intermediate=100), "not a multiple of 128", None),
@@ -221,7 +221,7 @@ UNSTORABLE = [
     (
         "transformers",
         hybrid(mamba2(), ROTARY, d_intermediate=None),
-        "attention layers without an MLP",
+        r"hybrids with a layer without an MLP \(mlp=None in layer 0\)",
         "state-spaces",
     ),
     ("transformers", hybrid(ROTARY, ROTARY), "attention alone", None),
@@ -239,7 +239,7 @@ UNSTORABLE = [
         r"irregular intervals \(in layers \[2, 3\]",
         None,
     ),
-    ("transformers", hybrid(mbx.Mamba1Config(6)), "MLPs or attention beside Mamba-1", None),
+    ("transformers", hybrid(mbx.Mamba1Config(6)), "experts or attention beside Mamba-1", None),
     ("transformers", nemotron_h((ROTARY, UNGATED)), "attention with a rotary embedding", None),
     ("transformers", nemotron_h((attention(window=4), UNGATED)), "with a window", None),
     ("transformers", nemotron_h((attention(out_proj_bias=True), UNGATED)), "with biases", None),

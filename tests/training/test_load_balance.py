@@ -177,8 +177,9 @@ def test_packed_documents_balance_like_separate_documents():
 def test_errors():
     with pytest.raises(ValueError, match=r"`balance` needs a model with experts.*balance=0\.1 and"):
         training.next_token_loss(model(), batch_of(0), balance=0.1)
-    with pytest.raises(ValueError, match=r"`balance` must be finite and at least 0.*=-1"):
-        training.next_token_loss(mixture_model(), batch_of(0), balance=-1)
+    for wrong in (-1, float("nan"), True):
+        with pytest.raises(ValueError, match=rf"`balance` must be a factor.*balance={wrong}\."):
+            training.next_token_loss(mixture_model(), batch_of(0), balance=wrong)
     with pytest.raises(ValueError, match="needs the routes of at least one layer"):
         training.load_balancing_loss(())
     four, five = (mbx.layers.Router(8, n, 2, key=jr.key(0))(jnp.ones((SEQ, 8))) for n in (4, 5))

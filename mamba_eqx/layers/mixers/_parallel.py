@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float, PyTree
 
 from ..._checks import to_python
-from .._arguments import check_token, checked_sequence, checked_states
+from .._arguments import check_layer, check_token, checked_sequence, checked_states
 from .._protocol import AbstractSequenceLayer, Length, Reset
 from .._scaled import scaled
 from ._validation import check_parallel
@@ -40,10 +40,12 @@ class Parallel(AbstractSequenceLayer[tuple[PyTree, ...]]):
             [`mamba_eqx.Block`][]s: the sum of two blocks would add the residual stream twice.)
         - `scales`: a positive number for each layer, which multiplies its output; 1 by default.
 
-        **Raises:** `ValueError` if there is no layer, the layers differ in `d_model`, or `scales`
-        is not a positive number for each layer.
+        **Raises:** `ValueError` if there is no layer, one is a config instead of a layer, the
+        layers differ in `d_model`, or `scales` is not a positive number for each layer.
         """
         self.layers = tuple(layers)
+        for i, layer in enumerate(self.layers):
+            check_layer(f"layers[{i}]", layer)
         widths = [layer.d_model for layer in self.layers]
         self.scales = check_parallel("layers", widths, to_python(scales))
 

@@ -81,7 +81,8 @@ class LoRA(eqx.Module):
     Dropout before $A$ is not supported, because merging has no place for it.
 
     An embedding is changed only if `targets` names it. A head that is tied to it keeps the weight
-    that it has, as in PEFT's adapters, so `merge` returns a model with a head of its own.
+    that it has, as in PEFT's adapters, so `merge` returns a model with a head of its own. The
+    experts and the router of a [`mamba_eqx.MixtureOfExperts`][] are not changed.
 
     Reference: Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models* (2021), section 4.
     """

@@ -226,8 +226,9 @@ def attention_layers(kinds: Kinds) -> list[int]:
 
 def check_mlps(kinds: Kinds) -> None:
     """Raises `Unstorable` unless every layer has an MLP."""
-    if any(kind.mlp is None for kind in kinds):
-        raise Unstorable("attention layers without an MLP (mlp=None)")
+    for i, kind in enumerate(kinds):
+        if kind.mlp is None:
+            raise Unstorable(f"hybrids with a layer without an MLP (mlp=None in layer {i})")
 
 
 def check_hybrid(kinds: Kinds) -> None:

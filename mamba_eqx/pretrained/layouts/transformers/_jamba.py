@@ -137,8 +137,8 @@ JAMBA = Family(
                     fixed(
                         "select_norm",
                         "weighted",
-                        "MLPs or attention beside Mamba-1 layers without norms of `dt`, `B` and "
-                        "`C`",
+                        "MLPs, experts or attention beside Mamba-1 layers without norms of `dt`, "
+                        "`B` and `C`",
                     ),
                     shared_eps("select_norm_eps"),
                     whole_expand("mamba_expand"),
