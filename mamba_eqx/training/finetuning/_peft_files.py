@@ -258,7 +258,7 @@ def _join(found: list[_StoredPair], rows: int, *, whole: bool) -> LoRAPair:
     - `whole`: whether the pairs cover all rows.
     """
     a = [_read(pair.a) for pair in found]
-    b = [_read(pair.b) for pair in found]
+    b = [pair.slot.from_file(_read(pair.b)) for pair in found]
     if whole and all(np.array_equal(other, a[0]) for other in a):
         return LoRAPair(jnp.asarray(a[0]), jnp.asarray(np.concatenate(b)))
     rank = len(a[0])
