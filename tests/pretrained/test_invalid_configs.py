@@ -91,6 +91,7 @@ INVALID = {
     ("hybrid", "transformers", "jamba_experts"): [
         ({"num_experts": 1}, "missing: .*unexpected: .*feed_forward.experts.0"),
         ({"num_experts": 6}, r"missing: model.layers.1.feed_forward.experts.5.up_proj.weight"),
+        ({"num_experts": 2**24}, "`num_experts`.*must be an integer from 1 to 1024"),
         ({"num_experts": 2}, "`top_k`.*`n_experts`"),
         ({"num_experts_per_tok": 0}, "`num_experts_per_tok`.*must be an integer from 1"),
         ({"intermediate_size": 8}, "should be"),
@@ -135,6 +136,7 @@ INVALID = {
         ({"residual_multiplier": 0}, "`residual_multiplier`.*must be above 0"),
         ({"embedding_multiplier": None}, "`embedding_multiplier`.*must be a number"),
         ({"attention_multiplier": "1"}, "`attention_multiplier`.*must be a number"),
+        ({"logits_scaling": 1e-9}, "1 / logits_scaling of the config must be .*at most"),
         ({"logits_scaling": -1}, "`logits_scaling`.*must be above 0"),
         ({"normalization_function": "layernorm"}, "must be 'rmsnorm'"),
         ({"shared_intermediate_size": 8}, r"input_linear.weight is \(18, 6\).*be \(16, 6\)"),
@@ -195,6 +197,10 @@ INVALID = {
         ({"ssm_in_multiplier": -1}, "`ssm_in_multiplier`.*must be above 0"),
         ({"ssm_out_multiplier": 0}, "`ssm_out_multiplier`.*must be above 0"),
         ({"key_multiplier": None}, "`key_multiplier`.*must be a number"),
+        (
+            {"attention_in_multiplier": 1e-200},
+            r"sqrt\(head_dim\) of the config must be",
+        ),
         ({"attention_in_multiplier": "1"}, "`attention_in_multiplier`.*must be a number"),
         ({"attention_out_multiplier": math.inf}, "`attention_out_multiplier`.*at most"),
         ({"lm_head_multiplier": 0}, "`lm_head_multiplier`.*must be above 0"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection
 
-from ....models import AttentionConfig, Mamba2Config
+from ....models import AttentionConfig, Mamba2Config, MixtureOfExpertsConfig
 from .._fields import Fields
 from .._layout import Unstorable
 from .._mixers import D_MODEL, whole_expand
@@ -209,6 +209,18 @@ BAMBA_MAMBA2 = Part(
     mamba2,
     "mamba",
 )
+
+
+def named_experts(key: str, default: int) -> Row[MixtureOfExpertsConfig]:
+    """Returns the row of the number of experts, each of which has names of its own in the file.
+
+    Like the number of layers it is bounded, lest a damaged file fill the memory with names.
+    """
+
+    def read(given: RowInput) -> Arguments:
+        return {"n_experts": given.fields.layers(key, default)}
+
+    return Row(read, lambda config: {key: config.n_experts})
 
 
 def attention_and(mixer: str) -> Callable[[Collection[int], int], Kinds]:

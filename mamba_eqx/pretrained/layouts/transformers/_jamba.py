@@ -24,6 +24,7 @@ from ._hybrid import (
     attention_layers,
     check_hybrid,
     heads,
+    named_experts,
 )
 from ._hybrid_names import LLAMA_NAMES, attention, experts, gated_mlp, split
 
@@ -93,6 +94,12 @@ def _find_period(indices: list[int], n_layer: int) -> tuple[int, int] | None:
             if indices == list(range(offset, n_layer, period)):
                 return period, offset
     return None
+
+
+def _check_n_experts(config: MixtureOfExpertsConfig, _: Shared) -> None:
+    # To transformers, one expert is an MLP.
+    if config.n_experts == 1:
+        raise Unstorable("a router with a single expert beside Mamba-1 (n_experts=1)")
 
 
 def _check_widths(config: LanguageModelConfig, _: Shared) -> None:
@@ -181,7 +188,8 @@ JAMBA = Family(
             Table(
                 MixtureOfExpertsConfig,
                 (
-                    size("num_experts", "n_experts", 16),
+                    named_experts("num_experts", 16),
+                    Row(lambda given: {}, lambda config: {}, _check_n_experts),
                     size("num_experts_per_tok", "top_k", 2),
                     size("intermediate_size", "d_intermediate", 14336),
                     fixed("routing", "softmax", "experts beside Mamba-1 with another routing"),

@@ -17,6 +17,7 @@ from .._tables import (
     size,
 )
 from ._family import Part
+from ._hybrid import named_experts
 from ._hybrid_names import experts, mlp
 
 
@@ -28,11 +29,6 @@ _FIELDS = frozenset(
     topk_group
     """.split()  # noqa: SIM905
 )
-
-
-def _read_n_experts(given: RowInput) -> Arguments:
-    # Bounded like the number of layers, because every expert has a name.
-    return {"n_experts": given.fields.layers("n_routed_experts", 8)}
 
 
 def _check_shared(config: MixtureOfExpertsConfig, _: Shared) -> None:
@@ -69,7 +65,7 @@ EXPERTS = Part(
     Table(
         MixtureOfExpertsConfig,
         (
-            Row(_read_n_experts, lambda config: {"n_routed_experts": config.n_experts}),
+            named_experts("n_routed_experts", 8),
             size("num_experts_per_tok", "top_k", 2),
             size("moe_intermediate_size", "d_intermediate", 7688),
             size("moe_shared_expert_intermediate_size", "d_shared", 7688),
