@@ -75,6 +75,24 @@ def test_rows_are_in_the_order_of_the_layout(tmp_path):
         np.testing.assert_array_equal(stored[key].read(), np.concatenate([gate, value]))
 
 
+@pytest.mark.slow
+def test_names_are_those_of_modules(tmp_path):
+    """The modules of Nemotron-H in transformers have other names than the tensors of its files."""
+    model = checkpoints.make(checkpoints.HYBRIDS["transformers"]["nemotron_h"])
+    lora = noisy(LoRA.init(model, rank=2, targets=["mlp.fc1"], key=jr.key(1)))
+    save_lora(lora, model, tmp_path)
+    stored = {name: one.read() for name, one in open_safetensors(tmp_path / WEIGHTS).items()}
+    assert "base_model.model.model.layers.1.mixer.up_proj.lora_A.weight" in stored
+    assert eqx.tree_equal(load_lora(tmp_path, model), lora)
+    old = {n.replace(".model.model.", ".model.backbone."): one for n, one in stored.items()}
+    write_safetensors(tmp_path / WEIGHTS, old, {"format": "pt"})
+    assert eqx.tree_equal(load_lora(tmp_path, model), lora)
+    name = next(iter(stored))
+    write_safetensors(tmp_path / WEIGHTS, old | {name: stored[name]}, {"format": "pt"})
+    with pytest.raises(mbx.CheckpointError, match=r"backbone.*is unexpected"):
+        load_lora(tmp_path, model)
+
+
 def write_adapter(folder, tensors, **config):
     """Writes an adapter as PEFT does, with the scale 8 / 4."""
     folder.mkdir(exist_ok=True)

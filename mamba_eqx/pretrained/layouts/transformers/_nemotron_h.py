@@ -181,6 +181,7 @@ NEMOTRON_H = Family(
         places=places,
         # The names in transformers' own modules.
         older={**OFFICIAL_NAMES.older, "model.": "backbone."},
+        modules={"backbone.": "model."},
         # The layers that predict several tokens at once.
         ignored=("mtp.",),
     ),
