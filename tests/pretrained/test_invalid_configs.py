@@ -68,6 +68,7 @@ INVALID = {
         ({"mlp_bias": 0}, "`mlp_bias`.*must be False"),
         ({"hidden_act": "gelu"}, "`hidden_act`.*must be 'silu'"),
         ({"head_dim": DROPPED}, "`num_attention_heads`.*must divide"),
+        ({"head_dim": None}, "`num_attention_heads`.*must divide"),
         ({"attn_rotary_emb": 8}, "`attn_rotary_emb`.*0.5 of the 8"),
         ({"partial_rotary_factor": 0.25}, "must be 0.5"),
         ({"rope_scaling": {"type": "yarn"}}, "must be None"),

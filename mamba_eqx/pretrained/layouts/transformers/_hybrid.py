@@ -53,7 +53,7 @@ def heads(
             if fields.get("num_key_value_heads", nheads_kv) is None
             else fields.size("num_key_value_heads", nheads_kv)
         )
-        if headdim is None and "head_dim" not in fields and d_model % found:
+        if headdim is None and fields.get("head_dim", None) is None and d_model % found:
             raise fields.error("num_attention_heads", f"must divide hidden_size={d_model}")
         found_dim = fields.optional_size("head_dim", headdim or max(1, d_model // found))
         return {"nheads": found, "nheads_kv": found_kv, "headdim": found_dim}
@@ -221,6 +221,17 @@ def named_experts(key: str, default: int) -> Row[MixtureOfExpertsConfig]:
         return {"n_experts": given.fields.layers(key, default)}
 
     return Row(read, lambda config: {key: config.n_experts})
+
+
+def _check_shared_expert(config: MixtureOfExpertsConfig, _: Shared) -> None:
+    if config.d_shared is None:
+        raise Unstorable("experts without a shared expert (d_shared=None)")
+
+
+# The row of the shared expert, for model types that always have one.
+SHARED_EXPERT: Row[MixtureOfExpertsConfig] = Row(
+    lambda given: {}, lambda config: {}, _check_shared_expert
+)
 
 
 def attention_and(mixer: str) -> Callable[[Collection[int], int], Kinds]:

@@ -1,14 +1,13 @@
 """The experts of Nemotron 3: chosen by a sigmoid, without gates, beside a shared expert."""
 
 from ....models import MixtureOfExpertsConfig, MLPConfig
-from .._layout import Slot, Unstorable
+from .._layout import Slot
 from .._names import within
 from .._tables import (
     JSON,
     Arguments,
     Row,
     RowInput,
-    Shared,
     Table,
     constant,
     fixed,
@@ -17,7 +16,7 @@ from .._tables import (
     size,
 )
 from ._family import Part
-from ._hybrid import named_experts
+from ._hybrid import SHARED_EXPERT, named_experts
 from ._hybrid_names import experts, mlp
 
 
@@ -29,11 +28,6 @@ _FIELDS = frozenset(
     topk_group
     """.split()  # noqa: SIM905
 )
-
-
-def _check_shared(config: MixtureOfExpertsConfig, _: Shared) -> None:
-    if config.d_shared is None:
-        raise Unstorable("experts of Nemotron-H without a shared expert (d_shared=None)")
 
 
 def _read_latent(given: RowInput) -> Arguments:
@@ -69,7 +63,7 @@ EXPERTS = Part(
             size("num_experts_per_tok", "top_k", 2),
             size("moe_intermediate_size", "d_intermediate", 7688),
             size("moe_shared_expert_intermediate_size", "d_shared", 7688),
-            Row(lambda given: {}, lambda config: {}, _check_shared),
+            SHARED_EXPERT,
             constant("n_shared_experts", 1, written=True),
             Row(_read_latent, _write_latent),
             fixed("routing", "sigmoid", "experts of Nemotron-H with another routing"),
