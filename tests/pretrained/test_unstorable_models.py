@@ -250,7 +250,20 @@ UNSTORABLE = [
                 ),
             ),
         ),
-        r"a router with a single expert beside Mamba-1 \(n_experts=1\)",
+        r"a router with a single expert \(n_experts=1\)",
+        None,
+    ),
+    (
+        "transformers",
+        nemotron_h(
+            (
+                mamba2(),
+                mbx.MixtureOfExpertsConfig(
+                    7, n_experts=1, top_k=1, routing="sigmoid", gated=False, d_shared=5
+                ),
+            )
+        ),
+        r"a router with a single expert \(n_experts=1\)",
         None,
     ),
     ("transformers", hybrid(mbx.Mamba1Config(6)), "MLPs or attention beside Mamba-1", None),

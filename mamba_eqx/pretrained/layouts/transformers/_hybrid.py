@@ -220,7 +220,12 @@ def named_experts(key: str, default: int) -> Row[MixtureOfExpertsConfig]:
     def read(given: RowInput) -> Arguments:
         return {"n_experts": given.fields.layers(key, default)}
 
-    return Row(read, lambda config: {key: config.n_experts})
+    def check(config: MixtureOfExpertsConfig, _: Shared) -> None:
+        # In transformers, a single expert of Jamba is an MLP, and one of Nemotron-H cannot run.
+        if config.n_experts == 1:
+            raise Unstorable("a router with a single expert (n_experts=1)")
+
+    return Row(read, lambda config: {key: config.n_experts}, check)
 
 
 def _check_shared_expert(config: MixtureOfExpertsConfig, _: Shared) -> None:

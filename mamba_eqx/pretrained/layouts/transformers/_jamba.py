@@ -96,12 +96,6 @@ def _find_period(indices: list[int], n_layer: int) -> tuple[int, int] | None:
     return None
 
 
-def _check_n_experts(config: MixtureOfExpertsConfig, _: Shared) -> None:
-    # To transformers, one expert is an MLP.
-    if config.n_experts == 1:
-        raise Unstorable("a router with a single expert beside Mamba-1 (n_experts=1)")
-
-
 def _check_widths(config: LanguageModelConfig, _: Shared) -> None:
     widths = {
         layer.mlp.d_intermediate
@@ -189,7 +183,6 @@ JAMBA = Family(
                 MixtureOfExpertsConfig,
                 (
                     named_experts("num_experts", 16),
-                    Row(lambda given: {}, lambda config: {}, _check_n_experts),
                     size("num_experts_per_tok", "top_k", 2),
                     size("intermediate_size", "d_intermediate", 14336),
                     fixed("routing", "softmax", "experts beside Mamba-1 with another routing"),
