@@ -99,10 +99,10 @@ LEVELS = {
     ],
     "pretrained/layouts/transformers": [
         "_family",
-        "_granite_mlps _hybrid_names",
-        "_mamba _nemotron_experts _nemotron_pattern",
+        "_hybrid_names _mamba _nemotron_pattern",
         "_mamba2",
         "_hybrid",
+        "_granite_mlps _nemotron_experts",
         "_bamba _falcon_h1 _granite _jamba _nemotron_h",
         "_registry",
         "__init__",

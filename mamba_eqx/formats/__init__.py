@@ -6,6 +6,7 @@ from ._files import (
     read_bytes as read_bytes,
 )
 from ._json import (
+    decode_numbers as decode_numbers,
     join_keys as join_keys,
     quote_value as quote_value,
     read_config as read_config,

@@ -31,5 +31,7 @@ from .layouts import (
     Slot as Slot,
     config_from as config_from,
     listing as listing,
+    rename as rename,
+    rename_tensors as rename_tensors,
     skeleton as skeleton,
 )

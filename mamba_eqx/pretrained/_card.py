@@ -1,6 +1,8 @@
 """The model card of a checkpoint: metadata, and how to load the model."""
 
-from ..models import LanguageModelConfig
+from typing import Any
+
+from ..models import AbstractMixerConfig, LanguageModelConfig, ParallelConfig
 
 
 CARD = "README.md"
@@ -45,7 +47,7 @@ def model_card(config: LanguageModelConfig, *, layout: str, name: str) -> str:
     - `layout`: the name of the layout.
     - `name`: the repository or folder to load the model from.
     """
-    kinds = list(dict.fromkeys(layer.mixer.kind for layer in config.layers))
+    kinds = list(dict.fromkeys(kind for layer in config.layers for kind in _kinds(layer.mixer)))
     tags = ["mamba_eqx", "jax", "state-space-model", *kinds]
     text = _TEMPLATE + (_TRANSFORMERS if layout == "transformers" else "")
     return text.format(
@@ -54,3 +56,10 @@ def model_card(config: LanguageModelConfig, *, layout: str, name: str) -> str:
         kinds=" and ".join(kinds),
         name=name,
     )
+
+
+def _kinds(mixer: AbstractMixerConfig[Any]) -> list[str]:
+    """Returns the kind of a mixer, or the kinds of mixers side by side."""
+    if isinstance(mixer, ParallelConfig):
+        return [kind for part in mixer.mixers for kind in _kinds(part)]
+    return [mixer.kind]

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._atomic import replaced_files
-from ..formats import CheckpointError, write_safetensors
+from ..formats import CheckpointError, decode_numbers, write_safetensors
 from ..layers import recurrence_mask
 from ..models import LanguageModel
 from ..text import ByteTokenizer, TextTokenizer
@@ -21,7 +21,7 @@ from ._source import CONFIG
 from ._state_dict import get_layout, state_dict
 from ._token_ids import ids_to_json
 from ._weights import SAFETENSORS, SAFETENSORS_INDEX
-from .layouts import config_from, match, skeleton
+from .layouts import Layout, config_from, match, skeleton
 
 
 def save_pretrained(
@@ -87,6 +87,7 @@ def save_checkpoint(
     # A part of a model, or an ensemble, could not be loaded again, and is therefore not saved.
     match(chosen, config, skeleton(config), tensors, floating=True)
     fields = chosen.write_config(config, _config_dtype(model))
+    _check_readable(chosen, fields)
     if chosen.declares_ids:
         fields |= ids_to_json(companions.ids)
     head = chosen.tied_head(config)
@@ -105,6 +106,20 @@ def save_checkpoint(
         if not (path / CARD).exists():
             card = model_card(config, layout=chosen.name, name=path.resolve().name)
             (new / CARD).write_text(card, "utf-8")
+
+
+def _check_readable(layout: Layout, fields: dict[str, object]) -> None:
+    """Checks that `from_pretrained` accepts a config, which it does not if sizes are absurd.
+
+    **Raises:** `CheckpointError` if it does not.
+    """
+    try:
+        layout.read_config(decode_numbers(fields))
+    except ValueError as error:  # From a config class, or a `CheckpointError`.
+        raise CheckpointError(
+            f"The {layout.name!r} layout cannot store this model, because it could not be loaded "
+            f"again: {error}"
+        ) from None
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT])B", re.IGNORECASE)

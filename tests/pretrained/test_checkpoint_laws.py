@@ -145,7 +145,7 @@ RECURRENCE: dict[type, tuple[str, ...]] = {
 ROUTERS = {
     "sigmoid": ("gate.weight", "gate.e_score_correction_bias"),
     "softmax": ("router.weight",),
-    "softmax_of_chosen": ("block_sparse_moe.router.layer.weight",),
+    "softmax_of_chosen": ("router.layer.weight",),
 }
 
 

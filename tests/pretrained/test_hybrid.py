@@ -236,6 +236,11 @@ def test_written_fields(tmp_path):
                 "rope_theta": 50,
             },
         ),
+        (
+            "transformers",
+            "nemotron_h",
+            {"rope_parameters": {"rope_theta": 50}, "rope_scaling": None, "head_dim": 8},
+        ),
         # Like `mamba2attn-2.7b`.
         (
             "state-spaces",

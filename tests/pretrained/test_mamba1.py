@@ -23,6 +23,7 @@ from mamba_eqx.pretrained import (
 )
 from tests.support.checkpoints import (
     BOTH,
+    HYBRIDS,
     MAMBA1 as MODELS,
     assert_same,
     config,
@@ -179,6 +180,14 @@ def test_model_card_is_written_unless_present(layout, tmp_path):
     card.write_text("mine")
     save_pretrained(make(BOTH["tied"]), tmp_path / "me", layout=layout)
     assert card.read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_model_card_names_the_mixers_side_by_side(tmp_path):
+    save_pretrained(make(HYBRIDS["transformers"]["falcon_h1"]), tmp_path)
+    assert (
+        "A language model of mamba2 and attention layers." in (tmp_path / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("at", range(6))

@@ -239,6 +239,33 @@ UNSTORABLE = [
         r"irregular intervals \(in layers \[2, 3\]",
         None,
     ),
+    (
+        "transformers",
+        mbx.LanguageModelConfig(
+            13,
+            (
+                mbx.BlockConfig(
+                    NORMALISED,
+                    mlp=mbx.MixtureOfExpertsConfig(9, n_experts=1, top_k=1, routing="softmax"),
+                ),
+            ),
+        ),
+        r"a router with a single expert \(n_experts=1\)",
+        None,
+    ),
+    (
+        "transformers",
+        nemotron_h(
+            (
+                mamba2(),
+                mbx.MixtureOfExpertsConfig(
+                    7, n_experts=1, top_k=1, routing="sigmoid", gated=False, d_shared=5
+                ),
+            )
+        ),
+        r"a router with a single expert \(n_experts=1\)",
+        None,
+    ),
     ("transformers", hybrid(mbx.Mamba1Config(6)), "experts or attention beside Mamba-1", None),
     ("transformers", nemotron_h((ROTARY, UNGATED)), "attention with a rotary embedding", None),
     ("transformers", nemotron_h((attention(window=4), UNGATED)), "with a window", None),
@@ -351,3 +378,26 @@ def test_unstorable_model_is_refused(layout, model, message, remedy, tmp_path):
         assert str(error.value).endswith(f"Use `layout={remedy!r}`.")
         save_pretrained(make(model), tmp_path / "new", layout=remedy)
         assert eqx.tree_equal(from_pretrained(tmp_path / "new"), make(model))
+
+
+# Models that the layout of transformers has fields for, but with numbers that are refused on
+# loading.
+UNREADABLE = [
+    (granite(mamba2(), logits_multiplier=1e-9), "`logits_scaling` .*at most"),
+    # The reciprocal of this number is infinite.
+    (granite(mamba2(), logits_multiplier=5e-324), "`logits_scaling` .*at most .*but is inf"),
+    (falcon_h1(mamba2(), attention(rotary_emb_dim=8, softmax_scale=1e308)), "`key_multiplier`"),
+    (
+        nemotron_h((mamba2(), dataclasses.replace(EXPERTS, scaling=1e9))),
+        "`routed_scaling_factor` .*at most",
+    ),
+    (nemotron_h((mamba2(dt_limit=(1e9, 2e9)), None)), "`time_step_limit`"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "message"), UNREADABLE)
+def test_model_that_could_not_be_loaded_is_refused(model, message, tmp_path):
+    with pytest.raises(CheckpointError, match=f"could not be loaded again: {message}"):
+        save_pretrained(make(model), tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -1,5 +1,6 @@
 """A LoRA of an embedding, by the formulas of PEFT; its files are complete or not there at all."""
 
+import dataclasses
 import json
 import os
 
@@ -12,6 +13,7 @@ import pytest
 import mamba_eqx as mbx
 from mamba_eqx.formats._safetensors import open_safetensors, write_safetensors
 from mamba_eqx.training import LoRA, load_lora, save_lora
+from tests.support import checkpoints
 from tests.support.lora import TOKENS, VOCAB, WEIGHTS, logits, make, noisy
 
 
@@ -53,6 +55,42 @@ def test_stacked_models_in_a_tree_are_untied():
         merged["models"][0].lm_head.weight, tree["models"][0].embedding.weight
     )
     assert not jnp.allclose(merged["other"].weight, tree["other"].weight)
+
+
+@pytest.mark.slow
+def test_rows_are_in_the_order_of_the_layout(tmp_path):
+    """Granite's file has the gate of an MLP before its value, which is the reverse of ours."""
+    config = checkpoints.HYBRIDS["transformers"]["granite_equal_experts"]
+    for mlp in (checkpoints.GRANITE_EXPERTS, checkpoints.GATED):
+        layers = tuple(dataclasses.replace(layer, mlp=mlp) for layer in config.layers)
+        model = checkpoints.make(dataclasses.replace(config, layers=layers))
+        lora = noisy(LoRA.init(model, rank=2, key=jr.key(1)))
+        save_lora(lora, model, tmp_path)
+        read = load_lora(tmp_path, model)
+        assert eqx.tree_equal(read, lora)
+        stored = open_safetensors(tmp_path / WEIGHTS)
+        path = next(path for path in lora.pairs if path.endswith("fc1"))
+        key = "base_model.model.model.layers.0.shared_mlp.input_linear.lora_B.weight"
+        value, gate = np.split(np.asarray(lora.pairs[path].b), 2)
+        np.testing.assert_array_equal(stored[key].read(), np.concatenate([gate, value]))
+
+
+@pytest.mark.slow
+def test_names_are_those_of_modules(tmp_path):
+    """The modules of Nemotron-H in transformers have other names than the tensors of its files."""
+    model = checkpoints.make(checkpoints.HYBRIDS["transformers"]["nemotron_h"])
+    lora = noisy(LoRA.init(model, rank=2, targets=["mlp.fc1"], key=jr.key(1)))
+    save_lora(lora, model, tmp_path)
+    stored = {name: one.read() for name, one in open_safetensors(tmp_path / WEIGHTS).items()}
+    assert "base_model.model.model.layers.1.mixer.up_proj.lora_A.weight" in stored
+    assert eqx.tree_equal(load_lora(tmp_path, model), lora)
+    old = {n.replace(".model.model.", ".model.backbone."): one for n, one in stored.items()}
+    write_safetensors(tmp_path / WEIGHTS, old, {"format": "pt"})
+    assert eqx.tree_equal(load_lora(tmp_path, model), lora)
+    name = next(iter(stored))
+    write_safetensors(tmp_path / WEIGHTS, old | {name: stored[name]}, {"format": "pt"})
+    with pytest.raises(mbx.CheckpointError, match=r"backbone.*is unexpected"):
+        load_lora(tmp_path, model)
 
 
 def write_adapter(folder, tensors, **config):

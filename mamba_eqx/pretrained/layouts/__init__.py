@@ -7,6 +7,8 @@ from ._match import (
     group_by_leaf as group_by_leaf,
     listing as listing,
     match as match,
+    rename as rename,
+    rename_tensors as rename_tensors,
     renamed as renamed,
     slots as slots,
 )

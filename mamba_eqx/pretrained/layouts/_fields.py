@@ -165,6 +165,10 @@ class Fields:
         - `near`: the number that the other fields give.
         - `meaning`: the formula of that number.
         """
+        if not 0 < near <= _MAX_SIZE:
+            raise CheckpointError(
+                f"{meaning} of {self._name} must be above 0 and at most {_MAX_SIZE}, but is {near}."
+            )
         value = self.number(key, near)
         if not math.isclose(value, near, rel_tol=1e-15):
             raise self.error(key, f"must be {meaning} = {near}")

@@ -117,6 +117,8 @@ class Layout:
     - `keeps_tied_head`: whether files of a model with tied embeddings store the head as well.
     - `renames`: returns the beginnings and endings of tensor names in other versions, which files
         may have, and those in the table that they stand for, for a config that `check` accepts.
+    - `modules`: returns the beginnings and endings of names in the table that the modules of
+        transformers have other names for, and those names, for a config that `check` accepts.
     - `ignored`: returns the beginnings of the names of tensors that files may have and that are not
         a part of the model, for a config that `check` accepts.
     - `head`: the name of the head's weight.
@@ -133,6 +135,7 @@ class Layout:
     embedding: Callable[[LanguageModelConfig], str]
     keeps_tied_head: bool
     renames: Callable[[LanguageModelConfig], Mapping[str, str]] = lambda _: {}
+    modules: Callable[[LanguageModelConfig], Mapping[str, str]] = lambda _: {}
     ignored: Callable[[LanguageModelConfig], tuple[str, ...]] = lambda _: ()
     head: str = "lm_head.weight"
     config_file: str = "config.json"

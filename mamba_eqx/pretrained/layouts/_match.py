@@ -62,22 +62,30 @@ def renamed(
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(ignored)}
     prefix = layout.embedding(config).split(".")[0] + "."
     if not any(name.startswith(prefix) or name == layout.head for name in tensors):
-        whole = _current(renames, {prefix + name: tensor for name, tensor in tensors.items()})
+        whole = rename_tensors(renames, {prefix + name: tensor for name, tensor in tensors.items()})
         if layout.embedding(config) in whole:
             return whole
-    return _current(renames, tensors)
+    return rename_tensors(renames, tensors)
 
 
-def _current(renames: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    current: dict[str, Tensor] = {}
+def rename_tensors(renames: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors by their new names.
+
+    **Arguments:**
+
+    - `renames`: the beginnings and endings of names that are replaced, and what replaces them.
+    - `tensors`: the tensors by name.
+    """
+    found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        new_name = _current_name(renames, name)
+        new_name = rename(renames, name)
         # If both names are present, the other one is kept, to be reported as unexpected.
-        current[name if new_name in tensors else new_name] = tensor
-    return current
+        found[name if new_name in tensors else new_name] = tensor
+    return found
 
 
-def _current_name(renames: Mapping[str, str], name: str) -> str:
+def rename(renames: Mapping[str, str], name: str) -> str:
+    """Returns the new name of one tensor. For the arguments see `rename_tensors`."""
     for old, new in renames.items():
         if name.startswith(old):
             return new + name.removeprefix(old)

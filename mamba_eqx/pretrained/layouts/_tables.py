@@ -189,6 +189,8 @@ def inverse(function: Callable[[float], float], value: float, near: float) -> fl
     - `value`: the value.
     - `near`: the number up to rounding.
     """
+    if math.isinf(near):
+        return None
     # Rounding may give a neighbour of the number, and some values are those of no number.
     candidates = (float(round(near)), near, math.nextafter(near, 0), math.nextafter(near, math.inf))
     return next((x for x in candidates if x > 0 and function(x) == value), None)

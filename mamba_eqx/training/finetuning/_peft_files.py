@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,8 @@ from ...pretrained import (
     get_layout,
     listing,
     open_source,
+    rename,
+    rename_tensors,
     skeleton,
     state_dict,
 )
@@ -68,9 +71,10 @@ def save_lora(
 ) -> None:
     """Saves a LoRA in the format of PEFT, for [`mamba_eqx.training.load_lora`][] or PEFT to load.
 
-    In transformers' models `mamba`, `mamba2` and `falcon_mamba`, PEFT (0.21) refuses every
-    `out_proj`, and a change of `dt_proj` has no effect until `merge_and_unload`, because
-    transformers (5.24) reads this weight directly and bypasses PEFT's wrapper. To use PEFT, leave
+    In transformers' models `mamba`, `mamba2`, `falcon_mamba`, `falcon_h1` and `nemotron_h`, PEFT
+    (0.21) refuses every `out_proj`, and a change of `dt_proj` has no effect until
+    `merge_and_unload`, because transformers (5.24) reads this weight directly and bypasses PEFT's
+    wrapper. To use PEFT, leave
     both layers out of `targets`.
 
     Both files appear together, and replace those of another LoRA in the folder.
@@ -162,7 +166,10 @@ def load_lora(
     # A `Path` is never taken for a repository, and links may not leave the folder.
     source = open_source(Path(path), Hub())
     rank, scale = _read_config(_find(source, _CONFIG))
-    stored = open_safetensors(_find(source, _WEIGHTS))
+    modules = get_layout(layout).modules(config_from(model))
+    # An adapter of the original code of a model type may have the names of the layout.
+    older = {_PREFIX + name: _PREFIX + of_module for name, of_module in modules.items()}
+    stored = rename_tensors(older, open_safetensors(_find(source, _WEIGHTS)))
     layers = adaptable_layers(model)
     pairs: dict[str, LoRAPair] = {}
     faults: list[str] = []
@@ -258,7 +265,7 @@ def _join(found: list[_StoredPair], rows: int, *, whole: bool) -> LoRAPair:
     - `whole`: whether the pairs cover all rows.
     """
     a = [_read(pair.a) for pair in found]
-    b = [_read(pair.b) for pair in found]
+    b = [pair.slot.from_file(_read(pair.b)) for pair in found]
     if whole and all(np.array_equal(other, a[0]) for other in a):
         return LoRAPair(jnp.asarray(a[0]), jnp.asarray(np.concatenate(b)))
     rank = len(a[0])
@@ -275,7 +282,7 @@ def _read(tensor: StoredTensor) -> np.ndarray:
 
 
 class _Target(NamedTuple):
-    """A layer, and the slots of its weight in a layout."""
+    """A layer, and the slots of its weight in a layout, with the names of modules."""
 
     weight: Float[Array, "out_features in_features"] | jax.ShapeDtypeStruct
     slots: list[Slot]
@@ -284,11 +291,14 @@ class _Target(NamedTuple):
 
 def _targets(model: LanguageModel, layout: str) -> dict[str, _Target]:
     """Returns every linear layer and embedding by its path in the model with `Unrolled` layers."""
-    config = config_from(model)
-    model_shapes = skeleton(config)
+    chosen, config = get_layout(layout), config_from(model)
+    model_shapes, modules = skeleton(config), chosen.modules(config)
     shapes = jax.eval_shape(lambda tree: state_dict(tree, layout=layout), model_shapes)
-    assignments = assign(get_layout(layout), config, model_shapes, shapes, floating=True)
-    named = {found.path: [slot for slot, _ in found.parts] for found in assignments}
+    assignments = assign(chosen, config, model_shapes, shapes, floating=True)
+    named = {
+        found.path: [replace(slot, name=rename(modules, slot.name)) for slot, _ in found.parts]
+        for found in assignments
+    }
     return {
         path: _Target(layer.weight, named[f"{path}.weight"], isinstance(layer, eqx.nn.Embedding))
         for path, layer in adaptable_layers(model_shapes).items()

@@ -127,6 +127,8 @@ class Names:
     - `places`: returns the index in `layers` of the mixer and of the MLP of each layer.
     - `older`: the beginnings and endings of names in other versions, which files may have, and
         those that they stand for.
+    - `modules`: the beginnings and endings of names that the modules of transformers have other
+        names for, and those names.
     - `ignored`: the beginnings of the names of tensors that are not a part of the model.
     """
 
@@ -139,6 +141,7 @@ class Names:
         (i, i) for i in range(len(kinds))
     ]
     older: Mapping[str, str] = field(default_factory=dict)
+    modules: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
 

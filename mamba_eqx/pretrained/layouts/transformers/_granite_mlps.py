@@ -5,10 +5,11 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from ....models import MixtureOfExpertsConfig
-from .._layout import AnyArray, Slot, Transform, Unstorable
+from .._layout import AnyArray, Slot, Transform
 from .._mixers import gated_mlp
-from .._tables import Row, Shared, Table, fixed, size
+from .._tables import Table, fixed, size
 from ._family import Part
+from ._hybrid import SHARED_EXPERT
 
 
 def _swap_halves(weight: AnyArray, /) -> AnyArray:
@@ -49,11 +50,6 @@ IN_MEMORY = MappingProxyType(
 )
 
 
-def _check_shared(config: MixtureOfExpertsConfig, _: Shared) -> None:
-    if config.d_shared is None:
-        raise Unstorable("experts without a shared expert (d_shared=None)")
-
-
 MLP = Part(
     gated_mlp(size("shared_intermediate_size", "d_intermediate", 1024)),
     _name_mlp,
@@ -70,7 +66,7 @@ EXPERTS = Part(
             fixed("routing", "softmax_of_chosen", "experts with another routing than Granite's"),
             fixed("gated", True, "experts without a gate"),
             fixed("d_latent", None, "experts in a smaller space"),
-            Row(lambda given: {}, lambda config: {}, _check_shared),
+            SHARED_EXPERT,
         ),
     ),
     _name_experts,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection
 
-from ....models import AttentionConfig, Mamba2Config
+from ....models import AttentionConfig, Mamba2Config, MixtureOfExpertsConfig
 from .._fields import Fields
 from .._layout import Unstorable
 from .._mixers import D_MODEL, whole_expand
@@ -53,7 +53,7 @@ def heads(
             if fields.get("num_key_value_heads", nheads_kv) is None
             else fields.size("num_key_value_heads", nheads_kv)
         )
-        if headdim is None and "head_dim" not in fields and d_model % found:
+        if headdim is None and fields.get("head_dim", None) is None and d_model % found:
             raise fields.error("num_attention_heads", f"must divide hidden_size={d_model}")
         found_dim = fields.optional_size("head_dim", headdim or max(1, d_model // found))
         return {"nheads": found, "nheads_kv": found_kv, "headdim": found_dim}
@@ -208,6 +208,34 @@ BAMBA_MAMBA2 = Part(
     ),
     mamba2,
     "mamba",
+)
+
+
+def named_experts(key: str, default: int) -> Row[MixtureOfExpertsConfig]:
+    """Returns the row of the number of experts, each of which has names of its own in the file.
+
+    Like the number of layers it is bounded, lest a damaged file fill the memory with names.
+    """
+
+    def read(given: RowInput) -> Arguments:
+        return {"n_experts": given.fields.layers(key, default)}
+
+    def check(config: MixtureOfExpertsConfig, _: Shared) -> None:
+        # In transformers, a single expert of Jamba is an MLP, and one of Nemotron-H cannot run.
+        if config.n_experts == 1:
+            raise Unstorable("a router with a single expert (n_experts=1)")
+
+    return Row(read, lambda config: {key: config.n_experts}, check)
+
+
+def _check_shared_expert(config: MixtureOfExpertsConfig, _: Shared) -> None:
+    if config.d_shared is None:
+        raise Unstorable("experts without a shared expert (d_shared=None)")
+
+
+# The row of the shared expert, for model types that always have one.
+SHARED_EXPERT: Row[MixtureOfExpertsConfig] = Row(
+    lambda given: {}, lambda config: {}, _check_shared_expert
 )
 
 

@@ -24,6 +24,7 @@ from ._hybrid import (
     attention_layers,
     check_hybrid,
     heads,
+    named_experts,
 )
 from ._hybrid_names import LLAMA_NAMES, attention, experts, gated_mlp, split
 
@@ -181,7 +182,7 @@ JAMBA = Family(
             Table(
                 MixtureOfExpertsConfig,
                 (
-                    size("num_experts", "n_experts", 16),
+                    named_experts("num_experts", 16),
                     size("num_experts_per_tok", "top_k", 2),
                     size("intermediate_size", "d_intermediate", 14336),
                     fixed("routing", "softmax", "experts beside Mamba-1 with another routing"),

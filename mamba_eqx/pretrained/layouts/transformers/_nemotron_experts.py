@@ -1,14 +1,13 @@
 """The experts of Nemotron 3: chosen by a sigmoid, without gates, beside a shared expert."""
 
 from ....models import MixtureOfExpertsConfig, MLPConfig
-from .._layout import Slot, Unstorable
+from .._layout import Slot
 from .._names import within
 from .._tables import (
     JSON,
     Arguments,
     Row,
     RowInput,
-    Shared,
     Table,
     constant,
     fixed,
@@ -17,6 +16,7 @@ from .._tables import (
     size,
 )
 from ._family import Part
+from ._hybrid import SHARED_EXPERT, named_experts
 from ._hybrid_names import experts, mlp
 
 
@@ -28,16 +28,6 @@ _FIELDS = frozenset(
     topk_group
     """.split()  # noqa: SIM905
 )
-
-
-def _read_n_experts(given: RowInput) -> Arguments:
-    # Bounded like the number of layers, because every expert has a name.
-    return {"n_experts": given.fields.layers("n_routed_experts", 8)}
-
-
-def _check_shared(config: MixtureOfExpertsConfig, _: Shared) -> None:
-    if config.d_shared is None:
-        raise Unstorable("experts of Nemotron-H without a shared expert (d_shared=None)")
 
 
 def _read_latent(given: RowInput) -> Arguments:
@@ -69,11 +59,11 @@ EXPERTS = Part(
     Table(
         MixtureOfExpertsConfig,
         (
-            Row(_read_n_experts, lambda config: {"n_routed_experts": config.n_experts}),
+            named_experts("n_routed_experts", 8),
             size("num_experts_per_tok", "top_k", 2),
             size("moe_intermediate_size", "d_intermediate", 7688),
             size("moe_shared_expert_intermediate_size", "d_shared", 7688),
-            Row(lambda given: {}, lambda config: {}, _check_shared),
+            SHARED_EXPERT,
             constant("n_shared_experts", 1, written=True),
             Row(_read_latent, _write_latent),
             fixed("routing", "sigmoid", "experts of Nemotron-H with another routing"),

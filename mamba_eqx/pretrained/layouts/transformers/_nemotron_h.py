@@ -31,7 +31,7 @@ from .._tables import (
     size,
 )
 from ._family import MAMBA_IGNORED, Family, Part, vocabulary
-from ._hybrid import HYBRID_IGNORED, USUAL_SCALE, heads
+from ._hybrid import HYBRID_IGNORED, ROPE_FIELDS, USUAL_SCALE, heads
 from ._hybrid_names import attention, mlp
 from ._mamba import OFFICIAL_NAMES
 from ._mamba2 import UNSUPPORTED
@@ -41,12 +41,16 @@ from ._nemotron_pattern import PATTERN, places
 
 # The prediction of several tokens at once, positions that no layer uses, and the choice of an
 # implementation.
-_IGNORED = HYBRID_IGNORED | set(
-    """
+_IGNORED = (
+    HYBRID_IGNORED
+    | ROPE_FIELDS
+    | set(
+        """
     chunk_size expand hidden_dropout keep_mtp_spec_in_bf16 mamba_ssm_cache_dtype
     moe_shared_expert_overlap mtp_hybrid_override_pattern mtp_layers_block_type
-    num_nextn_predict_layers output_router_logits partial_rotary_factor rope_theta
+    num_nextn_predict_layers output_router_logits
     """.split()  # noqa: SIM905
+    )
 )
 
 
@@ -73,7 +77,7 @@ def _read_headdim(given: RowInput) -> Arguments:
     # The name of `head_dim` in the first configs.
     fields, headdim = given.fields, given.known["headdim"]
     old = fields.optional_size("attention_head_dim", headdim)
-    if "head_dim" in fields and old != headdim:
+    if fields.get("head_dim", None) is not None and old != headdim:
         raise fields.error("attention_head_dim", f"must be head_dim={headdim}")
     return {"headdim": old}
 
@@ -181,6 +185,7 @@ NEMOTRON_H = Family(
         places=places,
         # The names in transformers' own modules.
         older={**OFFICIAL_NAMES.older, "model.": "backbone."},
+        modules={"backbone.": "model."},
         # The layers that predict several tokens at once.
         ignored=("mtp.",),
     ),

@@ -81,6 +81,7 @@ def _layout(choose: Callable[[LanguageModelConfig], Family]) -> Layout:
         embedding=lambda config: choose(config).names.embedding,
         keeps_tied_head=False,
         renames=lambda config: choose(config).names.older,
+        modules=lambda config: choose(config).names.modules,
         ignored=lambda config: choose(config).names.ignored,
         declares_ids=True,
     )
