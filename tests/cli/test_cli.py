@@ -1,5 +1,6 @@
 """`mamba-eqx generate`, in a separate process where signals and pipes matter."""
 
+import dataclasses
 import io
 import json
 import os
@@ -173,20 +174,18 @@ def test_options_reach_the_sampler(checkpoint, monkeypatch, capsys):
     options = [*args.split(), "--stop", "!", "--stop", "; t", "--model", str(checkpoint)]
     assert call("generate", *options) == 0
     assert seen.pop("key") == jr.key(4)
-    assert seen == {
-        "prompt": [120],
-        "n": 9,
-        "sampling": mbx.Sampling(
-            temperature=0.5,
-            top_k=7,
-            top_p=0.9,
-            min_p=0.1,
-            typical_p=0.5,
-            penalties=mbx.sampling.Penalties(1.5, 0.1, 0.2, 9),
-            stop_tokens=[],
-        ),
-        "state": None,
-    }
+    sampling = seen.pop("sampling")
+    assert seen == {"prompt": [120], "n": 9, "state": None}
+    assert isinstance(sampling.tokenizer, mbx.ByteTokenizer)
+    assert dataclasses.replace(sampling, tokenizer=None) == mbx.Sampling(
+        temperature=0.5,
+        top_k=7,
+        top_p=0.9,
+        min_p=0.1,
+        typical_p=0.5,
+        penalties=mbx.sampling.Penalties(1.5, 0.1, 0.2, 9),
+        stop_tokens=[],
+    )
     out, err = capsys.readouterr()
     assert out == "xone\n"
     assert err.startswith("6 tokens, ")

@@ -1,6 +1,10 @@
 """Invalid configs, and what the errors say. Those of Mamba-1 are in `test_errors.py`."""
 
+import functools
 import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -237,18 +241,32 @@ INVALID = {
 }
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, str, str]], Path]:
+    """Saves each model once, and returns its folder."""
+
+    @functools.cache
+    def save(model: tuple[str, str, str]) -> Path:
+        family, layout, name = model
+        folder = tmp_path_factory.mktemp(name)
+        save_pretrained(make(FAMILIES[family][layout][name]), folder, layout=layout)
+        return folder
+
+    return save
+
+
 @pytest.mark.parametrize(
     ("model", "fields", "message"),
     [(model, *case) for model, cases in INVALID.items() for case in cases],
 )
-def test_invalid_config_is_refused(model, fields, message, tmp_path, monkeypatch):
+def test_invalid_config_is_refused(model, fields, message, saved, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(saved(model), folder)
     monkeypatch.setattr(_load, "to_jax", _nothing_is_loaded)
-    family, layout, name = model
-    save_pretrained(make(FAMILIES[family][layout][name]), tmp_path, layout=layout)
-    edit_config(tmp_path, fields, LAYOUTS[layout].config_file)
+    edit_config(folder, fields, LAYOUTS[model[1]].config_file)
     with pytest.raises(CheckpointError, match=f"(?s){message}") as error:
-        from_pretrained(tmp_path)
-    assert str(tmp_path) in str(error.value)
+        from_pretrained(folder)
+    assert str(folder) in str(error.value)
 
 
 def _nothing_is_loaded(*_: object) -> None:

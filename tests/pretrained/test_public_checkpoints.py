@@ -206,6 +206,7 @@ def test_config_gives_model_of_published_size(name):
     assert len(set(whole)) == len(whole)
 
 
+@pytest.mark.slow
 def test_docs_have_the_table_of_sizes():
     text = (ROOT / "docs" / "pretrained.md").read_text("utf-8")
     assert "\n".join([table.HEAD, *table.rows()]) in text

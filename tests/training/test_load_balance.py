@@ -86,7 +86,8 @@ def test_even_routing_has_the_least_loss():
         np.testing.assert_allclose(training.load_balancing_loss([even]), 2, rtol=1e-6)
 
 
-@pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.slow
 def test_unrolled_and_stacked_models_have_the_same_routes(remat):
     """In one pass, whose features and state are those of `backbone`."""
     tokens, reset = batch_of(0).tokens[0], batch_of(0).reset[0]
@@ -154,6 +155,7 @@ def test_balance_of_remat_and_stacked_models():
     close(mbx.Unrolled(stacked.layers.unstack()).layers, grads.layers.layers)
 
 
+@pytest.mark.slow
 def test_packed_documents_balance_like_separate_documents():
     """Padding after the documents does not count."""
     documents = [np.asarray([1, 4, 2, 5, 3]), np.asarray([7, 2, 2, 9])]
