@@ -39,7 +39,8 @@ def grouped_product(
     **Arguments:**
 
     - `x`: the rows, sorted by group, shape `(rows, in_features)`.
-    - `group_sizes`: the number of rows of every group, shape `(groups,)`. The sum must be `rows`.
+    - `group_sizes`: the number of rows of every group, shape `(groups,)`. The sum must be `rows`,
+        which is not checked.
     - `weight`: the weight of every group, shape `(groups, out_features, in_features)`.
 
     **Returns:**
@@ -49,8 +50,8 @@ def grouped_product(
 
     **Raises:** `ValueError` if the shapes of the arguments do not fit together.
     """
-    groups, _, in_features = weight.shape
-    if x.shape[1] != in_features or group_sizes.shape != (groups,):
+    shapes = (*group_sizes.shape, *x.shape[1:])
+    if x.ndim != 2 or weight.ndim != 3 or shapes != (weight.shape[0], weight.shape[2]):
         raise ValueError(
             "`weight` must have shape (groups, out_features, in_features), with as many groups as "
             f"`group_sizes` and as many in_features as `x`, but got {weight.shape}, "

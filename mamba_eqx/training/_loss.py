@@ -61,7 +61,8 @@ def next_token_loss(
     - `label_smoothing`, `z_loss`, `chunk`: see [`mamba_eqx.training.cross_entropy`][].
     - `balance`: a factor, at least 0, of [`mamba_eqx.training.load_balancing_loss`][] of the tokens
         whose targets count, which is added for a model with experts. It is `0.001` by default in
-        transformers.
+        transformers. The loss is no mean over tokens: with gradient accumulation, it balances the
+        experts within each group of rows, as in transformers.
 
     **Returns:**
 

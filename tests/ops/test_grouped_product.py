@@ -209,3 +209,6 @@ def test_wrong_shapes_are_refused():
     x, sizes, weight = arguments([3, 0, 5, 1])
     with pytest.raises(ValueError, match=r"`weight` must have shape \(groups, out_features, in"):
         grouped_product(x, sizes, weight.swapaxes(1, 2))
+    for wrong in ((x[0], sizes, weight), (x, sizes[:3], weight), (x, sizes, weight[0])):
+        with pytest.raises(ValueError, match="as many groups as `group_sizes`"):
+            grouped_product(*wrong)
