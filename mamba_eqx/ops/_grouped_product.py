@@ -39,7 +39,8 @@ def grouped_product(
     **Arguments:**
 
     - `x`: the rows, sorted by group, shape `(rows, in_features)`.
-    - `group_sizes`: the number of rows of every group, shape `(groups,)`. The sum must be `rows`.
+    - `group_sizes`: the number of rows of every group, shape `(groups,)`. The sum must be `rows`,
+        which is not checked.
     - `weight`: the weight of every group, shape `(groups, out_features, in_features)`.
 
     **Returns:**
@@ -49,8 +50,8 @@ def grouped_product(
 
     **Raises:** `ValueError` if the shapes of the arguments do not fit together.
     """
-    groups, _, in_features = weight.shape
-    if x.shape[1] != in_features or group_sizes.shape != (groups,):
+    shapes = (*group_sizes.shape, *x.shape[1:])
+    if x.ndim != 2 or weight.ndim != 3 or shapes != (weight.shape[0], weight.shape[2]):
         raise ValueError(
             "`weight` must have shape (groups, out_features, in_features), with as many groups as "
             f"`group_sizes` and as many in_features as `x`, but got {weight.shape}, "
@@ -76,13 +77,32 @@ _outer_p = Primitive("mamba_eqx_grouped_outer")
 @partial(jax.jit, static_argnames="axis")
 def _product(x: _Rows, sizes: _Sizes, weight: _Weight, *, axis: int) -> _Rows:
     """Sums products of rows and weights over the rows' features and the weights' axis `axis`."""
+    x, sizes, weight = _varying_alike(x, sizes, weight)
     return _product_p.bind(x, sizes, weight, axis=axis)
 
 
 @jax.jit
 def _outer(a: _Rows, b: _Rows, sizes: _Sizes) -> _Weight:
     """Sums the outer products of the rows of `a` and `b` over every group."""
+    a, b, sizes = _varying_alike(a, b, sizes)
     return _outer_p.bind(a, b, sizes)
+
+
+def _varying_alike(*arrays: Array) -> list[Array]:
+    """Marks all arrays as varying over the same axes of a `jax.shard_map`, as JAX's own functions
+    do. The transpose of the mark sums the gradient of weights over the devices that share them."""
+    axes = [_varying_axes(array) for array in arrays]
+    every = frozenset().union(*axes)
+    return [
+        lax.pcast(array, tuple(every - own), to="varying") if every - own else array
+        for array, own in zip(arrays, axes, strict=True)
+    ]
+
+
+def _varying_axes(array: Array) -> frozenset[str]:
+    # The attribute of JAX before and after 0.10.
+    kind = jax.typeof(array)
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 
 
 # A block of rows has the least of these heights that holds its rows. For every block, a weight is
@@ -169,7 +189,7 @@ def _width(columns: int, bytes_each: int) -> int:
 def _blockwise_product(x: _Rows, sizes: _Sizes, weight: _Weight, *, axis: int) -> _Rows:
     """Computes `_product` on a CPU."""
     columns, features = weight.shape[3 - axis], weight.shape[axis]
-    y = jnp.zeros((x.shape[0], columns), x.dtype)
+    _, y = _varying_alike(x, jnp.zeros((x.shape[0], columns), x.dtype))
     if y.size == 0 or features == 0:
         return y
     wide = at_least_float32(x)
@@ -204,7 +224,7 @@ def _blockwise_outer(a: _Rows, b: _Rows, sizes: _Sizes) -> _Weight:
     """Computes `_outer` on a CPU."""
     wide = at_least_float32(a)
     (rows, columns), features = a.shape, b.shape[1]
-    y = jnp.zeros((sizes.shape[0], columns, features), wide)
+    _, y = _varying_alike(a, jnp.zeros((sizes.shape[0], columns, features), wide))
     if y.size == 0 or rows == 0:
         return y.astype(a.dtype)
     width = _width(columns, features * wide.itemsize)
@@ -289,23 +309,27 @@ def _product_batched(
 ) -> tuple[Array, int]:
     weight = arguments[2]
     x, sizes, *weights = _in_front(arguments[: 2 + (axes[2] is not None)], axes)
-    rows = x.reshape(-1, x.shape[2])
+    rows = _joined(x)
     if weights:
-        weight = weights[0].reshape(-1, *weights[0].shape[2:])
-        y = _product(rows, sizes.reshape(-1), weight, axis=axis)
+        y = _product(rows, _joined(sizes), _joined(weights[0]), axis=axis)
     else:
         # The rows of one group, of all examples, become one group.
         group = jax.vmap(partial(_groups, x.shape[1]))(sizes)
         order = jnp.argsort(group.reshape(-1), stable=True)
         sorted_y = _product(rows[order], jnp.sum(sizes, 0, dtype=jnp.int32), weight, axis=axis)
         y = sorted_y[jnp.argsort(order)]
-    return y.reshape(*x.shape[:2], -1), 0
+    return y.reshape(*x.shape[:2], y.shape[1]), 0
 
 
 def _outer_batched(arguments: Sequence[Array], axes: Sequence[_Axis]) -> tuple[Array, int]:
     a, b, sizes = _in_front(arguments, axes)
-    y = _outer(a.reshape(-1, a.shape[2]), b.reshape(-1, b.shape[2]), sizes.reshape(-1))
+    y = _outer(_joined(a), _joined(b), _joined(sizes))
     return y.reshape(*sizes.shape, *y.shape[1:]), 0
+
+
+def _joined(array: Array) -> Array:
+    """Joins the first two axes, of which either may be empty."""
+    return array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
 
 
 def _groups(rows: int, sizes: _Sizes) -> Int[Array, " rows"]:
@@ -355,12 +379,12 @@ def _register(
 _register(
     _product_p,
     _product,
-    lambda x, _, weight, *, axis: ShapedArray((x.shape[0], weight.shape[3 - axis]), x.dtype),
+    lambda x, _, weight, *, axis: x.update(shape=(x.shape[0], weight.shape[3 - axis])),
     (_ragged_product, _blockwise_product, _product_jvp, _product_transpose, _product_batched),
 )
 _register(
     _outer_p,
     _outer,
-    lambda a, b, sizes: ShapedArray((sizes.shape[0], a.shape[1], b.shape[1]), a.dtype),
+    lambda a, b, sizes: a.update(shape=(sizes.shape[0], a.shape[1], b.shape[1])),
     (_ragged_outer, _blockwise_outer, _outer_jvp, _outer_transpose, _outer_batched),
 )

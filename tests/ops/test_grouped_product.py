@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from jax import export
+from jax.sharding import AxisType, PartitionSpec as P
 
 from mamba_eqx.ops import _grouped_product as module, grouped_product
 from tests.support.ops import assert_close
@@ -138,6 +139,37 @@ def test_vmap_reads_shared_weights_once():
     assert "f32[2,4," not in jaxpr
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+@pytest.mark.parametrize("axes", [(0, 0, None), (0, 0, 0)])
+def test_vmap_of_empty_arrays(shape: tuple[int, int], axes: tuple[int | None, ...]):
+    batch, rows = shape
+    x, sizes = jnp.ones((batch, rows, 4)), jnp.zeros((batch, 3), jnp.int32).at[:, 1].set(rows)
+    weight = jnp.ones((3, 5, 4) if axes[2] is None else (batch, 3, 5, 4))
+    batched = jax.vmap(grouped_product, axes)
+    assert batched(x, sizes, weight).shape == (batch, rows, 5)
+    grads = gradients(batched, x, sizes, weight)
+    assert [grad.shape for grad in grads] == [x.shape, weight.shape]
+
+
+def test_shard_map_sums_gradients_of_shared_weights():
+    """On one device, where the sum over devices is visible in the program only."""
+    x, sizes, weight = arguments([[3, 0, 5, 1], [0, 9, 0, 0]])
+
+    def run(product: Any, x: Any, sizes: Any, weight: Any) -> Any:
+        return gradients(jax.vmap(product, (0, 0, None)), x, sizes, weight)
+
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    rows, shared = P("data"), P()
+    sharded = jax.shard_map(
+        partial(run, grouped_product),
+        mesh=mesh,
+        in_specs=(rows, rows, shared),
+        out_specs=(rows, shared),
+    )
+    assert_close(jax.jit(sharded)(x, sizes, weight), run(dense, x, sizes, weight), rtol=1e-5)
+    assert "psum" in str(jax.make_jaxpr(sharded)(x, sizes, weight))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_sums_are_wide(dtype: str):
     """Sums of 4096 ones stop growing at 256 in bfloat16."""
@@ -177,3 +209,6 @@ def test_wrong_shapes_are_refused():
     x, sizes, weight = arguments([3, 0, 5, 1])
     with pytest.raises(ValueError, match=r"`weight` must have shape \(groups, out_features, in"):
         grouped_product(x, sizes, weight.swapaxes(1, 2))
+    for wrong in ((x[0], sizes, weight), (x, sizes[:3], weight), (x, sizes, weight[0])):
+        with pytest.raises(ValueError, match="as many groups as `group_sizes`"):
+            grouped_product(*wrong)
