@@ -5,7 +5,7 @@
     python examples/serve.py --smoke        # sends one request to itself and exits
 
 A state is a value: the page can continue from any state and fork it at no cost. The picture shows
-the hidden state of every layer, with a column per channel and a row per state dimension.
+the hidden state of every mixer, with a column per channel and a row per state dimension.
 
 The server uses aiohttp, a single package with HTTP, streaming and a client. `local_server.py`
 guards it. The server accepts JSON only, and the page loads nothing from other servers. The lengths
@@ -70,7 +70,7 @@ class Generate(NamedTuple):
 
 
 def picture(state: mbx.DecodingState) -> list[dict[str, object]]:
-    """Returns the hidden state of each layer as pixels of one byte each, in which 128 is zero."""
+    """Returns the hidden state of each mixer as pixels of one byte each, in which 128 is zero."""
     found = []
     for layer in jax.tree.leaves(state.layers, is_leaf=has_hidden_state):
         hidden = hidden_state(layer) if has_hidden_state(layer) else None
@@ -78,7 +78,7 @@ def picture(state: mbx.DecodingState) -> list[dict[str, object]]:
             continue
         rows, columns = hidden.shape
         shown = hidden[:: -(-rows // HEIGHT), :: max(1, columns // WIDTH)][:, :WIDTH]
-        # Each layer has its own scale.
+        # Each mixer has its own scale.
         scale = np.abs(shown).mean() * 2 + 1e-9
         pixels = np.round(128 + 127 * np.tanh(np.nan_to_num(shown / scale))).astype(np.uint8)
         shape, data = pixels.shape, base64.b64encode(pixels.tobytes()).decode()

@@ -97,8 +97,11 @@ def test_page(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     lines = asyncio.run(talk())
     assert lines[-1]["position"] == len(ASK["prompt"]) + 20
     pictures = [line["picture"] for line in lines if "picture" in line]
+    mixers = [layer.mixer for layer in mbx.LanguageModelConfig.of(model).layers]
+    # Mixers side by side have a picture each.
+    count = sum(len(m.mixers) if isinstance(m, mbx.ParallelConfig) else 1 for m in mixers)
     for picture in pictures:
-        assert len(picture) == len(mbx.LanguageModelConfig.of(model).layers)
+        assert len(picture) == count
         for layer in picture:
             rows, columns = layer["shape"]
             assert 0 < rows <= 16
