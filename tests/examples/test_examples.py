@@ -193,8 +193,10 @@ def test_wrong_options_of_training_are_one_sentence(run, tmp_path, capsys, args,
 
 
 def test_help_of_the_evaluation_needs_no_other_package(run, monkeypatch, capsys):
-    for package in ("lm_eval", "datasets"):
-        monkeypatch.setitem(sys.modules, package, None)
+    # Other tests may have imported parts of these packages.
+    packages = ("lm_eval", "datasets")
+    for name in (*packages, *[name for name in sys.modules if name.startswith(packages)]):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "harness_model", raising=False)
     with pytest.raises(SystemExit) as stopped:
         run("evaluate", "--help")

@@ -53,12 +53,19 @@ def test_splitting(name: str, dtype: str, sizes: list[Sizes], data: Any):
 @all_layers
 @given(data=st.data())
 def test_causality(name: str, data: Any):
-    """A token influences no output before it."""
+    """A token influences no output before it, bit by bit.
+
+    With a mixture of experts it may influence the rounding: the number of tokens of an expert
+    decides in which blocks their product is computed.
+    """
     case = make_case(name, data.draw(plans(name)))
     other = case.x.copy()
     other[case.cut :] = 1 - case.x[case.cut :]
     y, changed = scan(case.layer, case.x, case.state)[0], scan(case.layer, other, case.state)[0]
-    np.testing.assert_array_equal(y[: case.cut], changed[: case.cut])
+    if "mixture" in name:
+        assert_close(y[: case.cut], changed[: case.cut], "float32")
+    else:
+        np.testing.assert_array_equal(y[: case.cut], changed[: case.cut])
 
 
 @mixers_in_float64

@@ -30,7 +30,8 @@ class MixtureOfExperts(AbstractMLP):
 
     Only the chosen experts are computed, and no token is dropped. The tokens are sorted by expert,
     and [`mamba_eqx.ops.grouped_product`][] multiplies each expert's weight by the tokens that chose
-    it. A single token reads the weights of its experts only.
+    it. A single token reads the weights of its experts only. Which other tokens an expert has may
+    change the rounding of a token's output, and nothing else.
 
     Reference: Shazeer et al., *Outrageously Large Neural Networks: The Sparsely-Gated
     Mixture-of-Experts Layer* (2017); the `MoE` classes of Granite 4, Jamba and Nemotron 3 in
