@@ -5,6 +5,7 @@ import json
 import lzma
 import pickletools
 import struct
+import warnings
 import zipfile
 import zlib
 from dataclasses import replace
@@ -158,7 +159,10 @@ def mutate_torch(content: bytes, random: Random) -> bytes:
 def _pickle(program: bytes, random: Random) -> bytes:
     """Returns a pickle with an instruction removed, repeated, moved, replaced or added."""
     try:
-        starts = [position or 0 for _, _, position in pickletools.genops(program)]
+        # The module warns of invalid escapes in the text of a program that is already damaged.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            starts = [position or 0 for _, _, position in pickletools.genops(program)]
     except ValueError:
         return mutate_bytes(program, random)
     spans = [*zip(starts, [*starts[1:], len(program)], strict=True)]
