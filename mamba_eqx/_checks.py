@@ -62,6 +62,16 @@ def check_positive_numbers(name: str, value: object, count: int, each: str) -> N
         )
 
 
+def positive_float(name: str, value: object) -> float:
+    """Returns a positive, finite number, possibly of NumPy or JAX, as a Python float.
+
+    **Raises:** `ValueError` if `value` is no such number.
+    """
+    number = to_python(value)
+    check_positive_number(name, number)
+    return float(cast(float, number))
+
+
 def check_fraction(name: str, value: object) -> None:
     """Raises unless `value` is a number strictly between 0 and 1, such as the epsilon of a norm."""
     if not _is_number(value) or not 0 < value < 1:

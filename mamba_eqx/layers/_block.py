@@ -6,7 +6,7 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from .._checks import check_positive_number, to_python
+from .._checks import positive_float
 from ._arguments import check_layer, check_token, checked_sequence
 from ._norm import Norm, make_norm
 from ._protocol import AbstractSequenceLayer, Length, Reset, State
@@ -70,8 +70,7 @@ class Block(AbstractSequenceLayer[State]):
         check_layer("mixer", mixer)
         if mlp is not None:
             check_layer("mlp", mlp)
-        residual_multiplier = to_python(residual_multiplier)
-        check_positive_number("residual_multiplier", residual_multiplier)
+        residual_multiplier = positive_float("residual_multiplier", residual_multiplier)
         if isinstance(mlp, AbstractMLP) and mlp.d_model != mixer.d_model:
             raise ValueError(
                 "The mixer and the MLP of `Block` must share `d_model`, but got "
@@ -84,7 +83,7 @@ class Block(AbstractSequenceLayer[State]):
         else:
             self.norm2 = make_norm(mixer.d_model, rms_norm=rms_norm, eps=norm_eps, dtype=dtype)
         self.mlp = mlp
-        self.residual_multiplier = float(residual_multiplier)
+        self.residual_multiplier = residual_multiplier
 
     @property
     def d_model(self) -> int:
@@ -118,7 +117,7 @@ class Block(AbstractSequenceLayer[State]):
         reset: Reset = None,
         length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], State, tuple[Routes, ...]]:
-        """Runs `scan`, and returns which experts the MLP chose too.
+        """Runs `scan`, and also returns which experts the MLP chose.
 
         **Arguments:** as for `scan`.
 

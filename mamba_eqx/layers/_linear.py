@@ -1,11 +1,11 @@
 import equinox as eqx
 import jax.numpy as jnp
-import jax.random as jr
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._dtypes import default_dtype
+from ._initialisers import uniform
 
 
 class Linear(eqx.Module):
@@ -43,7 +43,7 @@ class Linear(eqx.Module):
         """
         dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
         bound = scale * in_features**-0.5
-        self.weight = jr.uniform(key, (out_features, in_features), dtype, -bound, bound)
+        self.weight = uniform(key, (out_features, in_features), bound=bound, dtype=dtype)
         self.bias = jnp.zeros(out_features, dtype) if use_bias else None
 
     def __call__(

@@ -63,7 +63,7 @@ class AbstractStack(AbstractSequenceLayer[State]):
         reset: Reset = None,
         length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], State, tuple[Routes, ...]]:
-        """Runs `scan`, and returns which experts the layers chose too.
+        """Runs `scan`, and also returns which experts the layers chose.
 
         **Arguments:** as for `scan`.
 

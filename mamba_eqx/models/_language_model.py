@@ -5,7 +5,7 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
-from .._checks import check_flag, check_positive, check_positive_number, to_python
+from .._checks import check_flag, check_positive, positive_float
 from .._dtypes import at_least_float32, default_dtype
 from ..layers import (
     AbstractStack,
@@ -85,10 +85,8 @@ class LanguageModel(eqx.Module):
         check_flag("tie_embeddings", tie_embeddings)
         check_flag("rms_norm", rms_norm)
         check_flag("residual_in_fp32", residual_in_fp32)
-        embedding_multiplier = to_python(embedding_multiplier)
-        logits_multiplier = to_python(logits_multiplier)
-        check_positive_number("embedding_multiplier", embedding_multiplier)
-        check_positive_number("logits_multiplier", logits_multiplier)
+        self.embedding_multiplier = positive_float("embedding_multiplier", embedding_multiplier)
+        self.logits_multiplier = positive_float("logits_multiplier", logits_multiplier)
         dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
         embedding_key, head_key = jr.split(key)
         d_model = layers.d_model
@@ -102,8 +100,6 @@ class LanguageModel(eqx.Module):
             self.lm_head = Linear(d_model, rows, use_bias=False, dtype=dtype, key=head_key)
         self.vocab_size = vocab_size
         self.residual_in_fp32 = residual_in_fp32
-        self.embedding_multiplier = float(embedding_multiplier)
-        self.logits_multiplier = float(logits_multiplier)
 
     @property
     def d_model(self) -> int:
@@ -237,7 +233,7 @@ class LanguageModel(eqx.Module):
         reset: Reset = None,
         length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], PyTree, tuple[Routes, ...]]:
-        """Runs `backbone`, and returns which experts the layers chose too, for
+        """Runs `backbone`, and also returns which experts the layers chose, for
         [`mamba_eqx.training.load_balancing_loss`][].
 
         **Arguments:** as for `scan`.

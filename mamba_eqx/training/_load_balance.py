@@ -21,12 +21,12 @@ def load_balancing_loss(
 
     where $l$ is one of $L$ layers with experts, $i$ is a token of weight $m_i$, and $p$ are
     `probabilities` of [`mamba_eqx.layers.Routes`][]. If all experts are chosen equally often, the
-    loss is `top_k`. Only $P$ has a gradient, which makes the experts less likely that were chosen
-    more often than others.
+    loss is `top_k`. Only $P$ has a gradient, which lowers the probabilities of the experts that
+    were chosen more often than others.
 
     With sigmoid routing, $p$ are the sigmoids divided by their sum, as in the balance loss of
-    DeepSeek-V3, which is computed for every sequence and every layer separately, and is 1 if all
-    experts are chosen equally often: it divides by `top_k`.
+    DeepSeek-V3. That loss differs in two ways: it is computed for every sequence and layer
+    separately, and it is divided by `top_k`.
 
     Reference: Fedus et al., *Switch Transformers* (2021), equations 4 to 6, as transformers
     computes them (`load_balancing_loss_func`), over all layers together; *DeepSeek-V3 Technical

@@ -5,7 +5,7 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ..._checks import check_flag, check_positive, check_positive_number, to_python
+from ..._checks import check_flag, check_positive, positive_float
 from ..._dtypes import default_dtype
 from .._linear import Linear
 from .._scaled import scaled
@@ -60,9 +60,8 @@ class GatedMLP(AbstractMLP):
         check_positive("d_model", d_model)
         check_positive("d_intermediate", d_intermediate)
         check_flag("bias", bias)
-        gate_multiplier, out_multiplier = to_python(gate_multiplier), to_python(out_multiplier)
-        check_positive_number("gate_multiplier", gate_multiplier)
-        check_positive_number("out_multiplier", out_multiplier)
+        self.gate_multiplier = positive_float("gate_multiplier", gate_multiplier)
+        self.out_multiplier = positive_float("out_multiplier", out_multiplier)
         dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
         fc1_key, fc2_key = jr.split(key)
         self.fc1 = Linear(d_model, 2 * d_intermediate, use_bias=bias, dtype=dtype, key=fc1_key)
@@ -71,8 +70,6 @@ class GatedMLP(AbstractMLP):
         )
         self.d_model = d_model
         self.d_intermediate = d_intermediate
-        self.gate_multiplier = float(gate_multiplier)
-        self.out_multiplier = float(out_multiplier)
 
     @jax.named_scope("mamba_eqx.GatedMLP")
     def __call__(

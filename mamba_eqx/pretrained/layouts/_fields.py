@@ -9,7 +9,7 @@ from ...formats import CheckpointError, quote_value
 
 # Far larger than in any model, and small enough that the product of three is a valid size.
 _MAX_SIZE = 2**24
-_MAX_LAYERS = 2**10
+_MAX_PARTS = 2**10
 
 # Fields of every config of transformers, including old versions, and of tools that write such
 # configs. They concern training, generation, other heads or the file, but not the logits.
@@ -87,9 +87,9 @@ class Fields:
         """Reads an integer of at least 1; the default if the field is missing or null."""
         return default if self.get(key, None) is None else self.size(key)
 
-    def layers(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None) -> int:
         """Reads the number of layers, or of experts with names of their own."""
-        return self._integer(key, self.size(key, default), 1, _MAX_LAYERS)
+        return self._integer(key, self.size(key, default), 1, _MAX_PARTS)
 
     def natural(self, key: str, default: int) -> int:
         """Reads an integer of at least 0."""
@@ -120,11 +120,11 @@ class Fields:
             return None
         if (
             not isinstance(value, str | list)
-            or not 1 <= len(value) <= _MAX_LAYERS
+            or not 1 <= len(value) <= _MAX_PARTS
             or any(not isinstance(name, str) or name not in known for name in value)
         ):
             options = ", ".join(map(quote_value, known))
-            raise self.error(key, f"must be 1 to {_MAX_LAYERS} of {options}")
+            raise self.error(key, f"must be 1 to {_MAX_PARTS} of {options}")
         return [known[name] for name in value]
 
     def flag(self, key: str, default: bool) -> bool:

@@ -33,7 +33,7 @@ def _read_mistral(values: object) -> LanguageModelConfig:
     fields.only("model_type", ["mamba"], "mamba")
     official: JSON = {
         "d_model": fields.size("dim"),
-        "n_layer": fields.layers("n_layers"),
+        "n_layer": fields.count("n_layers"),
         "vocab_size": fields.size("vocab_size"),
         "ssm_cfg": {"layer": "Mamba2", "ngroups": fields.size("n_groups")},
         "pad_vocab_size_multiple": fields.size("pad_vocab_size_multiple"),

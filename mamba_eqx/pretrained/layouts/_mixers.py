@@ -23,7 +23,7 @@ def _read_width(given: RowInput) -> Arguments:
 
 
 # The row of the model's width, which is an argument of every mixer.
-D_MODEL: Row[object] = Row(read=_read_width, write=lambda config: {})
+D_MODEL: Row[object] = Row(read=_read_width)
 
 
 def dt_rank(key: str) -> Row[Mamba1Config]:

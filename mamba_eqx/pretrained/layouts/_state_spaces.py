@@ -39,7 +39,7 @@ _MLP = gated_mlp(Row(_read_width, _write_width, _check_width))
 def _read_state_spaces(values: object) -> LanguageModelConfig:
     fields = Fields(values, "the config")
     shared = Shared(fields.size("d_model"), _EPS)
-    n_layer = fields.layers("n_layer")
+    n_layer = fields.count("n_layer")
     vocab_size = fields.size("vocab_size")
     multiple = fields.size("pad_vocab_size_multiple", 8)
     rms_norm = fields.flag("rms_norm", True)

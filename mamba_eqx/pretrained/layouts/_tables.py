@@ -43,6 +43,14 @@ Config = TypeVar("Config")
 _Config = TypeVar("_Config", contravariant=True)
 
 
+def _read_nothing(_given: RowInput) -> Arguments:
+    return {}
+
+
+def _write_nothing(_config: object) -> JSON:
+    return {}
+
+
 def _accept(_config: object, _shared: Shared) -> None:
     pass
 
@@ -51,13 +59,15 @@ def _accept(_config: object, _shared: Shared) -> None:
 class Row(Generic[_Config]):
     """The correspondence between some fields of a config file and some fields of a config.
 
+    A part that is left out has no effect.
+
     - `read`: reads fields of the file, and returns arguments of the config class.
     - `write`: returns the fields of the file for a config that `check` accepts.
     - `check`: raises `Unstorable` for a config that the file cannot express.
     """
 
-    read: Callable[[RowInput], Arguments]
-    write: Callable[[_Config], Mapping[str, object]]
+    read: Callable[[RowInput], Arguments] = _read_nothing
+    write: Callable[[_Config], Mapping[str, object]] = _write_nothing
     check: Callable[[_Config, Shared], None] = _accept
 
 
@@ -157,7 +167,6 @@ def shared_eps(name: str = "norm_eps") -> Row[object]:
 
     return Row(
         read=lambda given: {name: given.shared.norm_eps},
-        write=lambda config: {},
         check=check,
     )
 
@@ -177,7 +186,7 @@ def fixed(name: str, value: object, otherwise: str) -> Row[object]:
         if found != value:
             raise Unstorable(f"{otherwise} ({name}={found!r})")
 
-    return Row(read=lambda given: {name: value}, write=lambda config: {}, check=check)
+    return Row(read=lambda given: {name: value}, check=check)
 
 
 def inverse(function: Callable[[float], float], value: float, near: float) -> float | None:

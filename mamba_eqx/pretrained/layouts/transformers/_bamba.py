@@ -14,10 +14,10 @@ from ._hybrid import (
     BAMBA_MAMBA2,
     HYBRID_IGNORED,
     USUAL_SCALE,
-    attention_and,
     attention_layers,
     check_hybrid,
     heads,
+    hybrid_kinds,
     read_rope,
 )
 from ._hybrid_names import LLAMA_NAMES, attention, gated_mlp
@@ -56,8 +56,8 @@ def _check_rotary(config: AttentionConfig, _: Shared) -> None:
 
 
 def _read_pattern(fields: Fields) -> Kinds:
-    n_layer = fields.layers("num_hidden_layers", 32)
-    return attention_and("mamba")(fields.indices("attn_layer_indices", n_layer), n_layer)
+    n_layer = fields.count("num_hidden_layers", 32)
+    return hybrid_kinds(fields.indices("attn_layer_indices", n_layer), n_layer)
 
 
 def _write_pattern(kinds: Kinds) -> JSON:

@@ -92,7 +92,7 @@ def equal_layers(kind: Kind, *, n_layer: int) -> Pattern:
                 raise Unstorable("layers without an MLP" if kind.mlp else "layers with an MLP")
 
     return Pattern(
-        read=lambda fields: [kind] * fields.layers("num_hidden_layers", n_layer),
+        read=lambda fields: [kind] * fields.count("num_hidden_layers", n_layer),
         write=lambda kinds: {"num_hidden_layers": len(kinds)},
         check=check,
     )

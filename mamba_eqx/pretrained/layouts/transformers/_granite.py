@@ -79,7 +79,7 @@ _ATTENTION_LAYERS = ("attention", "full_attention")
 
 
 def _read_pattern(fields: Fields) -> Kinds:
-    n_layer = fields.layers("num_hidden_layers", 32)
+    n_layer = fields.count("num_hidden_layers", 32)
     types = fields.get("layer_types", None)
     types = [_MAMBA_LAYERS[0]] * n_layer if types is None else types
     known = (*_MAMBA_LAYERS, *_ATTENTION_LAYERS)
@@ -132,7 +132,7 @@ GRANITE = Family(
                     ATTENTION_BIAS,
                     number("attention_multiplier", "softmax_scale", 1.0),
                     Row(_read_position, _write_position, _check_position),
-                    Row(lambda given: {}, lambda config: {}, _check_headdim),
+                    Row(check=_check_headdim),
                 ),
             ),
             attention,

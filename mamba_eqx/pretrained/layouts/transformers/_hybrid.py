@@ -1,6 +1,6 @@
 """Shared by the hybrid model types of transformers: the fields of attention and of Mamba-2."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from ....models import AttentionConfig, Mamba2Config, MixtureOfExpertsConfig
 from .._fields import Fields
@@ -83,7 +83,7 @@ def _check_scale(config: AttentionConfig, _: Shared) -> None:
 
 
 # The row of the softmax scale, for model types that have no field for it.
-USUAL_SCALE: Row[AttentionConfig] = Row(lambda given: {}, lambda config: {}, _check_scale)
+USUAL_SCALE: Row[AttentionConfig] = Row(check=_check_scale)
 
 
 def _read_bias(given: RowInput) -> Arguments:
@@ -214,11 +214,11 @@ BAMBA_MAMBA2 = Part(
 def named_experts(key: str, default: int) -> Row[MixtureOfExpertsConfig]:
     """Returns the row of the number of experts, each of which has names of its own in the file.
 
-    Like the number of layers it is bounded, lest a damaged file fill the memory with names.
+    The number is bounded, so that a damaged file cannot fill the memory with names.
     """
 
     def read(given: RowInput) -> Arguments:
-        return {"n_experts": given.fields.layers(key, default)}
+        return {"n_experts": given.fields.count(key, default)}
 
     def check(config: MixtureOfExpertsConfig, _: Shared) -> None:
         # In transformers, a single expert of Jamba is an MLP, and one of Nemotron-H cannot run.
@@ -234,17 +234,14 @@ def _check_shared_expert(config: MixtureOfExpertsConfig, _: Shared) -> None:
 
 
 # The row of the shared expert, for model types that always have one.
-SHARED_EXPERT: Row[MixtureOfExpertsConfig] = Row(
-    lambda given: {}, lambda config: {}, _check_shared_expert
-)
+SHARED_EXPERT: Row[MixtureOfExpertsConfig] = Row(check=_check_shared_expert)
 
 
-def attention_and(mixer: str) -> Callable[[Collection[int], int], Kinds]:
-    """Returns a function from the indices of the attention layers, and the number of layers, to
-    the kinds of layers of a model in which every layer has an MLP; the other layers have `mixer`.
-    """
-    kinds = (Kind(mixer, "mlp"), Kind("attention", "mlp"))
-    return lambda indices, n_layer: [kinds[i in indices] for i in range(n_layer)]
+def hybrid_kinds(attention: Collection[int], n_layer: int) -> Kinds:
+    """Returns the kinds of the layers of a model of Mamba and attention with an MLP in every layer,
+    given the indices of the attention layers and the number of layers."""
+    kinds = (Kind("mamba", "mlp"), Kind("attention", "mlp"))
+    return [kinds[i in attention] for i in range(n_layer)]
 
 
 def attention_layers(kinds: Kinds) -> list[int]:

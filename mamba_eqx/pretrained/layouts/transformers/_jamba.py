@@ -20,10 +20,10 @@ from ._family import Family, Kinds, Part, Pattern, model_rows
 from ._hybrid import (
     HYBRID_IGNORED,
     USUAL_SCALE,
-    attention_and,
     attention_layers,
     check_hybrid,
     heads,
+    hybrid_kinds,
     named_experts,
 )
 from ._hybrid_names import LLAMA_NAMES, attention, experts, gated_mlp, split
@@ -39,8 +39,8 @@ _IGNORED = HYBRID_IGNORED | set(
 
 
 def _read_pattern(fields: Fields) -> Kinds:
-    n_layer = fields.layers("num_hidden_layers", 32)
-    kinds = attention_and("mamba")(_read_period(fields, "attn_layer", n_layer, 8, 4), n_layer)
+    n_layer = fields.count("num_hidden_layers", 32)
+    kinds = hybrid_kinds(_read_period(fields, "attn_layer", n_layer, 8, 4), n_layer)
     experts = _read_period(fields, "expert_layer", n_layer, 2, 1)
     if fields.size("num_experts", 16) == 1:
         return kinds
@@ -203,7 +203,7 @@ JAMBA = Family(
         (
             *model_rows(vocab_size=65536, tie_embeddings=False, residual_in_fp32=False),
             *UNSCALED,
-            Row(lambda given: {}, lambda config: {}, _check_widths),
+            Row(check=_check_widths),
         ),
         ignored=_IGNORED,
     ),

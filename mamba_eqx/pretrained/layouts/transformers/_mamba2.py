@@ -31,7 +31,7 @@ def _check_d_ssm(config: Mamba2Config, _: Shared) -> None:
 
 # The options of Mamba-2 that no model type of transformers has, and those that most do not have.
 NEVER_SUPPORTED: tuple[Row[Mamba2Config], ...] = (
-    Row(lambda given: {}, lambda config: {}, _check_d_ssm),
+    Row(check=_check_d_ssm),
     fixed("D_has_hdim", False, "Mamba-2 layers whose `D` has a weight for each channel"),
 )
 UNSUPPORTED: tuple[Row[Mamba2Config], ...] = (

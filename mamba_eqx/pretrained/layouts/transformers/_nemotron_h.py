@@ -55,7 +55,7 @@ _IGNORED = (
 
 
 def _read_width(given: RowInput) -> Arguments:
-    # Other than in Mamba-2 and Bamba, the width is no multiple of `hidden_size`.
+    # Unlike in Mamba-2 and Bamba, the width need not be a multiple of `hidden_size`.
     headdim = given.fields.size("mamba_head_dim", 64)
     given.fields.size("mamba_num_heads", 128)  # Checks that the number is an integer.
     d_inner = given.fields.multiple_of(headdim, "mamba_num_heads", 128)
@@ -119,7 +119,7 @@ NEMOTRON_H = Family(
                     # Neither transformers nor the original code reads the field.
                     constant("mamba_proj_bias", False),
                     limit("time_step_limit", "dt_limit"),
-                    Row(lambda given: {}, _write_floor),
+                    Row(write=_write_floor),
                     shared_eps(),
                 ),
                 ignored=MAMBA_IGNORED,
@@ -134,7 +134,7 @@ NEMOTRON_H = Family(
                     D_MODEL,
                     *heads(nheads=32, nheads_kv=8, headdim=128),
                     USUAL_SCALE,
-                    Row(_read_headdim, lambda config: {}),
+                    Row(_read_headdim),
                     fixed("rotary_emb_dim", 0, "attention with a rotary embedding"),
                     # transformers ignores the field, and never has biases.
                     constant("attention_bias", False),
@@ -173,8 +173,8 @@ NEMOTRON_H = Family(
             flag("residual_in_fp32", "residual_in_fp32", False),
             constant("mamba_hidden_act", "silu", written=True),
             constant("mlp_hidden_act", "relu2", written=True),
-            Row(_read_eps, lambda config: {}),
-            Row(lambda given: {}, lambda config: {}, _check_biases),
+            Row(_read_eps),
+            Row(check=_check_biases),
             *UNSCALED,
         ),
         ignored=_IGNORED,

@@ -24,7 +24,7 @@ def _read_pattern(fields: Fields) -> Kinds:
     if letters is not None and named is not None and letters != named:
         raise fields.error("layers_block_type", "must agree with `hybrid_override_pattern`")
     letters = letters or named or []
-    if fields.layers("num_hidden_layers", len(letters)) != len(letters):
+    if fields.count("num_hidden_layers", len(letters)) != len(letters):
         raise fields.error("num_hidden_layers", f"must be the length of `{key}`, {len(letters)}")
     mixers, mlps = ({letter: name for name, letter in of.items()} for of in (_MIXERS, _MLPS))
     kinds: list[Kind] = []
