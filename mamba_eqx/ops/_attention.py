@@ -3,13 +3,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from .._dtypes import at_least_float32
 from .._trees import cut_into_chunks
 from ._arguments import check_kv_heads, size_or_default
-from ._masks import append_axes, document_starts, fill_padding, real_tokens
+from ._masks import document_starts, fill_padding, real_tokens
+from ._pieces import refuse_piece
 
 
 Cache = tuple[
@@ -84,7 +85,8 @@ def attention(
     **Returns:**
 
     The outputs, shape `(seq, nheads, headdim)`, in the dtype of `q`, and the state with the tokens
-    since the last reset. Tokens beyond its capacity are dropped, and their outputs are NaN.
+    since the last reset. Tokens beyond its capacity are dropped: their outputs are NaN, and so is
+    the last entry of the state, so that no later output misses them unnoticed.
 
     **Raises:** `ValueError` if `nheads_kv` does not divide `nheads`, the capacity of `state` is not
     `window`, or `block_size` is less than 1.
@@ -92,12 +94,15 @@ def attention(
     seq, nheads, headdim = q.shape
     nheads_kv = k.shape[1]
     check_kv_heads(nheads, nheads_kv)
+    refuse_piece("attention", q)
     size = size_or_default("block_size", block_size, _BLOCK_SIZE)
     room = _capacity(state, window, seq)
     start = jnp.zeros((), jnp.int32) if state is None else state[2]
     if seq == 0:
-        empty = jnp.zeros((nheads_kv, room, headdim), k.dtype)
-        return q, (empty, empty, start) if state is None else state
+        if state is not None:
+            return q, state
+        keys, values = (jnp.zeros((nheads_kv, room, headdim), k.dtype) for _ in range(2))
+        return q, (keys, values, start)
     real = real_tokens(seq, length)
     begin = document_starts(seq, reset, real)
     # No real query sees padding, but padding may be NaN, which times zero is NaN.
@@ -111,23 +116,34 @@ def attention(
     if window is not None:
         first = jnp.maximum(first, offset - window + 1)
     pieces = [_Keys(k, v, offset)]
+    newest_bad = None
     if state is not None:
-        past = _earlier_keys(state, window, seq, forgotten=begin[0] >= 0)
+        past, newest_bad = _earlier_keys(state, window, seq)
         pieces = [past, *pieces] if window is None else [_concatenate(past, pieces[0])]
 
-    attend = partial(_attend, scale=headdim**-0.5 if scale is None else scale, window=window)
+    # A window cuts its keys out of all keys, of which a symbolic length may have too few.
+    symbolic = export.is_symbolic_dim(seq)
+    attend = partial(
+        _attend,
+        scale=headdim**-0.5 if scale is None else scale,
+        window=None if symbolic else window,
+    )
     queries = _Queries(q.reshape(seq, nheads_kv, nheads // nheads_kv, headdim), offset, first)
-    if seq <= size:
+    if not symbolic and seq <= size:
         y = attend(pieces, queries)
     else:
         blocks = cut_into_chunks(size, queries)
         body = jax.checkpoint(partial(attend, pieces), prevent_cse=False)
         y = lax.map(body, blocks).reshape(-1, *queries.q.shape[1:])[:seq]
+    if newest_bad is not None:
+        lost = first[:, None] <= newest_bad
+        if window is None:
+            lost |= (offset - first >= room)[:, None]
+        if real is not None:
+            # NaN in an output of padding would reach the gradients of what reads the outputs.
+            lost &= real[:, None]
+        y = jnp.where(lost[..., None, None], jnp.nan, y)
     y = y.reshape(q.shape)
-    if state is not None and window is None:
-        # NaN in an output of padding would reach the gradients of what reads the outputs.
-        dropped = offset - first >= room if real is None else (offset - first >= room) & real
-        y = jnp.where(append_axes(dropped, y), jnp.nan, y)
 
     if state is None and window is None and reset is None and length is None:
         return y, (k, v, jnp.asarray(seq, jnp.int32))
@@ -159,8 +175,8 @@ def attention_step(
 
     **Returns:**
 
-    The output, shape `(nheads, headdim)`, in the dtype of `q`, and the state with this token. The
-    output is NaN if the state was full.
+    The output, shape `(nheads, headdim)`, in the dtype of `q`, and the state with this token. If
+    the state was full, the output and the last entry of the state are NaN.
 
     **Raises:** `ValueError` if `nheads_kv` does not divide `nheads`, or the capacity of `state` is
     not `window`.
@@ -170,8 +186,11 @@ def attention_step(
     check_kv_heads(nheads, nheads_kv)
     room = _capacity(state, window, 1)
     keys, values, start = state
+    if room == 0:
+        return jnp.full_like(q, jnp.nan), (keys, values, start + 1)
     slot = start if window is None else start % room
-    # In a full state this overwrites the last token, and the output below is NaN.
+    if window is None:  # In a full state, this overwrites the last token.
+        k, v = (jnp.where(start < room, t, jnp.nan) for t in (k, v))
     keys = lax.dynamic_update_slice_in_dim(keys, k[:, None], slot, axis=1)
     values = lax.dynamic_update_slice_in_dim(values, v[:, None], slot, axis=1)
     seen = jnp.arange(room, dtype=jnp.int32) <= start
@@ -229,19 +248,29 @@ def _slice_keys(keys: _Keys, offset: Int[Array, ""], size: int) -> _Keys:
 
 
 def _earlier_keys(
-    state: Cache, window: int | None, seq: int, *, forgotten: Bool[Array, ""]
-) -> _Keys:
-    """Returns the keys and values of a state with their offsets, zero if they are `forgotten`."""
+    state: Cache, window: int | None, seq: int
+) -> tuple[_Keys, Int[Array, " nheads_kv"]]:
+    """Returns the keys and values of a state with their offsets, and for each head the offset of
+    the newest of them that is not finite.
+
+    Those are returned as zeros, since a weight of zero would not hide them from the queries after a
+    reset. The queries that see one must get NaN.
+    """
     k, v, start = state
-    # After a reset at token 0 no query sees the state, but it may be NaN, as padding may.
-    k, v = (jnp.where(forgotten, jnp.zeros_like(a), a) for a in (k, v))
     slot = jnp.arange(k.shape[1], dtype=jnp.int32)
     if window is None:
         # Unused room gets the offset `seq`, which is later than all queries.
-        return _Keys(k, v, jnp.where(slot < start, slot - start, seq))
-    # The oldest key comes first. Until the window is full, zeros precede it, which no query sees.
-    k, v = (jnp.roll(a, -(start % window), axis=1) for a in (k, v))
-    return _Keys(k, v, slot - window)
+        offset = jnp.where(slot < start, slot - start, seq)
+    else:
+        # The oldest key comes first. Until the window is full, zeros precede it, which no query
+        # sees.
+        k, v = (jnp.roll(a, -(start % window), axis=1) for a in (k, v))
+        offset = slot - window
+    bad = ~jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=-1)
+    none = jnp.iinfo(jnp.int32).min
+    newest = jnp.max(jnp.where(bad & (offset < 0), offset, none), axis=1, initial=none)
+    k, v = (jnp.where(bad[..., None], jnp.zeros_like(a), a) for a in (k, v))
+    return _Keys(k, v, offset), newest
 
 
 def _updated_cache(
@@ -281,7 +310,11 @@ def _updated_cache(
         return jnp.where(new[:, None], jnp.take(pieces, source, axis=1), rest)
 
     keys, values, _ = (None, None, None) if state is None else state
-    return write(k, keys), write(v, values), total
+    keys, values = write(k, keys), write(v, values)
+    if state is not None and window is None:
+        lost = (slot == room - 1) & (total > room)
+        keys, values = (jnp.where(lost[:, None], jnp.nan, t) for t in (keys, values))
+    return keys, values, total
 
 
 def _capacity(state: Cache | None, window: int | None, seq: int) -> int:

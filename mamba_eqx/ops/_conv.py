@@ -5,6 +5,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from .._dtypes import at_least_float32
 from ._masks import as_int32, fill_padding, mask_resets, real_tokens
+from ._pieces import CONTEXT_AXIS, is_piece
 
 
 @jax.jit
@@ -41,6 +42,8 @@ def causal_conv1d(
 
     The outputs, shape `(seq, channels)`, in the dtype of `x`, and the last `lag` inputs, shape
     `(lag, channels)`.
+
+    **Raises:** `ValueError` for a piece of a sequence that is shorter than `lag`.
     """
     seq, channels = x.shape
     lag = weight.shape[0] - 1
@@ -49,6 +52,35 @@ def causal_conv1d(
     if seq == 0:
         # XLA's CPU backend aborts on the gradient of the taps of an empty sequence.
         return x, state
+    if not is_piece(x):
+        return _convolve(x, weight, bias, state, reset, length)
+    if seq < lag:
+        raise ValueError(
+            f"A piece of a sequence must have at least `d_conv - 1` tokens, but got {seq} tokens "
+            f"on each device and d_conv={lag + 1}. Use fewer devices in the mesh axis "
+            f"{CONTEXT_AXIS!r}."
+        )
+    # The last inputs of a piece are the state before the next one.
+    _, tail = _convolve(x, weight, bias, jnp.zeros_like(state), reset, length)
+    index = lax.axis_index(CONTEXT_AXIS)
+    pairs = [(i, i + 1) for i in range(lax.axis_size(CONTEXT_AXIS) - 1)]
+    before = lax.ppermute(tail, CONTEXT_AXIS, pairs)
+    y, end = _convolve(x, weight, bias, jnp.where(index == 0, state, before), reset, length)
+    has_tokens = jnp.int32(1) if length is None else jnp.asarray(as_int32(length) > 0, jnp.int32)
+    last = jnp.maximum(lax.psum(has_tokens, CONTEXT_AXIS) - 1, 0)
+    return y, lax.psum(jnp.where(index == last, end, jnp.zeros_like(end)), CONTEXT_AXIS)
+
+
+def _convolve(
+    x: Float[Array, "seq channels"],
+    weight: Float[Array, "d_conv channels"],
+    bias: Float[Array, " channels"] | None,
+    state: Float[Array, "lag channels"],
+    reset: Bool[Array, " seq"] | None,
+    length: Integer[Array, ""] | int | None,
+) -> tuple[Float[Array, "seq channels"], Float[Array, "lag channels"]]:
+    """Runs the convolution from the inputs before `x`."""
+    (seq, channels), lag = x.shape, len(state)
     real = real_tokens(seq, length)
     window = jnp.concatenate([state, fill_padding(real, x, 0)])
     if reset is None:
@@ -101,7 +133,9 @@ def causal_conv1d_step(
     """
     window = jnp.concatenate([state, x[None]])
     dtype = at_least_float32(x, weight)
-    y = jnp.sum(weight.astype(dtype) * window.astype(dtype), axis=0)
-    if bias is not None:
-        y = y + bias.astype(dtype)
+    # XLA's CPU backend would run a `jnp.sum` over the taps as an operation of its own, which takes
+    # many times as long as these few additions inside the loop over the channels (docs/speed.md).
+    y = jnp.zeros_like(x, dtype) if bias is None else bias.astype(dtype)
+    for tap, row in zip(weight.astype(dtype), window.astype(dtype), strict=True):
+        y = y + tap * row
     return y.astype(x.dtype), window[1:]

@@ -8,10 +8,12 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Integer
 
 from .._dtypes import at_least_float32
-from .._trees import cut_into_chunks
+from .._explicit_axes import with_derived_shardings
+from .._trees import cut_into_chunks, vary_together
 from ._arguments import check_groups, size_or_default
 from ._chunks import decays_between, keep_where, visibility
 from ._masks import append_axes, fill_padding, mask_resets, real_tokens
+from ._pieces import refuse_piece
 
 
 # Subscripts: l, s tokens (of output and input), g groups, r heads of a group, n key dimensions,
@@ -112,12 +114,14 @@ def gated_delta(
     """
     nheads, ngroups = v.shape[1], k.shape[1]
     check_groups(nheads, ngroups)
+    refuse_piece("gated_delta", v)
     dtype = at_least_float32(q, k, v, log_decay, beta, state)
     shape = (nheads, k.shape[2], v.shape[2])
     S = jnp.zeros(shape, dtype) if state is None else state.astype(dtype)
     real = real_tokens(v.shape[0], length)
     arrays = (fill_padding(real, t.astype(dtype), 0) for t in (q, k, v, log_decay, beta))
     tokens = _Tokens(*arrays, reset=None if reset is None else mask_resets(reset, real))
+    tokens, S = vary_together((tokens, S))
 
     if method in (None, "chunked"):
         y, S = _chunked(size_or_default("chunk_size", chunk_size, 32), tokens, S)
@@ -204,7 +208,9 @@ def _chunked(
     end, y = lax.scan(
         chunk, S.reshape(*by_group, *S.shape[1:]), cut_into_chunks(chunk_size, grouped)
     )
-    return y.reshape(-1, nheads, headdim)[:seq], end.reshape(S.shape)
+    # Explicit sharding allows a reshape to join axes in one place only.
+    y = y.reshape(-1, *by_group, headdim)[:seq].reshape(seq, nheads, headdim)
+    return y, end.reshape(S.shape)
 
 
 def _chunk(
@@ -244,7 +250,8 @@ def _chunk(
     steps = jnp.moveaxis(beta, 0, -1)[..., None]
     # The diagonal, which the solver takes to be 1, is not read.
     right = steps * jnp.moveaxis(v - from_start(k), 0, -2)
-    u = solve_triangular(steps * between(k), right, lower=True, unit_diagonal=True)
+    solve = partial(solve_triangular, lower=True, unit_diagonal=True)
+    u = with_derived_shardings(solve, steps * between(k), right)
     y = from_start(q) + jnp.einsum("grls,grsp->lgrp", between(q), u)
 
     kept = keep_where(sees_start[-1], since_start[-1][..., None, None] * S)

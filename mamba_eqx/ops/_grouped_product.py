@@ -2,17 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.core import ShapedArray
+from jax import export, lax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from .._dtypes import at_least_float32
+from .._trees import vary_together
+from ._grouped_blocks import blockwise_outer, blockwise_product
+from ._native import NativeGrouped, kernels_accept, native_grouped
+from ._primitives import register
 
 
 # Without this `jax.jit`, every call outside a compiled function would compile the loops again.
@@ -28,19 +31,20 @@ def grouped_product(
     $$y_i = W_{g(i)}\, x_i.$$
 
     The rows are sorted by group: the first `group_sizes[0]` rows belong to group 0, the next
-    `group_sizes[1]` rows to group 1. A group may be empty, and its weight is then not read.
+    `group_sizes[1]` rows to group 1. A group may be empty, and its weight is then not read. Rows
+    after the last group give zeros, and groups end with the last row.
 
     On a CPU, `jax.lax.ragged_dot` would multiply all rows by all weights. This function runs one
-    product after another, each of some rows with a part of their weight that fits into the cache.
-    On accelerators the function is `jax.lax.ragged_dot`. All of JAX's derivatives work, and cost
-    as much as the derivatives of a matrix product with as many rows. Under `jax.vmap` with one
-    weight for all examples, the rows of all examples are sorted and multiplied together.
+    product after another, each of some rows with a part of their weight that fits into the cache,
+    or calls the C++ kernels of the package mamba-eqx-native for float32 and bfloat16, if that is
+    installed. On accelerators the function is `jax.lax.ragged_dot`. All of JAX's derivatives work,
+    and cost as much as the derivatives of a matrix product with as many rows. Under `jax.vmap` with
+    one weight for all examples, the rows of all examples are sorted and multiplied together.
 
     **Arguments:**
 
     - `x`: the rows, sorted by group, shape `(rows, in_features)`.
-    - `group_sizes`: the number of rows of every group, shape `(groups,)`. The sum must be `rows`,
-        which is not checked.
+    - `group_sizes`: the number of rows of every group, at least 0, shape `(groups,)`.
     - `weight`: the weight of every group, shape `(groups, out_features, in_features)`.
 
     **Returns:**
@@ -59,7 +63,8 @@ def grouped_product(
         )
     dtype = jnp.result_type(x, weight)
     x, weight = x.astype(dtype), weight.astype(dtype)
-    return _product(x, group_sizes.astype(jnp.int32), weight, axis=2)
+    ends = jnp.minimum(jnp.cumsum(group_sizes, dtype=jnp.int32), x.shape[0])
+    return _product(x, jnp.diff(ends, prepend=jnp.zeros_like(ends[:1])), weight, axis=2)
 
 
 _Rows = Float[Array, "rows _"]
@@ -77,172 +82,28 @@ _outer_p = Primitive("mamba_eqx_grouped_outer")
 @partial(jax.jit, static_argnames="axis")
 def _product(x: _Rows, sizes: _Sizes, weight: _Weight, *, axis: int) -> _Rows:
     """Sums products of rows and weights over the rows' features and the weights' axis `axis`."""
-    x, sizes, weight = _varying_alike(x, sizes, weight)
+    x, sizes, weight = vary_together((x, sizes, weight))
     return _product_p.bind(x, sizes, weight, axis=axis)
 
 
 @jax.jit
 def _outer(a: _Rows, b: _Rows, sizes: _Sizes) -> _Weight:
     """Sums the outer products of the rows of `a` and `b` over every group."""
-    a, b, sizes = _varying_alike(a, b, sizes)
+    a, b, sizes = vary_together((a, b, sizes))
     return _outer_p.bind(a, b, sizes)
 
 
-def _varying_alike(*arrays: Array) -> list[Array]:
-    """Marks all arrays as varying over the same axes of a `jax.shard_map`, as JAX's own functions
-    do. The transpose of the mark sums the gradient of weights over the devices that share them."""
-    axes = [_varying_axes(array) for array in arrays]
-    every = frozenset().union(*axes)
-    return [
-        lax.pcast(array, tuple(every - own), to="varying") if every - own else array
-        for array, own in zip(arrays, axes, strict=True)
-    ]
-
-
-def _varying_axes(array: Array) -> frozenset[str]:
-    # The attribute of JAX before and after 0.10.
-    kind = jax.typeof(array)
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
-
-
-# A block of rows has the least of these heights that holds its rows. For every block, a weight is
-# packed anew, which takes as long as the product with a few dozen rows.
-_HEIGHTS = (1, 8, 16, 32, 48, 64, 96, 128, 256)
-
-# A part of a weight is copied before it is multiplied. Up to about this size, the copy stays in the
-# cache.
-_PART_BYTES = 3 * 2**20
-
-
-class _Block(NamedTuple):
-    """Consecutive rows that are multiplied at once, of which some belong to the group."""
-
-    rows: tuple[Array, int]
-    """The first row, and their (static) number."""
-    own: Bool[Array, "height 1"]
-    """Which of the rows belong to the group."""
-    group: Int[Array, ""]
-    column: Int[Array, ""]
-    """Where the part of the weight begins."""
-
-
-def _for_blocks(
-    rows: int,
-    sizes: _Sizes,
-    columns: int,
-    width: int,
-    body: Callable[[_Block, Array], Array],
-    result: Array,
-) -> Array:
-    """Returns `result` after `result = body(block, result)` for all blocks.
-
-    **Arguments:**
-
-    - `rows`: the number of rows, at least 1.
-    - `sizes`: the number of rows of every group.
-    - `columns`, `width`: the size of the weights along an axis, and that of the parts into which
-        they are cut. Every block is visited once for each part.
-    - `body`: a function of a block and the result.
-    - `result`: the initial result.
-    """
-    groups, parts = sizes.shape[0], columns // width
-    # Every height is a loop to compile, so that there are only heights near the usual group's.
-    mean = rows / groups
-    heights = [h for h in _HEIGHTS if mean / 4 <= h <= min(rows, 2 * mean + 4)]
-    heights = heights or [min(rows, _HEIGHTS[-1])]
-    most = heights[-1]
-    ends = jnp.cumsum(sizes, dtype=jnp.int32)
-    # Every group has blocks of `most` rows, and one block with the rest.
-    counts = -(-sizes // most)
-    last = jnp.cumsum(counts, dtype=jnp.int32)
-    index = jnp.arange(rows // most + min(groups, rows), dtype=jnp.int32)
-    group = jnp.minimum(jnp.searchsorted(last, index, side="right"), groups - 1)
-    start = (ends - sizes)[group] + (index - (last - counts)[group]) * most
-    stop = jnp.minimum(ends[group], start + most)
-    kind = jnp.searchsorted(jnp.array(heights, jnp.int32), stop - start)
-    kind = jnp.where(index < last[-1], kind, len(heights))
-    order = jnp.argsort(kind, stable=True)
-    start, stop, group = (array[order].astype(jnp.int32) for array in (start, stop, group))
-    bounds = jnp.searchsorted(kind[order], jnp.arange(len(heights) + 1, dtype=kind.dtype))
-    bounds = bounds.astype(jnp.int32) * parts
-
-    def block(height: int, step: Array) -> _Block:
-        i, part = step // parts, step % parts
-        first = jnp.minimum(start[i], rows - height)
-        row = first + jnp.arange(height, dtype=jnp.int32)[:, None]
-        own = (row >= start[i]) & (row < stop[i])
-        return _Block((first, height), own, group[i], part * width)
-
-    # One loop per height: in the branches of a `lax.switch`, XLA would copy the whole result.
-    for i, height in enumerate(heights):
-        step = lambda step, result, height=height: body(block(height, step), result)
-        result = lax.fori_loop(bounds[i], bounds[i + 1], step, result)
-    return result
-
-
-def _width(columns: int, bytes_each: int) -> int:
-    """Returns the size of the parts of a weight: a divisor of `columns`."""
-    parts = max(1, -(-columns * bytes_each // _PART_BYTES))
-    return columns // next((n for n in range(parts, 2 * parts) if columns % n == 0), 1)
-
-
-def _blockwise_product(x: _Rows, sizes: _Sizes, weight: _Weight, *, axis: int) -> _Rows:
+def _product_on_cpu(x: _Rows, sizes: _Sizes, weight: _Weight, *, axis: int) -> _Rows:
     """Computes `_product` on a CPU."""
-    columns, features = weight.shape[3 - axis], weight.shape[axis]
-    _, y = _varying_alike(x, jnp.zeros((x.shape[0], columns), x.dtype))
-    if y.size == 0 or features == 0:
-        return y
-    wide = at_least_float32(x)
-    width = _width(columns, features * weight.dtype.itemsize)
-
-    def body(block: _Block, y: Array) -> Array:
-        (first, height), zero = block.rows, jnp.zeros_like(block.column)
-        if axis == 2:
-            corner, shape = (block.group, block.column, zero), (1, width, features)
-        else:
-            corner, shape = (block.group, zero, block.column), (1, features, width)
-        w = lax.dynamic_slice(weight, corner, shape)[0]
-        rows = lax.dynamic_slice_in_dim(x, first, height)
-        if height == 1:
-            contract = (((axis - 1,), (0,)), ((), ()))
-            new = lax.dot_general(w, rows[0], contract, preferred_element_type=wide)
-            # XLA's CPU backend would otherwise fuse the product with the code after it and no
-            # longer call its fast routine.
-            new = lax.optimization_barrier(new)[None]
-        else:
-            contract = (((1,), (axis - 1,)), ((), ()))
-            new = lax.dot_general(rows, w, contract, preferred_element_type=wide)
-        corner = (first, block.column)
-        old = lax.dynamic_slice(y, corner, (height, width))
-        new = jnp.where(block.own, new.astype(y.dtype), old)
-        return lax.dynamic_update_slice(y, new, corner)
-
-    return _for_blocks(x.shape[0], sizes, columns, width, body, y)
+    # Blocks have sizes.
+    run = _ragged_product if export.is_symbolic_dim(x.shape[0]) else blockwise_product
+    return run(x, sizes, weight, axis=axis)
 
 
-def _blockwise_outer(a: _Rows, b: _Rows, sizes: _Sizes) -> _Weight:
+def _outer_on_cpu(a: _Rows, b: _Rows, sizes: _Sizes) -> _Weight:
     """Computes `_outer` on a CPU."""
-    wide = at_least_float32(a)
-    (rows, columns), features = a.shape, b.shape[1]
-    _, y = _varying_alike(a, jnp.zeros((sizes.shape[0], columns, features), wide))
-    if y.size == 0 or rows == 0:
-        return y.astype(a.dtype)
-    width = _width(columns, features * wide.itemsize)
-
-    def body(block: _Block, y: Array) -> Array:
-        first, height = block.rows
-        a_rows = lax.dynamic_slice(a, (first, block.column), (height, width))
-        b_rows = lax.dynamic_slice_in_dim(b, first, height)
-        # Both are masked, because zero times a non-finite row of another group is NaN.
-        a_rows = jnp.where(block.own, a_rows, jnp.zeros_like(a_rows))
-        b_rows = jnp.where(block.own, b_rows, jnp.zeros_like(b_rows))
-        contract = (((0,), (0,)), ((), ()))
-        new = lax.dot_general(a_rows, b_rows, contract, preferred_element_type=wide)
-        corner = (block.group, block.column, jnp.zeros_like(block.column))
-        new = new + lax.dynamic_slice(y, corner, (1, width, features))
-        return lax.dynamic_update_slice(y, new, corner)
-
-    return _for_blocks(rows, sizes, columns, width, body, y).astype(a.dtype)
+    run = _ragged_outer if export.is_symbolic_dim(a.shape[0]) else blockwise_outer
+    return run(a, b, sizes)
 
 
 def _ragged_product(x: _Rows, sizes: _Sizes, weight: _Weight, *, axis: int) -> _Rows:
@@ -250,7 +111,7 @@ def _ragged_product(x: _Rows, sizes: _Sizes, weight: _Weight, *, axis: int) -> _
     numbers = lax.RaggedDotDimensionNumbers((((1,), (axis,)), ((), ())), (0,), (0,))
     wide = at_least_float32(x)
     y = lax.ragged_dot_general(x, weight, sizes, numbers, preferred_element_type=wide)
-    return y.astype(x.dtype)
+    return _only(_in_groups(x.shape[0], sizes), y.astype(x.dtype))
 
 
 def _ragged_outer(a: _Rows, b: _Rows, sizes: _Sizes) -> _Weight:
@@ -311,7 +172,8 @@ def _product_batched(
     x, sizes, *weights = _in_front(arguments[: 2 + (axes[2] is not None)], axes)
     rows = _joined(x)
     if weights:
-        y = _product(rows, _joined(sizes), _joined(weights[0]), axis=axis)
+        y = _product(rows, _joined(_filled(x.shape[1], sizes)), _joined(weights[0]), axis=axis)
+        y = _only(jax.vmap(partial(_in_groups, x.shape[1]))(sizes).reshape(-1), y)
     else:
         # The rows of one group, of all examples, become one group.
         group = jax.vmap(partial(_groups, x.shape[1]))(sizes)
@@ -323,8 +185,26 @@ def _product_batched(
 
 def _outer_batched(arguments: Sequence[Array], axes: Sequence[_Axis]) -> tuple[Array, int]:
     a, b, sizes = _in_front(arguments, axes)
-    y = _outer(_joined(a), _joined(b), _joined(sizes))
+    rows = a.shape[1]
+    own = jax.vmap(partial(_in_groups, rows))(sizes).reshape(-1)
+    y = _outer(_only(own, _joined(a)), _only(own, _joined(b)), _joined(_filled(rows, sizes)))
     return y.reshape(*sizes.shape, *y.shape[1:]), 0
+
+
+def _in_groups(rows: int, sizes: _Sizes) -> Bool[Array, " rows"]:
+    """Returns which rows belong to a group."""
+    return jnp.arange(rows, dtype=jnp.int32) < jnp.sum(sizes, dtype=jnp.int32)
+
+
+def _only(own: Bool[Array, " rows"], array: _Rows) -> _Rows:
+    """Returns an array with zeros in the rows that belong to no group."""
+    return jnp.where(own[:, None], array, jnp.zeros_like(array))
+
+
+def _filled(rows: int, sizes: Int[Array, "batch groups"]) -> Int[Array, "batch groups"]:
+    """Adds the rows after the last group to it, so that the next example begins at its own rows."""
+    rest = rows - jnp.sum(sizes, axis=1, keepdims=True, dtype=jnp.int32)
+    return jnp.concatenate([sizes[:, :-1], sizes[:, -1:] + rest], axis=1)
 
 
 def _joined(array: Array) -> Array:
@@ -350,41 +230,33 @@ def _in_front(arrays: Sequence[Array], axes: Sequence[_Axis]) -> list[Array]:
     ]
 
 
-def _register(
-    primitive: Primitive,
-    call: Callable[..., Array],
-    shape: Callable[..., ShapedArray],
-    rules: tuple[Callable[..., Any], ...],
-) -> None:
-    """Tells JAX how to run, differentiate and batch a primitive.
-
-    **Arguments:**
-
-    - `primitive`: the primitive.
-    - `call`: calls the primitive.
-    - `shape`: the shape of the result, as a function of the shapes of the arguments.
-    - `rules`: the function on accelerators and that on a CPU, and the rules for derivatives,
-        transposes and batches.
-    """
-    accelerator, cpu, jvp, transpose, batched = rules
-    primitive.def_impl(call)
-    primitive.def_abstract_eval(shape)
-    ad.primitive_jvps[primitive] = jvp
-    ad.primitive_transposes[primitive] = transpose
-    batching.primitive_batchers[primitive] = batched
-    mlir.register_lowering(primitive, mlir.lower_fun(accelerator, multiple_results=False))
-    mlir.register_lowering(primitive, mlir.lower_fun(cpu, multiple_results=False), platform="cpu")
+def _kernels(args: Sequence[Array]) -> NativeGrouped | None:
+    """Returns the native kernels if they serve these arguments."""
+    is_served = args[0].dtype in (jnp.float32, jnp.bfloat16) and kernels_accept(args)
+    return native_grouped() if is_served else None
 
 
-_register(
+def _product_kernel(args: Sequence[Array]) -> Callable[..., Array] | None:
+    kernels = _kernels(args)
+    return None if kernels is None else kernels.product
+
+
+def _outer_kernel(args: Sequence[Array]) -> Callable[..., Array] | None:
+    kernels = _kernels(args)
+    return None if kernels is None else kernels.outer
+
+
+register(
     _product_p,
     _product,
     lambda x, _, weight, *, axis: x.update(shape=(x.shape[0], weight.shape[3 - axis])),
-    (_ragged_product, _blockwise_product, _product_jvp, _product_transpose, _product_batched),
+    (_ragged_product, _product_on_cpu, _product_jvp, _product_transpose, _product_batched),
+    _product_kernel,
 )
-_register(
+register(
     _outer_p,
     _outer,
     lambda a, b, sizes: a.update(shape=(sizes.shape[0], a.shape[1], b.shape[1])),
-    (_ragged_outer, _blockwise_outer, _outer_jvp, _outer_transpose, _outer_batched),
+    (_ragged_outer, _outer_on_cpu, _outer_jvp, _outer_transpose, _outer_batched),
+    _outer_kernel,
 )

@@ -15,6 +15,7 @@ def gated_rms_norm(
     ngroups: int = 1,
     eps: float = 1e-5,
     norm_before_gate: bool = False,
+    axis_name: str | None = None,
 ) -> Float[Array, "*seq channels"]:
     r"""Normalises gated channels by their root mean square (official `RMSNormGated`),
 
@@ -32,6 +33,8 @@ def gated_rms_norm(
     - `ngroups`: the number of groups, which divides the number of channels.
     - `eps`: the positive number $\epsilon$.
     - `norm_before_gate`: whether to normalise before gating, as in the second formula.
+    - `axis_name`: inside `jax.shard_map`, the mesh axis over whose devices the channels of every
+        group are distributed; `None` if a device has all of them.
 
     **Returns:**
 
@@ -43,7 +46,10 @@ def gated_rms_norm(
     if not norm_before_gate:
         y = y * gate
     groups = y.reshape(*y.shape[:-1], ngroups, y.shape[-1] // ngroups)
-    scale = lax.rsqrt(jnp.mean(groups**2, axis=-1, keepdims=True) + eps)
+    mean = jnp.mean(groups**2, axis=-1, keepdims=True)
+    if axis_name is not None:
+        mean = lax.pmean(mean, axis_name)
+    scale = lax.rsqrt(mean + eps)
     y = (groups * scale).reshape(y.shape) * weight.astype(dtype)
     if norm_before_gate:
         y = y * gate

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
-from ._masks import append_axes, fill_padding, mask_resets, real_tokens
+from .._trees import vary_together
+from ._masks import append_axes, document_starts, fill_padding, mask_resets, real_tokens
+from ._pieces import refuse_piece
 
 
 Pair = tuple[Float[Array, "*shape"], Float[Array, "*shape"]]
@@ -46,7 +48,7 @@ def linear_recurrence(
     - `b`: the terms $b_t$, shape `(seq, *shape)`.
     - `state`: the term $h_{-1}$ before the first, shape `(*shape)`; zero if `None`.
     - `reset`: true where a token forgets everything before it, shape `(seq,)`. There $a_t$ counts
-        as 0, so that all finite terms are forgotten, but NaN and infinities are not.
+        as 0, and NaN is forgotten too; `"associative"` forgets NaN in `state`, but not in `b`.
     - `length`: the number of real tokens; later ones are padding. The returned state is the one
         after `length` tokens.
     - `method`: `"sequential"` (a `jax.lax.scan`) or `"associative"` (a `jax.lax.associative_scan`,
@@ -58,27 +60,41 @@ def linear_recurrence(
     All terms $h_t$, shape `(seq, *shape)`, and the state after the last real token, shape
     `(*shape)`.
 
-    **Raises:** `ValueError` if `method` is unknown.
+    **Raises:** `ValueError` if `method` is unknown, or `b` is a piece of a sequence
+        ([`mamba_eqx.context_scan`][]).
     """
+    refuse_piece("linear_recurrence", b)
     if state is None:
         state = jnp.zeros(b.shape[1:], b.dtype)
     real = real_tokens(b.shape[0], length)
     a, b = fill_padding(real, a, 1), fill_padding(real, b, 0)
+    forget = None
     if reset is not None:
-        a = jnp.where(append_axes(mask_resets(reset, real), a), 0, a)
+        forget = append_axes(mask_resets(reset, real), a)
+        a = jnp.where(forget, 0, a)
+    a, b, state, forget = vary_together((a, b, state, forget))
     if method in (None, "sequential"):
 
         def step(
-            h: Float[Array, "*shape"], ab: Pair
+            h: Float[Array, "*shape"], token: tuple[Array, Array, Array | None]
         ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-            h = ab[0] * h + ab[1]
+            a, b, forget = token
+            if forget is not None:  # NaN times zero would be NaN.
+                h = jnp.where(forget, 0, h)
+            h = a * h + b
             return h, h
 
-        last, h = lax.scan(step, state, (a, b))
+        last, h = lax.scan(step, state, (a, b, forget))
         return h, last
     if method == "associative":
         if b.shape[0] == 0:
             return b, state
+        if forget is not None:
+            # A state that the first reset has not forgotten is added at the end.
+            factors, h = lax.associative_scan(combine, (a, b))
+            forgotten = append_axes(document_starts(b.shape[0], reset, real) >= 0, a)
+            h += jnp.where(forgotten, 0, factors * state)
+            return h, h[-1]
         _, h = lax.associative_scan(combine, (a, b.at[0].add(a[0] * state)))
         return h, h[-1]
     raise ValueError(f'`method` must be "sequential", "associative" or None, but got {method!r}.')

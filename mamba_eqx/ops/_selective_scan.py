@@ -1,6 +1,6 @@
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,30 +8,19 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from .._dtypes import at_least_float32
-from .._trees import cut_into_chunks
+from .._trees import cut_into_chunks, vary_together
 from ._arguments import size_or_default
 from ._linear_map import linear_map
 from ._masks import fill_padding, mask_resets, real_tokens
+from ._pieces import is_piece, scan_pieces
 from ._recurrence import linear_recurrence
+from ._scan_chunks import Chunks, Inputs, Residuals, State, Tokens, forget, pull, push, run_chunks
+from ._scan_native import is_native, native_chunks, native_pull
 
 
 # In this file the state has the shape `(d_state, d_inner)`, and `At` is `A` transposed to match.
-# With the many channels last, every elementwise operation of the loop is a vector operation.
 
-
-class _Tokens(NamedTuple):
-    """One token, or a sequence of tokens, or chunks of tokens."""
-
-    x: Float[Array, "*seq d_inner"]
-    dt: Float[Array, "*seq d_inner"]
-    B: Float[Array, "*seq d_state"]
-    C: Float[Array, "*seq d_state"]
-    reset: Bool[Array, "*seq"] | None
-
-
-_State = Float[Array, "d_state d_inner"]
-_Chunks = Float[Array, "chunks chunk d_inner"]
-_Run = Callable[[_Tokens, _State, _State], tuple[_Chunks, _State]]
+_Run = Callable[[Tokens, State, State], tuple[Chunks, State]]
 
 
 # Without this `jax.jit`, every call outside a compiled function would compile the loops again.
@@ -62,10 +51,12 @@ def selective_scan(
 
     All methods give the same result and support all of JAX's derivatives:
 
-    - `"chunked"`: one loop over time. Its reverse pass keeps only the states at the starts of the
-        chunks and recomputes the others, so that the memory for training grows as `seq * d_inner`.
-        Forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) has a rule of its own as well. The
-        reverse mode of second derivatives keeps the states of all tokens.
+    - `"chunked"`: one loop over time. On CPUs it runs in the kernels of the package
+        mamba-eqx-native if that is installed and no array is float64. Its reverse pass keeps only
+        the states at the starts of the chunks and recomputes the others, so that the memory for
+        training grows as `seq * d_inner`. Forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`)
+        has a rule of its own as well. The reverse mode of second derivatives keeps the states of
+        all tokens.
     - `"sequential"`: a `jax.lax.scan` over [`mamba_eqx.ops.selective_scan_step`][], with JAX's own
         derivatives. Its forward pass is as fast; its reverse pass is slower and needs `d_state`
         times the memory.
@@ -105,19 +96,25 @@ def selective_scan(
     real = real_tokens(seq, length)
     x, dt, B, C = (fill_padding(real, t, 0) for t in (x, dt, B, C))
     reset = None if reset is None else mask_resets(reset, real)
-    tokens = _Tokens(x, dt, B, C, reset)
 
-    if method in (None, "chunked"):
-        y, h = _by_chunks(_chunked, size_or_default("chunk_size", chunk_size, 32), tokens, At, h)
-    elif method == "associative":
-        size = size_or_default("chunk_size", chunk_size, 128)
-        y, h = _by_chunks(_associative, size, tokens, At, h)
-    elif method == "sequential":
-        y, h = _sequential(tokens, At, h)
-    else:
+    def run(h: Array) -> tuple[Array, Array]:
+        tokens, *states = vary_together((Tokens(x, dt, B, C, reset), At, h))
+        if method in (None, "chunked"):
+            size = size_or_default("chunk_size", chunk_size, 32)
+            return _by_chunks(_chunked, size, tokens, *states)
+        if method == "associative":
+            size = size_or_default("chunk_size", chunk_size, 128)
+            return _by_chunks(_associative, size, tokens, *states)
+        if method == "sequential":
+            return _sequential(tokens, *states)
         raise ValueError(
             f'`method` must be "chunked", "sequential", "associative" or None, but got {method!r}.'
         )
+
+    if is_piece(x):
+        y, h = scan_pieces(run, jnp.exp(jnp.sum(dt, axis=0) * At), h, reset)
+    else:
+        y, h = run(h)
     if D is not None:
         y = y + D.astype(dtype) * x
     return y.astype(y_dtype), h
@@ -154,52 +151,22 @@ def selective_scan_step(
     # The barrier keeps the transposition out of the loop over the state, which reads it in order.
     At = lax.optimization_barrier(A.T)
     x, dt, At, B, C = (t.astype(dtype) for t in (x, dt, At, B, C))
-    h, _ = _advance(At, state.astype(dtype), x, dt, B, None)
-    y = _sum_over_state(C[:, None] * h)
+    # Neither does the loop compute the step sizes again for every row of the state.
+    dt = lax.optimization_barrier(dt)
+    h = jnp.exp(dt * At) * state.astype(dtype) + B[:, None] * (dt * x)
+    # Each row is multiplied on its own, since XLA's CPU backend would write all of `C[:, None] * h`
+    # to memory before it adds its rows.
+    y = C[0] * h[0]
+    for n in range(1, len(h)):
+        y = y + C[n] * h[n]
     if D is not None:
         y = y + D.astype(dtype) * x
     return y.astype(y_dtype), h
 
 
-def _sum_over_state(t: Float[Array, "d_state d_inner"]) -> Float[Array, " d_inner"]:
-    # Under `vmap` over a batch of one, XLA's CPU backend turns `jnp.sum` over the leading axis,
-    # fused with what produces `t`, into scalar code: ten times slower than this chain of vector
-    # additions (docs/speed.md).
-    total = t[0]
-    for n in range(1, t.shape[0]):
-        total = total + t[n]
-    return total
-
-
-def _advance(
-    At: _State,
-    h: _State,
-    x: Float[Array, " d_inner"],
-    dt: Float[Array, " d_inner"],
-    B: Float[Array, " d_state"],
-    reset: Bool[Array, ""] | None,
-) -> tuple[_State, _State]:
-    """Returns the state after a token, and the part of it that comes from the previous state."""
-    kept = _decay(At, dt, h, reset)
-    return kept + B[:, None] * (dt * x), kept
-
-
-def _decay(
-    At: _State,
-    dt: Float[Array, " d_inner"],
-    h: _State,
-    reset: Bool[Array, ""] | None,
-) -> _State:
-    kept = jnp.exp(dt * At) * h
-    return kept if reset is None else jnp.where(reset, jnp.zeros_like(kept), kept)
-
-
-def _sequential(
-    tokens: _Tokens, At: _State, h: _State
-) -> tuple[Float[Array, "seq d_inner"], _State]:
-    def step(h: Array, token: _Tokens) -> tuple[Array, Array]:
-        if token.reset is not None:
-            h = jnp.where(token.reset, jnp.zeros_like(h), h)
+def _sequential(tokens: Tokens, At: State, h: State) -> tuple[Float[Array, "seq d_inner"], State]:
+    def step(h: Array, token: Tokens) -> tuple[Array, Array]:
+        h = forget(token.reset, h)
         y, h = selective_scan_step(token.x, token.dt, At.T, token.B, token.C, None, state=h)
         return h, y
 
@@ -208,16 +175,16 @@ def _sequential(
 
 
 def _by_chunks(
-    run: _Run, chunk_size: int, tokens: _Tokens, At: _State, h: _State
-) -> tuple[Float[Array, "seq d_inner"], _State]:
+    run: _Run, chunk_size: int, tokens: Tokens, At: State, h: State
+) -> tuple[Float[Array, "seq d_inner"], State]:
     """Calls `run` with the tokens cut into chunks. Tokens with `dt = 0` fill up the last chunk."""
     y, h = run(cut_into_chunks(chunk_size, tokens), At, h)
     return y.reshape((-1, *y.shape[2:]))[: tokens.x.shape[0]], h
 
 
-def _associative(tokens: _Tokens, At: _State, h: _State) -> tuple[_Chunks, _State]:
+def _associative(tokens: Tokens, At: State, h: State) -> tuple[Chunks, State]:
     @jax.checkpoint
-    def chunk(h: Array, tokens: _Tokens) -> tuple[Array, Array]:
+    def chunk(h: Array, tokens: Tokens) -> tuple[Array, Array]:
         x, dt, B, C, reset = tokens
         hs, h = linear_recurrence(
             jnp.exp(dt[:, None, :] * At),
@@ -235,120 +202,28 @@ def _associative(tokens: _Tokens, At: _State, h: _State) -> tuple[_Chunks, _Stat
 # In reverse mode, JAX's own derivatives would keep the state of every token, and a `jax.custom_vjp`
 # would exclude forward mode.
 @jax.custom_jvp
-def _chunked(tokens: _Tokens, At: _State, h: _State) -> tuple[_Chunks, _State]:
-    y, h, _ = _run_chunks(tokens, At, h)
+def _chunked(tokens: Tokens, At: State, h: State) -> tuple[Chunks, State]:
+    y, h, _ = _run_chunks(tokens, At, h, keep_starts=False)
     return y, h
-
-
-class _Residuals(NamedTuple):
-    """The values of the forward pass that the derivatives of `_chunked` are computed from."""
-
-    tokens: _Tokens
-    At: _State
-    starts: Float[Array, "chunks d_state d_inner"]
-    """The state at the start of every chunk."""
-
-
-_Inputs = tuple[_Tokens, _State, _State]
-"""The arguments of `_chunked`, or their tangents or cotangents, which have `reset=None`."""
 
 
 @_chunked.defjvp
 def _chunked_jvp(
-    primals: _Inputs, tangents: _Inputs
-) -> tuple[tuple[_Chunks, _State], tuple[_Chunks, _State]]:
+    primals: Inputs, tangents: Inputs
+) -> tuple[tuple[Chunks, State], tuple[Chunks, State]]:
     tokens, At, h = primals
     tokens_dot, At_dot, h_dot = tangents
-    y, h, starts = _run_chunks(tokens, At, h)
-    residuals = _Residuals(tokens, At, starts)
+    y, h, starts = _run_chunks(tokens, At, h, keep_starts=True)
+    residuals = Residuals(tokens, At, starts)
     tangents = (tokens_dot._replace(reset=None), At_dot, h_dot)
-    derivative, transpose = partial(_push, residuals), partial(_pull, residuals)
+    derivative = partial(push, residuals)
+    transpose = partial(native_pull if is_native(tokens) else pull, residuals)
     return (y, h), linear_map(derivative, transpose, tangents, (y, h))
 
 
 def _run_chunks(
-    tokens: _Tokens, At: _State, h: _State
-) -> tuple[_Chunks, _State, Float[Array, "chunks d_state d_inner"]]:
-    """Returns the outputs, the last state, and the state at the start of every chunk."""
-
-    def step(h: Array, token: _Tokens) -> tuple[Array, Array]:
-        h, _ = _advance(At, h, token.x, token.dt, token.B, token.reset)
-        return h, _sum_over_state(token.C[:, None] * h)
-
-    def chunk(start: Array, tokens: _Tokens) -> tuple[Array, tuple[Array, Array]]:
-        h, y = lax.scan(step, start, tokens)
-        return h, (y, start)
-
-    h, (y, starts) = lax.scan(chunk, h, tokens)
-    return y, h, starts
-
-
-def _kept_in_chunk(
-    At: _State, tokens: _Tokens, start: _State
-) -> Float[Array, "chunk d_state d_inner"]:
-    """Returns the part of every token's state that comes from the state before the token."""
-
-    def step(h: Array, token: _Tokens) -> tuple[Array, Array]:
-        return _advance(At, h, token.x, token.dt, token.B, token.reset)
-
-    return lax.scan(step, start, tokens)[1]
-
-
-def _push(residuals: _Residuals, tangents: _Inputs) -> tuple[_Chunks, _State]:
-    """Returns the tangents of the outputs and of the last state of `_chunked`."""
-    tokens, At, starts = residuals
-    tokens_dot, At_dot, h_dot = tangents
-
-    def step(h_dot: Array, inputs: tuple[_Tokens, _Tokens, Array]) -> tuple[Array, Array]:
-        (x, dt, B, C, reset), token_dot, kept = inputs
-        dt_x = dt * x
-        dt_x_dot = token_dot.dt * x + dt * token_dot.x
-        log_decay_dot = token_dot.dt * At + dt * At_dot
-        h_dot = _decay(At, dt, h_dot, reset) + log_decay_dot * kept
-        h_dot = h_dot + token_dot.B[:, None] * dt_x + B[:, None] * dt_x_dot
-        h = kept + B[:, None] * dt_x
-        return h_dot, _sum_over_state(token_dot.C[:, None] * h + C[:, None] * h_dot)
-
-    def chunk(h_dot: Array, inputs: tuple[_Tokens, _Tokens, Array]) -> tuple[Array, Array]:
-        tokens, tokens_dot, start = inputs
-        kept = _kept_in_chunk(At, tokens, start)
-        return lax.scan(step, h_dot, (tokens, tokens_dot, kept))
-
-    h_dot, y_dot = lax.scan(chunk, h_dot, (tokens, tokens_dot, starts))
-    return y_dot, h_dot
-
-
-def _pull(residuals: _Residuals, cotangents: tuple[_Chunks, _State]) -> _Inputs:
-    """Returns the cotangents of the arguments of `_chunked`, the transpose of `_push`."""
-    # The reverse pass recomputes the states of a chunk from the state at its start. The adjoint
-    # g_t = dL/dh_t then runs from the chunk's end, g_{t-1} = exp(dt_t A) g_t + C_{t-1} dL/dy_{t-1}.
-    tokens, At, starts = residuals
-    y_bar, h_bar = cotangents
-
-    def step(
-        carry: tuple[Array, Array], inputs: tuple[_Tokens, Array, Array]
-    ) -> tuple[tuple[Array, Array], _Tokens]:
-        g, At_bar = carry
-        (x, dt, B, C, reset), y_bar, kept = inputs
-        dt_x = dt * x
-        g = g + C[:, None] * y_bar
-        C_bar = (kept + B[:, None] * dt_x) @ y_bar
-        B_bar = g @ dt_x
-        dt_x_bar = _sum_over_state(g * B[:, None])
-        log_decay_bar = g * kept
-        dt_bar = _sum_over_state(log_decay_bar * At) + x * dt_x_bar
-        At_bar = At_bar + log_decay_bar * dt
-        g = _decay(At, dt, g, reset)
-        token_bar = _Tokens(x=dt * dt_x_bar, dt=dt_bar, B=B_bar, C=C_bar, reset=None)
-        return (g, At_bar), token_bar
-
-    def chunk(
-        carry: tuple[Array, Array], inputs: tuple[_Tokens, Array, Array]
-    ) -> tuple[tuple[Array, Array], _Tokens]:
-        tokens, y_bar, start = inputs
-        kept = _kept_in_chunk(At, tokens, start)
-        return lax.scan(step, carry, (tokens, y_bar, kept), reverse=True)
-
-    carry = (h_bar, jnp.zeros_like(At))
-    (h_bar, At_bar), tokens_bar = lax.scan(chunk, carry, (tokens, y_bar, starts), reverse=True)
-    return tokens_bar, At_bar, h_bar
+    tokens: Tokens, At: State, h: State, *, keep_starts: bool
+) -> tuple[Chunks, State, Array]:
+    if is_native(tokens):
+        return native_chunks(tokens, At, h, keep_starts=keep_starts)
+    return run_chunks(tokens, At, h)

@@ -7,10 +7,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from .._dtypes import at_least_float32
-from .._trees import cut_into_chunks
+from .._trees import cut_into_chunks, vary_together
 from ._arguments import check_groups, size_or_default
 from ._chunks import decays_between, keep_where, visibility
 from ._masks import append_axes, fill_padding, mask_resets, real_tokens
+from ._pieces import is_piece, scan_pieces
 
 
 # Subscripts: l, s tokens (of output and input), g groups, r heads of a group, p channels of a head,
@@ -120,14 +121,19 @@ def ssd(
     real = real_tokens(seq, length)
     x, dt, B, C = (fill_padding(real, t, 0) for t in (x, dt, B, C))
     reset = None if reset is None else mask_resets(reset, real)
-    tokens = _Tokens(x, dt, B, C, reset)
 
-    if method in (None, "chunked"):
-        y, h = _chunked(size_or_default("chunk_size", chunk_size, 32), tokens, A, h)
-    elif method == "sequential":
-        y, h = _sequential(tokens, A, h)
-    else:
+    def run(h: Array) -> tuple[Array, Array]:
+        tokens, *states = vary_together((_Tokens(x, dt, B, C, reset), A, h))
+        if method in (None, "chunked"):
+            return _chunked(size_or_default("chunk_size", chunk_size, 32), tokens, *states)
+        if method == "sequential":
+            return _sequential(tokens, *states)
         raise ValueError(f'`method` must be "chunked", "sequential" or None, but got {method!r}.')
+
+    if is_piece(x):
+        y, h = scan_pieces(run, jnp.exp(jnp.sum(dt, axis=0) * A)[:, None], h, reset)
+    else:
+        y, h = run(h)
     return _add_skip(D, x, y).astype(y_dtype), h
 
 
@@ -164,12 +170,16 @@ def ssd_step(
     check_groups(A.shape[0], ngroups)
     y_dtype, dtype = x.dtype, at_least_float32(x, dt, A, B, C, state)
     x, dt, A, B, C, h = (t.astype(dtype) for t in (x, dt, A, B, C, state))
-    dt_x = (dt[:, None] * x).reshape(1, ngroups, -1)
-    h = jnp.exp(dt * A)[:, None] * h + (B.T[:, :, None] * dt_x).reshape(h.shape)
+    # Explicit sharding allows a reshape to split an axis or to join some, but not both.
+    by_group = (ngroups, x.shape[0] // ngroups, x.shape[1])
+    dt_x = (dt[:, None] * x).reshape(by_group).reshape(ngroups, -1)[None]
+    written = (B.T[:, :, None] * dt_x).reshape(-1, *by_group).reshape(h.shape)
+    h = jnp.exp(dt * A)[:, None] * h + written
     # XLA's CPU backend would compile a sum over `d_state` to scalar code, hence the matrix product
     # (docs/speed.md).
-    y = jnp.einsum("gn,ngx->gx", C, h.reshape(-1, *dt_x.shape[1:]))
-    return _add_skip(D, x, y.reshape(x.shape)).astype(y_dtype), h
+    y = jnp.einsum("gn,ngx->gx", C, h.reshape(-1, *by_group).reshape(-1, *dt_x.shape[1:]))
+    y = y.reshape(by_group).reshape(x.shape)
+    return _add_skip(D, x, y).astype(y_dtype), h
 
 
 def _add_skip(
@@ -220,7 +230,8 @@ def _chunked(
         reset=reset,
     )
     grouped, y = lax.scan(chunk, grouped, cut_into_chunks(chunk_size, chunk_tokens))
-    y = y.reshape(-1, nheads, headdim)[:seq]
+    # Explicit sharding allows a reshape to join axes in one place only.
+    y = y.reshape(-1, *by_group)[:seq].reshape(seq, nheads, headdim)
     return y, grouped.swapaxes(0, 1).reshape(d_state, nheads, headdim)
 
 

@@ -12,7 +12,11 @@ from hypothesis import given, strategies as st
 from jax import export
 from jax.sharding import AxisType, PartitionSpec as P
 
-from mamba_eqx.ops import _grouped_product as module, grouped_product
+from mamba_eqx.ops import (
+    _grouped_blocks as blocks,
+    _grouped_product as module,
+    grouped_product,
+)
 from tests.support.ops import assert_close
 
 
@@ -37,8 +41,8 @@ def arguments(sizes: Any, out: int = 5, features: int = 3, seed: int = 0) -> tup
 def small_blocks() -> Iterator[None]:
     """Splits the tests' small weights into parts, and their groups into blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_PART_BYTES", 64)
-        patch.setattr(module, "_HEIGHTS", (1, 2, 4))
+        patch.setattr(blocks, "_PART_BYTES", 64)
+        patch.setattr(blocks, "_HEIGHTS", (1, 2, 4))
         jax.clear_caches()
         yield
     jax.clear_caches()
@@ -170,6 +174,32 @@ def test_shard_map_sums_gradients_of_shared_weights():
     assert "psum" in str(jax.make_jaxpr(sharded)(x, sizes, weight))
 
 
+@pytest.mark.parametrize("sizes", [[[3, 2], [1, 0]], [[7, 1], [3, 9]]])
+@pytest.mark.parametrize("axes", [(0, 0, None), (0, 0, 0)])
+def test_any_sum_of_sizes(sizes: list[list[int]], axes: tuple[int | None, ...]):
+    """Rows after the last group give zeros, and groups end with the last row, in values and
+    gradients and in every example of a batch."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x = jnp.asarray(rng.standard_normal((2, 6, 3)))
+        weight = jnp.asarray(rng.standard_normal((2, 5, 3)))
+        weights = weight if axes[2] is None else jnp.stack([weight, -2 * weight])
+
+        def padded(x: Any, sizes: Any, weight: Any) -> jax.Array:
+            ends = jnp.minimum(jnp.cumsum(sizes), 6)
+            group = jnp.searchsorted(ends, jnp.arange(6, dtype=ends.dtype), side="right")
+            padded_weight = jnp.concatenate([weight, jnp.zeros((1, 5, 3))])
+            return jnp.einsum("ni,noi->no", x, padded_weight[group])
+
+        sizes_array = jnp.asarray(sizes, jnp.int32)
+        for run in (
+            lambda f: jax.vmap(f, axes)(x, sizes_array, weights),
+            lambda f: gradients(jax.vmap(f, axes), x, sizes_array, weights),
+            lambda f: [f(x[i], sizes_array[i], weight) for i in range(2)],
+        ):
+            assert_close(run(grouped_product), run(padded))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_sums_are_wide(dtype: str):
     """Sums of 4096 ones stop growing at 256 in bfloat16."""
@@ -181,6 +211,17 @@ def test_sums_are_wide(dtype: str):
     rows, total = jnp.ones((4096, 1), dtype), jnp.array([4096], jnp.int32)
     grad = jax.grad(lambda w: jnp.sum(grouped_product(rows, total, w)).astype(jnp.float32))
     assert np.all(grad(jnp.ones((1, 1, 1), dtype)) == 4096)
+
+
+def test_weights_of_16_bits_are_read_in_parts():
+    """XLA's CPU backend would otherwise widen all of them before the loops."""
+    for dtype in ("bfloat16", "float16"):
+        x, sizes, weight = (jnp.asarray(t, dtype) for t in arguments([3, 0, 5, 3], 8, 6))
+        sizes = sizes.astype(jnp.int32)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "native_grouped", lambda: None)
+            program = jax.jit(lambda *args: grouped_product(*args)).lower(x, sizes, weight)
+        assert "f32[4,8,6]" not in (program.compile().as_text() or "")
 
 
 def test_rows_of_other_groups_do_not_spread_nan():

@@ -132,7 +132,7 @@ def loop(arrays: Arrays, state: State, reset: np.ndarray, interleaved: bool) -> 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
     ("ngroups", "heads", "rank", "d_state", "pairs"),
-    [(1, 1, None, 4, 1), (2, 3, 2, 7, 3), (3, 1, 1, 8, 4)],
+    [(1, 1, None, 4, 1), (1, 2, None, 4, 0), (2, 3, 2, 7, 3), (3, 1, 1, 8, 4)],
 )
 def test_matches_equations(
     method: Method,

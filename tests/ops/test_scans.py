@@ -224,6 +224,21 @@ def test_linear_recurrence_matches_loop(
     np.testing.assert_allclose(got[:n], np.reshape(hs, (n, 2, 3)), rtol=1e-14)
 
 
+@pytest.mark.parametrize("method", ["sequential", "associative"])
+def test_linear_recurrence_forgets_nan_in_the_state(
+    method: Literal["sequential", "associative"],
+):
+    reset, state = jnp.array([False, True, False]), jnp.full(2, jnp.nan)
+
+    def run(a: jax.Array, b: jax.Array, state: jax.Array) -> jax.Array:
+        return ops.linear_recurrence(a, b, state=state, reset=reset, method=method)[0][1:]
+
+    ones = jnp.ones((3, 2))
+    np.testing.assert_array_equal(run(ones, ones, state), [[1, 1], [2, 2]])
+    gradient = jax.grad(lambda b: jnp.sum(run(ones, b, state)))(ones)
+    np.testing.assert_array_equal(gradient, [[0, 0], [2, 2], [1, 1]])
+
+
 def test_causal_convolution_matches_numpy():
     rng = np.random.default_rng(0)
     x, weight, bias = rng.random((9, 3)), rng.random((4, 3)), rng.random(3)

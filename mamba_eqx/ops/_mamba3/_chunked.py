@@ -120,6 +120,17 @@ def chunked(
     return y, after
 
 
+def last_angle(
+    chunk_size: int,
+    dt: Float[Array, "seq nheads"],
+    angles: Float[Array, "seq pairs"],
+    angle: Float[Array, "nheads pairs"],
+    reset: Bool[Array, " seq"] | None,
+) -> Float[Array, "nheads pairs"]:
+    """Returns the angle after the last token, from the angle before the first."""
+    return _rotations(chunk_size, dt, angles, angle, reset).last
+
+
 def _finite_heads(state: State) -> Bool[Array, " nheads"]:
     """Returns which heads have a finite state."""
     angle, h, k, x = (jnp.isfinite(t) for t in state)
@@ -199,9 +210,11 @@ def _chunk(
     v = by_head if mimo_x is None else by_head * mimo_x[:, None]
     k, q = rotate_all(B, B_bias), rotate_all(C, C_bias)
 
-    scores = jnp.einsum("hin,hjn->hij", flat(q), flat(k)).reshape(nheads, size, rank, size, rank)
+    scores = jnp.einsum("hin,hjn->hij", flat(q), flat(k))
+    # Explicit sharding allows a reshape to split one axis, or to join axes in one place.
+    scores = scores.reshape(nheads, size, rank, -1).reshape(nheads, size, rank, size, rank)
     scores = scores * score_weight[:, :, None, :, None]
-    scores = scores.reshape(nheads, size * rank, size * rank)
+    scores = scores.reshape(nheads, size, rank, -1).reshape(nheads, size * rank, size * rank)
     y = jnp.einsum("hij,hjp->hip", scores, flat(v)).reshape(nheads, size, rank, headdim)
     from_start = jnp.einsum("hin,hpn->hip", flat(q), h).reshape(y.shape)
     y = y + since_start[:, :, None, None] * from_start

@@ -6,10 +6,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
+from ..._trees import batched_like, vary_together
 from .._arguments import check_groups, size_or_default
 from .._chunks import keep_where
 from .._masks import fill_padding, mask_resets, real_tokens
-from ._chunked import chunked
+from .._pieces import is_piece
+from ._chunked import chunked, last_angle
+from ._pieces import scan_pieces
 from ._step import advance
 from ._types import Parameters, State, StateTuple, Tokens, cast_together
 
@@ -42,14 +45,14 @@ def mamba3(
     of the previous token, and its dimensions rotate in pairs,
 
     $$\begin{aligned}
-    \theta_t &= \theta_{t-1} + \Delta_t\, \texttt{angles}_t, &
-      k_{t,r} &= \mathrm{Rot}(\theta_t) (B_{t,r} + b^B_r), \quad
+    \theta_t &= \theta_{t-1} + \Delta_t\, \texttt{angles}_t, \\
+    k_{t,r} &= \mathrm{Rot}(\theta_t) (B_{t,r} + b^B_r), \quad
       q_{t,r} = \mathrm{Rot}(\theta_t) (C_{t,r} + b^C_r), \quad
       v_{t,r} = x_t \odot \texttt{mimo\_x}_r, \\
-    h_t &= \alpha_t h_{t-1} + \beta_t \sum_r k_{t-1,r} v_{t-1,r}^\top
-      + \gamma_t \sum_r k_{t,r} v_{t,r}^\top, &
-      \alpha_t &= e^{\Delta_t A_t}, \quad \beta_t = (1 - \lambda_t) \Delta_t \alpha_t, \quad
+    \alpha_t &= e^{\Delta_t A_t}, \quad \beta_t = (1 - \lambda_t) \Delta_t \alpha_t, \quad
       \gamma_t = \lambda_t \Delta_t, \\
+    h_t &= \alpha_t h_{t-1} + \beta_t \sum_r k_{t-1,r} v_{t-1,r}^\top
+      + \gamma_t \sum_r k_{t,r} v_{t,r}^\top, \\
     y_{t,r} &= h_t^\top q_{t,r} + D v_{t,r}.
     \end{aligned}$$
 
@@ -122,10 +125,20 @@ def mamba3(
     size = None
     if method != "sequential":
         size = size_or_default("chunk_size", chunk_size, max(1, 32 // B.shape[1]))
-    if size is None or seq == 0:
-        y, after = _sequential(tokens, parameters, before, reset, real, interleaved)
+
+    def run(before: State) -> tuple[Array, State]:
+        batched = batched_like(parameters, tokens.dt)
+        inputs = vary_together((tokens, batched, before, reset, real))
+        if size is None or seq == 0:
+            return _sequential(*inputs, interleaved)
+        return chunked(size, *inputs, interleaved)
+
+    if is_piece(x):
+        zero = jnp.zeros_like(before.angle)
+        turn = last_angle(size or 32, *vary_together((tokens.dt, tokens.angles, zero, reset)))
+        y, after = scan_pieces(run, turn, tokens, parameters, before, reset, real)
     else:
-        y, after = chunked(size, tokens, parameters, before, reset, real, interleaved)
+        y, after = run(before)
     return y.astype(y_dtype), after.as_tuple()
 
 
