@@ -1,14 +1,50 @@
+import abc
+
 import equinox as eqx
 import jax.numpy as jnp
+import jax.random as jr
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .. import ops
 from .._dtypes import default_dtype
 from ._initialisers import uniform
 
 
-class Linear(eqx.Module):
+class AbstractLinear(eqx.Module):
+    r"""A linear map over the last axis of its input, $y = W x + b$.
+
+    The layers of this library hold linear maps of this type, so that the weights may be stored in
+    another form than that of [`mamba_eqx.layers.Linear`][].
+    """
+
+    weight: eqx.AbstractVar[Array]
+    bias: eqx.AbstractVar[Float[Array, " out_features"] | None]
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> jnp.dtype:
+        """The floating-point dtype in which the map computes."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, x: Float[Array, "*batch in_features"], *, dtype: DTypeLike | None = None
+    ) -> Float[Array, "*batch out_features"]:
+        """Applies the map.
+
+        **Arguments:**
+
+        - `x`: an array of shape `(..., in_features)`, which is cast to the dtype of the map.
+        - `dtype`: the dtype of the result; that of the map by default.
+
+        **Returns:**
+
+        An array of shape `(..., out_features)`.
+        """
+
+
+class Linear(AbstractLinear):
     r"""A linear map over the last axis of its input, $y = W x + b$.
 
     The parameters are those of `equinox.nn.Linear`, but the input may have any number of leading
@@ -46,21 +82,38 @@ class Linear(eqx.Module):
         self.weight = uniform(key, (out_features, in_features), bound=bound, dtype=dtype)
         self.bias = jnp.zeros(out_features, dtype) if use_bias else None
 
-    def __call__(
-        self, x: Float[Array, "*batch in_features"]
-    ) -> Float[Array, "*batch out_features"]:
-        """Applies the map.
+    @classmethod
+    def of(
+        cls,
+        weight: Float[Array, "*stack out_features in_features"],
+        bias: Float[Array, "*stack out_features"] | None = None,
+    ) -> "Linear":
+        """Returns the map with a given weight.
 
         **Arguments:**
 
-        - `x`: an array of shape `(..., in_features)`, in the dtype of the parameters.
+        - `weight`: the weight, of shape `(out_features, in_features)`, or several, stacked.
+        - `bias`: the bias, if there is one.
 
         **Returns:**
 
-        An array of shape `(..., out_features)`.
+        The map.
         """
-        y = product(self.weight, x)
-        return y if self.bias is None else y + self.bias
+        small = cls(1, 1, use_bias=False, key=jr.key(0))
+        parts = lambda linear: (linear.weight, linear.bias)
+        return eqx.tree_at(parts, small, (weight, bias), is_leaf=lambda leaf: leaf is None)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the parameters."""
+        return self.weight.dtype
+
+    def __call__(
+        self, x: Float[Array, "*batch in_features"], *, dtype: DTypeLike | None = None
+    ) -> Float[Array, "*batch out_features"]:
+        """See [`mamba_eqx.layers.AbstractLinear`][]."""
+        y = product(self.weight, x.astype(self.dtype), dtype=dtype)
+        return y if self.bias is None else y + self.bias.astype(y.dtype)
 
 
 def product(
@@ -71,6 +124,10 @@ def product(
 ) -> Float[Array, "*batch out_features"]:
     """Multiplies the last axis of `x` by `weight`, with a result of `dtype` (by default that of the
     arguments)."""
+    if weight.dtype.itemsize == 2:
+        dtype = weight.dtype if dtype is None else jnp.dtype(dtype)
+        sums = dtype if dtype == weight.dtype else jnp.float32
+        return ops.narrow_product(x, weight, dtype=sums).astype(dtype)
     if x.ndim == 1:
         # XLA's CPU backend would otherwise fuse the product with the code after it and no longer
         # call its fast routine: decoding would take half as long again (docs/speed.md).

@@ -1,5 +1,5 @@
 import abc
-from typing import Generic, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias
 
 import equinox as eqx
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray, PyTree
@@ -7,8 +7,12 @@ from typing_extensions import TypeVar
 
 
 # With a default, `mbx.Block` without a type argument is complete for type checkers. From Python
-# 3.13 on beartype reads the default, and cannot decorate `State | None` if that is `Any`.
-State = TypeVar("State", default=PyTree)
+# 3.13 on beartype reads the default, and cannot decorate `State | None` if that is `Any`. Strict
+# type checkers take `PyTree` for unknown.
+if TYPE_CHECKING:
+    State = TypeVar("State", default=Any)
+else:
+    State = TypeVar("State", default=PyTree)
 
 # jaxtyping binds the axes of an alias anew at every call, as if the alias were written out.
 Reset: TypeAlias = Bool[Array, " seq"] | None
@@ -39,8 +43,8 @@ class AbstractSequenceLayer(eqx.Module, Generic[State]):
         dtypes, so that a state is a valid carry of `jax.lax.scan`;
     - *dtype*: `y.dtype == x.dtype`.
 
-    `docs/api/protocol.md` has the full table of laws. `tests/laws` checks them for every
-    layer in `tests/support/registry.py`; add your own layers there to check them as well.
+    `docs/api/protocol.md` has the full table of laws, which the tests check for every layer of
+    this library. [`mamba_eqx.testing.check_laws`][] checks them for a layer of your own.
 
     Layers are unbatched: use `jax.vmap` for batches. A state is an ordinary pytree, which can be
     copied, saved, batched with `jax.vmap` and differentiated.

@@ -1,9 +1,18 @@
-"""The language model, and the configs that build models and are read from them."""
+"""The models, and the configs that build models and are read from them."""
 
 from ._block_config import BlockConfig as BlockConfig
 from ._fingerprint import fingerprint as fingerprint
 from ._language_model import LanguageModel as LanguageModel
 from ._language_model_config import LanguageModelConfig as LanguageModelConfig
+from ._quantize import (
+    HEAD as HEAD,
+    Quantization as Quantization,
+    linear_maps as linear_maps,
+    quantize as quantize,
+    with_head as with_head,
+)
+from ._sequence_classifier import SequenceClassifier as SequenceClassifier
+from ._sequence_classifier_config import SequenceClassifierConfig as SequenceClassifierConfig
 from .mixer_configs import (
     AbstractMixerConfig as AbstractMixerConfig,
     AttentionConfig as AttentionConfig,
@@ -37,4 +46,8 @@ __all__ = [
     "Mamba3Config",
     "MixtureOfExpertsConfig",
     "ParallelConfig",
+    "Quantization",
+    "SequenceClassifier",
+    "SequenceClassifierConfig",
+    "quantize",
 ]

@@ -1,4 +1,4 @@
-"""The JSON format of `LanguageModelConfig`.
+"""The JSON format of `LanguageModelConfig` and `SequenceClassifierConfig`.
 
 Each config becomes an object with a key for each field. The objects of mixers and MLPs also have
 the key `kind`.
@@ -24,7 +24,7 @@ _KINDS = MappingProxyType(
 
 
 def to_json(config: Any) -> str:
-    """Converts a `LanguageModelConfig` to JSON."""
+    """Converts the config of a model to JSON."""
     return json.dumps(_encode(config), indent=2, allow_nan=False)
 
 
@@ -34,13 +34,41 @@ def fields_from_json(text: str, config: type) -> dict[str, Any]:
     **Raises:** `ValueError` if `text` is not JSON, or a key is missing, unknown or invalid.
     """
     try:
-        fields = _read_object(json.loads(text), config, "the config")
-        layers = fields["layers"]
-        if not isinstance(layers, list):
-            raise ValueError(f"`layers` must be a list, but got layers={layers!r}.")
-        return fields | {"layers": tuple(map(_read_block, layers))}
+        return _read_fields(json.loads(text), config, "the config")
     except RecursionError:
-        raise ValueError("The config must be JSON, but is nested too deeply.") from None
+        raise _too_deep() from None
+
+
+def classifier_fields_from_json(text: str, config: type, backbone: type) -> dict[str, Any]:
+    """Reads the fields of a `SequenceClassifierConfig`, the class `config`, from JSON.
+
+    **Arguments:**
+
+    - `text`: the JSON.
+    - `config`, `backbone`: the classes of the config and of its backbone.
+
+    **Raises:** `ValueError` if `text` is not JSON, or a key is missing, unknown or invalid.
+    """
+    try:
+        fields = _read_object(json.loads(text), config, "the config")
+        return fields | {
+            "backbone": backbone(**_read_fields(fields["backbone"], backbone, "`backbone`"))
+        }
+    except RecursionError:
+        raise _too_deep() from None
+
+
+def _too_deep() -> ValueError:
+    return ValueError("The config must be JSON, but is nested too deeply.")
+
+
+def _read_fields(value: object, config: type, what: str) -> dict[str, Any]:
+    """Reads the fields of a `LanguageModelConfig`, the class `config`."""
+    fields = _read_object(value, config, what)
+    layers = fields["layers"]
+    if not isinstance(layers, list):
+        raise ValueError(f"`layers` must be a list, but got layers={layers!r}.")
+    return fields | {"layers": tuple(map(_read_block, layers))}
 
 
 def _read_block(value: object) -> BlockConfig:

@@ -2,12 +2,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from jax.sharding import NamedSharding, PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
 from .._checks import check_flag, check_positive, positive_float
 from .._dtypes import at_least_float32, default_dtype
+from .._explicit_axes import has_explicit_axes
 from ..layers import (
+    AbstractLinear,
     AbstractStack,
     Length,
     Linear,
@@ -38,7 +41,7 @@ class LanguageModel(eqx.Module):
     embedding: eqx.nn.Embedding
     layers: AbstractStack[PyTree]
     norm_f: Norm
-    lm_head: Linear | None
+    lm_head: AbstractLinear | None
     vocab_size: int = eqx.field(static=True)
     residual_in_fp32: bool = eqx.field(static=True)
     embedding_multiplier: float = eqx.field(static=True)
@@ -222,7 +225,7 @@ class LanguageModel(eqx.Module):
         """
         _check_tokens("backbone", tokens, 1)
         check_reset_and_length("LanguageModel", tokens.shape[0], reset, length)
-        x, state = self.layers.scan(self._embed(tokens), state, reset=reset, length=length)
+        x, state = self.layers.scan(self.embed(tokens), state, reset=reset, length=length)
         return jax.vmap(self.norm_f)(x), state
 
     def backbone_with_routes(
@@ -249,7 +252,7 @@ class LanguageModel(eqx.Module):
         _check_tokens("backbone_with_routes", tokens, 1)
         check_reset_and_length("LanguageModel", tokens.shape[0], reset, length)
         x, state, routes = self.layers.scan_with_routes(
-            self._embed(tokens), state, reset=reset, length=length
+            self.embed(tokens), state, reset=reset, length=length
         )
         return jax.vmap(self.norm_f)(x), state, routes
 
@@ -268,7 +271,7 @@ class LanguageModel(eqx.Module):
         **Raises:** `ValueError` as `step` does.
         """
         _check_tokens("backbone_step", token, 0)
-        x, state = self.layers.step(self._embed(token), state)
+        x, state = self.layers.step(self.embed(token), state)
         return self.norm_f(x), state
 
     def logits(
@@ -284,8 +287,11 @@ class LanguageModel(eqx.Module):
 
         The logits, of shape `(..., padded_vocab_size)`, at least in float32.
         """
-        weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        logits = product(weight, features.astype(weight.dtype), dtype=at_least_float32(weight))
+        if self.lm_head is None:
+            weight = self.embedding.weight
+            logits = product(weight, features.astype(weight.dtype), dtype=at_least_float32(weight))
+        else:
+            logits = self.lm_head(features, dtype=at_least_float32(self.lm_head.dtype))
         return scaled(logits, self.logits_multiplier)
 
     def hidden_states(
@@ -311,14 +317,21 @@ class LanguageModel(eqx.Module):
         """
         _check_tokens("hidden_states", tokens, 1)
         check_reset_and_length("LanguageModel", tokens.shape[0], reset, length)
-        hidden = self.layers.hidden_states(self._embed(tokens), reset=reset, length=length)
+        hidden = self.layers.hidden_states(self.embed(tokens), reset=reset, length=length)
         return jnp.concatenate([hidden, jax.vmap(self.norm_f)(hidden[-1])[None]])
 
-    def _embed(self, tokens: Integer[Array, "*seq"]) -> Float[Array, "*seq {self.d_model}"]:
+    def embed(self, tokens: Integer[Array, "*seq"]) -> Float[Array, "*seq {self.d_model}"]:
+        """Returns the residual stream before the first layer: the rows of the embedding, times
+        `embedding_multiplier`.
+
+        **Arguments:**
+
+        - `tokens`: token ids, of any shape.
+        """
         weight = self.embedding.weight
         dtype = at_least_float32(weight) if self.residual_in_fp32 else weight.dtype
         # JAX adds the number of rows to negative indices, which overflows in int16.
-        x = weight[tokens.astype(jnp.int32)].astype(dtype)
+        x = _rows(weight, tokens.astype(jnp.int32)).astype(dtype)
         return scaled(x, self.embedding_multiplier)
 
 
@@ -338,6 +351,20 @@ def check_vocab_size(vocab_size: int, padded_vocab_size: int | None) -> int:
             f"padded_vocab_size={padded_vocab_size} and vocab_size={vocab_size}."
         )
     return padded_vocab_size
+
+
+def _rows(
+    weight: Float[Array, "vocab d_model"], tokens: Integer[Array, "*seq"]
+) -> Float[Array, "*seq d_model"]:
+    """Returns the rows of an embedding, sharded as the tokens are."""
+    if not has_explicit_axes(tokens):
+        return weight[tokens]
+    # In a mesh with explicit axes, JAX does not derive the sharding of a gather.
+    if tokens.ndim == 0:
+        return _rows(weight, tokens[None])[0]
+    sharding = jax.typeof(tokens).sharding
+    sharding = NamedSharding(sharding.mesh, P(*sharding.spec, None))
+    return weight.at[tokens].get(out_sharding=sharding)
 
 
 def _check_tokens(verb: str, tokens: Array, ndim: int) -> None:

@@ -9,6 +9,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from ..layers import Linear, QuantizedLinear
+
 
 ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 _PARTS = (eqx.Module, *ARRAYS)
@@ -59,6 +61,11 @@ def _differences(
     """Yields the path of each difference, and a description of both sides."""
     if isinstance(want, ARRAYS) and got is None:
         return
+    if isinstance(got, QuantizedLinear) and isinstance(want, Linear):
+        # How a weight is stored is not a part of the config.
+        if got.weight is None:
+            return (yield from _differences(got.bias, want.bias, path=f"{path}.bias"))
+        got = eqx.filter_eval_shape(got.dequantized)
     if isinstance(want, ARRAYS) and isinstance(got, ARRAYS):
         # The models of an ensemble are stacked along leading axes, which a config does not have.
         if got.shape[max(0, len(got.shape) - len(want.shape)) :] != want.shape:

@@ -137,27 +137,99 @@ def test_cache_can_be_filled_to_capacity():
         np.testing.assert_allclose(y_t, want[t], rtol=0, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_exceeding_capacity_raises():
     state = LAYER.init_state(max_len=5)
-    with pytest.raises(ValueError, match=r"room for 5 tokens, but got 6 more.*init_state\(max_len"):
-        LAYER.scan(X, state)
-    with pytest.raises(ValueError, match="room for 5 tokens, but got 6 more"):
-        LAYER.scan(X, state, length=6)
+    for run in (LAYER.scan, scan):  # The shapes show it.
+        with pytest.raises(ValueError, match=r"room for 5 tokens, but got 6 more.*init_state\(max"):
+            run(X, state)
+        with pytest.raises(ValueError, match="room for 5 tokens, but got 6 more"):
+            run(X, state, length=6)
     full = scan(X[:5], state)[1]
     _, almost = scan(X[:4], state)
-    late = jnp.array([False, True])
     for run in (
-        lambda: eqx.filter_jit(LAYER.step)(X[0], full),
-        lambda: scan(X[:2], almost),
-        lambda: scan(X, state, length=jnp.array(6)),
-        lambda: scan(X[:2], full, reset=late),
-        lambda: eqx.filter_jit(jax.vmap(LAYER.step))(X[:2], pair(almost, full)),
-        lambda: eqx.filter_jit(many_steps)(state, 6),
-        lambda: eqx.filter_grad(lambda x: jnp.sum(scan(x, almost)[0]))(X[:2]),
+        lambda: LAYER.step(X[0], full),
+        lambda: LAYER.scan(X[:2], almost),
+        lambda: LAYER.scan(X, state, length=jnp.array(6)),
+        lambda: LAYER.scan(X[:2], full, reset=jnp.array([False, True])),
     ):
-        with pytest.raises(RuntimeError, match="room for 5 tokens since the last reset"):
-            jax.block_until_ready(run())
+        with pytest.raises(ValueError, match="room for 5 tokens since the last reset"):
+            run()
+
+
+@pytest.mark.filterwarnings("ignore")  # `vmap` of a method.
+def test_exceeding_capacity_in_compiled_code_is_nan():
+    step = eqx.filter_jit(LAYER.step)
+    state = LAYER.init_state(max_len=5)
+    full = scan(X[:5], state)[1]
+    _, almost = scan(X[:4], state)
+    y, lost = step(X[0], full)
+    assert np.isnan(y).all()
+    for later in (lost, mbx.layers.with_room(lost, 9), scan(X[:2], almost)[1]):
+        assert np.isnan(step(X[0], later)[0]).all()
+        larger = mbx.layers.with_room(later, 9)
+        assert np.isnan(scan(X[:2], larger)[0]).all()
+        # A reset forgets the dropped token too.
+        y, state_after = scan(X[:2], larger, reset=jnp.array([True, False]))
+        np.testing.assert_allclose(y, LAYER.scan(X[:2])[0], rtol=0, atol=1e-6)
+        assert np.isfinite(state_after.k).all()
+    y, _ = scan(X[:2], almost)
+    assert np.isnan(y).all(axis=1).tolist() == [False, True]
+    y, _ = scan(X, state, length=jnp.array(6))
+    assert np.isnan(y[5]).all()
+    y, _ = scan(X[:2], full, reset=jnp.array([False, True]))
+    assert np.isnan(y).all(axis=1).tolist() == [True, False]
+    y, _ = eqx.filter_jit(jax.vmap(LAYER.step))(X[:2], pair(almost, full))
+    assert np.isnan(y).all(axis=1).tolist() == [False, True]
+    assert np.isnan(eqx.filter_jit(many_steps)(state, 6).k[:, -1]).all()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_lost_tokens_do_not_outlive_a_reset(window):
+    """NaN in the past reaches the outputs of its document, and no others."""
+    options = {"rotary_emb_dim": 2, "d_conv": 2, "window": window}
+    layer = mbx.Attention(4, nheads=2, **options, key=jr.key(0))
+    run = eqx.filter_jit(layer.scan)
+    _, state = run(X[:4], layer.init_state(max_len=4))
+    bad = jax.tree.map(lambda leaf: leaf.at[:, 0].set(jnp.nan), (state.k, state.v))
+    bad = eqx.tree_at(lambda s: (s.k, s.v), state, bad)
+    reset = jnp.array([False, False, True, False])
+    for past in [bad] if window else [bad, run(X[:2], state)[1]]:
+        y, after = run(X[:4], past, reset=reset)
+        assert np.isnan(y).all(axis=1).tolist() == [True, True, False, False]
+        np.testing.assert_allclose(y[2:], layer.scan(X[2:4])[0], rtol=0, atol=1e-6)
+        assert all(np.isfinite(part).all() for part in (after.k, after.v))
+
+        def loss(qkv, past=past):
+            cache = (past.k, past.v, past.length)
+            return jnp.sum(ops.attention(*qkv, state=cache, reset=reset, window=window)[0][2:] ** 2)
+
+        qkv = [jnp.ones((4, 2, 2))] * 3
+        assert all(np.isfinite(leaf).all() for leaf in quick(jax.grad(loss))(qkv))
+    if window:  # The query sees two earlier tokens, so the third sees no NaN.
+        y, _ = run(X[:4], bad)
+        assert np.isnan(y).all(axis=1).tolist() == [True, True, False, False]
+
+
+def test_cache_without_room_drops_all_tokens():
+    state = LAYER.init_state(max_len=0)
+    y, stepped = eqx.filter_jit(LAYER.step)(X[0], state)
+    assert np.isnan(y).all()
+    y, scanned = scan(X[:3], state, reset=jnp.zeros(3, jnp.bool_))
+    assert np.isnan(y).all()
+    for lost in (stepped, scanned, pair(scanned, state)):
+        assert np.all(lost.overflowed == (lost.length > 0))
+        larger = mbx.layers.with_room(lost, 8)
+        missing = np.arange(8) < np.asarray(lost.length)[..., None]
+        np.testing.assert_array_equal(np.isnan(larger.k).all(axis=(-3, -1)), missing)
+    for lost in (stepped, scanned):
+        larger = mbx.layers.with_room(lost, 8)
+        assert np.isnan(scan(X[:2], larger)[0]).all()
+        assert np.isnan(eqx.filter_jit(LAYER.step)(X[0], larger)[0]).all()
+
+
+def test_rolling_cache_never_overflows():
+    layer = mbx.Attention(4, nheads=2, window=2, key=jr.key(0))
+    assert not layer.scan(X)[1].overflowed
 
 
 def pair(*states):

@@ -117,6 +117,7 @@ def test_forward_mode_matches_reverse_mode(name: str):
         assert_close(forward, jnp.sum(jnp.stack(jax.tree.leaves(products))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERTS)
 def test_mixture_is_weighted_sum_of_experts(name: str):
     """Every expert is an MLP of its own, and all are computed here."""

@@ -19,6 +19,7 @@ ATTENTION = mbx.Attention(4, nheads=2, rotary_emb_dim=2, key=jr.key(1))
 X = jr.normal(jr.key(2), (6, 4))
 
 
+@pytest.mark.slow
 def test_parallel_adds_scaled_outputs():
     layer = mbx.Parallel([MAMBA2, ATTENTION, MAMBA2], scales=(0.25, 3.0, 1.0))
     y, state = layer.scan(X, layer.init_state(max_len=9))

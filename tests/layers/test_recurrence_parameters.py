@@ -29,6 +29,7 @@ class Registered:
     actor: Any
     critic: Any
     log_rate: Any = dataclasses.field(default=None, metadata=mbx.layers.RECURRENCE)
+    choice: Any = dataclasses.field(default=None, metadata=mbx.layers.FLOAT32)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -65,7 +66,12 @@ PYTREES: dict[str, Any] = {
 def test_recurrences_are_found_below_any_node(name: str):
     """Masks and casts treat each leaf as they do in a tuple of the same models."""
     plain = (ACTOR, CRITIC)
-    for function in (mbx.recurrence_mask, training.decay_mask, dtypes_after_cast):
+    for function in (
+        mbx.recurrence_mask,
+        mbx.layers.float32_mask,
+        training.decay_mask,
+        dtypes_after_cast,
+    ):
         got = function(PYTREES[name])
         assert jax.tree.structure(got) == jax.tree.structure(PYTREES[name])
         assert jax.tree.leaves(got) == jax.tree.leaves(function(plain))
@@ -102,6 +108,10 @@ def test_step_sizes_of_bfloat16_mixers_are_float32(name: str):
         np.testing.assert_allclose(after.ssm, want, rtol=1e-6)
 
 
-def test_any_dataclass_may_declare_a_recurrence():
-    tree = Registered(jnp.ones(2), np.ones(2), log_rate=Pair(jnp.ones(2), jnp.ones(2)))
-    assert jax.tree.leaves(mbx.recurrence_mask(tree)) == [False, False, True, True]
+def test_any_dataclass_may_declare_its_parameters():
+    matrix = jnp.ones((2, 2))
+    tree = Registered(matrix, matrix, log_rate=Pair(matrix, matrix), choice=matrix)
+    assert jax.tree.leaves(mbx.recurrence_mask(tree)) == [False, False, True, True, False]
+    assert jax.tree.leaves(mbx.layers.float32_mask(tree)) == [False, False, True, True, True]
+    assert jax.tree.leaves(dtypes_after_cast(tree)) == ["bfloat16"] * 2 + ["float32"] * 3
+    assert jax.tree.leaves(training.decay_mask(tree)) == [True, True, False, False, True]

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax import export
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -12,7 +13,7 @@ from ..._dtypes import default_dtype
 from .._arguments import check_token, checked_sequence, checked_state
 from .._cache import AbstractCache
 from .._conv import CausalConv1d
-from .._linear import Linear
+from .._linear import AbstractLinear, Linear
 from .._protocol import AbstractSequenceLayer, Length, Reset
 from ._validation import check_attention
 
@@ -37,19 +38,32 @@ class KVCache(AbstractCache):
     length: Int[Array, ""]
     rolling: bool = eqx.field(static=True)
 
+    @property
+    def overflowed(self) -> Bool[Array, "*batch"]:
+        """Whether the cache got more tokens than it has room for, so that the outputs since then
+        are NaN.
+
+        Compiled functions cannot raise an error then. Check this after them, and before
+        `with_room`: the argmax of NaN logits is a token like any other. False with a window.
+        """
+        return (self.length > self.k.shape[-2]) & (not self.rolling)
+
     def with_room(self, max_len: int) -> "KVCache":
         """See [`mamba_eqx.layers.AbstractCache.with_room`][]. A rolling cache never fills and is
-        returned unchanged.
+        returned unchanged. In one that has overflowed, the tokens that were dropped become NaN.
 
         **Raises:** `ValueError` if `max_len` is not an integer of at least 0.
         """
         check_count("max_len", max_len, least=0)
-        more = max_len - self.k.shape[-2]
+        room = self.k.shape[-2]
+        more = max_len - room
         if self.rolling or more <= 0:
             return self
         # Axes are counted from the end, because a batch or a stack adds leading axes.
         widths = [(0, 0)] * (self.k.ndim - 2) + [(0, more), (0, 0)]
-        longer = [jnp.pad(array, widths) for array in (self.k, self.v)]
+        slot = jnp.arange(max_len)
+        dropped = ((slot >= room) & (slot < self.length[..., None]))[..., None, :, None]
+        longer = [jnp.where(dropped, jnp.nan, jnp.pad(array, widths)) for array in (self.k, self.v)]
         return eqx.tree_at(lambda cache: [cache.k, cache.v], self, longer)
 
 
@@ -73,16 +87,20 @@ class Attention(AbstractSequenceLayer[KVCache]):
 
     The official module differs in two points. With a convolution, its `step` mistakes the
     convolution's outputs over the prompt for its inputs. And it can write past the end of its
-    cache, which raises an error here.
+    cache. Here that is a `ValueError` where the number of tokens in the cache is known. Inside
+    `jax.jit`, `jax.vmap` and [`mamba_eqx.Stacked`][] it is not: there the output is NaN, as are all
+    later outputs from that cache, even after `with_room`, until a reset, and
+    `KVCache.overflowed` is true. (An error at run time would be a call of Python, with which no
+    program can be exported, compiled for another device, or kept in the compilation cache.)
 
     Reference: Vaswani et al., *Attention is all you need* (2017); Shazeer, *Fast transformer
     decoding* (2019) and Ainslie et al., *GQA* (2023), for fewer heads of keys and values; official
     `mamba_ssm.modules.mha.MHA`.
     """
 
-    in_proj: Linear
+    in_proj: AbstractLinear
     conv1d: CausalConv1d | None
-    out_proj: Linear
+    out_proj: AbstractLinear
     d_model: int = eqx.field(static=True)
     nheads: int = eqx.field(static=True)
     nheads_kv: int = eqx.field(static=True)
@@ -205,11 +223,11 @@ class Attention(AbstractSequenceLayer[KVCache]):
             )
         if not export.is_symbolic_dim(room):
             check_count("max_len", room, least=0)
-        empty = jnp.zeros((self.nheads_kv, room, self.headdim), self.in_proj.weight.dtype)
+        shape = (self.nheads_kv, room, self.headdim)
         return KVCache(
             conv=None if self.conv1d is None else self.conv1d.init_state(),
-            k=empty,
-            v=empty,
+            k=jnp.zeros(shape, self.in_proj.dtype),
+            v=jnp.zeros(shape, self.in_proj.dtype),
             length=jnp.zeros((), jnp.int32),
             rolling=self.window is not None,
         )
@@ -233,10 +251,11 @@ class Attention(AbstractSequenceLayer[KVCache]):
         start = 0
         if state is not None:
             state = self._checked(state)
-            start = self._length_with_room_for(state, x.shape[0], reset, length)
+            start = state.length
+            self._check_room(state, x.shape[0], reset, length)
             conv, cache = state.conv, (state.k, state.v, start)
         positions = ops.document_positions(x.shape[0], start=start, reset=reset, length=length)
-        qkv = self.in_proj(x.astype(self.in_proj.weight.dtype))
+        qkv = self.in_proj(x)
         if self.conv1d is not None:
             qkv, conv = self.conv1d.scan(qkv, conv, reset=reset, length=length)
         y, (k, v, end) = ops.attention(
@@ -258,8 +277,8 @@ class Attention(AbstractSequenceLayer[KVCache]):
         state = self._checked(state)
         conv, start = state.conv, state.length
         if self.window is None:
-            start = _error_if_full(start, start >= state.k.shape[1], state.k.shape[1])
-        qkv = self.in_proj(x.astype(self.in_proj.weight.dtype))
+            _raise_if_full(start >= state.k.shape[1], state.k.shape[1])
+        qkv = self.in_proj(x)
         if self.conv1d is not None and conv is not None:
             qkv, conv = self.conv1d.step(qkv, conv)
         y, (k, v, end) = ops.attention_step(
@@ -275,23 +294,22 @@ class Attention(AbstractSequenceLayer[KVCache]):
         room = state.k.shape[-2] if isinstance(state, KVCache) and state.k.ndim > 1 else 1
         return checked_state(self, state, max_len=room)
 
-    def _length_with_room_for(
+    def _check_room(
         self, state: KVCache, seq: int, reset: Array | None, length: Array | int | None
-    ) -> Int[Array, ""]:
-        """Returns the number of tokens in the cache, after checking that `seq` more fit."""
+    ) -> None:
+        """Raises if `seq` more tokens are known not to fit into the cache."""
         room = state.k.shape[1]
         if self.window is not None or seq == 0:
-            return state.length
-        if reset is None and isinstance(length, int | None):
-            more = seq if length is None else length
-            if more > room:
-                raise ValueError(
-                    f"The cache given to `Attention` has room for {room} tokens, but got {more} "
-                    "more tokens. Start from `init_state(max_len=...)` with a larger `max_len`."
-                )
+            return
+        more = seq if length is None else length  # A symbolic length is not an integer.
+        if reset is None and isinstance(more, int) and more > room:
+            raise ValueError(
+                f"The cache given to `Attention` has room for {room} tokens, but got {more} "
+                "more tokens. Start from `init_state(max_len=...)` with a larger `max_len`."
+            )
         positions = ops.document_positions(seq, start=state.length, reset=reset, length=length)
         positions = ops.fill_padding(ops.real_tokens(seq, length), positions, 0)
-        return _error_if_full(state.length, jnp.max(positions) >= room, room)
+        _raise_if_full(jnp.max(positions) >= room, room)
 
     # The methods below accept one token or a sequence of tokens.
 
@@ -321,12 +339,11 @@ class Attention(AbstractSequenceLayer[KVCache]):
         return self.out_proj(y.reshape(*y.shape[:-2], self.nheads * self.headdim))
 
 
-def _error_if_full(length: Int[Array, ""], full: Bool[Array, ""], room: int) -> Int[Array, ""]:
-    """Returns `length`, or raises an error at run time if `full` is true."""
-    return eqx.error_if(
-        length,
-        full,
-        f"A cache of `Attention` is full: it has room for {room} tokens since the last reset. "
-        "Start from `init_state(max_len=...)` with a larger `max_len`, or enlarge the cache with "
-        "`cache.with_room(max_len)`.",
-    )
+def _raise_if_full(full: Bool[Array, ""], room: int) -> None:
+    """Raises if `full` is true. Nothing is raised while JAX traces, when values are unknown."""
+    if not isinstance(full, Tracer) and bool(full):
+        raise ValueError(
+            f"A cache of `Attention` is full: it has room for {room} tokens since the last reset. "
+            "Start from `init_state(max_len=...)` with a larger `max_len`, or enlarge the cache "
+            "with `cache.with_room(max_len)`."
+        )

@@ -14,7 +14,7 @@ from ..._dtypes import at_least_float32, default_dtype
 from .._arguments import check_token, checked_sequence, checked_state
 from .._conv import CausalConv1d
 from .._initialisers import init_heads
-from .._linear import Linear
+from .._linear import AbstractLinear, Linear
 from .._norm import GatedRMSNorm
 from .._protocol import AbstractSequenceLayer, Length, Reset
 from .._recurrence_parameters import RECURRENCE
@@ -81,12 +81,12 @@ class GatedDeltaNet(AbstractSequenceLayer[GatedDeltaNetState]):
     (2025); `Qwen3NextGatedDeltaNet` of transformers.
     """
 
-    in_proj: Linear
+    in_proj: AbstractLinear
     conv1d: CausalConv1d
     dt_bias: Float[Array, " {self.nheads}"] = eqx.field(metadata=RECURRENCE)
     A_log: Float[Array, " {self.nheads}"] = eqx.field(metadata=RECURRENCE)
     norm: GatedRMSNorm
-    out_proj: Linear
+    out_proj: AbstractLinear
     d_model: int = eqx.field(static=True)
     d_inner: int = eqx.field(static=True)
     d_state: int = eqx.field(static=True)
@@ -188,7 +188,7 @@ class GatedDeltaNet(AbstractSequenceLayer[GatedDeltaNetState]):
 
     def init_state(self, *, max_len: int | None = None) -> GatedDeltaNetState:
         """Returns zeros. `max_len` is ignored."""
-        ssm_dtype = at_least_float32(self.in_proj.weight, self.A_log)
+        ssm_dtype = at_least_float32(self.in_proj.dtype, self.A_log)
         return GatedDeltaNetState(
             conv=self.conv1d.init_state(),
             ssm=jnp.zeros((self.nheads, self.d_state, self.headdim), ssm_dtype),
@@ -228,7 +228,7 @@ class GatedDeltaNet(AbstractSequenceLayer[GatedDeltaNetState]):
     # The methods below accept one token or a sequence of tokens.
 
     def _project(self, x: Float[Array, "*seq {self.d_model}"]) -> _Projected:
-        projected = self.in_proj(x.astype(self.in_proj.weight.dtype))
+        projected = self.in_proj(x)
         channels, nheads = self.conv1d.d_model, self.nheads
         ends = [channels, channels + self.d_inner, channels + self.d_inner + nheads]
         return _Projected(*jnp.split(projected, ends, axis=-1))

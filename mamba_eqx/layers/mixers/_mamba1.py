@@ -1,4 +1,4 @@
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -12,8 +12,9 @@ from ..._checks import to_python
 from ..._dtypes import at_least_float32, default_dtype
 from .._arguments import check_token, checked_sequence, checked_state
 from .._conv import CausalConv1d
+from .._gate import gated, silu
 from .._initialisers import init_dt_bias
-from .._linear import Linear
+from .._linear import AbstractLinear, Linear
 from .._protocol import AbstractSequenceLayer, Length, Reset
 from .._recurrence_parameters import RECURRENCE
 from ._validation import check_dt, check_mamba1
@@ -30,6 +31,23 @@ class Mamba1State(eqx.Module):
 
     conv: Float[Array, "lag d_inner"]
     ssm: Float[Array, "d_state d_inner"]
+
+
+class Mamba1Selection(NamedTuple):
+    """What [`mamba_eqx.Mamba1`][] computes from its input before the recurrence.
+
+    - `u`, `dt`, `B`, `C`: the arguments of [`mamba_eqx.ops.selective_scan`][], of the shapes
+        `(seq, d_inner)`, twice, and `(seq, d_state)`, twice.
+    - `z`: the gate, shape `(seq, d_inner)`.
+    - `conv`: the state of the convolution after the last real token, shape `(d_conv - 1, d_inner)`.
+    """
+
+    u: Float[Array, "seq d_inner"]
+    dt: Float[Array, "seq d_inner"]
+    B: Float[Array, "seq d_state"]
+    C: Float[Array, "seq d_state"]
+    z: Float[Array, "seq d_inner"]
+    conv: Float[Array, "lag d_inner"]
 
 
 class Mamba1(AbstractSequenceLayer[Mamba1State]):
@@ -64,17 +82,17 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
     (2023), section 3; official `mamba_ssm.modules.mamba_simple.Mamba`.
     """
 
-    in_proj: Linear
+    in_proj: AbstractLinear
     conv1d: CausalConv1d
-    x_proj: Linear
+    x_proj: AbstractLinear
     dt_norm: eqx.nn.RMSNorm | None
     B_norm: eqx.nn.RMSNorm | None
     C_norm: eqx.nn.RMSNorm | None
-    dt_proj: Linear
+    dt_proj: AbstractLinear
     dt_bias: Float[Array, " {self.d_inner}"] = eqx.field(metadata=RECURRENCE)
     A_log: Float[Array, "{self.d_inner} {self.d_state}"] = eqx.field(metadata=RECURRENCE)
     D: Float[Array, " {self.d_inner}"] = eqx.field(metadata=RECURRENCE)
-    out_proj: Linear
+    out_proj: AbstractLinear
     d_model: int = eqx.field(static=True)
     d_inner: int = eqx.field(static=True)
     d_state: int = eqx.field(static=True)
@@ -181,7 +199,7 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
 
     def init_state(self, *, max_len: int | None = None) -> Mamba1State:
         """Returns zeros. `max_len` is ignored."""
-        ssm_dtype = at_least_float32(self.in_proj.weight, self.A_log)
+        ssm_dtype = at_least_float32(self.in_proj.dtype, self.A_log)
         return Mamba1State(
             conv=self.conv1d.init_state(),
             ssm=jnp.zeros((self.d_state, self.d_inner), ssm_dtype),
@@ -197,17 +215,40 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
         length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], Mamba1State]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
+        state = checked_state(self, state)
+        u, dt, B, C, z, conv = self.select(x, state, reset=reset, length=length)
+        y, ssm = ops.selective_scan(
+            u, dt, self.A, B, C, self.D, state=state.ssm, reset=reset, length=length
+        )
+        out = self.out_proj(gated(y, z))
+        return out.astype(x.dtype), Mamba1State(conv, ssm)
+
+    def select(
+        self,
+        x: Float[Array, "seq {self.d_model}"],
+        state: Mamba1State | None = None,
+        *,
+        reset: Reset = None,
+        length: Length = None,
+    ) -> Mamba1Selection:
+        """Computes the inputs of the recurrence, as `scan` does.
+
+        **Arguments:** as for `scan`.
+
+        **Returns:**
+
+        A [`mamba_eqx.layers.Mamba1Selection`][].
+
+        **Raises:** `ValueError` as `scan` does.
+        """
         x = checked_sequence("Mamba1", self.d_model, x, reset, length)
         state = checked_state(self, state)
         u, z = self._project(x)
         u, conv = self.conv1d.scan(u, state.conv, reset=reset, length=length)
-        u = jax.nn.silu(u)
+        u = silu(u)
         dt, B, C = self._select(u)
-        y, ssm = ops.selective_scan(
-            u, dt, self.A, B, C, self.D, state=state.ssm, reset=reset, length=length
-        )
-        out = self.out_proj(y * jax.nn.silu(z))
-        return out.astype(x.dtype), Mamba1State(conv, ssm)
+        # The op returns the dtype of its input: `out_proj` rounds, once, what it reads.
+        return Mamba1Selection(u.astype(state.ssm.dtype), dt, B, C, z, conv)
 
     @jax.named_scope("mamba_eqx.Mamba1.step")
     def step(
@@ -218,10 +259,11 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
         state = checked_state(self, state)
         u, z = self._project(x)
         u, conv = self.conv1d.step(u, state.conv)
-        u = jax.nn.silu(u)
+        u = silu(u)
         dt, B, C = self._select(u)
+        u = u.astype(state.ssm.dtype)
         y, ssm = ops.selective_scan_step(u, dt, self.A, B, C, self.D, state=state.ssm)
-        out = self.out_proj(y * jax.nn.silu(z))
+        out = self.out_proj(gated(y, z))
         return out.astype(x.dtype), Mamba1State(conv, ssm)
 
     # The methods below accept one token or a sequence of tokens.
@@ -229,7 +271,7 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
     def _project(
         self, x: Float[Array, "*seq {self.d_model}"]
     ) -> tuple[Float[Array, "*seq {self.d_inner}"], Float[Array, "*seq {self.d_inner}"]]:
-        u, z = jnp.split(self.in_proj(x.astype(self.in_proj.weight.dtype)), 2, axis=-1)
+        u, z = jnp.split(self.in_proj(x), 2, axis=-1)
         return u, z
 
     def _select(
@@ -242,7 +284,7 @@ class Mamba1(AbstractSequenceLayer[Mamba1State]):
         ends = [self.dt_rank, self.dt_rank + self.d_state]
         dt, B, C = jnp.split(self.x_proj(u), ends, axis=-1)
         dt, B, C = _normed(self.dt_norm, dt), _normed(self.B_norm, B), _normed(self.C_norm, C)
-        dt = self.dt_proj(dt).astype(self.dt_bias.dtype) + self.dt_bias
+        dt = self.dt_proj(dt, dtype=self.dt_bias.dtype) + self.dt_bias
         return jax.nn.softplus(dt), B, C
 
 

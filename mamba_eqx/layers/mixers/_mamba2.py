@@ -14,8 +14,9 @@ from ..._checks import to_python
 from ..._dtypes import at_least_float32, default_dtype
 from .._arguments import check_token, checked_sequence, checked_state
 from .._conv import CausalConv1d
+from .._gate import gated, silu
 from .._initialisers import init_heads
-from .._linear import Linear
+from .._linear import AbstractLinear, Linear
 from .._norm import GatedRMSNorm
 from .._protocol import AbstractSequenceLayer, Length, Reset
 from .._recurrence_parameters import RECURRENCE
@@ -54,6 +55,26 @@ class _Selected(NamedTuple):
     C: Float[Array, "*seq ngroups d_state"]
 
 
+class Mamba2Selection(NamedTuple):
+    """What [`mamba_eqx.Mamba2`][] computes from its input before the recurrence.
+
+    - `u`, `dt`, `B`, `C`: the arguments of [`mamba_eqx.ops.ssd`][], of the shapes
+        `(seq, nheads, headdim)`, `(seq, nheads)`, and `(seq, ngroups, d_state)`, twice.
+    - `z`: the gate, shape `(seq, d_ssm)`.
+    - `mlp`: the gate and the values of the MLP, shape `(seq, 2 * (d_inner - d_ssm))`.
+    - `conv`: the state of the convolution after the last real token, shape
+        `(d_conv - 1, channels)`.
+    """
+
+    u: Float[Array, "seq nheads headdim"]
+    dt: Float[Array, "seq nheads"]
+    B: Float[Array, "seq ngroups d_state"]
+    C: Float[Array, "seq ngroups d_state"]
+    z: Float[Array, "seq d_ssm"]
+    mlp: Float[Array, "seq d_mlp"]
+    conv: Float[Array, "lag channels"]
+
+
 class Mamba2(AbstractSequenceLayer[Mamba2State]):
     r"""The Mamba-2 mixer: a gated, selective state-space model with one rate of decay per head.
 
@@ -88,7 +109,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
     `mamba_ssm.modules.mamba2.Mamba2`.
     """
 
-    in_proj: Linear
+    in_proj: AbstractLinear
     conv1d: CausalConv1d
     dt_bias: Float[Array, " {self.nheads}"] = eqx.field(metadata=RECURRENCE)
     A_log: Float[Array, " {self.nheads}"] = eqx.field(metadata=RECURRENCE)
@@ -96,7 +117,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         metadata=RECURRENCE
     )
     norm: GatedRMSNorm | None
-    out_proj: Linear
+    out_proj: AbstractLinear
     d_model: int = eqx.field(static=True)
     d_inner: int = eqx.field(static=True)
     d_ssm: int = eqx.field(static=True)
@@ -249,7 +270,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
 
     def init_state(self, *, max_len: int | None = None) -> Mamba2State:
         """Returns zeros. `max_len` is ignored."""
-        ssm_dtype = at_least_float32(self.in_proj.weight, self.A_log)
+        ssm_dtype = at_least_float32(self.in_proj.dtype, self.A_log)
         return Mamba2State(
             conv=self.conv1d.init_state(),
             ssm=jnp.zeros((self.d_state, self.nheads, self.headdim), ssm_dtype),
@@ -265,13 +286,34 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         length: Length = None,
     ) -> tuple[Float[Array, "seq {self.d_model}"], Mamba2State]:
         """See [`mamba_eqx.AbstractSequenceLayer.scan`][]."""
+        state = checked_state(self, state)
+        u, dt, B, C, z, mlp, conv = self.select(x, state, reset=reset, length=length)
+        y, ssm = ops.ssd(u, dt, self.A, B, C, self.D, state=state.ssm, reset=reset, length=length)
+        return self._emit(y, z, mlp).astype(x.dtype), Mamba2State(conv, ssm)
+
+    def select(
+        self,
+        x: Float[Array, "seq {self.d_model}"],
+        state: Mamba2State | None = None,
+        *,
+        reset: Reset = None,
+        length: Length = None,
+    ) -> Mamba2Selection:
+        """Computes the inputs of the recurrence, as `scan` does.
+
+        **Arguments:** as for `scan`.
+
+        **Returns:**
+
+        A [`mamba_eqx.layers.Mamba2Selection`][].
+
+        **Raises:** `ValueError` as `scan` does.
+        """
         x = checked_sequence("Mamba2", self.d_model, x, reset, length)
         state = checked_state(self, state)
         mlp, z, uBC, dt = self._project(x)
         uBC, conv = self.conv1d.scan(uBC, state.conv, reset=reset, length=length)
-        u, dt, B, C = self._select(uBC, dt)
-        y, ssm = ops.ssd(u, dt, self.A, B, C, self.D, state=state.ssm, reset=reset, length=length)
-        return self._emit(y, z, mlp).astype(x.dtype), Mamba2State(conv, ssm)
+        return Mamba2Selection(*self._select(uBC, dt), z, mlp, conv)
 
     @jax.named_scope("mamba_eqx.Mamba2.step")
     def step(
@@ -289,7 +331,7 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
     # The methods below accept one token or a sequence of tokens.
 
     def _project(self, x: Float[Array, "*seq {self.d_model}"]) -> _Projected:
-        projected = self.in_proj(x.astype(self.in_proj.weight.dtype))
+        projected = self.in_proj(x)
         end_of_mlp = 2 * (self.d_inner - self.d_ssm)
         if set(self.ssm_multipliers) != {1}:
             groups = self.ngroups * self.d_state
@@ -303,8 +345,10 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         self, uBC: Float[Array, "*seq channels"], dt: Float[Array, "*seq {self.nheads}"]
     ) -> _Selected:
         ends = [self.d_ssm, self.d_ssm + self.ngroups * self.d_state]
-        u, B, C = jnp.split(jax.nn.silu(uBC), ends, axis=-1)
+        u, B, C = jnp.split(silu(uBC), ends, axis=-1)
         dt = jax.nn.softplus(dt.astype(self.dt_bias.dtype) + self.dt_bias)
+        # The op returns the dtype of its input: `out_proj` rounds, once, what it reads.
+        u = u.astype(at_least_float32(u, self.A_log))
         return _Selected(
             u=u.reshape(*u.shape[:-1], self.nheads, self.headdim),
             dt=jnp.clip(dt, *self.dt_limit),
@@ -319,8 +363,8 @@ class Mamba2(AbstractSequenceLayer[Mamba2State]):
         mlp: Float[Array, "*seq d_mlp"],
     ) -> Float[Array, "*seq {self.d_model}"]:
         y = y.reshape(z.shape)
-        y = y * jax.nn.silu(z) if self.norm is None else self.norm(y, z)
+        y = gated(y, z) if self.norm is None else self.norm(y, z)
         if self.d_ssm < self.d_inner:
             gate, value = jnp.split(mlp, 2, axis=-1)
-            y = jnp.concatenate([jax.nn.silu(gate) * value, y], axis=-1)
+            y = jnp.concatenate([gated(value, gate), y], axis=-1)
         return self.out_proj(y)

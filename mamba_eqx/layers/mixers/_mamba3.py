@@ -13,7 +13,7 @@ from ..._checks import to_python
 from ..._dtypes import at_least_float32, default_dtype
 from .._arguments import check_token, checked_sequence, checked_state
 from .._initialisers import init_dt_bias
-from .._linear import Linear
+from .._linear import AbstractLinear, Linear
 from .._norm import GatedRMSNorm
 from .._protocol import AbstractSequenceLayer, Length, Reset
 from .._recurrence_parameters import RECURRENCE
@@ -108,7 +108,7 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
     Modeling using State Space Principles* (2026); official `mamba_ssm.modules.mamba3.Mamba3`.
     """
 
-    in_proj: Linear
+    in_proj: AbstractLinear
     dt_bias: Float[Array, " {self.nheads}"] = eqx.field(metadata=RECURRENCE)
     B_bias: Float[Array, "{self.nheads} {self.rank} {self.d_state}"]
     C_bias: Float[Array, "{self.nheads} {self.rank} {self.d_state}"]
@@ -119,7 +119,7 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
     mimo_o: Float[Array, "{self.nheads} {self.rank} {self.headdim}"] | None
     D: Float[Array, " {self.nheads}"] = eqx.field(metadata=RECURRENCE)
     norm: GatedRMSNorm | None
-    out_proj: Linear
+    out_proj: AbstractLinear
     d_model: int = eqx.field(static=True)
     d_inner: int = eqx.field(static=True)
     d_state: int = eqx.field(static=True)
@@ -262,7 +262,7 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
 
     def init_state(self, *, max_len: int | None = None) -> Mamba3State:
         """Returns zeros. `max_len` is ignored."""
-        dtype = at_least_float32(self.in_proj.weight, self.dt_bias)
+        dtype = at_least_float32(self.in_proj.dtype, self.dt_bias)
         return Mamba3State(
             angle=jnp.zeros((self.nheads, self.pairs), dtype),
             ssm=jnp.zeros((self.nheads, self.headdim, self.d_state), dtype),
@@ -330,7 +330,7 @@ class Mamba3(AbstractSequenceLayer[Mamba3State]):
     # The methods below accept one token or a sequence of tokens.
 
     def _project(self, x: Float[Array, "*seq {self.d_model}"]) -> _Projected:
-        projected = self.in_proj(x.astype(self.in_proj.weight.dtype))
+        projected = self.in_proj(x)
         ends = [sum(self._sizes[:i]) for i in range(1, len(self._sizes))]
         z, u, B, C, dt, a, trap, angles = jnp.split(projected, ends, axis=-1)
         z, u = (t.reshape(*t.shape[:-1], self.nheads, self.headdim) for t in (z, u))

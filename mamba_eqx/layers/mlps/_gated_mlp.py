@@ -7,7 +7,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..._checks import check_flag, check_positive, positive_float
 from ..._dtypes import default_dtype
-from .._linear import Linear
+from .._gate import gated
+from .._linear import AbstractLinear, Linear
 from .._scaled import scaled
 from ._protocol import AbstractMLP
 
@@ -23,8 +24,8 @@ class GatedMLP(AbstractMLP):
     `mamba_ssm.modules.mlp.GatedMLP`.
     """
 
-    fc1: Linear
-    fc2: Linear
+    fc1: AbstractLinear
+    fc2: AbstractLinear
     d_model: int = eqx.field(static=True)
     d_intermediate: int = eqx.field(static=True)
     gate_multiplier: float = eqx.field(static=True)
@@ -76,6 +77,6 @@ class GatedMLP(AbstractMLP):
         self, x: Float[Array, "*seq {self.d_model}"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*seq {self.d_model}"]:
         """See [`mamba_eqx.layers.AbstractMLP`][]."""
-        a, g = jnp.split(self.fc1(x.astype(self.fc1.weight.dtype)), 2, axis=-1)
-        y = self.fc2(a * jax.nn.silu(scaled(g, self.gate_multiplier)))
+        a, g = jnp.split(self.fc1(x), 2, axis=-1)
+        y = self.fc2(gated(a, scaled(g, self.gate_multiplier)))
         return scaled(y, self.out_multiplier).astype(x.dtype)

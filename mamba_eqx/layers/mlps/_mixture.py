@@ -8,8 +8,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ... import ops
 from ..._checks import check_positive, to_python
 from ..._dtypes import default_dtype
+from ..._explicit_axes import with_derived_shardings
 from .._initialisers import uniform
-from .._linear import Linear
+from .._linear import AbstractLinear, Linear
 from ._gated_mlp import GatedMLP
 from ._mlp import MLP
 from ._protocol import AbstractMLP
@@ -39,10 +40,10 @@ class MixtureOfExperts(AbstractMLP):
     """
 
     router: Router
-    fc1_latent: Linear | None
+    fc1_latent: AbstractLinear | None
     fc1: Float[Array, "n_experts fc1_features d_expert"]
     fc2: Float[Array, "n_experts d_expert d_intermediate"]
-    fc2_latent: Linear | None
+    fc2_latent: AbstractLinear | None
     shared: GatedMLP | MLP | None
     d_model: int = eqx.field(static=True)
     d_intermediate: int = eqx.field(static=True)
@@ -164,7 +165,8 @@ class MixtureOfExperts(AbstractMLP):
         routes = self.router(x)
         tokens = x.astype(self.fc1.dtype)
         latent = tokens if self.fc1_latent is None else self.fc1_latent(tokens)
-        y = self._experts(latent, routes)
+        experts = lambda x, routes, self: self._experts(x, routes)
+        y = with_derived_shardings(experts, latent, routes, self)
         y = y if self.fc2_latent is None else self.fc2_latent(y)
         y = y if self.shared is None else y + self.shared(tokens)
         return y.astype(x.dtype), routes

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..._checks import check_flag, check_positive
 from ..._dtypes import default_dtype
-from .._linear import Linear
+from .._linear import AbstractLinear, Linear
 from ._protocol import AbstractMLP
 
 
@@ -20,8 +20,8 @@ class MLP(AbstractMLP):
     (2021); the MLP of Nemotron-H.
     """
 
-    fc1: Linear
-    fc2: Linear
+    fc1: AbstractLinear
+    fc2: AbstractLinear
     d_model: int = eqx.field(static=True)
     d_intermediate: int = eqx.field(static=True)
 
@@ -63,5 +63,5 @@ class MLP(AbstractMLP):
         self, x: Float[Array, "*seq {self.d_model}"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*seq {self.d_model}"]:
         """See [`mamba_eqx.layers.AbstractMLP`][]."""
-        hidden = jax.nn.relu(self.fc1(x.astype(self.fc1.weight.dtype)))
+        hidden = jax.nn.relu(self.fc1(x))
         return self.fc2(hidden * hidden).astype(x.dtype)

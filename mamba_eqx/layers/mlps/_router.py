@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ..._checks import check_positive, to_python
 from ..._dtypes import at_least_float32, default_dtype
 from .._initialisers import uniform
-from .._recurrence_parameters import RECURRENCE
+from .._recurrence_parameters import FLOAT32
 from ._validation import Routing, check_routing
 
 
@@ -57,12 +57,12 @@ class Router(eqx.Module):
 
     Everything is computed in float32 (float64 if the tokens are), and the parameters stay in
     float32 like those of recurrences (see [`mamba_eqx.cast`][]): where two experts are close, a
-    rounding error decides between them. `correction_bias` has no gradient. It is meant to be
-    updated after a training step, towards the experts with few tokens.
+    rounding error decides between them. `correction_bias` has no gradient;
+    [`mamba_eqx.training.update_correction_bias`][] updates it after a training step.
     """
 
-    weight: Float[Array, "n_experts d_model"] = eqx.field(metadata=RECURRENCE)
-    correction_bias: Float[Array, " n_experts"] | None = eqx.field(metadata=RECURRENCE)
+    weight: Float[Array, "n_experts d_model"] = eqx.field(metadata=FLOAT32)
+    correction_bias: Float[Array, " n_experts"] | None = eqx.field(metadata=FLOAT32)
     n_experts: int = eqx.field(static=True)
     top_k: int = eqx.field(static=True)
     routing: Routing = eqx.field(static=True)
