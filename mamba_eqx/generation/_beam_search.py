@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._checks import check_count
 from ..models import LanguageModel
+from ._model import separated
 from ._prefill import prefill_rows
 from ._prompts import Prompt, read_prompt
 from ._result import FinishReason, check_finite
@@ -28,6 +29,7 @@ _UNSUPPORTED = (
     "typical_p",
     "penalties",
     "logit_bias",
+    "constraint",
     "stop_strings",
 )
 
@@ -112,7 +114,7 @@ def beam_search(
     stop = stop.at[read_stop_tokens(sampling, model.vocab_size, None)].set(True)
     begin = prefill_rows(model, rows, state, room=max_new_tokens)
     exponent = jnp.asarray(length_penalty, jnp.float32)
-    beams = _search(model, fork(begin, num_beams), stop, exponent, max_new_tokens)
+    beams = _search(separated(model), fork(begin, num_beams), stop, exponent, max_new_tokens)
     check_finite(beams.finish, begin.position + jnp.max(beams.length) + 1, "beam")
     return beams
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .._checks import check_count
 from ..models import LanguageModel
+from ._model import separated
 from ._options import Options
 from ._prefill import compiled_size, prefill_rows
 from ._prompts import Rows
@@ -91,7 +92,7 @@ def start_drafting(
         # The draft model has no state for the text before `state`, except for its last token.
         seen = prompt if state is None else np.append(np.asarray(state.token), prompt)
         read = prefill_rows(draft, Rows([seen], batched=False), None, room=room)
-        return Drafting(_ModelDrafter(draft), read.layers)
+        return Drafting(_ModelDrafter(separated(draft)), read.layers)
     past = prompt if state is None else np.append(np.asarray(state.recent), prompt)
     return Drafting(_LookupDrafter(draft.ngram, vocab_size), _History.before_last(past, room))
 

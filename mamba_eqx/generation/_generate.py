@@ -3,14 +3,17 @@ from jaxtyping import PRNGKeyArray
 
 from .._checks import check_count
 from ..models import LanguageModel
+from ._constrained import begin, compiled_constraint, matching_for
 from ._loop import Cursor, Decoded, decode, trim
+from ._model import separated
 from ._options import options_for
 from ._prefill import compiled_size, prefill_rows
 from ._prompts import Mask, Prompt, Prompts, read_prompt, read_prompts
 from ._result import Generation, check_finite
 from ._sampling import Sampling
 from ._state import DecodingState
-from ._stream import Stream
+from ._stream import Stream, asking
+from .constraints import HostConstraint
 
 
 def generate(
@@ -57,16 +60,22 @@ def generate(
 
     **Raises:** `ValueError` for token ids outside the vocabulary, an empty prompt without a
     `state`, options that do not fit the model or the number of rows, a positive temperature
-    without a key, or logits that are not finite (see
+    without a key, a constraint that only Python can run, or logits that are not finite (see
     [`mamba_eqx.generation.FinishReason`][]).
     """
     check_count("max_new_tokens", max_new_tokens)
     rows = read_prompts(model.vocab_size, prompts, mask, state)
     options = options_for(sampling, model.vocab_size, rows.size, key)
-    begin = prefill_rows(model, rows, state, room=max_new_tokens, window=options.window)
-    cursor = Cursor(begin, options.stopping.start(begin.token.shape))
+    constraint = compiled_constraint("generate", sampling, model.vocab_size)
+    start = prefill_rows(model, rows, state, room=max_new_tokens, window=options.window)
+    cursor = Cursor(
+        start,
+        options.stopping.start(start.token.shape),
+        begin(constraint, options.bias, rows.size),
+    )
     limit = jnp.asarray(max_new_tokens, jnp.int32)
-    out = decode(model, cursor, options, limit, compiled_size(max_new_tokens)).out
+    size = compiled_size(max_new_tokens)
+    out = decode(separated(model), cursor, options, limit, size, constraint).out
     check_finite(out.finish, out.state.position)
     return trim(out, max_new_tokens)
 
@@ -97,7 +106,7 @@ def stream(
     - `state`: the state of an earlier generation, to start from instead of the empty past.
     - `key`: the key of the random numbers, required if the temperature is positive.
     - `block`: the maximum number of tokens to decode at a time, at least 1. Another value
-        recompiles.
+        recompiles. It is 1 under a [`mamba_eqx.generation.HostConstraint`][].
 
     **Returns:**
 
@@ -106,18 +115,30 @@ def stream(
 
     **Raises:** `ValueError` in the same cases as `generate`, and for several prompts. `stream`
     itself raises, before the first token is requested, except for logits that are not finite:
-    these raise after the last token before them.
+    these raise after the last token before them, as do errors of a constraint.
     """
     check_count("max_new_tokens", max_new_tokens)
     check_count("block", block)
     rows = read_prompt(model.vocab_size, "stream", prompt, state)
     options = options_for(sampling, model.vocab_size, rows.size, key)
 
-    def begin() -> Cursor:
+    constraint = None
+    decoding_model = separated(model)
+    if isinstance(sampling.constraint, HostConstraint):
+        matching = matching_for(sampling, model.vocab_size)
+    else:
+        matching = None
+        constraint = compiled_constraint("stream", sampling, model.vocab_size)
+
+    def start() -> Cursor:
         now = prefill_rows(model, rows, state, room=max_new_tokens, window=options.window)
-        return Cursor(now, options.stopping.start(()))
+        return Cursor(now, options.stopping.start(()), begin(constraint, options.bias, None))
 
     def decode_block(cursor: Cursor, limit: int) -> Decoded:
-        return decode(model, cursor, options, jnp.asarray(limit, jnp.int32), block)
+        most = jnp.asarray(limit, jnp.int32)
+        return decode(decoding_model, cursor, options, most, block, constraint)
 
-    return Stream(model, begin, decode_block, max_new_tokens, block)
+    if matching is None:
+        return Stream(model, start, decode_block, max_new_tokens, block)
+    block = 1
+    return Stream(model, start, asking(matching, decode_block), max_new_tokens, block)

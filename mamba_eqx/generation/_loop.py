@@ -10,9 +10,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree
 
 from ..models import LanguageModel
+from ._constrained import Constrained, advance
 from ._options import Options
 from ._result import FinishReason, Generation
 from ._state import DecodingState
+from .constraints import AbstractConstraint
 
 
 class Cursor(NamedTuple):
@@ -24,6 +26,8 @@ class Cursor(NamedTuple):
 
     state: DecodingState
     stop_state: Int[Array, "*batch"]
+    constrained: Constrained | None = None
+    """What the constraint allows next; like the automaton, it begins anew with every call."""
 
 
 class Decoded(NamedTuple):
@@ -31,10 +35,11 @@ class Decoded(NamedTuple):
 
     out: Generation
     stop_state: Int[Array, "*batch"]
+    constrained: Constrained | None = None
 
     @property
     def cursor(self) -> Cursor:
-        return Cursor(self.out.state, self.stop_state)
+        return Cursor(self.out.state, self.stop_state, self.constrained)
 
 
 @eqx.filter_jit
@@ -44,6 +49,7 @@ def decode(
     options: Options,
     limit: Int[Array, ""],
     size: int,
+    constraint: AbstractConstraint | None = None,
 ) -> Decoded:
     """Generates tokens for each row until the row ends.
 
@@ -54,6 +60,8 @@ def decode(
     - `options`: the options, with the same batch axis.
     - `limit`: the maximum number of tokens per row.
     - `size`: the size of the output buffers, at least `limit`. Another value recompiles.
+    - `constraint`: the constraint of all rows, whose state is in `cursor`. For a constraint of
+        the host, this is `None` and `limit` is 1.
 
     **Returns:**
 
@@ -63,12 +71,15 @@ def decode(
     def is_running(now: Decoded) -> Bool[Array, "*batch"]:
         return (now.out.length < limit) & (now.out.finish == FinishReason.LENGTH)
 
-    def empty(state: DecodingState) -> Generation:
+    def empty(state: DecodingState, constrained: Constrained | None) -> Generation:
+        finish = jnp.zeros((), jnp.int32)
+        if constrained is not None:
+            finish = jnp.where(constrained.over, jnp.int32(FinishReason.NO_TOKEN), finish)
         return Generation(
             tokens=jnp.full(size, -1, jnp.int32),
             length=jnp.zeros((), jnp.int32),
             log_probs=jnp.zeros(size, jnp.float32),
-            finish=jnp.zeros((), jnp.int32),
+            finish=finish,
             state=state,
         )
 
@@ -76,14 +87,22 @@ def decode(
         out, state = now.out, now.out.state
         logits, layers = model.step(state.token, state.layers)
         logits = logits[: model.vocab_size]
-        token = options.choose(logits, state.recent, state.position)
+        constrained = now.constrained
+        allowed = None if constrained is None else constrained.allowed
+        token = options.choose(logits, state.recent, state.position, allowed)
         log_z = jax.nn.logsumexp(logits)
         log_prob = logits[token] - log_z
         # One logit that is NaN or infinite makes the sum so; minus infinity is the logit of a token
         # that the model excludes.
         is_finite = jnp.isfinite(log_z)
+        if allowed is not None:  # The model may exclude every token that is allowed.
+            is_finite &= allowed[token]
         stop_state, finish = options.stopping.advance(now.stop_state, token)
         finish = jnp.where(is_finite, finish, jnp.asarray(FinishReason.NOT_FINITE, jnp.int32))
+        if constraint is not None and constrained is not None:
+            constrained = advance(constraint, constrained, token, options.bias)
+            ends = constrained.over & (finish == FinishReason.LENGTH)
+            finish = jnp.where(ends, jnp.int32(FinishReason.NO_TOKEN), finish)
         recent = jnp.concatenate([state.recent[1:], token[None]])
         out = Generation(
             tokens=out.tokens.at[out.length].set(jnp.where(is_finite, token, -1)),
@@ -94,10 +113,11 @@ def decode(
             finish=finish,
             state=DecodingState(layers, token, state.position + 1, recent),
         )
-        return Decoded(out, stop_state)
+        return Decoded(out, stop_state, constrained)
 
     if cursor.state.token.ndim == 0:
-        start = Decoded(empty(cursor.state), cursor.stop_state)
+        first = empty(cursor.state, cursor.constrained)
+        start = Decoded(first, cursor.stop_state, cursor.constrained)
         return lax.while_loop(is_running, lambda now: next_token(now, options), start)
 
     # A `vmap` of the loop, or any selection between a row's new and old state after every token,
@@ -120,7 +140,8 @@ def decode(
         ended = running & ~is_running(now)
         return now, select(ended, now.out.state.layers, final_layers)
 
-    start = Decoded(jax.vmap(empty)(cursor.state), cursor.stop_state)
+    first = jax.vmap(empty)(cursor.state, cursor.constrained)
+    start = Decoded(first, cursor.stop_state, cursor.constrained)
     end, layers = lax.while_loop(
         lambda carry: jnp.any(is_running(carry[0])), until_one_ends, (start, cursor.state.layers)
     )

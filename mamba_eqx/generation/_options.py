@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree, UInt32
 
 from ._sampling import Sampling, check_sampling, dense_bias
 from ._stopping import Stopping, stopping_for
@@ -20,6 +20,7 @@ from .sampling import (
     PerRowInt,
     filtered,
     greedy,
+    keep_only,
     penalise,
     sample_filtered,
     shorten,
@@ -54,12 +55,15 @@ class Options(eqx.Module):
         logits: Float[Array, " vocab"],
         recent: Int[Array, " window"],
         position: Int[Array, ""],
+        allowed: Bool[Array, " vocab"] | None = None,
     ) -> Int[Array, ""]:
-        """Chooses the token that follows `position`.
+        """Chooses the token that follows `position`, among all tokens or those `allowed`.
 
         The random numbers depend on the key and on `position` only.
         """
         logits = self._penalised(logits, recent)
+        if allowed is not None:
+            logits = keep_only(logits, allowed)
         if self.temperature is None or self.key is None:
             return greedy(logits)
         key = jr.fold_in(self.key, position)

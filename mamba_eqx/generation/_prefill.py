@@ -102,6 +102,12 @@ def compiled_size(size: int) -> int:
     return max(_MIN_SIZE, 1 << (size - 1).bit_length())
 
 
+def compiled_sizes(most: int) -> list[int]:
+    """Returns the sizes of chunks that are compiled for prompts of up to `most` tokens."""
+    last = min(_CHUNK, compiled_size(most))
+    return [_MIN_SIZE << n for n in range((last // _MIN_SIZE).bit_length())]
+
+
 class _Begin(NamedTuple):
     """The state before prompts, and the tokens to run from it."""
 
@@ -161,7 +167,8 @@ def _run(
         padded_row[: len(row)] = row
 
     def shaped(values: np.ndarray) -> Array:
-        return jnp.asarray(values if prompts.batched else values[0], jnp.int32)
+        # Short prompts take as long as a few calls of `jnp.asarray`, which converts on the device.
+        return jax.device_put(np.asarray(values if prompts.batched else values[0], np.int32))
 
     chunks = [np.zeros((count, 0), np.float32)]
     for at in range(0, longest, _CHUNK):

@@ -9,7 +9,7 @@ from ._state import DecodingState
 
 
 class FinishReason(enum.IntEnum):
-    """The reason why a row of a [`mamba_eqx.Generation`][] ended."""
+    """The reason why a row of a [`mamba_eqx.Generation`][], or a job, ended."""
 
     LENGTH = 0
     """The row has `max_new_tokens` tokens."""
@@ -20,7 +20,18 @@ class FinishReason(enum.IntEnum):
     NOT_FINITE = 3
     """The logits after the last token are NaN or infinite, so that no token can be chosen. The
     functions that generate raise a `ValueError` then; only within a `jax.jit` or `jax.vmap` of the
-    caller, where nothing can be raised, they return this value."""
+    caller, where nothing can be raised, they return this value. The jobs of an
+    [`mamba_eqx.Engine`][] end with this value."""
+    CANCELLED = 4
+    """The job of an [`mamba_eqx.Engine`][] was cancelled."""
+    TIME_LIMIT = 5
+    """The time of the job of an [`mamba_eqx.Engine`][] was up."""
+    NO_TOKEN = 6
+    """No token may follow: the `constraint` allows none that the `logit_bias` does not ban. The
+    text is complete, unless tokens were banned that it needs."""
+    CONSTRAINT_FAILED = 7
+    """The `constraint` of the job of an [`mamba_eqx.Engine`][] raised an error, which is the job's
+    `error`."""
 
 
 class Generation(eqx.Module):
@@ -47,7 +58,8 @@ class Generation(eqx.Module):
 
     @property
     def stopped(self) -> Bool[Array, "*batch"]:
-        """Whether a row ended before `max_new_tokens`, with a stop token or a stop string."""
+        """Whether a row ended by itself: with a stop token, with a stop string, or where no token
+        may follow."""
         return self.finish != FinishReason.LENGTH
 
 
@@ -74,6 +86,7 @@ def check_finite(
     after = np.broadcast_to(np.asarray(position), bad.shape)[row]
     raise ValueError(
         f"The logits must be finite, but those{where} after {after} tokens are NaN or infinite, so "
-        "that no token can be chosen. Check the weights of the model for NaN, and use a wider "
-        "dtype, such as float32, if they are finite."
+        "that no token can be chosen. Check the weights of the model for NaN. If they are finite, "
+        "use a wider dtype, such as float32; and if the given state is from compiled code of your "
+        "own, check that no cache of attention in it has `overflowed`."
     )

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from ..models import LanguageModel
 from ..text import ByteTokenizer, TextTokenizer, Tokenizer
 from ._prompts import check_token_ids
+from .constraints import AbstractConstraint, HostConstraint
 from .sampling import (
     Penalties,
     PerRow,
@@ -35,8 +36,8 @@ class Sampling:
     of a model. Otherwise an instance depends on no model and can be used any number of times;
     `dataclasses.replace(sampling, temperature=0.5)` makes a variant.
 
-    Options are applied in this order: `penalties`, `logit_bias`, `temperature`, `top_k`, `top_p`,
-    `min_p`, `typical_p`. Greedy decoding depends on the first two only.
+    Options are applied in this order: `penalties`, `logit_bias`, `constraint`, `temperature`,
+    `top_k`, `top_p`, `min_p`, `typical_p`. Greedy decoding depends on the first three only.
 
     Options marked *per row* are one number, or a sequence or array with one number for each row of
     a batch. Turning an option on or off recompiles the decoding loop, and so does another
@@ -61,6 +62,11 @@ class Sampling:
         Default: `None`.
     - `logit_bias`: numbers added to the logits after the penalties: a mapping from token ids, or an
         array of shape `(vocab_size,)`. Finite, or `-inf` to ban a token. Default: `None`.
+    - `constraint`: a rule for which tokens may come next, the same for all rows: a
+        [`mamba_eqx.generation.AbstractConstraint`][], which runs inside the compiled loop, or a
+        [`mamba_eqx.generation.HostConstraint`][] such as a [`mamba_eqx.generation.Grammar`][],
+        which [`mamba_eqx.stream`][] and the [`mamba_eqx.Engine`][] take. It begins anew with every
+        call, and a row ends where it allows no token. Default: `None`.
     - `stop_tokens`: token ids. A row ends with the first stop token that is generated. One sequence
         or set for all rows, or a list of such sequences, one for each row. Default: `()`, which is
         also what `None` means.
@@ -84,6 +90,7 @@ class Sampling:
     logit_bias: (
         Mapping[int, float] | Float[Array, " vocab"] | Float[np.ndarray, " vocab"] | None
     ) = None
+    constraint: AbstractConstraint | HostConstraint | None = None
     stop_tokens: Sequence[int] | Set[int] | Sequence[Sequence[int] | Set[int]] | None = ()
     stop_strings: Sequence[str] = ()
     tokenizer: Tokenizer | None = None
@@ -107,6 +114,11 @@ class Sampling:
             )
         if self.logit_bias is not None:
             _check_bias(self.logit_bias)
+        if not isinstance(self.constraint, AbstractConstraint | HostConstraint | None):
+            raise ValueError(
+                "`constraint` must be a constraint, such as a `TokenAutomaton` or a `Grammar`, but "
+                f"got constraint={shorten(self.constraint)}."
+            )
         stop_tokens_of(self)
         _check_stop_strings(self.stop_strings, self.tokenizer)
 

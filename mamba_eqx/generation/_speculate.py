@@ -14,6 +14,7 @@ from .._checks import check_count
 from ..models import LanguageModel
 from ._drafts import Accepted, Drafting, PromptLookup, start_drafting
 from ._loop import trim
+from ._model import separated
 from ._options import Options, options_for
 from ._prefill import compiled_size, prefill_rows
 from ._prompts import Prompt, read_prompt
@@ -109,7 +110,7 @@ def speculate(
             f"{draft.vocab_size} and vocab_size={model.vocab_size}. Use a draft that was trained "
             "with the model's tokenizer."
         )
-    check_supported("speculate", sampling, ("stop_strings",))
+    check_supported("speculate", sampling, ("constraint", "stop_strings"))
     rows = read_prompt(model.vocab_size, "speculate", prompt, state)
     options = options_for(sampling, model.vocab_size, rows.size, key)
     # Proposed tokens are written into caches before it is known whether they are accepted.
@@ -117,7 +118,7 @@ def speculate(
     begin = prefill_rows(model, rows, state, room=room, window=options.window)
     drafting = start_drafting(draft, model.vocab_size, rows.tokens[0], state, room)
     out = _speculate(
-        model,
+        separated(model),
         drafting,
         begin,
         options,

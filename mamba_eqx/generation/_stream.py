@@ -1,14 +1,43 @@
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
 
 from ..models import LanguageModel
+from ._constrained import Constrained
 from ._loop import Cursor, Decoded
 from ._prefill import prefill_rows
 from ._prompts import Rows
 from ._result import FinishReason, check_finite
 from ._state import DecodingState
+from .constraints import Matching
+
+
+def asking(
+    matching: Matching, decode_block: Callable[[Cursor, int], Decoded]
+) -> Callable[[Cursor, int], Decoded]:
+    """Returns a `decode_block` that asks a constraint of the host before each token.
+
+    **Arguments:**
+
+    - `matching`: the constraint along the text of the stream.
+    - `decode_block`: decodes one token.
+    """
+
+    def decode(cursor: Cursor, limit: int) -> Decoded:
+        allowed = Constrained(None, jnp.asarray(matching.allowed))
+        decoded = decode_block(cursor._replace(constrained=allowed), limit)
+        out = decoded.out
+        if not int(out.length):
+            return decoded
+        matching.advance(int(out.tokens[0]))
+        if matching.over and int(out.finish) == FinishReason.LENGTH:
+            finish = jnp.asarray(FinishReason.NO_TOKEN, jnp.int32)
+            return decoded._replace(out=dataclasses.replace(out, finish=finish))
+        return decoded
+
+    return decode
 
 
 class Stream(Iterator[int]):

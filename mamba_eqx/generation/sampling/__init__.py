@@ -35,6 +35,7 @@ from ._sample import (
     sample as sample,
     sample_filtered as sample_filtered,
 )
+from ._threshold import keep_only as keep_only
 
 
 # The public names. Other folders of the package may import the other names too.
