@@ -1,6 +1,5 @@
 """Every registered architecture works in every command and example that takes a model."""
 
-import asyncio
 import dataclasses
 import io
 import json
@@ -16,7 +15,7 @@ from mamba_eqx.training import LoRA, save_lora
 from tests.support.checkpoints import STORED, Stored, make
 from tests.support.commands import call
 from tests.support.examples import load
-from tests.support.page import ASK
+from tests.support.serving import ASK, ask, in_process
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_fast", "as_users_run")]
@@ -77,35 +76,22 @@ def test_commands(
     assert "parameters" in run("convert", checkpoint, dest, "--layout", layout)
 
 
-def test_page(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
-    aiohttp = pytest.importorskip("aiohttp", reason="needs aiohttp: the extra `serve`")
-    module = load("serve", monkeypatch)
+def test_page(checkpoint: Path):
+    pytest.importorskip("aiohttp", reason="needs aiohttp: the extra `serve`")
     model = mbx.from_pretrained(checkpoint)
-    server = module.Server(model, mbx.load_tokenizer(checkpoint))
-
-    async def talk() -> list[dict[str, Any]]:
-        lines: list[dict[str, Any]] = []
-        async with server.local.listen(server.app(), 0) as url, aiohttp.ClientSession() as session:
-            body = ASK | {"max_new_tokens": 10}
-            for _ in range(2):
-                async with session.post(f"{url}generate", json=body) as answer:
-                    assert answer.status == 200
-                    lines += [json.loads(line) async for line in answer.content]
-                body |= {"prompt": "", "state": lines[-1]["state"]}
-        return lines
-
-    lines = asyncio.run(talk())
-    assert lines[-1]["position"] == len(ASK["prompt"]) + 20
-    pictures = [line["picture"] for line in lines if "picture" in line]
+    with in_process(model, mbx.load_tokenizer(checkpoint), slots=1, max_len=64) as port:
+        found = json.loads(ask(port, ASK | {"max_tokens": 10}).text)
+        state = json.loads(ask(port, {"id": found["id"]}, path="/state").text)
+    assert state["prompt_tokens"] + state["new_tokens"] == found["usage"]["total_tokens"]
     mixers = [layer.mixer for layer in mbx.LanguageModelConfig.of(model).layers]
     # Mixers side by side have a picture each.
     count = sum(len(m.mixers) if isinstance(m, mbx.ParallelConfig) else 1 for m in mixers)
-    for picture in pictures:
-        assert len(picture) == count
-        for layer in picture:
-            rows, columns = layer["shape"]
-            assert 0 < rows <= 16
-            assert 0 < columns <= 64
+    assert len(state["layers"]) == count
+    for layer in state["layers"]:
+        rows, columns = layer["shape"]
+        assert 0 < rows <= 16
+        assert 0 < columns <= 64
+        assert layer["norm"] > 0
 
 
 def test_evaluation(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,7 +1,6 @@
 """The examples run with small sizes, and their claims of equality hold."""
 
 import dataclasses
-import json
 import re
 import sys
 
@@ -51,6 +50,22 @@ def test_classify_series(run):
     )
     assert 0 <= number(r"accuracy on 256 new series: ([\d.]+)%", out) <= 100
     assert number(r"logits differ by at most (\S+)", out) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "head"])
+def test_classify(run, tmp_path, method):
+    out = run("classify", "--smoke", "--method", method, "--out", str(tmp_path))
+    assert 0 <= number(r"after 16 bytes of 3 held-out pieces, ([\d.]+)% right", out) <= 100
+    model, labels = mbx.load_classifier(tmp_path)
+    assert labels == ("play", "documentation", "code")
+    base = mbx.from_pretrained(mbx.SHIPPED, dtype=jnp.float32)
+    same = [
+        bool(jnp.array_equal(a, b))
+        for a, b in zip(jax.tree.leaves(model.backbone), jax.tree.leaves(base), strict=True)
+    ]
+    # A LoRA changes the linear maps, which neither norms nor the embedding are.
+    assert all(same) if method == "head" else any(same) and not all(same)
 
 
 def test_series_are_labelled_by_the_order_of_patterns(monkeypatch):
@@ -134,62 +149,6 @@ def test_corridor_rewards(monkeypatch):
     rewards = jnp.asarray([0.0, 0.0, 1.0, 0.0, -1.0, 0.0])
     want = [0.25, 0.5, 1.0, -0.5, -1.0, 0.0]
     assert module.returns_of(rewards).tolist() == want
-
-
-@pytest.mark.slow
-def test_finished_run_is_extended(run, tmp_path, capsys):
-    """More steps continue it; another text, or other settings, do not."""
-    text = tmp_path / "text"
-    text.write_bytes(bytes(range(32, 127)) * 20)
-    args = ["--out", str(tmp_path / "run"), "--d-model", "8", "--layers", "1", "--batch", "2",
-            "--length", "16", "--stretch", "2", "--every", "3", "--text", str(text)]  # fmt: skip
-    assert "starting a new run" in run("train_lm", *args, "--steps", "4")
-    assert "resuming from step 4" in run("train_lm", *args, "--steps", "8")
-    metrics = training.read_metrics(tmp_path / "run")
-    assert metrics["bits_per_byte"][0].tolist() == list(range(1, 9))
-    assert metrics["held_out_bits_per_byte"][0].tolist() == [3, 4, 6, 8]
-    # The learning rate is that of the longer schedule, whose end is a hundredth of its peak.
-    rates = metrics["learning_rate"][1]
-    assert rates[4] > 2 * rates[3]
-    about = json.loads((tmp_path / "run" / "training.json").read_text())
-    assert about["steps"] == 8
-
-    def refused(*more):
-        with pytest.raises(SystemExit) as stopped:
-            run("train_lm", *args, *more)
-        assert stopped.value.code == 2
-        return capsys.readouterr().err.splitlines()[-1]
-
-    assert "was written by a run with --lr=0.003, but this run has --lr=0.5" in refused(
-        "--lr", "0.5"
-    )
-    copy = text.rename(tmp_path / "copy")
-    assert "resuming from step 8" in run("train_lm", *args, "--text", str(copy), "--steps", "8")
-    text.write_bytes(bytes(range(33, 127)) * 20)
-    assert "argument --out: " in (message := refused())
-    assert "was written by a run with --text='sha256 " in message
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--text", "nowhere"], "argument --text: "),
-        (["--text", "."], "argument --text: "),
-        (["--text", __file__, "--length", "10000000"], "argument --text: The text must be at"),
-        (["--steps", "0"], "argument --steps: must be at least 1, but got 0"),
-        (["--lr", "nan"], "argument --lr: must be at least"),
-        (["--mixer", "mamba2", "--d-model", "100"], "the sizes of the model do not fit: "),
-        (["--prompt", ""], "argument --prompt: must not be empty"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
-def test_wrong_options_of_training_are_one_sentence(run, tmp_path, capsys, args, message):
-    args = ["--text", __file__, "--length", "8", "--out", str(tmp_path / "run"), *args]
-    with pytest.raises(SystemExit) as stopped:
-        run("train_lm", *args)
-    assert stopped.value.code == 2
-    assert f"train_lm: error: {message}" in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "run").exists()
 
 
 def test_help_of_the_evaluation_needs_no_other_package(run, monkeypatch, capsys):
@@ -280,6 +239,16 @@ def test_attention_has_no_initial_state_to_train(run, tmp_path, capsys):
     assert stopped.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "finetune: error: argument --method: state does not fit the model: " in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_that_no_layout_stores_are_not_finetuned(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(mbx, "layouts_for", lambda _: ())
+    with pytest.raises(SystemExit) as stopped:
+        run("finetune", "--out", str(tmp_path / "run"))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "finetune: error: argument --model: no layout can store " in error
     assert not (tmp_path / "run").exists()
 
 
