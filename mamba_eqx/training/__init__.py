@@ -2,8 +2,12 @@
 
 from ._checkpoints import Checkpoints as Checkpoints
 from ._fit import Data as Data, Fit as Fit, fit as fit
-from ._load_balance import load_balancing_loss as load_balancing_loss
+from ._load_balance import (
+    load_balancing_loss as load_balancing_loss,
+    update_correction_bias as update_correction_bias,
+)
 from ._loss import (
+    HasState as HasState,
     LossAux as LossAux,
     cross_entropy as cross_entropy,
     empty_carry as empty_carry,

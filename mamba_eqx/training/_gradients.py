@@ -33,8 +33,10 @@ class Groups(NamedTuple):
     key: PRNGKeyArray
 
     def split(self, number: int) -> "Groups":
-        """Returns the rows in groups, each with a key of its own."""
-        cut = lambda leaf: jnp.reshape(leaf, (number, -1, *leaf.shape[1:]))
+        """Returns the rows in groups, each with a key of its own: group i has every `number`-th row
+        from row i."""
+        # If the rows are sharded, each device has the same number of rows in every group.
+        cut = lambda leaf: jnp.reshape(leaf, (-1, number, *leaf.shape[1:])).swapaxes(0, 1)
         batch, carry = jax.tree.map(cut, (self.batch, self.carry))
         return Groups(batch, carry, jr.split(self.key, number))
 
@@ -85,7 +87,7 @@ def mean_gradient(loss_of: _Loss, params: PyTree, inputs: Groups, groups: int) -
     zero = _Total(loss, jax.tree.map(jnp.zeros_like, params), weight)
     total, carry = jax.lax.scan(add, zero, inputs)
     loss, grads = total.mean()
-    join = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])
+    join = lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:])
     return Gradient(loss, grads, total.weight, jax.tree.map(join, carry))
 
 

@@ -1,5 +1,6 @@
 """Losses of language models."""
 
+import math
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -11,10 +12,11 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Num, PyTree
 
 from .._checks import check_positive
 from .._dtypes import at_least_float32
-from .._trees import cut_into_chunks, repeated
+from .._trees import cut_into_chunks, repeated, vary_together
 from ..layers import Routes
 from ..models import LanguageModel
 from ._load_balance import load_balancing_loss
+from ._row_sharding import total_over_rows
 from .data import Batch
 
 
@@ -130,7 +132,11 @@ def cross_entropy(
     beyond the logits, makes the loss NaN where it counts, and is not taken for another token.
 
     The logits of a long batch would be the largest array of a training step. In chunks, only the
-    logits of `chunk` tokens exist at a time, also in the reverse pass, which recomputes them.
+    logits of `chunk` tokens exist at a time, also in the reverse pass, which recomputes them. Rows
+    are cut along time, so that there is at least one token of every row. If the rows are sharded
+    over devices, no features are exchanged. In a [`mamba_eqx.training.TrainStep`][], or in a mesh
+    with explicit axes, every device runs chunks of its own rows, and the gradient of the head is
+    summed over the devices once.
 
     The softmax includes the rows of the embedding beyond `model.vocab_size`, which are never a
     target. transformers' loss includes all columns of the logits too, and the logits of the
@@ -177,11 +183,11 @@ def cross_entropy(
             f"{targets.shape} for features of shape {features.shape}. Broadcast the targets."
         )
 
-    def piece_loss(features: Array, targets: Array, weights: Array) -> Array:
+    def piece_loss(head: LanguageModel, features: Array, targets: Array, weights: Array) -> Array:
         counts = weights.astype(jnp.bool_)
         # Zero times NaN is NaN, so NaN in the features of padding would reach the gradient.
-        features = jnp.where(counts[:, None], features, jnp.zeros_like(features))
-        logits = model.logits(features)
+        features = jnp.where(counts[..., None], features, jnp.zeros_like(features))
+        logits = head.logits(features)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         right = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         # `take_along_axis` counts negative indices from the end, whatever its mode.
@@ -198,16 +204,35 @@ def cross_entropy(
     targets = jnp.where(weights.astype(jnp.bool_), targets, jnp.zeros_like(targets)).astype(
         jnp.int32
     )
-    rows = features.reshape(-1, features.shape[-1])
-    pieces = cut_into_chunks(chunk, (rows, targets.reshape(-1), weights.reshape(-1)))
 
-    def body(total: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        return total + jax.checkpoint(piece_loss)(*piece), None
+    if targets.ndim == 0:
+        features, targets, weights = features[None], targets[None], weights[None]
 
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), pieces)
-    dtype = jax.eval_shape(piece_loss, *shapes).dtype
-    total, _ = lax.scan(body, jnp.zeros((), dtype), pieces)
-    weight = _total(weights).astype(dtype)
+    parameters, static = eqx.partition(model, eqx.is_array)
+
+    def total_loss(parameters: PyTree, tokens: tuple[Array, Array, Array]) -> Array:
+        *rows, _ = tokens[1].shape
+        # Every piece has tokens of all rows. Pieces of consecutive tokens would exchange the
+        # features of rows that are sharded over devices.
+        by_time = jax.tree.map(lambda array: jnp.moveaxis(array, len(rows), 0), tokens)
+        pieces = cut_into_chunks(max(1, chunk // max(1, math.prod(rows))), by_time)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), pieces)
+        dtype = jax.eval_shape(piece_loss, eqx.combine(parameters, static), *shapes).dtype
+        # Inside `jax.shard_map`, the reverse pass sums over devices where parameters begin to vary.
+        zero, pieces, parameters = vary_together((jnp.zeros((), dtype), pieces, parameters))
+        head = eqx.combine(parameters, static)
+
+        def body(total: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
+            return total + jax.checkpoint(piece_loss)(head, *piece), None
+
+        return lax.scan(body, zero, pieces)[0]
+
+    tokens = (features, targets, weights)
+    if targets.ndim > 1:
+        total = total_over_rows(total_loss, parameters, tokens)
+    else:  # The first axis is the time.
+        total = total_loss(parameters, tokens)
+    weight = _total(weights).astype(total.dtype)
     return total / jnp.where(weight == 0, jnp.ones_like(weight), weight)
 
 

@@ -22,8 +22,11 @@ def decay_mask(model: PyTree, *, embeddings: bool = True) -> PyTree[bool]:
     The parameters of recurrences (`A_log`, `D`, `dt_bias`), which set time scales, are not
     decayed; the official code marks exactly these with `_no_weight_decay`. Norms and biases are
     not decayed either, as usual, however many axes they have: Mamba-3's `B_bias` has three, and in
-    a [`mamba_eqx.Stacked`][] every parameter has one more. Neither are routers of experts
-    ([`mamba_eqx.layers.Router`][]).
+    a [`mamba_eqx.Stacked`][] every parameter has one more. The weight of a router of experts
+    ([`mamba_eqx.layers.Router`][]) is decayed like other matrices: by default Megatron-LM exempts
+    only biases and parameters of one axis, and transformers' `Trainer` only biases and norms. Its
+    `correction_bias`, being a bias, is not decayed. Of a quantised weight
+    ([`mamba_eqx.layers.QuantizedLinear`][]), the scales are decayed, and the weight with them.
 
     **Arguments:**
 

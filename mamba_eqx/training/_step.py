@@ -18,6 +18,7 @@ from ..layers import cast
 from ._gradients import Gradient, Groups, mean_loss, scaled_gradient
 from ._loss import LossAux, empty_carry, next_token_loss
 from ._loss_scale import LossScale
+from ._row_sharding import Shardings, rows_sharded
 
 
 @runtime_checkable
@@ -104,6 +105,10 @@ class TrainStep:
       and the loss as a function of the parameters as `value_fn`, if the optimiser takes them, as
       `optax.contrib.reduce_on_plateau`, `optax.polyak_sgd` and `optax.lbfgs` do. SAM is given its
       `grad_fn` and Sophia its `obj_fn`, of the same batch.
+
+    - *Several devices*: the state and the rows of a batch may be sharded over a mesh. The new state
+      has the shardings of the old one. If only the rows are sharded, devices exchange nothing but
+      gradients.
 
     The step donates the state passed to it: do not use that state again.
     """
@@ -207,13 +212,21 @@ class TrainStep:
                 f"`accumulate` must divide the rows of a batch, but got accumulate="
                 f"{self.accumulate} and {rows} rows."
             )
-        return self._run(batch, _without_shared_buffers(state))
+        placed = Shardings.of(batch, state)
+        return self._run(batch, _without_shared_buffers(state), placed)
 
     def _computing(self, model: PyTree) -> PyTree:
         """Returns the model in the dtype to compute in."""
         return model if self.compute_dtype is None else cast(model, self.compute_dtype)
 
-    def _step(self, batch: PyTree, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
+    def _step(
+        self, batch: PyTree, state: TrainState, placed: Shardings | None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        with rows_sharded(None if placed is None else placed.rows):
+            new_state, metrics = self._updated(batch, state)
+        return new_state if placed is None else placed.constrain(new_state), metrics
+
+    def _updated(self, batch: PyTree, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
         params, static = eqx.partition(state.model, eqx.is_inexact_array)
 
         def loss_of(

@@ -86,6 +86,96 @@ def test_even_routing_has_the_least_loss():
         np.testing.assert_allclose(training.load_balancing_loss([even]), 2, rtol=1e-6)
 
 
+def test_updated_biases_even_out_the_loads():
+    """Of 8 experts, of which one has the largest scores for every token at first."""
+    router = mbx.layers.Router(6, 8, 2, routing="sigmoid", key=jr.key(0))
+    x = jr.normal(jr.key(1), (512, 6)) + 1
+    lean = eqx.tree_at(lambda r: r.weight, router, router.weight.at[3].set(0.5))
+
+    @jax.jit
+    def step(router, _):
+        routes = router(x)
+        counts = jnp.sum(routes.experts[..., None] == jnp.arange(8), axis=(0, 1))
+        return training.update_correction_bias(router, [routes]), counts
+
+    after, counts = jax.lax.scan(step, lean, None, length=600)
+    counts = np.asarray(counts)
+    assert counts[0].max() > 3 * 128
+    # At the end, every step moves a few tokens, and the next one moves them back.
+    assert np.all(np.abs(counts[-100:] - 128) < 0.1 * 128)
+    np.testing.assert_array_equal(after.weight, lean.weight)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_every_bias_moves_against_its_load(stacked):
+    config = mbx.MixtureOfExpertsConfig(3, n_experts=4, top_k=2, routing="sigmoid")
+    model = mixture_model(stacked=stacked, blocks=(mbx.BlockConfig(MIXER, mlp=config),) * 3)
+    loads = np.array([[4, 0, 2, 2], [2, 2, 4, 0], [2, 2, 2, 2]])
+    experts = [[[0, 2], [0, 2], [0, 3], [0, 3]], [[2, 0], [2, 0], [2, 1], [2, 1]]]
+    experts.append([[0, 1], [0, 1], [2, 3], [2, 3]])
+    # A fifth token, which does not count, chooses the first two experts.
+    routes = [
+        mbx.layers.Routes(jnp.zeros((5, 4)), jnp.array([*e, [0, 1]]), jnp.ones((5, 2)), "sigmoid")
+        for e in experts
+    ]
+    got = training.update_correction_bias(model, routes, np.arange(5) < 4, rate=0.25)
+    biases = [router.correction_bias for router in routers_of(got.layers.unstack())]
+    np.testing.assert_array_equal(biases, 0.25 * np.sign(2 - loads))
+    biases_of = lambda model: [router.correction_bias for router in routers_of(model)]
+    assert eqx.tree_equal(eqx.tree_at(biases_of, got, biases_of(model)), model)
+
+
+def test_every_stack_of_a_model_gets_its_own_routes():
+    config = mbx.MixtureOfExpertsConfig(3, n_experts=4, top_k=1, routing="sigmoid")
+    block = mbx.BlockConfig(MIXER, mlp=config)
+    blocks = [block.build(key=jr.key(i), dtype=jnp.float32) for i in range(5)]
+    flat = mbx.Unrolled(blocks)
+    pairs = mbx.Unrolled([mbx.Stacked(blocks[:2]), blocks[2], mbx.Stacked(blocks[3:])])
+    nested = mbx.Stacked([mbx.Stacked(blocks[:2]), mbx.Stacked(blocks[3:])])
+    rng = np.random.default_rng(0)
+    routes = [
+        mbx.layers.Routes(
+            jnp.zeros((9, 4)),
+            jnp.asarray(rng.integers(4, size=(9, 1))),
+            jnp.ones((9, 1)),
+            "sigmoid",
+        )
+        for _ in blocks
+    ]
+
+    def biases(stack, routes):
+        updated = training.update_correction_bias(stack, routes)
+        shapes = [router.correction_bias.shape for router in routers_of(updated)]
+        assert shapes == [router.correction_bias.shape for router in routers_of(stack)]
+        return np.concatenate([r.correction_bias.reshape(-1, 4) for r in routers_of(updated)])
+
+    want = biases(flat, routes)
+    assert len(np.unique(want, axis=0)) > 3
+    np.testing.assert_array_equal(biases(pairs, routes), want)
+    outer = [0, 1, 3, 4]
+    np.testing.assert_array_equal(biases(nested, [routes[i] for i in outer]), want[outer])
+
+
+def routers_of(model):
+    is_router = lambda node: isinstance(node, mbx.layers.Router)
+    return [node for node in jax.tree.leaves(model, is_leaf=is_router) if is_router(node)]
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_wrong_arguments_of_the_update_are_refused():
+    config = mbx.MixtureOfExpertsConfig(3, n_experts=4, top_k=2, routing="sigmoid")
+    model = mixture_model(blocks=(mbx.BlockConfig(MIXER, mlp=config), BLOCK))
+    routes = [router(jnp.ones((SEQ, 8))) for router in routers_of(model)]
+    with pytest.raises(ValueError, match=r"one entry for every router .* got 1 entries for 2"):
+        training.update_correction_bias(model, routes[:1])
+    with pytest.raises(ValueError, match="`mask` must have the shape of the tokens"):
+        training.update_correction_bias(model, routes, np.ones(SEQ + 1))
+    with pytest.raises(ValueError, match=r"`rate` must be .* but got .*-1"):
+        training.update_correction_bias(model, routes, rate=-1)
+    with pytest.raises(ValueError, match=r'has none. Use experts with routing="sigmoid"'):
+        training.update_correction_bias(mixture_model(), routes)
+
+
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.slow
 def test_unrolled_and_stacked_models_have_the_same_routes(remat):

@@ -301,7 +301,9 @@ MATRICES = {"in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "fc1", "fc2", 
 MATRICES |= {"fc1_latent", "fc2_latent"}
 DECAYED = {f"{name}.weight" for name in MATRICES} | {"mimo_x", "mimo_z", "mimo_o"}
 # The experts of a mixture.
-DECAYED |= {"fc1", "fc2"}
+DECAYED |= {"fc1", "fc2", "router.weight"}
+# The scales of a quantised weight, which decays as they do.
+DECAYED |= {"scale"}
 # A convolution as a whole layer, alone or in a stack.
 DECAYED |= {"weight", "1.weight"}
 
@@ -320,9 +322,10 @@ MADE = {
 @pytest.mark.parametrize("name", BUILT | MADE)
 def test_decay_mask_selects_matrices(name, embeddings):
     skeleton = eqx.filter_eval_shape((BUILT | MADE)[name], key=jr.key(0))
-    model = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), skeleton)
+    model = jax.tree.map(lambda leaf: np.broadcast_to(leaf.dtype.type(0), leaf.shape), skeleton)
     decayed = names(training.decay_mask(model, embeddings=embeddings))
-    there = names(jax.tree.map(lambda _: True, model))
+    # The integers of quantised weights are not trained.
+    there = names(jax.tree.map(eqx.is_inexact_array_like, model))
     wanted = DECAYED | {"embedding.weight"} if embeddings else DECAYED
     assert decayed == there & wanted
     assert decayed

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..._checks import check_positive
 from ..._dtypes import at_least_float32
-from ..._trees import path_name
-from ...layers import Linear
-from ...models import LanguageModel
+from ..._trees import path_name, paths_with_ends
+from ...layers import Linear, QuantizedLinear
+from ...models import LanguageModel, linear_maps, with_head
 
 
 _Model = TypeVar("_Model", bound=PyTree)
@@ -121,8 +121,8 @@ class LoRA(eqx.Module):
 
         The `LoRA`, whose merged model equals `model`.
 
-        **Raises:** `ValueError` if no layer is selected, a target matches none, or an argument is
-        out of range.
+        **Raises:** `ValueError` if no layer is selected, a target matches none, an argument is out
+        of range, or the model is quantised.
         """
         check_positive("rank", rank)
         if alpha is not None and not 0 < alpha < math.inf:
@@ -148,7 +148,7 @@ class LoRA(eqx.Module):
         embedding is one of its own.
 
         **Raises:** `ValueError` if the model lacks a layer of the `LoRA`, or has it with another
-        shape.
+        shape, or is quantised.
         """
         missing = sorted(self.pairs.keys() - adaptable_layers(model).keys())
         if missing:
@@ -172,9 +172,7 @@ class LoRA(eqx.Module):
             return node
         if node.lm_head is not None:
             return node
-        small = Linear(1, 1, use_bias=False, key=jr.key(0))
-        head = eqx.tree_at(lambda linear: linear.weight, small, node.embedding.weight)
-        return eqx.tree_at(lambda m: m.lm_head, node, head, is_leaf=lambda leaf: leaf is None)
+        return with_head(node, Linear.of(node.embedding.weight))
 
     def _merged(self, path: str, layer: _Layer, pair: LoRAPair) -> _Layer:
         weight = layer.weight
@@ -189,7 +187,19 @@ class LoRA(eqx.Module):
 
 
 def adaptable_layers(model: PyTree) -> dict[str, _Layer]:
-    """Returns the linear layers and the embeddings of a model by path."""
+    """Returns the linear layers and the embeddings of a model by path.
+
+    **Raises:** `ValueError` if the model has quantised layers.
+    """
+    quantized = [
+        p for p, linear in linear_maps(model).items() if isinstance(linear, QuantizedLinear)
+    ]
+    if quantized:
+        raise ValueError(
+            "The layers that a LoRA changes must have floating-point weights, but the model is "
+            f"quantised ({quantized[0]} and {len(quantized) - 1} more). Initialise and merge the "
+            "LoRA with the original model, and quantise the merged model."
+        )
     nodes = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_adaptable)
     return {path_name(path): node for path, node in nodes if _is_adaptable(node)}
 
@@ -214,18 +224,7 @@ def _select(
     elif callable(targets):
         found = {path: linear for path, linear in linears.items() if targets(path)}
     else:
-        if isinstance(targets, str):
-            raise ValueError(
-                f"`targets` must be a list of names, but got {targets!r}. Put it into a list."
-            )
-        ends = {name: [p for p in layers if f".{p}".endswith(f".{name}")] for name in targets}
-        for name, paths in ends.items():
-            if not paths:
-                raise ValueError(
-                    f"Each of `targets` must be the end of a layer's path, but got {name!r}. The "
-                    f"model has {', '.join(layers) or 'no layers that can be changed'}."
-                )
-        wanted = {path for paths in ends.values() for path in paths}
+        wanted = paths_with_ends("targets", targets, layers, what="layers that can be changed")
         found = {path: layer for path, layer in layers.items() if path in wanted}
     if not found:
         raise ValueError(
