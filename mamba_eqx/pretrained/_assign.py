@@ -8,7 +8,7 @@ import jax
 from jaxtyping import PyTree
 
 from .._trees import named_leaves
-from ..layers import recurrence_mask
+from ..layers import float32_mask
 from ..models import LanguageModelConfig
 from .layouts import Described, Layout, Slot, group_by_leaf, match
 
@@ -22,13 +22,13 @@ class Assignment(Generic[Tensor]):
 
     - `path`: the path of the leaf, such as `"layers.layers.0.mixer.A_log"`.
     - `leaf`: the leaf. Only its shape and its dtype are used.
-    - `recurrence`: whether the leaf is a parameter of a recurrence, which stays at least float32.
+    - `stays_wide`: whether the leaf stays at least float32, as in `float32_mask`.
     - `parts`: the tensors with their slots, in the order in which they are joined.
     """
 
     path: str
     leaf: Described
-    recurrence: bool
+    stays_wide: bool
     parts: list[tuple[Slot, Tensor]]
 
 
@@ -58,8 +58,8 @@ def assign(
     non-floating-point tensors.
     """
     found = group_by_leaf(match(layout, config, tree, tensors, floating=floating))
-    recurrence = jax.tree.leaves(recurrence_mask(tree))
+    stay_wide = jax.tree.leaves(float32_mask(tree))
     return [
         Assignment(path, leaf, mask, found[path])
-        for (path, leaf), mask in zip(named_leaves(tree).items(), recurrence, strict=True)
+        for (path, leaf), mask in zip(named_leaves(tree).items(), stay_wide, strict=True)
     ]

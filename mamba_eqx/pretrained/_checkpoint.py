@@ -5,12 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..formats import CheckpointError, StoredTensor, read_config
-from ..models import LanguageModelConfig
+from ..models import LanguageModel, LanguageModelConfig, Quantization
 from ._hub import Hub
+from ._quantized import shapes_of, split_quantization
 from ._source import CONFIG, CONFIGS, Source, open_source
 from ._state_dict import get_layout
 from ._weights import open_weights
 from .layouts import MISTRAL, Layout, renamed, transformers_layout
+
+
+# Where fewer tensors are missing, they are listed by name.
+_LISTED_AT_MOST = 1000
 
 
 @dataclass(frozen=True)
@@ -21,12 +26,21 @@ class Checkpoint:
     - `layout`: the layout that its config is written in.
     - `config`: the config of the model.
     - `tensors`: the tensors under their names in the layout; their values are still on disk.
+    - `quantization`: how the weights are quantised; `None` if they are not.
     """
 
     where: str
     layout: Layout
     config: LanguageModelConfig
     tensors: dict[str, StoredTensor]
+    quantization: Quantization | None = None
+
+    def shapes(self) -> LanguageModel:
+        """Returns the model with shapes in place of arrays, and its layers `Unrolled`.
+
+        **Raises:** `CheckpointError` if weights should be quantised, but none is.
+        """
+        return shapes_of(self.layout, self.config, self.tensors, self.quantization)
 
 
 def open_checkpoint(
@@ -57,6 +71,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
         raise CheckpointError(f"{source.where} has no {CONFIG}: give the folder of a checkpoint.")
     values = read_config(path)
     try:
+        values, quantization = split_quantization(values)
         layout = _layout_of(path.name, values)
         config = layout.read_config(values)
     except ValueError as error:  # From a config class, or a `CheckpointError`.
@@ -68,7 +83,14 @@ def read_checkpoint(source: Source) -> Checkpoint:
             f"{source.where}: the config has {len(config.layers)} layers, but the weights have "
             f"only {len(tensors)} tensors. Take the config and the weights of the same model."
         )
-    return Checkpoint(source.where, layout, config, tensors)
+    needed = layout.number_of_slots(config)
+    if needed > 2 * len(tensors) + _LISTED_AT_MOST:
+        # Hundreds of layers with a thousand experts each have millions of names to compare.
+        raise CheckpointError(
+            f"{source.where}: the config needs {needed:,} tensors, but the weights have only "
+            f"{len(tensors):,}. Take the config and the weights of the same model."
+        )
+    return Checkpoint(source.where, layout, config, tensors, quantization)
 
 
 def _layout_of(file: str, values: object) -> Layout:

@@ -2,22 +2,30 @@
 
 import os
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
+from jaxtyping import Array, PyTree
 
 from ..formats import CheckpointError, StoredTensor
-from ..models import LanguageModel
+from ..layers import Linear, QuantizedLinear
+from ..models import HEAD, LanguageModel, Quantization, linear_maps, with_head
+from ..ops import QuantizedWeight, quantize_weight
 from ._arrays import check_dtype, common_dtype, to_jax
 from ._assign import Assignment, assign
 from ._checkpoint import Checkpoint, open_checkpoint
 from ._hub import Hub
-from .layouts import check_tied_head, listing, skeleton
+from .layouts import check_tied_head, listing
 
+
+# The head of a classifier, which a language model does not have.
+SCORE = "score.weight"
+
+_EMBEDDING = "embedding.weight"
 
 _Shardings: TypeAlias = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
 
@@ -33,6 +41,7 @@ def from_pretrained(
     force_download: bool = False,
     endpoint: str | None = None,
     sharding: _Shardings | None = None,
+    quantize: Quantization | Literal[8, 4] | None = None,
 ) -> LanguageModel:
     """Loads a checkpoint in the layout of transformers, of the official repository or of Mistral.
 
@@ -66,6 +75,10 @@ def from_pretrained(
         of a parameter (such as `"layers.layers.0.mixer.in_proj.weight"`) and its
         `jax.ShapeDtypeStruct` to a sharding. Each device reads only its own part. By default
         parameters are placed on JAX's default device.
+    - `quantize`: the number of bits, 8 or 4, or a [`mamba_eqx.Quantization`][], for weights that
+        are quantised as they are loaded, with the result of [`mamba_eqx.quantize`][]. Only one
+        weight at a time is in memory in its own dtype. A checkpoint that is quantised already is
+        loaded without this option.
 
     **Returns:**
 
@@ -74,32 +87,88 @@ def from_pretrained(
     **Raises:** [`mamba_eqx.CheckpointError`][] for a checkpoint that is incomplete, damaged, of an
     unsupported architecture or cannot be downloaded; `FileNotFoundError` for a path at which there
     is no folder; `ValueError` for a `dtype` that is not floating-point, a `token`, `revision` or
-    `endpoint` that cannot be one, or a `sharding` that does not fit a parameter.
+    `endpoint` that cannot be one, a `sharding` that does not fit a parameter, or an invalid
+    `quantize`, including one for a checkpoint that is quantised already, or with a `sharding`.
     """
     if dtype is not None:
         dtype = check_dtype("The model", dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"`dtype` must be a floating-point dtype, but got {dtype}.")
+    if quantize is not None and not isinstance(quantize, Quantization):
+        quantize = Quantization(quantize)
+    if quantize is not None and sharding is not None:
+        raise ValueError(
+            "`quantize` and `sharding` cannot be used together. Save the quantised model, and load "
+            "it with `sharding`."
+        )
     hub = Hub(revision, token, cache_dir, local_files_only, force_download, endpoint)
-    return load(open_checkpoint(name_or_path, hub), dtype, sharding)
+    return load(open_checkpoint(name_or_path, hub), dtype, sharding, quantize=quantize)
 
 
 def load(
     checkpoint: Checkpoint,
     dtype: np.dtype | None = None,
     sharding: _Shardings | None = None,
+    *,
+    quantize: Quantization | None = None,
 ) -> LanguageModel:
     """Loads the model of an open checkpoint. For the arguments see `from_pretrained`."""
     layout, config, tensors = checkpoint.layout, checkpoint.config, checkpoint.tensors
-    shapes = skeleton(config)
+    if SCORE in tensors:
+        raise CheckpointError(
+            f"{checkpoint.where} has a {SCORE}, so that it is no language model but a sequence "
+            "classifier. Load it with `mamba_eqx.load_classifier`."
+        )
     try:
+        shapes = checkpoint.shapes()
+        groups = {} if quantize is None else _groups(checkpoint, shapes, quantize)
         assignments = assign(layout, config, shapes, tensors, floating=True)
         targets = [_target(assignment, dtype, sharding) for assignment in assignments]
         check_tied_head(layout, config, tensors, lambda tensor: tensor.read())
-        leaves = [_read(*pair) for pair in zip(assignments, targets, strict=True)]
+        leaves: list[Array | QuantizedWeight] = []
+        head: QuantizedWeight | None = None
+        for assignment, target in zip(assignments, targets, strict=True):
+            leaf = _read(assignment, target)
+            if quantize is None:
+                leaves.append(leaf)
+                continue
+            if assignment.path == _EMBEDDING and config.tie_embeddings and HEAD in groups:
+                head = _quantized(leaf, quantize, groups[HEAD])
+            group = groups.get(assignment.path.removesuffix(".weight"))
+            leaves.append(leaf if group is None else _quantized(leaf, quantize, group))
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.where}: {error}") from None
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    model = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    if quantize is None:
+        return model
+    if head is not None:
+        model = with_head(model, QuantizedLinear(*head))
+
+    # The structure is that of linear maps, some of which have a quantised weight by now.
+    def convert(node: PyTree) -> PyTree:
+        if isinstance(node, Linear) and isinstance(node.weight, QuantizedWeight):
+            return QuantizedLinear(*node.weight, node.bias)
+        return node
+
+    return jax.tree.map(convert, model, is_leaf=lambda node: isinstance(node, Linear))
+
+
+def _groups(
+    checkpoint: Checkpoint, shapes: LanguageModel, quantize: Quantization
+) -> dict[str, int]:
+    """Returns the sizes of the groups of the linear maps that are quantised, by path."""
+    if checkpoint.quantization is not None:
+        raise ValueError(
+            f"{checkpoint.where} must not be quantised already, but has weights of "
+            f"{checkpoint.quantization.bits} bits. Load it without quantising, or quantise the "
+            "checkpoint that it was made from."
+        )
+    sizes = {path: linear.weight.shape[-1] for path, linear in linear_maps(shapes).items()}
+    return quantize.select(sizes | {HEAD: shapes.d_model})
+
+
+def _quantized(leaf: Array, quantize: Quantization, group: int) -> QuantizedWeight:
+    return jax.block_until_ready(quantize_weight(leaf, bits=quantize.bits, group=group))
 
 
 def loaded_dtype(assignment: Assignment[StoredTensor], dtype: np.dtype | None) -> np.dtype:
@@ -109,14 +178,17 @@ def loaded_dtype(assignment: Assignment[StoredTensor], dtype: np.dtype | None) -
 
     - `assignment`: the leaf and its tensors.
     - `dtype`: the requested dtype; the dtype of the tensors if `None`. As with `mbx.cast`, the
-        parameters of recurrences are float32 unless this is float64.
+        parameters of recurrences and of routers are float32 unless this is float64, and the
+        integers of quantised weights keep their dtype.
 
     **Raises:** `CheckpointError` if the tensors have different dtypes and none is requested, or the
     dtype needs JAX's 64-bit mode.
     """
     own = {tensor.name: tensor.dtype for _, tensor in assignment.parts}
+    if jnp.issubdtype(assignment.leaf.dtype, jnp.integer):
+        return np.dtype(assignment.leaf.dtype)
     target = common_dtype(own) if dtype is None else dtype
-    if assignment.recurrence and target != np.float64:
+    if assignment.stays_wide and target != np.float64:
         target = np.dtype(np.float32)
     return check_dtype(next(iter(own)), target)
 

@@ -11,6 +11,7 @@ from ._companions import Companions, companions_of
 from ._folder import is_weights
 from ._hub import Hub
 from ._hub_errors import Place, failure
+from ._quantized import quantization_of
 from ._save import save_checkpoint
 from .layouts import config_from
 
@@ -74,7 +75,8 @@ def push_to_hub(
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             siblings = api.model_info(repo_id, revision=revision).siblings or []
             there = {file.rfilename for file in siblings}
-            card = model_card(config_from(model), layout=layout, name=repo_id)
+            quantized = quantization_of(model) is not None
+            card = model_card(config_from(model), layout=layout, name=repo_id, quantized=quantized)
             (folder / CARD).write_text(card, "utf-8")
             new = {name for name in os.listdir(folder) if name != CARD or name not in there}
             stale = {n for n in there - new if is_weights(n) or n in companions.replaces}

@@ -3,25 +3,29 @@
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from .._atomic import replaced_files
 from ..formats import CheckpointError, decode_numbers, write_safetensors
-from ..layers import recurrence_mask
+from ..layers import float32_mask
 from ..models import LanguageModel
 from ..text import ByteTokenizer, TextTokenizer
 from ._card import CARD, model_card
 from ._companions import Companions, companions_of
 from ._folder import is_replaced, is_torch_weights, shard_name
+from ._load import SCORE
+from ._quantized import quantization_fields, quantization_of, shapes_of
 from ._source import CONFIG
 from ._state_dict import get_layout, state_dict
 from ._token_ids import ids_to_json
 from ._weights import SAFETENSORS, SAFETENSORS_INDEX
-from .layouts import Layout, config_from, match, skeleton
+from .layouts import Layout, config_from, match
 
 
 def save_pretrained(
@@ -41,7 +45,9 @@ def save_pretrained(
 
     **Arguments:**
 
-    - `model`: the model, with its layers `Unrolled` or `Stacked`. Each array keeps its dtype.
+    - `model`: the model, with its layers `Unrolled` or `Stacked`. Each array keeps its dtype. A
+        model of [`mamba_eqx.quantize`][] is saved as it is, for this library only: the config has a
+        `quantization_config` at which transformers refuses the checkpoint.
     - `path`: the folder, which is created if necessary.
     - `layout`: `"transformers"`; `"state-spaces"` for the official layout, which can store more
         models (MLPs, LayerNorm); or `"mistral"` for that of Codestral, which can store fewer.
@@ -59,6 +65,28 @@ def save_pretrained(
     save_checkpoint(model, path, companions, layout=layout, max_shard_size=max_shard_size)
 
 
+@dataclass(frozen=True)
+class ClassifierHead:
+    """The head of a sequence classifier.
+
+    - `weight`: the weight, of shape `(n_classes, d_model)`.
+    - `labels`: the names of the classes.
+    """
+
+    weight: Array
+    labels: tuple[str, ...]
+
+    def fields(self, of_model: dict[str, object]) -> dict[str, object]:
+        """Returns the fields of transformers' config that differ from those of a language model."""
+        names = of_model["architectures"]
+        assert isinstance(names, list)
+        return {
+            "architectures": [str(names[0]).replace("ForCausalLM", "ForSequenceClassification")],
+            "id2label": {str(i): label for i, label in enumerate(self.labels)},
+            "label2id": {label: i for i, label in enumerate(self.labels)},
+        }
+
+
 def save_checkpoint(
     model: LanguageModel,
     path: str | os.PathLike[str],
@@ -66,8 +94,16 @@ def save_checkpoint(
     *,
     layout: str,
     max_shard_size: int | str | None,
+    head: ClassifierHead | None = None,
 ) -> None:
-    """Saves a model and its companions. For the other arguments see `save_pretrained`."""
+    """Saves a model and its companions.
+
+    **Arguments:**
+
+    - `head`: the head of a classifier, whose backbone `model` is; `None` for a language model.
+
+    For the other arguments see `save_pretrained`.
+    """
     shard_size = _parse_size(max_shard_size)
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -85,14 +121,20 @@ def save_checkpoint(
             f"The {layout!r} layout has one file for all weights: give `max_shard_size=None`."
         )
     # A part of a model, or an ensemble, could not be loaded again, and is therefore not saved.
-    match(chosen, config, skeleton(config), tensors, floating=True)
+    quantization = quantization_of(model)
+    match(chosen, config, shapes_of(chosen, config, tensors, quantization), tensors, floating=True)
     fields = chosen.write_config(config, _config_dtype(model))
     _check_readable(chosen, fields)
+    if quantization is not None:
+        fields |= quantization_fields(quantization)
     if chosen.declares_ids:
         fields |= ids_to_json(companions.ids)
-    head = chosen.tied_head(config)
-    if head is not None and chosen.keeps_tied_head:
-        tensors[head] = tensors[chosen.embedding(config)]
+    tied = chosen.tied_head(config)
+    if tied is not None and chosen.keeps_tied_head:
+        tensors[tied] = tensors[chosen.embedding(config)]
+    if head is not None:
+        tensors[SCORE] = head.weight
+        fields |= head.fields(fields)
 
     def stale(name: str) -> bool:
         return is_replaced(name, chosen) or name in companions.replaces
@@ -104,7 +146,13 @@ def save_checkpoint(
         )
         companions.write(new)
         if not (path / CARD).exists():
-            card = model_card(config, layout=chosen.name, name=path.resolve().name)
+            card = model_card(
+                config,
+                layout=chosen.name,
+                name=path.resolve().name,
+                quantized=quantization is not None,
+                classifier=head is not None,
+            )
             (new / CARD).write_text(card, "utf-8")
 
 
@@ -173,9 +221,13 @@ def _shards(tensors: dict[str, Array], max_shard_size: int | None) -> list[list[
 
 
 def _config_dtype(model: LanguageModel) -> np.dtype:
-    """Returns the dtype of the parameters outside recurrences; if they differ, a dtype for all."""
-    leaves, recurrence = jax.tree.leaves(model), jax.tree.leaves(recurrence_mask(model))
-    own = {np.dtype(leaf.dtype) for leaf, wide in zip(leaves, recurrence, strict=True) if not wide}
+    """Returns the dtype of the parameters that `cast` changes; if they differ, a dtype for all."""
+    leaves, stay_wide = jax.tree.leaves(model), jax.tree.leaves(float32_mask(model))
+    own = {
+        np.dtype(leaf.dtype)
+        for leaf, wide in zip(leaves, stay_wide, strict=True)
+        if not wide and jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
     if len(own) == 1:
         return own.pop()
     return np.dtype(np.float64 if np.dtype(np.float64) in own else np.float32)

@@ -68,6 +68,11 @@ def open_source(
     return _Folder(os.fspath(name_or_path), folder, hub)
 
 
+def may_be_there(name_or_path: str) -> bool:
+    """Returns whether something is at a path. A name of a repository always may be on the Hub."""
+    return not _is_path(name_or_path) or _holds(Path(name_or_path), Path.exists)
+
+
 def _is_path(name_or_path: str | os.PathLike[str]) -> bool:
     """Returns whether the argument cannot be a repository's name (`name` or `owner/name`)."""
     if not isinstance(name_or_path, str):

@@ -37,6 +37,44 @@ def get_layout(name: str) -> Layout:
     return LAYOUTS[name]
 
 
+def layouts_for(tree: LanguageModel) -> tuple[str, ...]:
+    """Returns the names of the layouts that can store a model, for the argument `layout` of
+    [`mamba_eqx.save_pretrained`][] and others.
+
+    ```python
+    layout = mbx.layouts_for(model)[0]
+    ```
+
+    **Arguments:**
+
+    - `tree`: the model, or any tree of its structure, including the result of
+        `eqx.filter_eval_shape`. No array is read or copied.
+
+    **Returns:**
+
+    The names, in the order in which the layouts are documented; an empty tuple if there are none,
+    as for a model with a mixer of your own.
+
+    **Raises:** [`mamba_eqx.CheckpointError`][] if `tree` is not of a model's structure.
+    """
+    try:
+        config = config_from(tree)
+    except CheckpointError:
+        raise
+    except ValueError:  # There is no config for a layer that the library does not define.
+        return ()
+    shapes = jax.eval_shape(unrolled, tree)
+
+    def stores(layout: Layout) -> bool:
+        try:
+            slots(layout, config, shapes)
+        except CheckpointError:
+            return False
+        return True
+
+    return tuple(name for name, layout in LAYOUTS.items() if stores(layout))
+
+
 def state_dict(tree: LanguageModel, *, layout: str = "transformers") -> dict[str, Array]:
     """Returns the arrays of a model under the names and in the shapes of a checkpoint layout.
 

@@ -1,7 +1,7 @@
 """Chat templates: jinja2 programs that lay out a conversation as text."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from typing import NamedTuple
 
 
@@ -10,6 +10,14 @@ class Piece(NamedTuple):
 
     text: str
     is_special: bool
+
+
+class Tokens(NamedTuple):
+    """Added tokens that a tokenizer looks for at the same time: the first in the text, and the
+    longest at its place."""
+
+    special: Collection[str]
+    ordinary: Collection[str] = ()
 
 
 def named_templates(templates: object) -> dict[str, str]:
@@ -66,8 +74,7 @@ def render(
     messages: Sequence[Mapping[str, object]],
     variables: Mapping[str, object],
     *,
-    special: Sequence[str],
-    ordinary: Sequence[str] = (),
+    tokens: Sequence[Tokens],
     add_generation_prompt: bool,
     tools: Sequence[Mapping[str, object]] | None = None,
     documents: Sequence[Mapping[str, object]] | None = None,
@@ -82,9 +89,8 @@ def render(
     - `messages`: the conversation; each message has a `role` and a `content`.
     - `variables`: further variables of the template, such as `bos_token`. They count as written by
         the template.
-    - `special`: the spellings of the special tokens.
-    - `ordinary`: the spellings of other added tokens. A longer one takes precedence over a special
-        token at the same place.
+    - `tokens`: the added tokens, in the order in which the tokenizer looks for them: those of the
+        second entry only in text in which it found none of the first.
     - `add_generation_prompt`: whether to append the beginning of an assistant's message.
     - `tools`: descriptions of the tools that the model can call.
     - `documents`: documents that the model can cite.
@@ -111,39 +117,54 @@ def render(
     written = {"add_generation_prompt": add_generation_prompt, **variables}
     written = {name: value for name, value in written.items() if name not in (options or {})}
     text = render_text(template, messages, written=written, variables=given)
-    return _pieces(str.__str__(text), text.authors, special, ordinary)
+    return _pieces(str.__str__(text), text.authors, tokens)
 
 
-def _pieces(
-    text: str, authors: bytes, special: Sequence[str], ordinary: Sequence[str]
-) -> list[Piece]:
+def _pieces(text: str, authors: bytes, tokens: Sequence[Tokens]) -> list[Piece]:
     """Splits a rendered text at the special tokens that its template wrote.
 
     As in the tokenizer, the first token comes first, and the longest at its place.
     """
-    from .chat import TEMPLATE, USER
-
-    find = _finder({*special, *ordinary} - {""})
-    known = set(special)
+    found = dict[int, int]()  # The end of each token, by its start.
+    for stage in tokens:
+        spans = [0, *(place for span in sorted(found.items()) for place in span), len(text)]
+        find = _finder({*stage.special, *stage.ordinary} - {""})
+        for start, stop in zip(spans[::2], spans[1::2], strict=True):
+            found |= _written_tokens(find, text, authors, start, stop)
+    known = {content for stage in tokens for content in stage.special}
     pieces: list[Piece] = []
     start = 0  # of the text that is in no piece
-    for run in re.finditer(b"[^%c]+" % USER, authors):
-        position = run.start()
-        while (found := find(text, position, run.end())) is not None:
-            first, last = found
-            # A role or a number alone is no token, although the template printed it.
-            if TEMPLATE not in authors[first:last]:
-                position = first + 1
-                continue
-            position = last
-            if text[first:last] in known:
-                pieces += [Piece(text[start:first], False), Piece(text[first:last], True)]
-                start = position
+    for first, last in sorted(found.items()):
+        if text[first:last] in known:
+            pieces += [Piece(text[start:first], False), Piece(text[first:last], True)]
+            start = last
     pieces.append(Piece(text[start:], False))
     return [piece for piece in pieces if piece.text]
 
 
-def _finder(tokens: Set[str]) -> Callable[[str, int, int], tuple[int, int] | None]:
+_Find = Callable[[str, int, int], tuple[int, int] | None]
+
+
+def _written_tokens(
+    find: _Find, text: str, authors: bytes, start: int, stop: int
+) -> dict[int, int]:
+    """Returns the places of the tokens in a part of a text, without those that a user wrote."""
+    from .chat import TEMPLATE, USER
+
+    places = dict[int, int]()
+    for run in re.compile(b"[^%c]+" % USER).finditer(authors, start, stop):
+        position = run.start()
+        while (found := find(text, position, run.end())) is not None:
+            first, last = found
+            # A role or a number alone is no token, although the template printed it.
+            written = TEMPLATE in authors[first:last]
+            position = last if written else first + 1
+            if written:
+                places[first] = last
+    return places
+
+
+def _finder(tokens: Set[str]) -> _Find:
     """Returns a function that finds the first token in a part of a text, and the longest there.
 
     A regular expression of all tokens would try each of them at each place.

@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ._chat_template import Tokens
 from ._declared_tokens import DeclaredTokens, declared_tokens
 from ._rust import checked
 from ._steps import check_growth
@@ -49,6 +50,23 @@ class PrivateTokenizer:
     declared: DeclaredTokens
     decoder: object
     kind: str
+
+    def stages(self) -> list[Tokens]:
+        """Returns the original spellings of the added tokens, in the order in which `tokenizers`
+        looks for them: in the text as it is, and then in the normalised rest."""
+        added = self.fast.get_added_tokens_decoder().values()
+        normalized = {token.content for token in added if token.normalized}
+        return [
+            Tokens(
+                [text for text, name in self.private.items() if (name in normalized) == late],
+                [
+                    token.content
+                    for token in added
+                    if not token.special and token.normalized == late
+                ],
+            )
+            for late in (False, True)
+        ]
 
 
 def private_tokenizer(file: str, config: Mapping[str, object]) -> PrivateTokenizer:

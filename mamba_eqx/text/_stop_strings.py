@@ -83,19 +83,51 @@ def text_until(stops: Sequence[str], pieces: Iterator[str]) -> Iterator[str]:
     An iterator over the text in pieces, some of them possibly empty. A suffix that may
     be the beginning of a stop string is held back until the following text decides.
     """
-    held = ""
+    until = StopFilter(stops)
     for piece in pieces:
-        held += piece
-        found = [(start + len(stop), start) for stop in stops if (start := held.find(stop)) >= 0]
-        if found:
-            _, start = min(found)
-            yield held[:start]
+        yield until.feed(piece)
+        if until.stopped:
             return
-        keep = max((_overlap(held, stop) for stop in stops), default=0)
-        yield held[: len(held) - keep]
-        held = held[len(held) - keep :]
-    if held:
-        yield held
+    rest = until.flush()
+    if rest:
+        yield rest
+
+
+class StopFilter:
+    """A filter that ends a text before the stop string that is completed first.
+
+    - `stopped`: whether a stop string was completed.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        """**Arguments:**
+
+        - `stops`: the stop strings, none of them empty. There may be none.
+        """
+        self._stops = stops
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, piece: str) -> str:
+        """Returns the text that is certain after another piece. A suffix that may be the beginning
+        of a stop string is held back."""
+        if self.stopped:
+            return ""
+        held = self._held + piece
+        found = [
+            (start + len(stop), start) for stop in self._stops if (start := held.find(stop)) >= 0
+        ]
+        if found:
+            self.stopped, self._held = True, ""
+            return held[: min(found)[1]]
+        end = len(held) - max((_overlap(held, stop) for stop in self._stops), default=0)
+        self._held = held[end:]
+        return held[:end]
+
+    def flush(self) -> str:
+        """Returns the text that was held back, at the end of the text."""
+        held, self._held = self._held, ""
+        return held
 
 
 def _overlap(text: str, stop: str) -> int:

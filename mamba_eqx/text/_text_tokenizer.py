@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from ._chat_template import Piece, chosen_template, named_templates, render
 from ._encoding import encode_pieces
 from ._private_spelling import private_tokenizer
+from ._protocols import Tokenizer
 from ._special_ids import SpecialIds
 from ._spelling import Spelling
 from ._text_decoder import TextDecoder
@@ -251,13 +252,11 @@ class TextTokenizer:
                 "This tokenizer has no chat template. Its model was probably not trained on "
                 "conversations. Lay out the text yourself and use `encode`."
             )
-        added = self._private.fast.get_added_tokens_decoder().values()
         pieces = render(
             template,
             messages,
             self._private.declared.variables,
-            special=list(self._special),
-            ordinary=[token.content for token in added if not token.special],
+            tokens=self._private.stages(),
             add_generation_prompt=add_generation_prompt,
             tools=tools,
             documents=documents,
@@ -272,3 +271,10 @@ class TextTokenizer:
         while any(private.nonce in piece.text for piece in pieces):
             private = private_tokenizer(self._file, self._config)
         return encode_pieces(private, pieces, add_special_tokens=add_special_tokens)
+
+
+def chat_tokenizer(tokenizer: Tokenizer) -> TextTokenizer | None:
+    """Returns a tokenizer that can encode conversations, or `None` if this one cannot."""
+    if isinstance(tokenizer, TextTokenizer) and tokenizer.has_template:
+        return tokenizer
+    return None

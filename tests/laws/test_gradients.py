@@ -9,11 +9,10 @@ import jax.test_util
 import numpy as np
 import pytest
 
+from mamba_eqx.testing import _laws as laws
 from tests.support.cases import (
-    assert_close,
     fixed_case,
     fold,
-    fold_in_jax,
     quick,
     scan_uncompiled,
 )
@@ -33,19 +32,6 @@ from tests.support.registry import (
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
-def gradients(run: Any, *arguments: Any) -> Any:
-    """Returns the gradients of a random linear function of all that `run` returns, for all
-    arguments. Token ids and counters have no derivative."""
-    varied, fixed = eqx.partition(arguments, eqx.is_inexact_array)
-
-    def loss(varied: Any) -> Any:
-        out, rng = run(*eqx.combine(varied, fixed)), np.random.default_rng(2)
-        leaves = jax.tree.leaves(eqx.filter(out, eqx.is_inexact_array))
-        return sum(jnp.vdot(rng.standard_normal(leaf.shape), leaf) for leaf in leaves)
-
-    return quick(jax.grad(loss))(varied)
-
-
 @pytest.mark.parametrize(
     ("name", "s", "seq"),
     [(name, SIZES[0], 40) for name in EVERYTHING]
@@ -56,13 +42,9 @@ def test_gradients(name: str, s: Sizes, seq: int):
     initial state, through the outputs and through the final state."""
     with jax.enable_x64(True):
         layer = make_layer(name, s, "float64", 0)
-        x = jnp.asarray(make_inputs(name, s, seq, "float64", 0))
         past = make_inputs(name, s, 5, "float64", 1)
         state = fold(layer, past, layer.init_state(max_len=128))[1]
-        want = gradients(fold_in_jax, layer, state, x)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(want))
-        got = gradients(lambda layer, state, x: layer.scan(x, state), layer, state, x)
-        assert_close(got, want, "float64")
+        laws.gradients(layer, state, make_inputs(name, s, seq, "float64", 0), "float64")
 
 
 @pytest.mark.parametrize(
@@ -92,16 +74,18 @@ def test_gradients_in_forward_mode(name: str):
     """Forward-mode derivatives of `scan` equal reverse-mode derivatives."""
     with jax.enable_x64(True):
         layer = make_layer(name, SIZES[0], "float64", 0)
-        tangent = make_layer(name, SIZES[0], "float64", 1)
+        tangent = eqx.filter(make_layer(name, SIZES[0], "float64", 1), eqx.is_inexact_array)
         x = jnp.asarray(make_inputs(name, SIZES[0], 4, "float64", 0))
+        varied, fixed = eqx.partition(layer, eqx.is_inexact_array)
 
         @quick
-        def run(layer: Any, tangent: Any) -> Any:
-            y, y_dot = jax.jvp(lambda layer: layer(x), (layer,), (tangent,))
-            (grads,) = jax.vjp(lambda layer: layer(x), layer)[1](y)
+        def run(varied: Any, tangent: Any) -> Any:
+            output = lambda varied: eqx.combine(varied, fixed)(x)
+            y, y_dot = jax.jvp(output, (varied,), (tangent,))
+            (grads,) = jax.vjp(output, varied)[1](y)
             return jnp.vdot(y, y_dot), grads
 
-        forward, grads = run(layer, tangent)
+        forward, grads = run(varied, tangent)
         pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(tangent), strict=True)
         np.testing.assert_allclose(forward, sum(np.vdot(a, b) for a, b in pairs))
 
@@ -116,17 +100,7 @@ def test_length_in_gradients(name: str):
         x = make_inputs(name, SIZES[0], seq, "float64", 0)
         padding = [2**20, -3, VOCAB_SIZE] if name in LANGUAGE_MODELS else [np.nan, np.inf, -np.inf]
         x[n:] = np.array(padding, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-        reset = jnp.isin(jnp.arange(seq), jnp.array([2, 5]))
-
-        def padded(layer: Any, state: Any, x: Any) -> Any:
-            y, state = layer.scan(x, state, reset=reset, length=n)
-            return y[:n], state
-
-        def alone(layer: Any, state: Any, x: Any) -> Any:
-            return layer.scan(x[:n], state, reset=reset[:n])
-
-        arguments = layer, layer.init_state(max_len=n), jnp.asarray(x)
-        assert_close(gradients(padded, *arguments), gradients(alone, *arguments), "float64")
+        laws.length_in_gradients(layer, x, n, "float64")
 
 
 @all_layers_quickly("conv")

@@ -1,6 +1,5 @@
 """Agreement with transformers' models of experts in everything, in float64."""
 
-import contextlib
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import pytest
 
 import mamba_eqx as mbx
 from mamba_eqx.pretrained import from_pretrained, state_dict
-from tests.support.parity import difference, named_state, run, their_model
+from tests.support.parity import difference, honest_float64, named_state, run, their_model
 from tests.support.parity_models import THEIRS
 
 
@@ -26,16 +25,6 @@ CASES = [
 # In Nemotron-H, the layers of the file that our blocks end with, and those that hold the mixers.
 ENDS = {"dense": [0, 2, 3, 5, 7], "experts": [1, 3, 4], "latent": [1, 3]}
 MIXERS = {"dense": [0, 1, 3, 4, 6], "experts": [0, 2, 4], "latent": [0, 2]}
-
-
-@contextlib.contextmanager
-def honest_float64(torch: Any, monkeypatch: pytest.MonkeyPatch):
-    """Keeps transformers from computing parts in float32, whatever the dtype of its weights."""
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "float32", torch.float64)
-        patch.setattr(torch, "float", torch.float64)
-        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        yield
 
 
 def final_norm(backbone: Any) -> Any:

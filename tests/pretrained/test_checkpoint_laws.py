@@ -14,6 +14,7 @@ import mamba_eqx as mbx
 from mamba_eqx.pretrained import (
     CheckpointError,
     from_pretrained,
+    layouts_for,
     load_state_dict,
     save_pretrained,
     state_dict,
@@ -106,6 +107,7 @@ def test_loads_from_shards(stored, tmp_path):
 @cases_with_stacks()
 def test_state_dict_has_the_names_and_values_of_the_file(stored, stacked, tmp_path):
     model = make(stored.config, stacked=stacked)
+    assert stored.layout in layouts_for(model)
     named = state_dict(model, layout=stored.layout)
     save_pretrained(model, tmp_path, layout=stored.layout)
     layout = LAYOUTS[stored.layout]
@@ -129,7 +131,7 @@ def test_load_state_dict_inverts_state_dict(stored, stacked):
     assert_same(eqx.filter_jit(load_state_dict)(model, named, layout=layout), model)
 
 
-# The parameters that `recurrence_mask` chooses.
+# The parameters that `float32_mask` chooses.
 RECURRENCE: dict[type, tuple[str, ...]] = {
     type(None): (),
     mbx.GatedMLPConfig: (),
@@ -159,7 +161,7 @@ def recurrence_names(part: object) -> tuple[str, ...]:
 @cases_with_stacks(parts_suffice)
 def test_part_of_a_model_has_part_of_the_names(stored, stacked):
     model, layout = make(stored.config, stacked=stacked), stored.layout
-    part, _ = eqx.partition(model, mbx.recurrence_mask(model))
+    part, _ = eqx.partition(model, mbx.layers.float32_mask(model))
     named = state_dict(part, layout=layout)
     assert named.keys() <= state_dict(model, layout=layout).keys()
     parts = [part for layer in stored.config.layers for part in (layer.mixer, layer.mlp)]
@@ -240,3 +242,27 @@ def test_names_and_shapes_of_a_layer(family, layout, name, shapes):
     prefix = "backbone.layers.1."
     got = {k.removeprefix(prefix): v.shape for k, v in named.items() if k.startswith(prefix)}
     assert got == shapes
+
+
+class OwnMixer(mbx.AbstractSequenceLayer):
+    """A mixer that no layout has names for."""
+
+    layer: mbx.Mamba1
+    d_model: int = eqx.field(static=True)
+
+    def init_state(self, *, max_len=None):
+        return self.layer.init_state(max_len=max_len)
+
+    def scan(self, x, state=None, *, reset=None, length=None):
+        return self.layer.scan(x, state, reset=reset, length=length)
+
+    def step(self, x, state):
+        return self.layer.step(x, state)
+
+
+def test_no_layout_stores_a_mixer_of_the_users_own():
+    model = make(next(iter(FAMILIES["mamba1"]["transformers"].values())))
+    assert "transformers" in layouts_for(model)
+    mixers_of = lambda model: [block.mixer for block in model.layers.layers]
+    own = lambda mixer: OwnMixer(layer=mixer, d_model=mixer.d_model)
+    assert layouts_for(eqx.tree_at(mixers_of, model, replace_fn=own)) == ()

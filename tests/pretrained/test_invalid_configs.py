@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from mamba_eqx.pretrained import CheckpointError, _load, from_pretrained, save_pretrained
+from mamba_eqx.pretrained import (
+    CheckpointError,
+    _checkpoint,
+    _load,
+    from_pretrained,
+    save_pretrained,
+)
 from mamba_eqx.pretrained.layouts import LAYOUTS
 from tests.support.checkpoints import DROPPED, FAMILIES, edit_config, make
 
@@ -267,6 +273,28 @@ def test_invalid_config_is_refused(model, fields, message, saved, tmp_path, monk
     with pytest.raises(CheckpointError, match=f"(?s){message}") as error:
         from_pretrained(folder)
     assert str(folder) in str(error.value)
+
+
+def test_config_of_a_million_tensors_is_refused_at_once(saved, tmp_path, monkeypatch):
+    """Without making their names, which would take a minute."""
+    folder = tmp_path / "model"
+    shutil.copytree(saved(("hybrid", "transformers", "jamba_experts")), folder)
+    monkeypatch.setattr(_checkpoint, "renamed", lambda *_: dict.fromkeys(map(str, range(600))))
+    monkeypatch.setattr("mamba_eqx.pretrained._load.assign", _nothing_is_loaded)
+    experts = {"num_experts": 1024, "expert_layer_period": 1, "expert_layer_offset": 0}
+    edit_config(folder, experts | {"num_hidden_layers": 500})
+    with pytest.raises(
+        CheckpointError, match=r"the config needs 1,5\d\d,\d\d\d tensors, but .* 600\."
+    ):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_number_of_tensors_is_the_length_of_the_table(family):
+    for layout, models in FAMILIES[family].items():
+        for config in models.values():
+            chosen = LAYOUTS[layout]
+            assert chosen.number_of_slots(config) == len(chosen.table(config))
 
 
 def _nothing_is_loaded(*_: object) -> None:

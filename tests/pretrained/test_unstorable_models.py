@@ -6,7 +6,13 @@ import equinox as eqx
 import pytest
 
 import mamba_eqx as mbx
-from mamba_eqx.pretrained import CheckpointError, from_pretrained, save_pretrained, state_dict
+from mamba_eqx.pretrained import (
+    CheckpointError,
+    from_pretrained,
+    layouts_for,
+    save_pretrained,
+    state_dict,
+)
 from mamba_eqx.pretrained.layouts import LAYOUTS
 from tests.support.checkpoints import (
     BIASED,
@@ -369,6 +375,9 @@ def test_unstorable_model_is_refused(layout, model, message, remedy, tmp_path):
         save_pretrained(make(model), tmp_path / "new", layout=layout)
     assert not (tmp_path / "new").exists()
     # The remedy works, or there is none.
+    can = layouts_for(eqx.filter_eval_shape(lambda: make(model)))
+    assert layout not in can
+    assert next(iter(can), None) == remedy
     if remedy is None:
         assert str(error.value).endswith("No layout can store this model.")
         for other in LAYOUTS:

@@ -3,13 +3,18 @@
 import pytest
 
 from tests.support.cases import DTYPES, THOROUGH
-from tests.support.registry import EVERYTHING, MIXERS, SIZES
+from tests.support.registry import EVERYTHING, MIXERS, SIMILAR, SIZES
 
 
 def all_layers_quickly(*quick: str) -> pytest.MarkDecorator:
-    """Parametrises a law by all layers, of which the quick run checks only those of `quick`."""
+    """Parametrises a law by all layers that differ much. The quick run checks only those of
+    `quick`."""
     slow = pytest.mark.slow
-    names = [name if name in quick else pytest.param(name, marks=slow) for name in EVERYTHING]
+    names = [
+        name if name in quick else pytest.param(name, marks=slow)
+        for name in EVERYTHING
+        if THOROUGH or name not in SIMILAR
+    ]
     return pytest.mark.parametrize("name", names)
 
 

@@ -1,5 +1,7 @@
 """Comparisons with golden files and with transformers as installed."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jaxtyping import Array, PyTree
 from safetensors.numpy import load_file
 
@@ -121,6 +124,16 @@ def their_model(torch: Any, fields: dict[str, Any], model_type: str = "mamba") -
             if name.endswith("e_score_correction_bias"):
                 buffer += 0.3 * torch.randn_like(buffer)
     return model
+
+
+@contextlib.contextmanager
+def honest_float64(torch: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Keeps transformers from computing parts in float32, whatever the dtype of its weights."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "float32", torch.float64)
+        patch.setattr(torch, "float", torch.float64)
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        yield
 
 
 def their_logits(torch: Any, model: Any, tokens: np.ndarray) -> np.ndarray:

@@ -9,11 +9,22 @@ import mamba_eqx as mbx
 
 def public_objects() -> dict[str, Any]:
     """Returns everything public, by its full name."""
-    found = names_in("mamba_eqx", mbx, vars(mbx))
+    found = names_in("mamba_eqx", mbx, dir(mbx))
     found |= names_in("mamba_eqx.training", mbx.training, vars(mbx.training))
-    for space in ("generation", "layers", "models", "ops", "sampling", "text"):
+    for space in (
+        "generation",
+        "inspection",
+        "layers",
+        "models",
+        "ops",
+        "sampling",
+        "sharding",
+        "testing",
+        "text",
+    ):
         part = getattr(mbx, space)
-        found |= names_in(f"mamba_eqx.{space}", part, set(part.__all__) - set(vars(mbx)))
+        names = sorted(set(part.__all__) - set(dir(mbx)))  # All processes need the same order.
+        found |= names_in(f"mamba_eqx.{space}", part, names)
     return found
 
 

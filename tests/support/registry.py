@@ -6,7 +6,7 @@ Add your own layer to `MIXERS` (checked in all sizes and dtypes) or `COMPOSITES`
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -180,6 +180,16 @@ def stack(kind: Callable[..., Any], *layers: Make, **options: Any) -> Make:
     return make
 
 
+def quantized(layer: Make, bits: Literal[8, 4]) -> Make:
+    """Returns a maker of a layer with weights of 8 or 4 bits, in two groups for every output."""
+
+    def make(s: Sizes, dtype: Any, key: jax.Array) -> Any:
+        made = layer(dataclasses.replace(s, d_inner=64), dtype, key)
+        return mbx.quantize(made, bits=bits, group=32)
+
+    return make
+
+
 def language_model(layers: Make, *, tie: bool, residual_in_fp32: bool = True) -> Make:
     def make(s: Sizes, dtype: Any, key: jax.Array) -> mbx.LanguageModel:
         layers_key, model_key = jr.split(key)
@@ -274,6 +284,8 @@ COMPOSITES: dict[str, Make] = {
     "stacked_mixtures": stack(
         mbx.Stacked, *[block(mamba1, mlp=mixture(n_experts=4, top_k=2))] * 2, remat=True
     ),
+    "block_8_bits": quantized(block(mamba1), 8),
+    "stacked_4_bits": quantized(stack(mbx.Stacked, *[block(mamba1)] * 2, remat=True), 4),
 }
 
 LANGUAGE_MODELS: dict[str, Make] = {
@@ -316,10 +328,26 @@ VARIANTS = {
     "stacked_attention",
     "stacked_remat",
     "stacked_mixtures",
+    "block_8_bits",
+    "stacked_4_bits",
     "hybrid",
     "language_model_untied",
 }
 EVERYTHING = LAYERS | LANGUAGE_MODELS
+
+# Laws that compile large programs are checked for these layers in a thorough run only. Their parts,
+# and layers that are composed alike, have entries of their own.
+SIMILAR = {
+    "mamba2_without_norm",
+    "block_mlp",
+    "block_mamba2",
+    "block_mamba3",
+    "block_layernorm",
+    "unrolled",
+    "stacked_attention",
+    "stacked_remat",
+    "language_model_untied",
+}
 
 
 @functools.cache
@@ -330,10 +358,16 @@ def make_layer(name: str, s: Sizes, dtype: Any, seed: int) -> Any:
     """
     make = EVERYTHING[name]
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(0.5 * rng.standard_normal(leaf.shape), leaf.dtype),
-        eqx.filter_eval_shape(lambda key: make(s, dtype, key), jr.key(0)),
-    )
+
+    def random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if leaf.dtype == jnp.int8:
+            return jnp.asarray(rng.integers(-2, 3, leaf.shape), leaf.dtype)
+        if leaf.dtype == jnp.uint8:  # Two integers of 4 bits, from -2 to 2.
+            lower, upper = rng.integers(6, 11, (2, *leaf.shape))
+            return jnp.asarray(lower | upper << 4, leaf.dtype)
+        return jnp.asarray(0.5 * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return jax.tree.map(random, eqx.filter_eval_shape(lambda key: make(s, dtype, key), jr.key(0)))
 
 
 def make_inputs(name: str, s: Sizes, seq: int, dtype: Any, seed: int) -> np.ndarray:

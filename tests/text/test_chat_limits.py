@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("jinja2")
 
-from mamba_eqx.text._chat_template import render
+from mamba_eqx.text._chat_template import Tokens, render
 from mamba_eqx.text.chat import _limits
 from tests.support.bounded import bounded
 from tests.support.chat_templates import CHATS, TEMPLATES, VARIABLES
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("as_users_run")
 
 
 def attempt(template: str) -> None:
-    render(template, CHATS["turns"], {}, special=["<s>"], add_generation_prompt=True)
+    render(template, CHATS["turns"], {}, tokens=[Tokens(["<s>"])], add_generation_prompt=True)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_many_special_tokens_are_found_fast():
     chat = [{"role": "user", "content": ""}]
     with bounded(5):
         pieces = render(
-            "{{ '<|' * 200000 }}7|>", chat, {}, special=special, add_generation_prompt=True
+            "{{ '<|' * 200000 }}7|>", chat, {}, tokens=[Tokens(special)], add_generation_prompt=True
         )
     assert pieces[1:] == [("<|7|>", True)]
 
@@ -71,7 +71,7 @@ def test_limits_are_far_above_published_templates(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(_limits, "STEPS_PER_MESSAGE", 200)
     chat = [{"role": role, "content": "x" * 1000} for role in ("user", "assistant")] * 20
     for template in TEMPLATES.values():
-        render(template, chat, VARIABLES, special=["<s>"], add_generation_prompt=True)
+        render(template, chat, VARIABLES, tokens=[Tokens(["<s>"])], add_generation_prompt=True)
 
 
 @pytest.mark.usefixtures("low_limits")
@@ -87,4 +87,4 @@ def test_deep_and_endless_messages_raise():
     for field in (deep, endless, wide):
         chat = [{"role": "user", "content": "x", "field": field}]
         with bounded(60), pytest.raises(ValueError, match=r"levels|steps"):
-            render("", chat, {}, special=[], add_generation_prompt=True)
+            render("", chat, {}, tokens=[Tokens([])], add_generation_prompt=True)

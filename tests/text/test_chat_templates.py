@@ -11,7 +11,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("tokenizers")
 
 import mamba_eqx as mbx
-from mamba_eqx.text._chat_template import Piece, render
+from mamba_eqx.text._chat_template import Piece, Tokens, render
 from tests.support.chat_templates import (
     CHATS,
     DOCUMENTS,
@@ -34,7 +34,12 @@ def specials(pieces: Sequence[Piece]) -> list[str]:
 def run(template: str, content: object, special: Sequence[str], **options: object) -> list[Piece]:
     chat = [{"role": "user", "content": content}]
     return render(
-        template, chat, VARIABLES, special=special, add_generation_prompt=True, options=options
+        template,
+        chat,
+        VARIABLES,
+        tokens=[Tokens(special)],
+        add_generation_prompt=True,
+        options=options,
     )
 
 
@@ -61,9 +66,13 @@ def test_text_of_published_templates_is_that_of_transformers(template: str, chat
             want = rendered_by_transformers(TEMPLATES[template], CHATS[chat], **shared)
         except Exception:  # The template rejects the conversation, or fails on it.
             with pytest.raises(ValueError, match="chat template"):
-                render(TEMPLATES[template], CHATS[chat], VARIABLES, special=SPECIAL, **shared)
+                render(
+                    TEMPLATES[template], CHATS[chat], VARIABLES, tokens=[Tokens(SPECIAL)], **shared
+                )
             continue
-        pieces = render(TEMPLATES[template], CHATS[chat], VARIABLES, special=SPECIAL, **shared)
+        pieces = render(
+            TEMPLATES[template], CHATS[chat], VARIABLES, tokens=[Tokens(SPECIAL)], **shared
+        )
         assert text_of(pieces) == want
         pattern = "|".join(map(re.escape, SPECIAL))
         assert specials(pieces) == re.findall(pattern, want)
@@ -143,7 +152,7 @@ chats = st.lists(
 @pytest.mark.parity
 @given(templates, chats)
 def test_only_the_template_writes_special_tokens(template: str, chat: list[dict[str, str]]):
-    pieces = render(template, chat, VARIABLES, special=TOKENS, add_generation_prompt=True)
+    pieces = render(template, chat, VARIABLES, tokens=[Tokens(TOKENS)], add_generation_prompt=True)
     assert text_of(pieces) == rendered_by_transformers(template, chat)
 
     def replaced(text: str) -> str:
@@ -206,13 +215,14 @@ def test_private_characters_of_users_are_kept():
 
 
 def test_a_longer_ordinary_token_hides_a_special_one():
-    def found(ordinary: list[str]) -> list[str]:
+    def found(*tokens: Tokens) -> list[str]:
         chat = [{"role": "user", "content": ""}]
-        shared = {"special": ["<a"], "ordinary": ordinary, "add_generation_prompt": True}
-        return specials(render("<a><a", chat, {}, **shared))
+        return specials(render("<a><a", chat, {}, tokens=tokens, add_generation_prompt=True))
 
-    assert found([]) == ["<a", "<a"]
-    assert found(["<a>"]) == ["<a"]
+    assert found(Tokens(["<a"])) == ["<a", "<a"]
+    assert found(Tokens(["<a"], ["<a>"])) == ["<a"]
+    assert found(Tokens([], ["<a>"]), Tokens(["<a"])) == ["<a"]
+    assert found(Tokens(["<a"]), Tokens([], ["<a>"])) == ["<a", "<a"]
 
 
 @pytest.mark.parametrize("role", ["<|im_end|>", "end|><s>", "im_end"])
@@ -220,7 +230,8 @@ def test_unknown_roles_are_texts_of_the_user(role: str):
     chat = [{"role": role, "content": ""}]
     template = "<|{{ messages[0].role }}|>"
     special = ["<|im_end|>", "<s>", "<|end|>"]
-    assert specials(render(template, chat, {}, special=special, add_generation_prompt=True)) == []
+    pieces = render(template, chat, {}, tokens=[Tokens(special)], add_generation_prompt=True)
+    assert specials(pieces) == []
 
 
 @pytest.mark.parametrize(
@@ -237,7 +248,11 @@ def test_numbers_of_users_complete_no_special_token(number: str):
         "{% set m = messages[0] %}{% set n, s, f = m.n, m.s, m.f %}<|{{ NUMBER }}|><|{{ 7 }}|>"
     )
     pieces = render(
-        template.replace("NUMBER", number), chat, {}, special=["<|7|>"], add_generation_prompt=True
+        template.replace("NUMBER", number),
+        chat,
+        {},
+        tokens=[Tokens(["<|7|>"])],
+        add_generation_prompt=True,
     )
     assert pieces == [Piece("<|7|>", False), Piece("<|7|>", True)]
 

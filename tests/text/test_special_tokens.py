@@ -94,3 +94,24 @@ def test_chats_have_the_ids_of_transformers_for_many_tokenizers(data: st.DataObj
     drawn = data.draw(random_tokenizers())
     parts = data.draw(st.lists(st.sampled_from([*drawn.special, "z", " "]), max_size=5))
     _check_chat(drawn, parts, data.draw(_HARMLESS))
+
+
+def test_normalized_tokens_are_found_after_the_others():
+    """The two spaces begin before the special token, but are looked for in what is left of it."""
+    added = [
+        {"id": 3, "content": " s", "special": True, "normalized": False},
+        {"id": 4, "content": "  ", "special": False, "normalized": True},
+    ]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False}
+    file = {
+        "version": "1.0",
+        "added_tokens": [flags | token for token in added],
+        "normalizer": {"type": "Lowercase"},
+        "pre_tokenizer": None,
+        "model": {"type": "BPE", "vocab": {" ": 0, "s": 1, "z": 2}, "merges": []},
+    }
+    config: dict[str, object] = {"eos_token": " s", "chat_template": "{{ '  s' }}"}
+    drawn = RandomTokenizer(json.dumps(file), config, [" s"], False)
+    messages = [{"role": "user", "content": "z"}]
+    ids = mbx.TextTokenizer(drawn.file, drawn.config).encode_chat(messages)
+    assert ids == _theirs(drawn).apply_chat_template(messages, return_dict=False) == [0, 3]

@@ -7,6 +7,7 @@ from ._match import (
     group_by_leaf as group_by_leaf,
     listing as listing,
     match as match,
+    quantized_paths as quantized_paths,
     rename as rename,
     rename_tensors as rename_tensors,
     renamed as renamed,

@@ -219,7 +219,8 @@ class Fields:
         if quantised is not None:
             raise CheckpointError(
                 f"{self._name} has a `quantization_config` ({quote_value(quantised)}), and "
-                "quantised checkpoints are not read. Use the checkpoint that it was made from."
+                "such quantised checkpoints are not read, only those of this library. Use the "
+                "checkpoint that it was made from."
             )
         self.ignore(_COMMON)
 

@@ -121,6 +121,8 @@ class Layout:
         transformers have other names for, and those names, for a config that `check` accepts.
     - `ignored`: returns the beginnings of the names of tensors that files may have and that are not
         a part of the model, for a config that `check` accepts.
+    - `count`: returns the length of the table, for a config that `check` accepts, if that is faster
+        than making the table. See `number_of_slots`.
     - `head`: the name of the head's weight.
     - `config_file`, `weights_file`: the names of the files.
     - `declares_ids`: whether the config declares the ids of special tokens, in the fields of
@@ -137,6 +139,7 @@ class Layout:
     renames: Callable[[LanguageModelConfig], Mapping[str, str]] = lambda _: {}
     modules: Callable[[LanguageModelConfig], Mapping[str, str]] = lambda _: {}
     ignored: Callable[[LanguageModelConfig], tuple[str, ...]] = lambda _: ()
+    count: Callable[[LanguageModelConfig], int] | None = None
     head: str = "lm_head.weight"
     config_file: str = "config.json"
     weights_file: str = "model.safetensors"
@@ -151,6 +154,10 @@ class Layout:
             self.validate(config)
         except Unstorable as error:
             raise CheckpointError(f"The {self.name!r} layout cannot store {error}.") from None
+
+    def number_of_slots(self, config: LanguageModelConfig) -> int:
+        """Returns the number of slots of a model, for a config that `check` accepts."""
+        return len(self.table(config)) if self.count is None else self.count(config)
 
     def tied_head(self, config: LanguageModelConfig) -> str | None:
         """Returns the name under which a file may repeat the embedding, or `None` if not tied."""

@@ -1,6 +1,7 @@
 """Strict matching of the tensors of a checkpoint with the leaves of a model, by name."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from ._layout import Described, Layout, Slot
 
 
 _LISTED = 8
+_WEIGHT = "weight"
+_SCALE = "_scale"
 
 Tensor = TypeVar("Tensor", bound=Described)
 Stored = TypeVar("Stored")
@@ -33,7 +36,8 @@ def slots(layout: Layout, config: LanguageModelConfig, tree: PyTree) -> list[Slo
     """
     layout.check(config)
     paths = named_leaves(tree).keys()
-    found = [slot for slot in layout.table(config) if slot.path in paths]
+    table = [one for slot in layout.table(config) for one in (slot, _slot_of_scales(slot))]
+    found = [slot for slot in table if slot.path in paths]
     with_name = {slot.path for slot in found}
     nameless = [f"`{path}`" for path in paths if path not in with_name]
     if nameless:
@@ -42,6 +46,33 @@ def slots(layout: Layout, config: LanguageModelConfig, tree: PyTree) -> list[Slo
             "this model."
         )
     return found
+
+
+def _slot_of_scales(slot: Slot) -> Slot:
+    """Returns the slot of the scales that a quantised weight has.
+
+    The scales have the rows of the weight, and so its rearrangements, which concern rows only.
+    """
+    path = f"{slot.path.removesuffix(_WEIGHT)}scale"
+    return replace(slot, name=f"{slot.name}{_SCALE}", path=path)
+
+
+def quantized_paths(
+    layout: Layout, config: LanguageModelConfig, tree: PyTree, tensors: Mapping[str, object]
+) -> set[str]:
+    """Returns the paths of the modules whose weights have scales among the tensors of a file.
+
+    **Arguments:**
+
+    - `layout`, `config`: the layout, and the config of the model.
+    - `tree`: the model, in which no weight is quantised.
+    - `tensors`: the tensors by their current names, as returned by `renamed`.
+    """
+    return {
+        slot.path.removesuffix(f".{_WEIGHT}")
+        for slot in slots(layout, config, tree)
+        if slot.path.endswith(f".{_WEIGHT}") and f"{slot.name}{_SCALE}" in tensors
+    }
 
 
 def renamed(
@@ -109,7 +140,8 @@ def match(
     - `layout`, `config`: the layout, and the config of the model.
     - `tree`: the tree to be filled, with `Unrolled` layers. Its leaves are arrays or their shapes.
     - `tensors`: the tensors by their current names, as returned by `renamed`.
-    - `floating`: whether tensors must have a floating-point dtype.
+    - `floating`: whether tensors must have a floating-point dtype. Those of integer leaves must
+        have the dtype of the leaf in any case.
 
     **Returns:**
 
@@ -122,6 +154,7 @@ def match(
     found: list[tuple[Slot, Tensor]] = []
     missing: list[str] = []
     misshapen: list[str] = []
+    mistyped: list[str] = []
     expected = slots(layout, config, tree)
     for slot in expected:
         tensor = tensors.get(slot.name)
@@ -132,6 +165,12 @@ def match(
         shape = slot.file_shape(leaves[slot.path])
         if tuple(tensor.shape) != shape:
             misshapen.append(f"{slot.name} is {tuple(tensor.shape)} and should be {shape}")
+        dtype = leaves[slot.path].dtype
+        if jnp.issubdtype(dtype, np.integer) and tensor.dtype != dtype:
+            mistyped.append(f"{slot.name} is {tensor.dtype} and should be {dtype}")
+    integers = {
+        slot.name for slot in expected if jnp.issubdtype(leaves[slot.path].dtype, np.integer)
+    }
     names = {slot.name for slot in expected}
     tied_head, embedding_name = layout.tied_head(config), layout.embedding(config)
     unexpected = [quote(name) for name in tensors if name not in names and name != tied_head]
@@ -142,16 +181,17 @@ def match(
                 f"{tied_head} is {tuple(head.shape)} and, being tied to {embedding_name}, "
                 f"should be {tuple(embedding.shape)}"
             )
-    mistyped = [
+    nonfloating = [
         f"{quote(name)} is {tensor.dtype}"
         for name, tensor in tensors.items()
-        if floating and not jnp.issubdtype(tensor.dtype, np.floating)
+        if floating and name not in integers and not jnp.issubdtype(tensor.dtype, np.floating)
     ]
     faults = {
         "missing": missing,
         "unexpected": unexpected,
         "of another shape": misshapen,
-        "not of a floating-point dtype": mistyped,
+        "of another dtype": mistyped,
+        "not of a floating-point dtype": nonfloating,
     }
     if any(faults.values()):
         lines = [f"{len(n)} {what}: {listing(n)}" for what, n in faults.items() if n]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ...models import (
     AbstractMixerConfig,
@@ -77,7 +77,7 @@ class Mixers(NamedTuple):
     - `attention_layers`: the indices of the layers with attention.
     """
 
-    mixer: AbstractMixerConfig | None
+    mixer: AbstractMixerConfig[Any] | None
     attention: AttentionConfig | None
     attention_layers: tuple[int, ...]
 
@@ -93,7 +93,7 @@ def find_mixers(config: LanguageModelConfig) -> Mixers:
         if replace(layer, mixer=block.mixer) != block:
             raise Unstorable(f"layers that differ (layer 0 is {block}, layer {i} is {layer})")
     attention: list[AttentionConfig] = []
-    others: list[AbstractMixerConfig] = []
+    others: list[AbstractMixerConfig[Any]] = []
     indices: list[int] = []
     for i, layer in enumerate(config.layers):
         if isinstance(layer.mixer, AttentionConfig):

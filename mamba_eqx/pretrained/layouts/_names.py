@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import MappingProxyType
+from typing import Any
 
 from ...formats import CheckpointError
 from ...models import (
@@ -111,12 +112,19 @@ def attention(config: AttentionConfig) -> list[Slot]:
 
 
 # The function that returns the slots, for each kind of mixer.
-_MIXERS: MappingProxyType[type[AbstractMixerConfig], Callable[..., list[Slot]]] = MappingProxyType(
-    {Mamba1Config: mamba1, Mamba2Config: mamba2, Mamba3Config: mamba3, AttentionConfig: attention}
+_MIXERS: MappingProxyType[type[AbstractMixerConfig[Any]], Callable[..., list[Slot]]] = (
+    MappingProxyType(
+        {
+            Mamba1Config: mamba1,
+            Mamba2Config: mamba2,
+            Mamba3Config: mamba3,
+            AttentionConfig: attention,
+        }
+    )
 )
 
 
-def mixer(config: AbstractMixerConfig) -> list[Slot]:
+def mixer(config: AbstractMixerConfig[Any]) -> list[Slot]:
     """Returns the slots of a mixer."""
     return _MIXERS[type(config)](config)
 

@@ -203,6 +203,6 @@ ATTENTION = Table(
 MIXERS: Mapping[str, Table[Any]] = MappingProxyType(
     {"Mamba1": _MAMBA1, "Mamba2": _MAMBA2, "Mamba3": _MAMBA3}
 )
-MIXER_NAMES: Mapping[type[AbstractMixerConfig], str] = MappingProxyType(
+MIXER_NAMES: Mapping[type[AbstractMixerConfig[Any]], str] = MappingProxyType(
     {Mamba1Config: "Mamba1", Mamba2Config: "Mamba2", Mamba3Config: "Mamba3"}
 )

@@ -268,6 +268,15 @@ class Family:
         slots += norm(names.norm_f, "norm_f", rms_norm=True)
         return slots if config.tie_embeddings else [*slots, *same("lm_head.weight")]
 
+    def count(self, config: LanguageModelConfig) -> int:
+        """Returns the length of `slots`, from the slots of one layer of each kind."""
+        kinds, mixers, mlps = self._find(config)
+        # Each part has a norm.
+        of_mixer = {name: 1 + len(self.mixers[name].slots(part)) for name, part in mixers.items()}
+        of_mlp = {name: 1 + len(self.mlps[name].slots(part)) for name, part in mlps.items()}
+        layers = sum(of_mixer[k.mixer] + (of_mlp[k.mlp] if k.mlp else 0) for k in kinds)
+        return layers + (2 if config.tie_embeddings else 3)
+
     def _find(self, config: LanguageModelConfig) -> _Found:
         """Finds the parts of a model.
 

@@ -83,6 +83,7 @@ def _layout(choose: Callable[[LanguageModelConfig], Family]) -> Layout:
         renames=lambda config: choose(config).names.older,
         modules=lambda config: choose(config).names.modules,
         ignored=lambda config: choose(config).names.ignored,
+        count=lambda config: choose(config).count(config),
         declares_ids=True,
     )
 
