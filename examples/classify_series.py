@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--lr", type=number(float, 0), default=1e-2)
     parser.add_argument("--seed", type=number(int, 0), default=0)
     args = parser.parse_args()
+    mbx.use_compilation_cache()
     if args.longest < 3 * WIDTH:
         parser.error(f"--longest must be at least {3 * WIDTH}, but got {args.longest}")
 

@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--lr", type=number(float, 0), default=1e-2)
     parser.add_argument("--seed", type=number(int, 0), default=0)
     args = parser.parse_args()
+    mbx.use_compilation_cache()
 
     start = time.process_time()
     letters, lengths, tags = make_sequences(np.random.default_rng(args.seed + 1), 256, args.longest)

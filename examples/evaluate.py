@@ -131,6 +131,7 @@ def main() -> None:
         help="number of requests per batch (default: %(default)s)",
     )
     args = parser.parse_args()
+    mbx.use_compilation_cache()
     # After the options, so that `--help` needs no other package.
     try:
         from harness_model import HarnessModel

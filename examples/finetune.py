@@ -30,7 +30,6 @@ from mamba_eqx.training import LoRA, load_lora, save_lora
 ROOT = Path(__file__).parents[1]
 TOKENIZER = mbx.ByteTokenizer()
 FIRST = ord("\n")  # The first byte of every row, in training and in generation.
-LAYOUTS = ("transformers", "state-spaces", "mistral")
 
 
 def read(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
@@ -38,21 +37,6 @@ def read(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     text = np.frombuffer(b"\n".join(path.read_bytes() for path in paths), np.uint8)
     cut = len(text) - len(text) // 10
     return text[:cut], text[cut:]
-
-
-def layout_for(model: mbx.LanguageModel) -> str:
-    """Returns the first layout that can store the model.
-
-    **Raises:** `mbx.CheckpointError` if no layout can.
-    """
-    faults: list[str] = []
-    for layout in LAYOUTS:
-        try:
-            mbx.state_dict(model, layout=layout)
-            return layout
-        except mbx.CheckpointError as error:
-            faults.append(str(error))
-    raise mbx.CheckpointError(" ".join(faults))
 
 
 def split(method: str, model: mbx.LanguageModel, args: argparse.Namespace) -> tuple[PyTree, PyTree]:
@@ -124,6 +108,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help="peak learning rate (default: by method)")
     parser.add_argument("--seed", type=number(int, 0), default=0)
     args = parser.parse_args()
+    mbx.use_compilation_cache()
     if args.lr is not None and not 0 < args.lr < math.inf:
         parser.error(f"argument --lr: must be a positive number, but got {args.lr:g}")
     try:
@@ -135,10 +120,9 @@ def main() -> None:
             f"argument --model: must be a byte-level model of {TOKENIZER.vocab_size} tokens, but "
             f"{args.model} has {model.vocab_size}"
         )
-    try:
-        layout = layout_for(model)  # before the training, whose result it stores
-    except mbx.CheckpointError as error:
-        parser.error(f"argument --model: {error}")
+    layout = next(iter(mbx.layouts_for(model)), None)
+    if layout is None:
+        parser.error(f"argument --model: no layout can store a changed model of {args.model}")
     try:
         train, held_out = read(args.text or sorted((ROOT / "docs").rglob("*.md")))
     except OSError as error:

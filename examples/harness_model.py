@@ -20,7 +20,7 @@ from lm_eval.api.model import TemplateLM
 import mamba_eqx as mbx
 
 
-SEPARATOR = 0  # The byte between documents in the training text of `train_lm.py`.
+SEPARATOR = 0  # The byte between documents in the training text of `mamba-eqx train`.
 
 
 @eqx.filter_jit

@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--lr", type=number(float, 0), default=5e-3)
     parser.add_argument("--seed", type=number(int, 0), default=0)
     args = parser.parse_args()
+    mbx.use_compilation_cache()
     if args.pairs > args.keys:
         parser.error(f"--pairs must be at most --keys, but got {args.pairs} and {args.keys}")
 

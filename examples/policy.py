@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--lr", type=number(float, 0), default=5e-3)
     parser.add_argument("--seed", type=number(int, 0), default=0)
     args = parser.parse_args()
+    mbx.use_compilation_cache()
 
     policy_key, env_key, key = jr.split(jr.key(args.seed), 3)
     policy = Policy(args.d_model, key=policy_key)

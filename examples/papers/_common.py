@@ -172,6 +172,7 @@ def arguments(doc: str | None, **defaults: Any) -> argparse.Namespace:
             help="default: " + (" ".join(map(str, value)) if several else str(value)),
         )
     args = parser.parse_args()
+    mbx.use_compilation_cache()
     if args.smoke:  # Compilation would otherwise take nearly all of the time.
         jax.config.update("jax_disable_most_optimizations", True)
     args.out.mkdir(parents=True, exist_ok=True)

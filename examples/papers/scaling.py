@@ -34,7 +34,7 @@ from mamba_eqx import training
 
 
 CORPUS = Path(__file__).parents[1] / "data" / "shakespeare.txt.xz"
-HELD_OUT = b"TWELFTH NIGHT"  # The same play as in train_lm.py.
+HELD_OUT = b"TWELFTH NIGHT"  # The same play as for the bundled model.
 NAMES = {"mamba1": "Mamba-1", "mamba2": "Mamba-2", "mamba3": "Mamba-3", "attention": "attention"}
 
 

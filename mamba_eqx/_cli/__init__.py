@@ -1,5 +1,6 @@
 """The command `mamba-eqx`, also `python -m mamba_eqx`. Each subcommand has a file."""
 
+import warnings
 from collections.abc import Sequence
 
 import jax
@@ -7,12 +8,15 @@ import jax
 from .._version import VERSION
 from ._arguments import Parser
 from ._chat import add_chat
+from ._completion import add_completion
 from ._convert import add_convert
 from ._generate import add_generate
 from ._inspect import add_inspect
-from ._messages import print_error
+from ._messages import print_error, print_warning
 from ._score import add_score
+from ._serve import add_serve
 from ._terminal import end_line, flush, silence
+from ._train import add_train
 
 
 _ERROR = 2  # the exit code of argparse
@@ -41,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = print_warning
+            args.run(args)
         flush()
     except KeyboardInterrupt:
         end_line()
@@ -66,8 +72,10 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"mamba-eqx {VERSION}")
     parser.set_defaults(run=None, parser=parser)
     commands = parser.add_subparsers(metavar="COMMAND")
-    for add in (add_generate, add_chat, add_score, add_inspect, add_convert):
+    added = (add_generate, add_chat, add_score, add_serve, add_train, add_inspect, add_convert)
+    for add in added:
         add(commands)
+    add_completion(commands, parser)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
     return parser

@@ -14,6 +14,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+): must", r"\1 must", message)
+        choice = re.match(
+            r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)$", message
+        )
+        if choice is not None:
+            message = _unknown_choice(*choice.groups())
         if not message.endswith((".", "?")):
             message += f". `{self.prog} --help` lists the arguments."
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
@@ -27,6 +32,19 @@ class Parser(argparse.ArgumentParser):
         close = difflib.get_close_matches(name, options, 1)
         hint = f" Did you mean {close[0]}?" if close else ""
         self.error(f"unknown option {name}.{hint}")
+
+
+def _unknown_choice(name: str, value: str, choices: str) -> str:
+    """Describes a value that is none of the `choices`, as argparse lists them."""
+    known = choices.replace("'", "").split(", ")
+    close = difflib.get_close_matches(value, known, 1)
+    if name == "COMMAND":
+        start = f"unknown command {value}."
+    else:
+        start = f"{name} must be one of {', '.join(known)}, but got {value}."
+    if close:
+        return f"{start} Did you mean {close[0]}?"
+    return f"{start} The commands are {', '.join(known)}." if name == "COMMAND" else start
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:

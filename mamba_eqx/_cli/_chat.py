@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..text import TextTokenizer
+from ..text import chat_tokenizer
 from ._arguments import utf8_text
 from ._conversation import Conversation, PlainConversation, TemplateConversation
 from ._messages import explain
@@ -52,8 +52,8 @@ def add_chat(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     opened = open_model(args)
-    tokenizer = opened.tokenizer
-    if isinstance(tokenizer, TextTokenizer) and tokenizer.has_template and not args.plain:
+    tokenizer = None if args.plain else chat_tokenizer(opened.tokenizer)
+    if tokenizer is not None:
         conversation = TemplateConversation(opened, tokenizer, args)
     else:
         conversation = PlainConversation(opened, args)

@@ -1,14 +1,16 @@
 """`mamba-eqx generate`."""
 
 import argparse
+import dataclasses
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..generation import Stream
+from ..generation import Grammar, Stream
 from ._arguments import utf8_text
-from ._opened import add_model, open_model
+from ._opened import Opened, add_model, open_model
 from ._sampling_arguments import add_sampling, sampling_from_args
 from ._streaming import Reply, start_stream
 from ._terminal import Commands, end_line, read_text, write, write_json
@@ -32,6 +34,19 @@ def add_generate(commands: Commands) -> None:
     generate.add_argument("--file", metavar="FILE", type=Path, help="read the prompt from FILE")
     add_model(generate)
     add_sampling(generate, max_new_tokens=400, stop="end the text before TEXT", stop_default="none")
+    formats = generate.add_mutually_exclusive_group()
+    formats.add_argument(
+        "--json-schema",
+        metavar="FILE",
+        type=Path,
+        help="write JSON that a schema in FILE accepts",
+    )
+    formats.add_argument(
+        "--regex",
+        metavar="PATTERN",
+        type=utf8_text,
+        help="write a text that the regular expression PATTERN matches",
+    )
     generate.add_argument("--json", action="store_true", help="print one JSON object at the end")
     generate.set_defaults(run=_run)
 
@@ -47,7 +62,9 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("The prompt is empty. Give at least one character to start from.")
     opened = open_model(args)
     ids = opened.encode(prompt)
-    clock = _Clock(start_stream(opened, ids, args, sampling_from_args(args, opened)), start)
+    sampling = sampling_from_args(args, opened)
+    sampling = dataclasses.replace(sampling, constraint=_format(args, opened))
+    clock = _Clock(start_stream(opened, ids, args, sampling), start)
     reply = Reply(clock.tokens)
     pieces = reply.pieces(opened, args.stop, prompt=ids, tokens=clock)
     if args.json:
@@ -62,6 +79,19 @@ def _run(args: argparse.Namespace) -> None:
         raise
     write("\n")
     print(clock.report(), file=sys.stderr)
+
+
+def _format(args: argparse.Namespace, opened: Opened) -> Grammar | None:
+    """Returns the grammar of the text, or `None` for free text."""
+    if args.regex is not None:
+        return Grammar.from_regex(args.regex, opened.tokenizer)
+    if args.json_schema is None:
+        return None
+    try:
+        schema = json.loads(read_text(args.json_schema))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{args.json_schema} must be a JSON schema, but {error}.") from None
+    return Grammar.from_json_schema(schema, opened.tokenizer)
 
 
 def _write_json(

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..pretrained import Hub
+from ..pretrained import Hub, may_be_there
 from ._arguments import utf8_text
 
 
@@ -50,6 +50,19 @@ def add_hub(parser: argparse.ArgumentParser) -> None:
         type=utf8_text,
         help="address of the Hub (default: https://huggingface.co)",
     )
+
+
+def check_folder(name: str, source: str | None) -> None:
+    """Checks the argument `name`, before anything is downloaded or loaded, if it is the path of a
+    folder. `None` is the default of an option.
+
+    **Raises:** `ValueError` if there is nothing at the path.
+    """
+    if source is not None and not may_be_there(source):
+        raise ValueError(
+            f"{name} must name a folder or a repository on the Hub, but there is no folder "
+            f"{source}."
+        )
 
 
 def hub_from_args(args: argparse.Namespace) -> Hub:

@@ -47,8 +47,14 @@ def _lines(found: Description) -> list[tuple[str, str]]:
     head = "head tied to the embedding" if config.tie_embeddings else "separate head"
     lines.append(("vocabulary", f"{config.vocab_size:,}{padded}; {head}"))
     parts = ", ".join(f"{part} {count:,}" for part, count in found.parameters.items())
-    lines.append(("parameters", f"{sum(found.parameters.values()):,} ({parts})"))
+    total = sum(found.parameters.values())
+    lines.append(("parameters", f"{total:,} ({parts})"))
+    if found.active_parameters < total:
+        lines.append(("active", f"{found.active_parameters:,} parameters for each token"))
     lines.append(("dtypes", ", ".join(f"{k} {v:,}" for k, v in found.dtypes.items())))
+    if found.quantization is not None:
+        bits, group = found.quantization.bits, found.quantization.group
+        lines.append(("quantised", f"{bits} bits, in groups of {group}"))
     lines.append(("weights", f"{_size(found.weight_bytes)} in memory"))
     grows = found.state_bytes_per_token
     more = f" and {_size(grows)} per token" if grows else ", at any length"

@@ -62,3 +62,9 @@ def print_error(error: BaseException | str) -> None:
     """Writes an error to standard error, on one line."""
     message = error if isinstance(error, str) else explain(error)
     print(f"mamba-eqx: error: {message}", file=sys.stderr)
+
+
+def print_warning(message: Warning | str, *_: object) -> None:
+    """Writes a warning to standard error, on one line. The arguments are those of
+    `warnings.showwarning`."""
+    print(f"mamba-eqx: warning: {one_line(str(message))}", file=sys.stderr)

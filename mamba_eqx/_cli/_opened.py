@@ -6,11 +6,11 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from ..formats import CheckpointError
-from ..models import LanguageModel
+from .._compilation_cache import use_compilation_cache
+from .._processor import multiplies_bfloat16
+from ..models import LanguageModel, quantize
 from ..pretrained import (
     CONFIGS,
-    LAYOUTS,
     TOKENIZER,
     Checkpoint,
     Hub,
@@ -22,9 +22,10 @@ from ..pretrained import (
 )
 from ..shipped import SHIPPED
 from ..text import ByteTokenizer, TextTokenizer
-from ..training import load_lora
+from ._adapter import add_adapter, check_adapter, read_adapter
 from ._arguments import utf8_text
-from ._hub_arguments import SOURCE_HELP, add_hub, hub_from_args
+from ._hub_arguments import SOURCE_HELP, add_hub, check_folder, hub_from_args
+from ._quantization import add_bits, quantization_from_args
 
 
 _BYTES = "bytes"
@@ -54,20 +55,21 @@ class Opened:
         return self.tokenizer.encode(text)
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the model and the tokenizer."""
+def add_model(parser: argparse.ArgumentParser, *, dtype: str = "float32") -> None:
+    """Adds the options for the model and the tokenizer.
+
+    **Arguments:**
+
+    - `parser`: the parser of the command.
+    - `dtype`: the default of `--dtype`.
+    """
     parser.add_argument(
         "--model",
         metavar="SOURCE",
         type=utf8_text,
         help=f"{SOURCE_HELP} (default: the bundled Shakespeare model)",
     )
-    parser.add_argument(
-        "--adapter",
-        metavar="DIR",
-        type=Path,
-        help="folder of a LoRA for the model, as `mamba_eqx.training.save_lora` and PEFT write it",
-    )
+    add_adapter(parser)
     parser.add_argument(
         "--tokenizer",
         metavar="SOURCE",
@@ -76,10 +78,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "stored"),
-        default="float32",
-        help="dtype of the parameters; float32 is the fastest on CPUs without instructions for "
-        "bfloat16 products (default: %(default)s)",
+        choices=("auto", "float32", "bfloat16", "stored"),
+        default=dtype,
+        help="dtype of the parameters; auto keeps those that are stored in bfloat16 if the "
+        "processor has instructions for products in it, and is float32 otherwise (default: "
+        "%(default)s)",
+    )
+    add_bits(parser)
+    parser.add_argument(
+        "--no-compilation-cache",
+        action="store_true",
+        help="do not keep compiled programs in the user's cache folder for later runs",
     )
     add_hub(parser)
 
@@ -90,8 +99,12 @@ def open_model(args: argparse.Namespace) -> Opened:
     **Raises:** `ValueError` if the tokenizer has tokens that the model lacks, or the adapter does
     not fit; otherwise the errors of `from_pretrained` and `load_tokenizer`.
     """
-    if args.adapter is not None and not args.adapter.is_dir():
-        raise ValueError(f"--adapter must name the folder of a LoRA, but {args.adapter} is none.")
+    check_adapter(args)
+    check_folder("--model", args.model)
+    if args.tokenizer != _BYTES:
+        check_folder("--tokenizer", args.tokenizer)
+    if not args.no_compilation_cache:
+        use_compilation_cache()
     hub = hub_from_args(args)
     source = open_source(_shipped_model() if args.model is None else args.model, hub)
     # The tokenizer is read first, because it is smaller than the weights. Without a config there
@@ -99,10 +112,25 @@ def open_model(args: argparse.Namespace) -> Opened:
     has_config = any(source.find(name) is not None for name in CONFIGS)
     tokenizer = _tokenizer(args.tokenizer, source, hub) if has_config else ByteTokenizer()
     checkpoint = _with_tokens(read_checkpoint(source), tokenizer)
-    model = load(checkpoint, None if args.dtype == "stored" else jnp.dtype(args.dtype))
-    if args.adapter is not None:
-        model = _adapted(model, args.adapter, checkpoint.layout.name)
+    dtype = _dtype(args.dtype, checkpoint)
+    if args.adapter is None:
+        model = load(checkpoint, dtype, quantize=quantization_from_args(args))
+    else:
+        # A LoRA cannot be merged into integers, so the merged model is quantised.
+        model = load(checkpoint, dtype)
+        model = read_adapter(args.adapter, model, checkpoint.layout.name).merge(model)
+        if args.bits is not None:
+            model = quantize(model, bits=args.bits)
     return Opened(model, tokenizer)
+
+
+def _dtype(name: str, checkpoint: Checkpoint) -> jnp.dtype | None:
+    """Returns the dtype that `--dtype` names, or `None` for that of the checkpoint."""
+    if name == "auto":
+        stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
+        keep = multiplies_bfloat16() and stored <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}
+        name = "stored" if keep else "float32"
+    return None if name == "stored" else jnp.dtype(name)
 
 
 def _tokenizer(name: str | None, source: Source, hub: Hub) -> TextTokenizer | ByteTokenizer:
@@ -135,22 +163,6 @@ def _with_tokens(checkpoint: Checkpoint, tokenizer: TextTokenizer | ByteTokenize
         )
     more = max(min(tokenizer.vocab_size, rows), config.vocab_size)
     return replace(checkpoint, config=replace(config, vocab_size=more))
-
-
-def _adapted(model: LanguageModel, path: Path, layout: str) -> LanguageModel:
-    """Returns the model with a LoRA merged into its weights.
-
-    A LoRA's files do not name the layout whose names they use. That of the checkpoint is tried
-    first, and its error is reported if no layout fits.
-    """
-    first: CheckpointError | None = None
-    for name in sorted(LAYOUTS, key=lambda name: name != layout):
-        try:
-            return load_lora(path, model, layout=name).merge(model)
-        except CheckpointError as error:
-            first = first or error
-    assert first is not None
-    raise first
 
 
 def _shipped_model() -> Path:

@@ -11,7 +11,7 @@ import pytest
 import mamba_eqx as mbx
 from mamba_eqx.formats._safetensors import open_safetensors, write_safetensors
 from mamba_eqx.pretrained import Description, from_pretrained, save_pretrained
-from tests.support.checkpoints import BOTH, assert_same, config, make
+from tests.support.checkpoints import BOTH, FAMILIES, assert_same, config, make
 from tests.support.commands import call
 from tests.support.hub_server import Fault
 from tests.support.torch_attacks import ARCHIVES
@@ -83,10 +83,25 @@ def test_descriptions_show_the_mlp():
         mlp = mbx.GatedMLPConfig(12, bias=bias)
         block = mbx.BlockConfig(mbx.Mamba1Config(8), mlp=mlp, residual_multiplier=0.5)
         model = mbx.LanguageModelConfig(16, (block,) * 2)
-        ((count, fields),) = Description("", "", model, {}, {}, 0, 0, 0).blocks
+        ((count, fields),) = Description("", "", model, {}, 0, {}, 0, 0, 0).blocks
         assert count == 2
         assert fields["mlp"] == {"kind": "gated_mlp", "d_intermediate": 12} | want
         assert fields["residual_multiplier"] == 0.5
+
+
+def test_inspect_counts_the_experts_of_a_token(run, tmp_path):
+    """A token has 3 of 5 experts in each of two layers."""
+    model = make(FAMILIES["hybrid"]["transformers"]["jamba_experts"])
+    save_pretrained(model, tmp_path)
+    is_mixture = lambda node: isinstance(node, mbx.MixtureOfExperts)
+    mixtures = [node for node in jax.tree.leaves(model, is_leaf=is_mixture) if is_mixture(node)]
+    assert len(mixtures) == 2
+    experts = sum(mixture.fc1.size + mixture.fc2.size for mixture in mixtures)
+    active = sum(leaf.size for leaf in jax.tree.leaves(model)) - experts * 2 // 5
+    assert json.loads(run("inspect", tmp_path, "--json")[1])["active_parameters"] == active
+    assert f"\nactive      {active:,} parameters for each token\n" in run("inspect", tmp_path)[1]
+    save_pretrained(make(BOTH["tied"]), tmp_path / "dense")
+    assert "\nactive" not in run("inspect", tmp_path / "dense")[1]
 
 
 def test_inspect_reads_no_tensor_values(run, tmp_path, monkeypatch):

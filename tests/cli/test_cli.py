@@ -89,7 +89,7 @@ def others(tmp_path_factory):
         ([], "Give either a PROMPT"),
         (["x", "--file", "y"], "Give either a PROMPT"),
         (["--file", "/no/such/model"], "There is no file /no/such/model"),
-        (["x", "--model", "/no/such/model"], "There is no folder '/no/such/model'"),
+        (["x", "--model", "/no/such/model"], "--model must name a folder or"),
         (["x", "--model", "OTHER"], r"has no tokenizer\.json"),
         (["x", "--model", "SMALL"], "token ids up to 255, but .* a vocabulary of 200. Use --token"),
         (["x", "--model", "EMPTY"], r"has no config\.json"),
@@ -146,8 +146,27 @@ def test_a_command_is_asked_for(capsys):
         assert f"    {command}" in out
     assert call("--version") == 0
     assert capsys.readouterr().out == f"mamba-eqx {mbx.__version__}\n"
-    assert call("genrate") == 2
-    assert "invalid choice: 'genrate'" in capsys.readouterr().err
+    commands = "generate, chat, score, serve, train, inspect, convert, completion"
+    for word, hint in [
+        ("genrate", "Did you mean generate?"),
+        ("x", f"The commands are {commands}."),
+    ]:
+        assert call(word) == 2
+        error = capsys.readouterr().err
+        assert error == f"mamba-eqx: error: unknown command {word}. {hint}\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("convert", "a", "b", "--dtype", "flaot32"), r"--dtype must be .*flaot32\. Did you mean"),
+        (("generate", "x", "--bits", "7"), r"--bits must be one of 8, 4, but got 7\."),
+    ],
+    ids=str,
+)
+def test_values_that_are_no_choice(args, message, capsys):
+    assert call(*args) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_stdin_that_is_not_utf8_is_refused(monkeypatch, capsys):
@@ -211,6 +230,23 @@ def test_json_output_is_one_object(checkpoint, tmp_path, capsys):
     last = json.loads(capsys.readouterr().out)
     assert last["finish"] == "stop_string"
     assert (last["text"], last["new_tokens"]) == (again["text"], again["new_tokens"])
+
+
+@pytest.mark.slow
+def test_texts_can_have_a_format(checkpoint, tmp_path, capsys):
+    pytest.importorskip("llguidance", reason="needs llguidance: the extra `structured`")
+    args = ["generate", "x", "--model", checkpoint, "--max-new-tokens", "40"]
+    assert call(*args, "--regex", "(ab|c){2}!") == 0
+    assert re.fullmatch("x(ab|c){2}!\n", capsys.readouterr().out)
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["yes", "no"]}')
+    assert call(*args, "--json-schema", schema) == 0
+    assert capsys.readouterr().out in ('x"yes"\n', 'x"no"\n')
+    schema.write_text("{")
+    assert call(*args, "--json-schema", schema) == 2
+    assert "must be a JSON schema" in capsys.readouterr().err
+    assert call(*args, "--regex", "(a") == 2
+    assert "unclosed group" in capsys.readouterr().err
 
 
 def test_help_names_every_option(capsys):

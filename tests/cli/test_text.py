@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import mamba_eqx as mbx
-from mamba_eqx._cli import _conversation, _score as _cli_score
+from mamba_eqx._cli import _conversation, _opened, _score as _cli_score
 from mamba_eqx.pretrained import from_pretrained, save_pretrained
 from tests.support.commands import byte_model, call, spawn
 
@@ -69,6 +69,19 @@ def test_score_matches_mbx_score(checkpoint, run, tmp_path, monkeypatch):
     code, out, _ = run("score", "line\n" * 50, "--model", checkpoint)
     assert code == 0
     assert out.splitlines()[1].split()[:2] == ["249", f"{found[1]['log_prob']:.2f}"]
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_score_keeps_bfloat16_where_it_is_fast(fast, stored, run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(_opened, "multiplies_bfloat16", lambda: fast)
+    monkeypatch.setattr(_opened, "load", lambda _, dtype, **_options: seen.append(dtype) or 1 / 0)
+    save_pretrained(mbx.cast(byte_model(), jnp.dtype(stored)), tmp_path / "model")
+    for options in ([], ["--dtype", "float32"], ["--dtype", "stored"]):
+        run("score", "x y", "--model", tmp_path / "model", "--tokenizer", "bytes", *options)
+    keep = fast and stored != "float16"
+    assert seen == [None if keep else jnp.float32, jnp.float32, None]
 
 
 @pytest.mark.parametrize(
