@@ -15,7 +15,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jax import stages
+from jax import lax, stages
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 import mamba_eqx as mbx
@@ -32,32 +33,29 @@ Pair = tuple[Run, Run]
 Competitors = dict[str, Run]
 
 
-# The choices of `--mixer`.
+# The mixers of the models below, by name.
 MIXERS = {config.kind: config for config in (mbx.Mamba1Config, mbx.Mamba2Config, mbx.Mamba3Config)}
 
 
 def arguments(
-    description: str | None, *, mixers: bool = False, tokens: list[int] | None = None
+    description: str | None, *, parent: argparse.ArgumentParser | None = None
 ) -> argparse.Namespace:
     """Parses the options of a benchmark.
 
     **Arguments:**
 
     - `description`: the docstring of the script.
-    - `mixers`: whether to add `--mixer`.
-    - `tokens`: the default of `--tokens`; `None` leaves that option out.
+    - `parent`: a parser without help, with further options.
     """
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[] if parent is None else [parent],
     )
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes, to check that the script runs"
     )
     parser.add_argument("--no-peers", action="store_true", help="measure mamba_eqx only")
-    if mixers:
-        parser.add_argument("--mixer", choices=MIXERS, default="mamba1", help="mixer of all layers")
-    if tokens is not None:
-        parser.add_argument("--tokens", type=int, nargs="+", default=tokens, help="prompt lengths")
     return parser.parse_args()
 
 
@@ -154,8 +152,6 @@ def limits(*, quick: bool = False) -> tuple[float, float]:
     """
     rows = 1 << (12 if quick else 15)
     big = jnp.ones((rows, 4096), jnp.float32)
-    side = 1024 if quick else 2048
-    square = jnp.ones((side, side), jnp.float32)
     vector = jnp.ones(4096, jnp.float32)
     reads = {
         "sum of rows": compiled(lambda t: jnp.sum(t, axis=1), big)[0],
@@ -163,8 +159,34 @@ def limits(*, quick: bool = False) -> tuple[float, float]:
         "matrix times vector": compiled(lambda t, v: t @ v, big, vector)[0],
     }
     read = min(medians(reads, repeats=7).values())
-    product = medians({"": compiled(lambda t: t @ t, square)[0]}, repeats=7)[""]
-    return big.nbytes / read, 2 * side**3 / product
+    return big.nbytes / read, product_limits(jnp.float32, quick=quick)["float32"]
+
+
+def product_limits(*dtypes: DTypeLike, quick: bool = False) -> dict[str, float]:
+    """Measures matrix products through XLA, in the forms that XLA's CPU backend runs fast.
+
+    **Arguments:**
+
+    - `dtypes`: the dtypes of the factors. Sums are float32, or int32 for integers.
+    - `quick`: whether to multiply small matrices.
+
+    **Returns:** the operations per second by the name of the dtype.
+    """
+    runs: Competitors = {}
+    operations: dict[str, int] = {}
+    for dtype in (jnp.dtype(dtype) for dtype in dtypes):
+        sums = jnp.int32 if jnp.issubdtype(dtype, jnp.integer) else jnp.float32
+
+        def multiply(t: jax.Array, sums: DTypeLike = sums) -> jax.Array:
+            contract = (((1,), (1,)), ((), ()))
+            return lax.dot_general(t, t, contract, preferred_element_type=sums)
+
+        # Without instructions for it, a product in int8 of 2048 x 2048 takes a quarter of a minute.
+        side = 256 if quick else 2048 if dtype == jnp.float32 else 1024
+        operations[dtype.name] = 2 * side**3
+        runs[dtype.name] = compiled(multiply, jnp.ones((side, side), dtype))[0]
+    found = medians(runs, repeats=7, budget=2)
+    return {name: operations[name] / seconds for name, seconds in found.items()}
 
 
 def print_facts(title: str, *, quick: bool = False) -> tuple[float, float]:
@@ -172,17 +194,42 @@ def print_facts(title: str, *, quick: bool = False) -> tuple[float, float]:
     packages = ("jax", "jaxlib", "equinox", "torch", "transformers", "mambapy", "llama_cpp_python")
     versions = ", ".join(f"{name} {v}" for name in packages if (v := _version(name)))
     read, product = limits(quick=quick)
+    narrow = product_limits(jnp.bfloat16, jnp.int8, quick=quick)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     print(f"## {title}{' (quick: tiny sizes, numbers mean nothing)' if quick else ''}\n")
     print(f"{now}; mamba_eqx {mbx.__version__}, {versions}, Python {platform.python_version()}.\n")
     print(
-        f"{jax.devices()[0].platform.upper()}: {_cpu()}, {cores()} cores, load {load:.1f}. "
-        f"Measured limits: memory is read at {read / 1e9:.1f} GB/s, float32 products run at "
-        f"{product / 1e9:.0f} GFLOP/s.\n",
+        f"{jax.devices()[0].platform.upper()}: {cpu()}, {cores()} cores, load {load:.1f}. "
+        f"Instructions: {', '.join(instructions()) or 'unknown'}. Measured limits: memory is read "
+        f"at {read / 1e9:.1f} GB/s, products run at {product / 1e9:.0f} GFLOP/s in float32, "
+        f"{narrow['bfloat16'] / 1e9:.0f} GFLOP/s in bfloat16 and {narrow['int8'] / 1e9:.0f} GOP/s "
+        "in int8.\n",
         flush=True,
     )
     return read, product
+
+
+# Linux's names, first those of x86-64, then those of Arm.
+_INSTRUCTIONS = (
+    *("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_int8", "amx_bf16", "amx_fp16"),
+    *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"),
+)
+
+
+def instructions() -> list[str]:
+    """Returns the names of the instruction sets for products that the processor has, as far as the
+    operating system tells."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return []
+    for line in info.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            found = set(value.split())
+            return [name for name in _INSTRUCTIONS if name in found]
+    return []
 
 
 def cores() -> int:
@@ -193,7 +240,8 @@ def cores() -> int:
         return os.cpu_count() or 1
 
 
-def _cpu() -> str:
+def cpu() -> str:
+    """Returns the name of the processor."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -220,13 +268,6 @@ def model_130m(mixer: str, *, stacked: bool = False) -> mbx.LanguageModel:
     return config.build(stacked=stacked, key=jr.key(0))
 
 
-def small_model(mixer: str, *, stacked: bool = False, remat: bool = False) -> mbx.LanguageModel:
-    """Builds the model of the training benchmarks: `d_model` 256, 8 layers, bytes."""
-    block = mbx.BlockConfig(MIXERS[mixer](d_model=256))
-    config = mbx.LanguageModelConfig(256, (block,) * 8)
-    return config.build(stacked=stacked, remat=remat, key=jr.key(0))
-
-
 def tiny_model(mixer: str, *, stacked: bool = False, remat: bool = False) -> mbx.LanguageModel:
     """Builds the model of `--quick`: `d_model` 64, 2 layers, bytes."""
     config = mbx.LanguageModelConfig(256, (mbx.BlockConfig(MIXERS[mixer](d_model=64)),) * 2)
@@ -245,28 +286,25 @@ def random_tokens(model: mbx.LanguageModel, *shape: int) -> jax.Array:
     return jr.randint(jr.key(1), shape, 0, model.vocab_size, jnp.int32)
 
 
-def parameter_bytes(model: mbx.LanguageModel) -> int:
-    """Returns the size of all weights in bytes."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_array)))
-
-
 # --- Tables ---
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Returns a markdown table. `None` is shown as a dash, floats with three digits."""
+
+    def line(cells: Sequence[object]) -> str:
+        return "| " + " | ".join(map(shown, cells)) + " |\n"
+
+    return line(header) + "|" + "---|" * len(header) + "\n" + "".join(map(line, rows))
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Prints a markdown table. `None` is shown as a dash, floats with three digits."""
-
-    def line(cells: Sequence[object]) -> str:
-        return "| " + " | ".join(_shown(cell) for cell in cells) + " |"
-
-    print(line(header))
-    print("|" + "---|" * len(header))
-    for row in rows:
-        print(line(row))
-    print(flush=True)
+    print(table(header, rows), flush=True)
 
 
-def _shown(cell: object) -> str:
+def shown(cell: object) -> str:
+    """Returns the text of a cell: `None` is a dash, floats have three digits."""
     if cell is None:
         return "-"
     if isinstance(cell, float):
@@ -282,6 +320,4 @@ def print_verdict(what: str, value: float | None, wanted: float, *, at_most: boo
     good = value <= wanted if at_most else value >= wanted
     relation = "at most" if at_most else "at least"
     verdict = "met" if good else "MISSED"
-    print(
-        f"- {what}: {_shown(float(value))} (wanted: {relation} {wanted:g}): {verdict}", flush=True
-    )
+    print(f"- {what}: {shown(float(value))} (wanted: {relation} {wanted:g}): {verdict}", flush=True)

@@ -7,7 +7,6 @@ shape of the bundled one, and the larger one the width of mamba-130m, with four 
 vocabulary.
 """
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -25,25 +24,37 @@ from _common import (
     tiny_model,
 )
 from jax.tree_util import KeyPath
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 import mamba_eqx as mbx
 from mamba_eqx.training import LoRA
 
 
-class Wrapper(eqx.Module):
+class Wrapper(mbx.layers.AbstractLinear):
     """A linear layer with a low-rank change, `W x + b (a x)`, which is the usual design of LoRA."""
 
     inner: mbx.layers.Linear
     a: jax.Array
     b: jax.Array
 
+    def __init__(self, inner: mbx.layers.Linear, a: jax.Array, b: jax.Array):
+        self.inner, self.a, self.b = inner, a, b
+
     @property
     def weight(self) -> jax.Array:
         return self.inner.weight
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.inner(x) + x @ self.a.T @ self.b.T
+    @property
+    def bias(self) -> jax.Array | None:
+        return self.inner.bias
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.inner.dtype
+
+    def __call__(self, x: jax.Array, *, dtype: DTypeLike | None = None) -> jax.Array:
+        return self.inner(x, dtype=dtype) + x @ self.a.T @ self.b.T
 
 
 def wrapped(model: mbx.LanguageModel, lora: LoRA) -> mbx.LanguageModel:

@@ -3,12 +3,19 @@
     python benchmarks/mixture.py [--quick] [--no-peers]
 
 The sizes are Granite-4.0-H-Tiny's (d_model 1536, 64 experts of width 512, 6 for each token), in
-float32. "both" is a forward and a backward pass, with gradients of the parameters and of the input.
+float32 unless the name of a row says bfloat16. "both" is a forward and a backward pass, with
+gradients of the parameters and of the input.
 
-The products are as many operations as those of the experts, but without routing: of all tokens with
-one expert, 6 times, or of one token with 6 experts. They are a bound, which no mixture reaches.
+Two kinds of products are as many operations as those of the experts, but without routing:
+
+- "large products" are of all tokens with one expert, 6 times, or of one token with 6 experts. The
+  weight stays in the cache, and its gradient is that of one expert. They are a bound, which no
+  mixture reaches.
+- "products of experts" are of every expert, an array of its own, with the tokens that chose it,
+  already sorted. All weights are read, and all of their gradients written, as a mixture has to.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -32,14 +39,29 @@ def pair(function: Callable[..., jax.Array], *args: PyTree) -> Pair:
     return compiled(function, *args)[0], compiled(both, *args)[0]
 
 
-def products(mixture: mbx.MixtureOfExperts, x: jax.Array) -> Pair:
-    """Returns the products of the chosen experts, as dense products of the same size."""
+def expert(x: jax.Array, fc1: jax.Array, fc2: jax.Array) -> jax.Array:
+    """Applies one expert to its tokens."""
+    a, g = jnp.split(x @ fc1.T, 2, axis=-1)
+    return (a * jax.nn.silu(g)) @ fc2.T
+
+
+def products_of_experts(mixture: mbx.MixtureOfExperts, x: jax.Array) -> Pair:
+    """Returns the products of every chosen expert with its tokens."""
+    chosen = np.asarray(mixture.router(x).experts)
+    experts = [
+        (x[np.any(chosen == e, axis=1)], mixture.fc1[e], mixture.fc2[e]) for e in np.unique(chosen)
+    ]
+    run = lambda *experts: jnp.concatenate([expert(*arrays) for arrays in experts])
+    return pair(run, *experts)
+
+
+def large_products(mixture: mbx.MixtureOfExperts, x: jax.Array) -> Pair:
+    """Returns as many operations in as few products as possible."""
     top_k, width = mixture.router.top_k, mixture.d_intermediate
-    if len(x) == 1:
-        fc1 = jnp.concatenate(list(mixture.fc1[:top_k]))
-        fc2 = jnp.concatenate(list(mixture.fc2[:top_k]), axis=1)
-    else:
-        x, fc1, fc2 = jnp.repeat(x, top_k, axis=0), mixture.fc1[0], mixture.fc2[0]
+    if len(x) > 1:
+        return pair(expert, jnp.repeat(x, top_k, axis=0), mixture.fc1[0], mixture.fc2[0])
+    fc1 = jnp.concatenate(list(mixture.fc1[:top_k]))
+    fc2 = jnp.concatenate(list(mixture.fc2[:top_k]), axis=1)
 
     def run(x: jax.Array, fc1: jax.Array, fc2: jax.Array) -> jax.Array:
         hidden = (x @ fc1.T).reshape(len(x), -1, 2, width)
@@ -78,18 +100,18 @@ def peer(layer: Any, implementation: str, x: jax.Array) -> Pair:
     """Returns the calls of a layer of transformers with one implementation of the experts."""
     import torch
 
-    inputs = torch.from_numpy(np.array(x)[None]).requires_grad_()
+    inputs = torch.from_numpy(np.array(x)[None]).to(layer.router.weight.dtype).requires_grad_()
 
     def forward() -> Any:
         layer.experts.config._experts_implementation = implementation
         with torch.inference_mode():
-            return layer(inputs)[0].numpy()
+            return layer(inputs)[0].float().numpy()
 
     def both() -> Any:
         layer.experts.config._experts_implementation = implementation
         layer.zero_grad(set_to_none=True)
         torch.sum(torch.sin(layer(inputs))).backward()
-        return layer.router.weight.grad.numpy()
+        return layer.router.weight.grad.float().numpy()
 
     return forward, both
 
@@ -100,32 +122,48 @@ def main() -> None:
     print_facts("Mixture of experts", quick=quick)
     d_model, width, n_experts, top_k, seq = (16, 8, 4, 2, 8) if quick else (1536, 512, 64, 6, 512)
     mixture = mbx.MixtureOfExperts(d_model, width, n_experts=n_experts, top_k=top_k, key=jr.key(0))
-    theirs = None
+    narrow = mbx.cast(mixture, jnp.bfloat16)
+    theirs = theirs_narrow = None
     if not args.no_peers and available("torch") and available("transformers"):
         theirs = transformers_layer(mixture)
+        theirs_narrow = copy.deepcopy(theirs).bfloat16()
+    # Sums over the outputs of "both" are in float32.
+    run = lambda mixture, x: mixture(x).astype(jnp.float32)
     rows = []
     for tokens in (seq, 1):
         x = jr.normal(jr.key(1), (tokens, d_model))
         pairs = {
-            "mamba_eqx": pair(lambda mixture, x: mixture(x), mixture, x),
-            "products": products(mixture, x),
+            "mamba_eqx": pair(run, mixture, x),
+            "mamba_eqx, bfloat16": pair(run, narrow, x.astype(jnp.bfloat16)),
+            "products of experts": products_of_experts(mixture, x),
+            "large products": large_products(mixture, x),
         }
         if theirs is not None:
-            for name in ("grouped_mm", "eager"):
-                pairs[f"transformers, {name}"] = peer(theirs, name, x)
-                forward = pairs[f"transformers, {name}"][0]
-                check_agrees(f"transformers, {name}", forward(), pairs["mamba_eqx"][0]())
+            peers = {
+                "transformers, grouped_mm": peer(theirs, "grouped_mm", x),
+                "transformers, eager": peer(theirs, "eager", x),
+                "transformers, grouped_mm, bfloat16": peer(theirs_narrow, "grouped_mm", x),
+            }
+            for name, (forward, _) in peers.items():
+                bound = 0.1 if "bfloat16" in name else 1e-3
+                check_agrees(name, forward(), pairs["mamba_eqx"][0](), bound)
+            pairs |= peers
         times = []
         for i in range(2):
             runs: Competitors = {name: calls[i] for name, calls in pairs.items()}
             times.append(medians(runs))
         for name in pairs:
             seconds = [found[name] for found in times]
-            ratios = [found[name] / found["products"] for found in times]
+            ratios = [
+                found[name] / found[base]
+                for base in ("products of experts", "large products")
+                for found in times
+            ]
             rows.append((tokens, name, *(1e3 * s for s in seconds), *ratios))
     print("Milliseconds:\n")
     names = ("forward", "both")
-    print_table(("tokens", "", *names, *(f"{name} / products" for name in names)), rows)
+    ratios = (f"{name} / {base}" for base in ("experts'", "large") for name in names)
+    print_table(("tokens", "", *names, *ratios), rows)
 
 
 if __name__ == "__main__":

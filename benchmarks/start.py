@@ -47,6 +47,13 @@ def token_seconds(which: str, stacked: bool) -> dict[str, float]:
     return seconds
 
 
+def command_seconds() -> dict[str, float]:
+    """Measures `python -m mamba_eqx generate` with the bundled model."""
+    command = [sys.executable, "-m", "mamba_eqx", "generate", "ROMEO:", "--json"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True)
+    return {"first token": json.loads(out.stdout)["seconds_to_first_token"]}
+
+
 def child(task: list[str], environment: dict[str, str] | None = None) -> dict[str, float]:
     """Runs a task in a new process and returns its measurements."""
     start = time.perf_counter()
@@ -73,6 +80,8 @@ def main() -> None:
         task = sys.argv[sys.argv.index("--child") + 1 :]
         if task[0] == "import":
             seconds = import_seconds(task[1])
+        elif task[0] == "command":
+            seconds = command_seconds()
         else:
             seconds = token_seconds(task[1], task[2] == "stacked")
         print(json.dumps(seconds))
@@ -88,6 +97,19 @@ def main() -> None:
         seconds = medians_of(["import", module], repeats)
         rows.append((module, seconds["import"], seconds["process"]))
     print_table(("", "import, s", "whole process, s"), rows)
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for cache, variables in (
+            ("off", {"MAMBA_EQX_NO_COMPILATION_CACHE": "1", "JAX_ENABLE_COMPILATION_CACHE": "0"}),
+            ("filled", {"JAX_COMPILATION_CACHE_DIR": folder}),
+        ):
+            if cache == "filled":
+                child(["command"], variables)
+            seconds = medians_of(["command"], repeats, variables)
+            rows.append((cache, seconds["first token"]))
+    print('Seconds to the first token of `python -m mamba_eqx generate "ROMEO:"`:\n')
+    print_table(("compilation cache", "first token, s"), rows)
 
     columns = ["build", "first token, cold", "first token, warm", "16 tokens, warm", "process"]
     rows = []
