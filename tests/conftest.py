@@ -22,9 +22,9 @@ jaxtyping.install_import_hook("mamba_eqx", "beartype.beartype")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 settings.register_profile("base", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("dev", settings.get_profile("base"), max_examples=10)
+settings.register_profile("dev", settings.get_profile("base"), max_examples=6)
 settings.register_profile(
-    "ci", settings.get_profile("base"), max_examples=10, derandomize=True, print_blob=True
+    "ci", settings.get_profile("base"), max_examples=4, derandomize=True, print_blob=True
 )
 settings.register_profile("thorough", settings.get_profile("base"), max_examples=300)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
@@ -72,7 +72,9 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XLA_FLAGS"] = FAST
     cache = getattr(config, "cache", None)
     if cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("xla")))
+        folder = str(cache.mkdir("xla"))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder  # For child processes.
+        jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

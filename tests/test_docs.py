@@ -8,15 +8,12 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.support.pages import BLOCK
 from tests.support.public_names import public_objects
 
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(
-    r"^(?P<skip><!-- not run: [^\n]+ -->\n+)?```python\n(?P<code>.*?)^```$",
-    re.MULTILINE | re.DOTALL,
-)
 ANY_BLOCK = re.compile(r"^ *(```|~~~)py", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 

@@ -1,8 +1,11 @@
 """Public docstrings are complete, and their code runs."""
 
 import ast
+import dataclasses
+import enum
 import functools
 import inspect
+import itertools
 import re
 import sys
 import types
@@ -138,6 +141,102 @@ def raising(file: str) -> set[str]:
     return found
 
 
+# --- Fields and signatures ---
+
+# These constructors are called by the library only, with functions of its own.
+INTERNAL = {"mamba_eqx.generation.Stream.__init__"}
+
+
+def test_fields_are_documented():
+    """A field is named in the docstring of its class or of one that it links to, or has its own."""
+    missing = []
+    for name, value in public_objects().items():
+        if not inspect.isclass(value) or not field_names(value):
+            continue
+        body = class_body(value)
+        # Parameters of layers have the names of the official checkpoints.
+        if any(isinstance(node, ast.FunctionDef) and node.name == "__init__" for node in body):
+            continue
+        told = inspect.getdoc(value) or ""
+        linked = [public_objects().get(link) for link in re.findall(r"\[`([\w.]+)`\]", told)]
+        told += "".join(
+            f"{inspect.getdoc(one)}{inspect.getdoc(one.__init__)}"
+            for one in linked
+            if inspect.isclass(one)
+        )
+        own = fields_with_docstring(body)
+        missing += [
+            f"{name}.{field}"
+            for field in field_names(value)
+            if f"`{field}`" not in told and field not in own
+        ]
+    assert not missing
+
+
+def field_names(cls: type) -> list[str]:
+    if issubclass(cls, enum.Enum):
+        return [member.name for member in cls]
+    if dataclasses.is_dataclass(cls):
+        names = [field.name for field in dataclasses.fields(cls)]
+    else:
+        names = list(getattr(cls, "_fields", ()))
+    return [name for name in names if not name.startswith("_")]
+
+
+def class_body(cls: type) -> list[ast.stmt]:
+    tree = ast.parse(Path(inspect.getsourcefile(cls) or "").read_text("utf-8"))
+    return next(
+        node.body
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and node.name == cls.__name__
+    )
+
+
+def fields_with_docstring(body: list[ast.stmt]) -> set[str]:
+    """Returns the fields that a string follows in the source."""
+    found = set()
+    for field, after in itertools.pairwise(body):
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            targets = [field.target] if isinstance(field, ast.AnnAssign) else []
+            targets = field.targets if isinstance(field, ast.Assign) else targets
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def test_names_in_signatures_have_a_page():
+    public = {id(value) for value in public_objects().values()}
+    annotations = [
+        (f"{found.name}: {key}", annotation)
+        for found in functions()
+        if found.name not in INTERNAL
+        for key, annotation in inspect.get_annotations(found.function).items()
+    ]
+    annotations += [
+        (f"{name}.{key}", annotation)
+        for name, value in public_objects().items()
+        if inspect.isclass(value)
+        for key, annotation in inspect.get_annotations(value).items()
+        if not key.startswith("_")
+    ]
+    missing = {
+        f"{where}: {cls.__qualname__}"
+        for where, annotation in annotations
+        for cls in classes_in(annotation)
+        if id(cls) not in public
+    }
+    assert not missing
+
+
+def classes_in(annotation: Any) -> Iterator[type]:
+    """Yields the classes of the package in an annotation."""
+    if isinstance(annotation, type) and annotation.__module__.startswith("mamba_eqx"):
+        yield annotation
+    parts = list(getattr(annotation, "__args__", None) or ())
+    for part in [*parts, getattr(annotation, "__origin__", None)]:
+        if part is not None and part is not annotation:
+            yield from classes_in(part)
+
+
 # --- Code in docstrings ---
 
 # Blocks that cannot run, with the reason.
@@ -147,8 +246,12 @@ NOT_RUN = {
 }
 
 
+_BLOCK = mbx.BlockConfig(mbx.Mamba1Config(8, d_state=4))
+_STACKED = mbx.LanguageModelConfig(16, (_BLOCK, _BLOCK))
+
 # What single blocks need in place of `names_in_docstrings`.
 OTHER_NAMES = {
+    "mamba_eqx.Stacked.separate": {"model": _STACKED.build(stacked=True, key=jr.key(0))},
     "mamba_eqx.decoding_state": {"decoding_state": mbx.decoding_state},
     "mamba_eqx.training.fit": {"state": 0},
     "mamba_eqx.training.Streams": {"tokens": np.zeros(40_000, np.int32)},

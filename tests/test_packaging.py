@@ -63,6 +63,7 @@ def test_source_archive_contains_nothing_else(built):
         "examples",
         "mamba_eqx",
         "mkdocs.yml",
+        "native",
         "pyproject.toml",
         "tests",
     }
